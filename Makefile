@@ -1,0 +1,102 @@
+# `make quickstart` and `make test` set up a fresh machine by themselves and do their job;
+# a second run starts within seconds. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip -qq --disable-pip-version-check
+OUT    := out
+
+# The stamp's name says which kind of build it stands for, so that a compiler installed later
+# triggers the native build.
+COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command -v $(cxx) 2>/dev/null)))
+REQUIREMENTS := $(VENV)/.requirements-installed
+PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
+CSRC         := $(wildcard csrc/*)
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint format bench build clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@echo "lottery_sparse: make TARGET"
+	@sed -n 's/^\([a-z]*\):.*##  */  \1 /p' Makefile | awk '{n = $$1; $$1 = ""; printf "  %-12s%s\n", n, $$0}'
+
+venv: $(PACKAGE)  ## create .venv: tested versions, this package, and its kernels where a compiler is found
+
+quickstart: $(PACKAGE)  ## train LeNet, find a ticket, print and draw what it shows (out/quickstart.*)
+	@mkdir -p $(OUT)
+	$(PY) -m experiments quickstart --json $(OUT)/quickstart.json --png $(OUT)/quickstart.png
+
+test: $(PACKAGE)  ## run the tests (PYTEST_ARGS="-k masks" to choose)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(PACKAGE)  ## ruff, clang-format and pyright; changes nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@$(if $(SOURCES),$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES))
+	$(VENV)/bin/pyright
+
+format: $(PACKAGE)  ## rewrite the sources in the house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	@$(if $(SOURCES),$(VENV)/bin/clang-format -i $(SOURCES))
+
+bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
+	$(PY) -m benchmarks cpu
+
+build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
+	LS_BUILD=require $(PY) -m lottery_sparse build
+
+clean:  ## remove what builds and runs leave behind (.venv stays)
+	rm -rf build dist *.egg-info lottery_sparse/*.so $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.package-*
+	find lottery_sparse experiments benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## … and .venv
+	rm -rf $(VENV)
+
+# Prints the option that makes pip take the CPU build of torch (some hundred MB instead of several GB):
+# on Linux without an NVIDIA GPU, where PyTorch's own index answers. Otherwise nothing, and pip
+# takes torch from wherever it is configured to look.
+define TORCH_INDEX
+import shutil, subprocess, sys, urllib.request
+
+CPU = "https://download.pytorch.org/whl/cpu"
+
+def has_gpu():
+    smi = shutil.which("nvidia-smi")
+    return bool(smi) and b"GPU" in subprocess.run([smi, "-L"], capture_output=True).stdout
+
+def answers():
+    try:
+        return urllib.request.urlopen(CPU + "/torch/", timeout=3).status == 200
+    except OSError:
+        return False
+
+if sys.platform == "linux" and not has_gpu() and answers():
+    print("--extra-index-url", CPU)
+endef
+export TORCH_INDEX
+
+$(PY):
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here: install Python 3.10 or newer, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "lottery_sparse needs Python 3.10 or newer, but $(PYTHON) is `$(PYTHON) --version`: name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments: install its venv module (on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+	@echo "creating $(VENV) with `$(PYTHON) --version`"
+	@$(PYTHON) -m venv $(VENV)
+
+$(REQUIREMENTS): constraints.txt pyproject.toml | $(PY)
+	@echo "installing torch and the build tools; the first time this downloads some hundred MB"
+	@$(PIP) install -c constraints.txt `$(PY) -c "$$TORCH_INDEX"` torch numpy setuptools wheel pybind11 ninja
+	@echo "installing the tools of experiments and tests"
+	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,test]'
+	@touch $@
+
+# pip hides what setup.py prints, so the package itself says what was built.
+$(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
+	@echo "installing lottery_sparse$(if $(COMPILER), and building its kernels with $(COMPILER), (no C++ compiler found: pure Python))"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@$(PY) -c 'from lottery_sparse import doctor; print(doctor.native_line())'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Scripts that reproduce the studies of "Deconstructing Lottery Tickets"; see README.md."""

@@ -1,0 +1,315 @@
+"""MNIST and CIFAR-10 as device tensors, read from a folder in the layout that torchvision uses.
+
+    DIR/MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte   (plain or with .gz)
+    DIR/cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin    (the binary version)
+
+Nothing is unpickled. Every file is checked (magic number, dimensions, exact length, and the
+SHA-256 of the content where it is published) before one pixel is used.
+"""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lottery_sparse as ls
+
+HERE = Path(__file__).resolve().parent
+CLASSES = 10
+
+
+class DataError(ValueError):
+    """A data file is missing, truncated or not what it should be; the message says the way out."""
+
+
+@dataclass(frozen=True)
+class IdxFile:
+    """One IDX file of unsigned bytes: its name, its dimensions, and what it must contain."""
+
+    name: str
+    shape: tuple[int, ...]
+    sha256: str  # of the uncompressed content
+
+    @property
+    def size(self) -> int:
+        """Length of the uncompressed content in bytes: header (4 + 4 per dimension) and data."""
+        return 4 + 4 * len(self.shape) + math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Split:
+    images: Tensor  # [n, channels, height, width], float32 in [0, 1]
+    labels: Tensor  # [n], int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A set on one device, divided as in the paper: the validation part is taken from train."""
+
+    name: str
+    source: Path
+    train: Split
+    val: Split
+    test: Split
+
+
+MNIST = {
+    "train images": IdxFile(
+        "train-images-idx3-ubyte",
+        (60_000, 28, 28),
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    "train labels": IdxFile(
+        "train-labels-idx1-ubyte",
+        (60_000,),
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
+    "test images": IdxFile(
+        "t10k-images-idx3-ubyte",
+        (10_000, 28, 28),
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
+    "test labels": IdxFile(
+        "t10k-labels-idx1-ubyte",
+        (10_000,),
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+}
+
+# Made by make_mnist_mini.py, which prints these digests.
+MNIST_MINI = {
+    "train images": IdxFile(
+        "train-images-idx3-ubyte",
+        (6_000, 28, 28),
+        "276107be590759c3f0926df722c4de39cdda1227591a1ecd47a184690a8ebf06",
+    ),
+    "train labels": IdxFile(
+        "train-labels-idx1-ubyte",
+        (6_000,),
+        "68a5c4f7f395a30b3c9c1866520c6eee961a3d0347446a56e17e4f65c8dfbbc6",
+    ),
+    "test images": IdxFile(
+        "t10k-images-idx3-ubyte",
+        (2_000, 28, 28),
+        "0a2a978ac97c9ffe5524643f23f15c688c7c4b82e1ce271f4060492e4a74cae4",
+    ),
+    "test labels": IdxFile(
+        "t10k-labels-idx1-ubyte",
+        (2_000,),
+        "601a3cc86da79e5dcf5265d52b4dd14eb2e0ee0c69c9792c036ed8b98dcb05fa",
+    ),
+}
+
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+CIFAR10_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+CIFAR10_TEST = "test_batch.bin"
+CIFAR10_RECORDS = 10_000  # per file
+CIFAR10_SHAPE = (3, 32, 32)
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+) -> Dataset:
+    """Read a set onto `device`.
+
+    Args:
+        name: a key of DATASETS.
+        data_dir: the folder that holds MNIST/raw or cifar-10-batches-bin; without it,
+            the environment variable LS_DATA_DIR. Not needed for mnist-mini.
+        device: where all images and labels are kept.
+        download: fetch what is missing into that folder first, over https and checksum-verified.
+
+    Raises:
+        DataError: unknown name, no folder given, a file missing or not what it should be.
+    """
+    if name not in DATASETS:
+        raise DataError(f"dataset is one of {', '.join(DATASETS)}; got {name!r}.")
+    if name == "mnist-mini":
+        return _load_mnist(name, HERE / "mnist_mini", MNIST_MINI, device)
+    root = data_root(data_dir)
+    if root is None:
+        raise DataError(
+            f"{name} needs a folder: give --data-dir DIR or set LS_DATA_DIR (as torchvision lays "
+            "it out: DIR/MNIST/raw, DIR/cifar-10-batches-bin); --download fills it."
+        )
+    if download:
+        from experiments import download as fetch
+
+        fetch.mnist(root) if name == "mnist" else fetch.cifar10(root)
+    if name == "mnist":
+        return _load_mnist(name, root / "MNIST" / "raw", MNIST, device)
+    return _load_cifar10(root / CIFAR10_FOLDER, device)
+
+
+def data_root(data_dir: str | Path | None) -> Path | None:
+    """The folder given, else the one LS_DATA_DIR names, else None."""
+    chosen = data_dir or os.environ.get("LS_DATA_DIR")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def has_mnist(data_dir: str | Path | None) -> bool:
+    """True if all four full MNIST files are in the folder (nothing is read or checked)."""
+    root = data_root(data_dir)
+    return root is not None and not _missing(root / "MNIST" / "raw", MNIST)
+
+
+def batches(count: int, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """Indices of one epoch's batches, [count // batch_size, batch_size], int64.
+
+    A function of (seed, epoch) alone, so every round of a run sees the same batches in the same
+    order. What does not fill a batch at the end of the shuffled epoch is dropped.
+    """
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size must be between 1 and the {count} images, got {batch_size}.")
+    stream = ls.random.stream_of("batch order")
+    order = ls.random.permutation(count, seed, stream, step=epoch)
+    return order[: count - count % batch_size].view(-1, batch_size)
+
+
+def parse_idx(content: bytes, file: IdxFile, path: Path) -> np.ndarray:
+    """The array in an IDX file, [*file.shape] uint8. Raises DataError if anything is off."""
+    header = 4 + 4 * len(file.shape)
+    magic = 0x0800 + len(file.shape)  # 0x08: unsigned byte; low byte: number of dimensions
+    if len(content) < header:
+        raise _bad(path, f"holds {len(content)} bytes, expected {file.size}")
+    found, *shape = struct.unpack(f">{header // 4}I", content[:header])
+    if found != magic:
+        raise _bad(path, f"starts with magic number {found:#010x}, expected {magic:#010x}")
+    if tuple(shape) != file.shape:
+        raise _bad(path, f"says its dimensions are {tuple(shape)}, expected {file.shape}")
+    if len(content) != file.size:
+        raise _bad(path, f"holds {len(content)} bytes, expected {file.size}")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != file.sha256:
+        raise _bad(path, f"has SHA-256 {digest}, expected {file.sha256}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(file.shape)
+
+
+def parse_cifar10(content: bytes, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [10000, 3, 32, 32] and labels [10000] of one binary batch, both uint8.
+
+    There is no digest here: the content is checked by length and label range; the archive that
+    --download fetches is checked as a whole.
+    """
+    record = 1 + math.prod(CIFAR10_SHAPE)
+    expected = CIFAR10_RECORDS * record
+    if len(content) != expected:
+        raise _bad(path, f"holds {len(content)} bytes, expected {expected}")
+    records = np.frombuffer(content, np.uint8).reshape(CIFAR10_RECORDS, record)
+    labels, images = records[:, 0], records[:, 1:].reshape(-1, *CIFAR10_SHAPE)
+    if labels.max() >= CLASSES:
+        raise _bad(path, f"holds the label {labels.max()}, expected labels 0 to {CLASSES - 1}")
+    return images, labels
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Content of a plain or .gz file, uncompressed; at most limit + 1 bytes are ever read."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as stream:
+            return stream.read(limit + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _bad(
+            path, f"is not a whole gzip file ({error}), expected {limit} bytes in it"
+        ) from error
+
+
+def _bad(path: Path, what: str) -> DataError:
+    return DataError(f"{path} {what}. Delete it, then put a fresh copy there or add --download.")
+
+
+def _variants(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / name, folder / f"{name}.gz"
+
+
+def _missing(folder: Path, files: dict[str, IdxFile]) -> list[str]:
+    names = (file.name for file in files.values())
+    return [name for name in names if not any(path.is_file() for path in _variants(folder, name))]
+
+
+def _not_found(name: str, paths: list[Path]) -> DataError:
+    tried = "".join(f"\n  {path}" for path in paths)
+    return DataError(
+        f"{name} was not found. Tried:{tried}\n"
+        "Give the right folder with --data-dir or LS_DATA_DIR, or add --download."
+    )
+
+
+def _load_mnist(
+    name: str, folder: Path, files: dict[str, IdxFile], device: torch.device | str
+) -> Dataset:
+    if missing := _missing(folder, files):
+        raise _not_found(name, [path for file in missing for path in _variants(folder, file)])
+    arrays = {}
+    for part, file in files.items():
+        path = next(path for path in _variants(folder, file.name) if path.is_file())
+        arrays[part] = parse_idx(read_limited(path, file.size), file, path)
+    return _divide(
+        name,
+        folder,
+        (arrays["train images"][:, None], arrays["train labels"]),
+        (arrays["test images"][:, None], arrays["test labels"]),
+        device,
+    )
+
+
+def _load_cifar10(folder: Path, device: torch.device | str) -> Dataset:
+    paths = [folder / name for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise _not_found("cifar10", missing)
+    size = CIFAR10_RECORDS * (1 + math.prod(CIFAR10_SHAPE))
+    *train, test = (parse_cifar10(read_limited(path, size), path) for path in paths)
+    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    return _divide("cifar10", folder, (images, labels), test, device)
+
+
+def _divide(
+    name: str,
+    source: Path,
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    device: torch.device | str,
+) -> Dataset:
+    """Take the validation part out of train, once and for all seeds: numpy seed 0, no repeats.
+
+    5,000 images as in the paper; from mnist-mini the same share (1/12).
+    """
+    images, labels = train
+    count = len(labels)
+    size = 5_000 if count >= 50_000 else count // 12
+    held_out = np.zeros(count, bool)
+    held_out[np.random.RandomState(0).choice(count, size, replace=False)] = True
+
+    def split(images: np.ndarray, labels: np.ndarray) -> Split:
+        # Divided by 255 only: the paper's scripts use neither mean nor standard deviation.
+        pixels = torch.tensor(images).to(device).float().div_(255)
+        return Split(pixels, torch.tensor(labels).to(device).long())
+
+    return Dataset(
+        name,
+        source,
+        train=split(images[~held_out], labels[~held_out]),
+        val=split(images[held_out], labels[held_out]),
+        test=split(*test),
+    )
+
+
+DATASETS = {
+    "mnist": "55,000 / 5,000 / 10,000 digits of 28x28, from --data-dir",
+    "mnist-mini": "5,500 / 500 / 2,000 of them, shipped in experiments/mnist_mini",
+    "cifar10": "45,000 / 5,000 / 10,000 colour images of 32x32, from --data-dir",
+}

@@ -1,0 +1,150 @@
+"""The four networks of the paper and the protocol of each, as data; how they are built.
+
+ReLU, no batch norm, no dropout; 3x3 convolutions with padding 1 and a 2x2 max-pool after each
+pair; a linear output. Numbers: Zhou et al. 2019 with its scripts, and Frankle & Carbin 2019.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+import lottery_sparse as ls
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and how the paper trains and prunes it."""
+
+    name: str
+    dataset: str
+    input_shape: tuple[int, int, int]  # channels, height, width
+    convolutions: tuple[int, ...]  # output channels; a max-pool follows every second one
+    hidden: tuple[int, ...]  # widths of the fully connected layers before the output
+    lr: float  # of Adam, constant
+    iterations: int  # per round
+    keep: Mapping[str, Fraction]  # layer kind -> share of the kept weights that a round keeps
+    batch_size: int = 60
+
+
+def _keep(**decimals: str) -> Mapping[str, Fraction]:
+    return MappingProxyType({kind: Fraction(text) for kind, text in decimals.items()})
+
+
+LENET = Network(
+    name="lenet",
+    dataset="mnist",
+    input_shape=(1, 28, 28),
+    convolutions=(),
+    hidden=(300, 100),
+    lr=1.2e-3,
+    iterations=50_380,  # 55 epochs of 916
+    keep=_keep(hidden="0.8", output="0.9"),
+)
+CONV2 = Network(
+    name="conv2",
+    dataset="cifar10",
+    input_shape=(3, 32, 32),
+    convolutions=(64, 64),
+    hidden=(256, 256),
+    lr=2e-4,
+    iterations=20_250,  # 27 epochs of 750
+    keep=_keep(conv="0.9", hidden="0.8", output="0.9"),
+)
+CONV4 = Network(
+    name="conv4",
+    dataset="cifar10",
+    input_shape=(3, 32, 32),
+    convolutions=(64, 64, 128, 128),
+    hidden=(256, 256),
+    lr=3e-4,
+    iterations=25_500,  # 34 epochs
+    keep=_keep(conv="0.9", hidden="0.8", output="0.9"),
+)
+CONV6 = Network(
+    name="conv6",
+    dataset="cifar10",
+    input_shape=(3, 32, 32),
+    convolutions=(64, 64, 128, 128, 256, 256),
+    hidden=(256, 256),
+    lr=3e-4,
+    iterations=30_000,  # 40 epochs
+    keep=_keep(conv="0.85", hidden="0.8", output="0.9"),
+)
+
+NETWORKS = {network.name: network for network in (LENET, CONV2, CONV4, CONV6)}
+
+
+def build(network: Network, seed: int, device: torch.device | str = "cpu") -> nn.Sequential:
+    """A plain nn module with the initial weights that belong to `seed`."""
+    with torch.device("meta"):  # the constructors' own initialisation would draw from global state
+        model = nn.Sequential(_layers(network))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, seed))
+    return model
+
+
+def _layers(network: Network) -> OrderedDict[str, nn.Module]:
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels, height, width = network.input_shape
+    for i, out_channels in enumerate(network.convolutions, start=1):
+        layers[f"conv{i}"] = nn.Conv2d(channels, out_channels, 3, padding=1)
+        layers[f"conv{i}_relu"] = nn.ReLU()
+        channels = out_channels
+        if i % 2 == 0:
+            layers[f"pool{i // 2}"] = nn.MaxPool2d(2)
+            height, width = height // 2, width // 2
+    layers["flatten"] = nn.Flatten()
+    features = channels * height * width
+    for i, out_features in enumerate(network.hidden, start=1):
+        layers[f"fc{i}"] = nn.Linear(features, out_features)
+        layers[f"fc{i}_relu"] = nn.ReLU()
+        features = out_features
+    layers["output"] = nn.Linear(features, CLASSES)
+    return layers
+
+
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The value a parameter starts from: a function of (seed, parameter name) alone.
+
+    Weights: Glorot normal as TensorFlow 1.10 drew it, truncated at two standard deviations and
+    widened so that the standard deviation is sqrt(2 / (fan_in + fan_out)) all the same. Biases: 0.
+    """
+    if len(shape) < 2:
+        return torch.zeros(shape)
+    stream = ls.random.stream_of(name)
+    return ls.random.truncated_normal(shape, glorot_std(shape), seed=seed, stream=stream)
+
+
+def glorot_std(shape: torch.Size) -> float:
+    """sqrt(2 / (fan_in + fan_out)) of a weight [out, in, *kernel]."""
+    kernel = math.prod(shape[2:])
+    return math.sqrt(2 / (kernel * (shape[0] + shape[1])))
+
+
+def layer_kind(name: str) -> str:
+    """conv, hidden or output: the kinds that a network's `keep` speaks of."""
+    if name.startswith("conv"):
+        return "conv"
+    return "output" if name.startswith("output") else "hidden"
+
+
+def keep_by_parameter(network: Network, model: nn.Module, rounds: int = 1) -> dict[str, Fraction]:
+    """Parameter name -> the share of its kept weights that `rounds` rounds leave, for ls.prune.
+
+    Biases are never pruned, so only weights are named.
+    """
+    return {
+        name: network.keep[layer_kind(name)] ** rounds
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2
+    }

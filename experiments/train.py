@@ -1,0 +1,178 @@
+"""The one training loop: Adam at a constant rate, validation every 100 iterations, early stop.
+
+No regularisation, no augmentation, no schedule. Nothing stops early: a run always takes its full
+number of iterations, and the "early-stop iteration" is where the validation loss was lowest.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiments.data import Dataset, Split, batches
+
+EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
+EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    iteration: int
+    validation_loss: float
+    validation_accuracy: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run reports. Accuracies are fractions of the images of the part named."""
+
+    iterations: int
+    early_stop_iteration: int  # of the lowest validation loss; the first one if equal
+    early_stop_validation_loss: float
+    early_stop_validation_accuracy: float
+    test_accuracy: float  # at the early-stop iteration: the number that the paper reports
+    final_test_accuracy: float
+    final_validation_loss: float
+    final_validation_accuracy: float
+    final_train_accuracy: float
+    seconds: float
+    evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    iterations: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    evaluate_every: int = 100,
+    on_step: Callable[[int], None] | None = None,
+) -> Result:
+    """Train `model` in place and leave it with its final weights.
+
+    Args:
+        seed: with the epoch it decides the order of the batches, nothing else.
+        evaluate_every: iterations between two looks at the validation part. The last iteration
+            is always evaluated and stored.
+        on_step: called with the number of iterations done, for progress bars.
+
+    Test accuracy at the early-stop iteration is computed once, at the end, from a copy of the
+    weights that were best so far: the number is the same and most test passes are saved.
+
+    Raises:
+        ValueError: the loss becomes NaN or infinite at an evaluation.
+    """
+    start = time.perf_counter()
+    parameters = list(model.parameters())
+    optimizer = adam(parameters, lr)
+    evaluations: list[Evaluation] = []
+    best: tuple[Evaluation, list[Tensor]] | None = None
+
+    def evaluate(iteration: int) -> None:
+        nonlocal best
+        loss, accuracy = evaluation(model, dataset.val)
+        if not loss < float("inf"):
+            raise ValueError(
+                f"validation loss is {loss} at iteration {iteration}; with lr {lr} the training "
+                "diverges: give a lower one."
+            )
+        evaluations.append(Evaluation(iteration, loss, accuracy))
+        if best is None or loss < best[0].validation_loss:
+            best = evaluations[-1], [parameter.detach().clone() for parameter in parameters]
+
+    evaluate(0)
+    for iteration, (images, labels) in enumerate(
+        minibatches(dataset.train, iterations, batch_size, seed), start=1
+    ):
+        step(model, optimizer, images, labels)
+        if iteration % evaluate_every == 0 or iteration == iterations:
+            evaluate(iteration)
+        if on_step is not None:
+            on_step(iteration)
+
+    assert best is not None
+    stop, best_weights = best
+    final_weights = [parameter.detach().clone() for parameter in parameters]
+    final_test = evaluation(model, dataset.test)[1]
+    final_train = evaluation(model, dataset.train)[1]
+    assign_(parameters, best_weights)
+    test = evaluation(model, dataset.test)[1]
+    assign_(parameters, final_weights)
+    return Result(
+        iterations=iterations,
+        early_stop_iteration=stop.iteration,
+        early_stop_validation_loss=stop.validation_loss,
+        early_stop_validation_accuracy=stop.validation_accuracy,
+        test_accuracy=test,
+        final_test_accuracy=final_test,
+        final_validation_loss=evaluations[-1].validation_loss,
+        final_validation_accuracy=evaluations[-1].validation_accuracy,
+        final_train_accuracy=final_train,
+        seconds=time.perf_counter() - start,
+        evaluations=tuple(evaluations),
+    )
+
+
+def train_to(
+    model: nn.Module, dataset: Dataset, *, stop_at: int, lr: float, batch_size: int, seed: int
+) -> None:
+    """The first `stop_at` iterations of `train`, without evaluation: weights to rewind to.
+
+    The batches are those of the full run, and no evaluation changes a weight, so the weights are
+    the ones that the full run has at that iteration.
+    """
+    optimizer = adam(model.parameters(), lr)
+    for images, labels in minibatches(dataset.train, stop_at, batch_size, seed):
+        step(model, optimizer, images, labels)
+
+
+def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    """Adam as the protocol has it; fused, which is the fast form on every device."""
+    return torch.optim.Adam(parameters, lr=lr, eps=EPS, fused=True)
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+
+def minibatches(
+    split: Split, iterations: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `iterations` pairs (images, labels), epoch after epoch in the order of data.batches."""
+    done = 0
+    epoch = 0
+    while done < iterations:
+        order = batches(len(split), batch_size, seed, epoch).to(split.labels.device)
+        for indices in order[: iterations - done]:
+            yield split.images[indices], split.labels[indices]
+        done += len(order)
+        epoch += 1
+
+
+@torch.no_grad()
+def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy over all images of a part."""
+    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    for images, labels in zip(
+        split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
+    ):
+        logits = model(images)
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        correct += (logits.argmax(1) == labels).sum()
+    return loss.item() / len(split), correct.item() / len(split)
+
+
+@torch.no_grad()
+def assign_(parameters: list[Tensor], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

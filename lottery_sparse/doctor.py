@@ -1,0 +1,284 @@
+"""What is installed, which kernels are built, which backend each op takes and why, and whether
+every backend agrees with the reference here. `python -m lottery_sparse doctor [--json]`.
+
+The report holds versions, flags and verdicts, no paths and no other environment variables, so it
+can be pasted into an issue.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lottery_sparse
+from lottery_sparse import backends, reference
+
+# How to get the kernels, one sentence for every place that says they are missing (design D17).
+HOW_TO_BUILD = (
+    "to build them against the installed torch, run `make venv`, `python -m lottery_sparse build` "
+    "or `pip install --no-build-isolation .` in a checkout with a C++ compiler"
+)
+
+# variable -> what it does; its value is shown unless it may name a folder of the user
+SWITCHES = {
+    "LS_BACKEND": "forces one backend for every op",
+    "LS_CPU": "forces the instruction set of the CPU kernels",
+    "LS_BUILD": "auto, 0 or require: whether setup.py builds the kernels",
+    "LS_DATA_DIR": "where the experiments find MNIST and CIFAR-10",
+}
+PRIVATE = {"LS_DATA_DIR"}
+
+FAILED = "FAILED"
+
+# Float results may differ by the order of a sum of at most 300 products of order one.
+TOLERANCE = 1e-4
+
+
+def report() -> dict[str, Any]:
+    """Everything the doctor knows, as plain data.
+
+    `healthy` is False when something that is installed does not work: kernels that do not load, a
+    switch that cannot be followed, a backend that disagrees with the reference.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    native = {name: _native(name) for name in ("_C", "_host")}
+    ops = {device: {op: _diagnose(op, device) for op in CASES} for device in devices}
+    diagnoses = [found for by_op in ops.values() for found in by_op.values()]
+    healthy = (
+        not any(part["error"] for part in native.values())
+        and all(found["backend"] for found in diagnoses)
+        and not any(v.startswith(FAILED) for found in diagnoses for v in found["check"].values())
+    )
+    return {
+        "versions": _versions(),
+        "machine": _machine(),
+        "native": native,
+        "switches": {name: _switch(name) for name in SWITCHES},
+        "ops": ops,
+        "healthy": healthy,
+    }
+
+
+def native_line() -> str:
+    """One sentence: are the compiled kernels here, and if not, why and how to get them."""
+    kernels, host = _native("_C"), _native("_host")
+    errors = [f"{name} does not work: {part['error']}" for name, part in
+              (("_C", kernels), ("_host", host)) if part["error"]]  # fmt: skip
+    if errors:
+        return f"{'; '.join(errors)}; {HOW_TO_BUILD}."
+    if kernels["state"] == "missing":
+        return f"lottery_sparse runs in pure Python, its kernels are not built; {HOW_TO_BUILD}."
+    if host["state"] == "missing":
+        return "lottery_sparse has its native kernels, but not _host, so their build is unknown."
+    info = host["info"]
+    return f"lottery_sparse has its native kernels: {info['cpu_variant']}, {info['compiler']}."
+
+
+# ---- what is installed -------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "lottery_sparse": lottery_sparse.__version__,
+        "python": platform.python_version(),
+    }
+    for name in ("torch", "numpy", "safetensors", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+    }
+
+
+def _switch(name: str) -> str | None:
+    value = os.environ.get(name)
+    return "set" if value and name in PRIVATE else value
+
+
+def _native(name: str) -> dict[str, Any]:
+    """state: built, missing or broken; error: what the loader or the module said when broken."""
+    found: dict[str, Any] = {"state": "missing", "error": None}
+    if importlib.util.find_spec(f"lottery_sparse.{name}") is None:
+        return found
+    try:
+        module = importlib.import_module(f"lottery_sparse.{name}")
+        if name == "_host":
+            found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
+    except (ImportError, RuntimeError) as error:
+        return {"state": "broken", "error": str(error)}
+    return found | {"state": "built"}
+
+
+# ---- which backend, why, and whether it is right -----------------------------------------------
+
+
+def _diagnose(op: str, device: str) -> dict[str, Any]:
+    args = _to(CASES[op](), device)
+    chosen, why = _choice(op, device, args)
+    check = {
+        name: _verdict(op, name, args)
+        for name, backend in backends.BACKENDS.items()
+        if name != "reference"
+        and backends.built(name)
+        and (not backend.devices or device in backend.devices)
+    }
+    return {"backend": chosen, "why": why, "check": check}
+
+
+def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
+    """The backend that `backends.kernel` gives the case, and why."""
+    try:
+        module = backends.kernel(op, torch.device(device), args).__module__
+    except (RuntimeError, ValueError, ImportError) as error:
+        return None, str(error)
+    chosen = next(name for name, b in backends.BACKENDS.items() if b.module == module)
+    if backends.forced():
+        return chosen, "forced"
+    wished = backends.PREFERENCE.get(device, {}).get(op, ())
+    if not wished:
+        return chosen, "no kernel is listed for it"
+    passed = [_why_not(name, op, args) for name in wished[: wished.index(chosen)]]
+    return chosen, "; ".join(passed) if passed else "first choice"
+
+
+def _why_not(name: str, op: str, args: tuple) -> str:
+    if not backends.built(name):
+        return f"{name} is not built"
+    return backends.load(name).refuses(op, *args) or f"{name} is not faster at this density"
+
+
+def _verdict(op: str, name: str, args: tuple) -> str:
+    """'ok', or why the backend could not run the case, or 'FAILED: ...'."""
+    try:
+        module = backends.load(name)
+        if not hasattr(module, op):
+            return "has no such kernel"
+        why = module.refuses(op, *args)
+        if why is not None:
+            return f"cannot run this case: {why}"
+        got, expected = getattr(module, op)(*args), getattr(reference, op)(*args)
+        torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    except Exception as error:  # a self-check reports whatever goes wrong, it must not stop at it
+        return f"{FAILED}: {' '.join(str(error).split())}"
+    return "ok"
+
+
+def _to(args: Any, device: str) -> Any:
+    if isinstance(args, Tensor):
+        return args.to(device)
+    if isinstance(args, list | tuple):
+        return type(args)(_to(a, device) for a in args)
+    return args
+
+
+# One small problem per op, in the order of the arguments of `reference`; ragged on purpose.
+_BATCH, _OUT, _IN, _DENSITY, _SEED = 7, 33, 65, 0.2, 0
+
+
+def _uniform(shape: tuple[int, ...], stream: int) -> Tensor:
+    # straight from the reference, so that a kernel that does not load cannot stop the doctor
+    return reference.random_uniform(math.prod(shape), _SEED, stream, 0).view(shape)
+
+
+def _values(*shape: int, stream: int) -> Tensor:
+    return _uniform(shape, stream) * 2 - 1
+
+
+def _mask(*shape: int) -> Tensor:
+    return _uniform(shape, stream=9) < _DENSITY
+
+
+def _linear() -> tuple:
+    return _values(_OUT, _IN, stream=1), _mask(_OUT, _IN)
+
+
+def _linear_forward() -> tuple:
+    weight, mask = _linear()
+    return _values(_BATCH, _IN, stream=2), weight, mask, _values(_OUT, stream=3), None, None
+
+
+def _linear_backward() -> tuple:
+    x, weight, mask, _, frozen, signs = _linear_forward()
+    return _values(_BATCH, _OUT, stream=4), x, weight, mask, frozen, signs, True, True
+
+
+_CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
+
+
+def _conv_forward() -> tuple:
+    x, weight = _values(2, 3, 6, 6, stream=5), _values(4, 3, 3, 3, stream=6)
+    return x, weight, _mask(4, 3, 3, 3), _values(4, stream=7), None, None, *_CONV_OPTIONS
+
+
+def _conv_backward() -> tuple:
+    x, weight, mask, *_ = _conv_forward()
+    dy = _values(2, 4, 6, 6, stream=8)
+    return dy, x, weight, mask, None, None, *_CONV_OPTIONS, True, True
+
+
+def _selection() -> tuple:
+    scores = [_values(_OUT, _IN, stream=1), torch.zeros(50)]  # the second layer is all ties
+    return scores, [_mask(_OUT, _IN), torch.ones(50, dtype=torch.bool)], 200, _SEED, [1, 2]
+
+
+CASES: dict[str, Callable[[], tuple]] = {
+    "masked_linear": _linear_forward,
+    "masked_linear_backward": _linear_backward,
+    "masked_conv2d": _conv_forward,
+    "masked_conv2d_backward": _conv_backward,
+    "keep_top": _selection,
+    "pack_mask": lambda: (_mask(_OUT, _IN),),
+    "unpack_mask": lambda: (reference.pack_mask(_mask(_OUT, _IN)), _IN),
+    "sample_mask": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
+    "random_words": lambda: (1001, _SEED, 1, 2),
+    "random_signs": lambda: (1001, _SEED, 1, 2),
+    "random_uniform": lambda: (1001, _SEED, 1, 2),
+    "random_normal": lambda: (1001, _SEED, 1, 2, torch.arange(2**15, dtype=torch.int32)),
+}
+
+
+# ---- as text -----------------------------------------------------------------------------------
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people: what is here, then one line per op."""
+    versions = [f"{name} {version or '-'}" for name, version in report["versions"].items()]
+    machine = report["machine"]
+    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    lines = [
+        f"versions   {' · '.join(versions)}",
+        f"machine    {machine['system']}, {machine['cores']} cores, "
+        f"{machine['torch_threads']} torch threads, torch uses {machine['torch_cpu']}, {gpus}",
+        f"native     {native_line()}",
+        f"switches   {' · '.join(f'{k}={v or chr(45)}' for k, v in report['switches'].items())}",
+    ]
+    for device, ops in report["ops"].items():
+        lines.append(f"ops on {device}")
+        for op, found in ops.items():
+            checks = ", ".join(f"{name} {verdict}" for name, verdict in found["check"].items())
+            taken = found["backend"] or "none"
+            lines.append(
+                f"  {op:24} {taken:10} {found['why']}{'  [' + checks + ']' if checks else ''}"
+            )
+    lines.append("healthy" if report["healthy"] else "NOT healthy: see the lines above")
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""What every test gets: fixed seeds, one thread, poisoned uninitialised memory, no network."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+import hypothesis
+import pytest
+import torch
+
+from lottery_sparse import doctor
+
+# The same examples every time: a failure seen once is seen by everyone.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_report_header() -> str:
+    return doctor.native_line()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # two threads on a busy two-core machine vary by a factor of a hundred
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """New memory holds NaN (integers: their largest value) until something is written, in C++ too.
+
+    A kernel that forgets one element then fails. torch offers it as a part of its deterministic
+    mode, which is what we want in tests anyway.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Connecting anywhere but to this machine fails the test."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"tests use no network, but something connects to {address[0]}.")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

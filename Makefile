@@ -47,7 +47,7 @@ bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
 	$(PY) -m benchmarks cpu
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
-	LS_BUILD=require $(PY) -m lottery_sparse build
+	$(PY) -m lottery_sparse build
 
 clean:  ## remove what builds and runs leave behind (.venv stays)
 	rm -rf build dist *.egg-info lottery_sparse/*.so $(OUT) .pytest_cache .ruff_cache .hypothesis

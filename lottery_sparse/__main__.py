@@ -50,7 +50,7 @@ def _build() -> int:
         )
         return 1
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {"LS_BUILD": "require", **os.environ}
+    environment = os.environ | {"LS_BUILD": "require"}
     status = subprocess.run(command, cwd=root, env=environment).returncode
     if status:
         print("The kernels were not built; the compiler's messages are above.", file=sys.stderr)

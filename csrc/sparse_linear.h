@@ -1,0 +1,101 @@
+// sparse_linear: y = x where(mask, weight, 0)^T + bias and its gradients, touching kept weights
+// only.
+//
+// The kept weights are listed by row (and, for dx, by column), the batch is cut into tiles of
+// kTileBatch columns, and each product runs over one list and one tile at a time. What is computed
+// for an output element never depends on how the work is split: same bits for any thread count,
+// and for a replicate alone or among others.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "variants.h"
+
+namespace lottery_sparse {
+
+// Row-major and contiguous. E = replicates, B = batch, K = in_features, N = out_features.
+struct SparseLinearShape {
+    int64_t replicates;
+    int64_t batch;
+    int64_t in_features;
+    int64_t out_features;
+    bool shared_x;  // one x for all replicates
+};
+
+struct SparseLinearForward {
+    SparseLinearShape shape;
+    const float* x;       // [E, B, K], or [B, K] if shared_x
+    const float* weight;  // [E, N, K]; pruned entries are never used
+    const uint8_t* mask;  // [E, N, K], not 0 = kept
+    const float* bias;    // [E, N], or nullptr
+    float* y;             // [E, B, N], every element is written
+};
+
+struct SparseLinearBackward {
+    SparseLinearShape shape;
+    const float* dy;      // [E, B, N]
+    const float* x;       // as above; unused if dw is nullptr
+    const float* weight;  // as above
+    const uint8_t* mask;  // as above
+    float* dx;            // as x (the sum over replicates, in order, if shared_x), or nullptr
+    float* dw;            // [E, N, K], 0 at pruned entries, or nullptr
+};
+
+void sparse_linear_forward(const SparseLinearForward& p, const Parallel& parallel);
+void sparse_linear_backward(const SparseLinearBackward& p, const Parallel& parallel);
+
+constexpr int64_t kTileBatch = 32;  // batch columns of a tile: [features][kTileBatch]
+constexpr int64_t kRowBlock = 16;   // rows whose results leave a product together
+
+// The kept entries of the rows of a matrix: those of row r are [starts[r], starts[r + 1]), in
+// ascending order of column. Index is uint16_t where it can hold every row and column.
+template <class Index>
+struct KeptRows {
+    const int64_t* starts;
+    const Index* columns;
+    const float* values;
+};
+
+// One tile: out[b][r] = bias[r] + sum over kept (r, c) of value * tile[c][b].
+template <class Index>
+struct TileProduct {
+    KeptRows<Index> rows;
+    const float* tile;  // [columns of the matrix][kTileBatch]
+    const float* bias;  // by row, or nullptr
+    float* out;         // [batch][out_stride]
+    int64_t out_stride;
+    int64_t batch;  // 1 to kTileBatch
+    bool add;       // add to what out holds
+};
+
+// Consecutive tiles: dw[r][c] = sum over tiles and b of dy[tile][r][b] * x[tile][c][b], kept (r,
+// c).
+template <class Index>
+struct SampledProduct {
+    KeptRows<Index> rows;
+    const float* dy;  // [tiles][out_features][kTileBatch]
+    const float* x;   // [tiles][in_features][kTileBatch]
+    float* dw;        // [out_features][in_features]
+    int64_t tiles;
+    int64_t in_features;
+    int64_t out_features;
+    bool add;  // add to what dw holds at kept entries; if not, whole rows are written
+};
+
+template <class Index>
+struct SparseLinearKernels {
+    // Lists rows [begin, end) of mask and weight [rows, columns] at starts[begin].
+    void (*list_rows)(const uint8_t* mask, const float* weight, int64_t columns, int64_t begin,
+                      int64_t end, const int64_t* starts, Index* kept_columns, float* values);
+    // source [batch][features] -> tile [features][kTileBatch], zeros beyond batch (<= kTileBatch).
+    void (*pack_tile)(const float* source, int64_t batch, int64_t features, float* tile);
+    // Rows [begin, end); begin is a multiple of kRowBlock.
+    void (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
+    void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
+};
+
+LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);
+LS_DECLARE_KERNELS(SparseLinearKernels<uint32_t>, sparse_linear_32);
+
+}  // namespace lottery_sparse

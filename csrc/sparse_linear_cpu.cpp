@@ -1,0 +1,129 @@
+#include "simd.h"
+#include "sparse_linear.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr int kTileVecs = kTileBatch / kWidth;
+// Kept weights in flight: enough independent sums to hide the latency of a multiply-add, few
+// enough for the registers.
+constexpr int kInFlight = kTileVecs <= 4 ? 2 : 1;
+
+template <class Index>
+void list_rows(const uint8_t* mask, const float* weight, int64_t columns, int64_t begin,
+               int64_t end, const int64_t* starts, Index* kept_columns, float* values) {
+    int64_t at = starts[begin];
+    for (int64_t r = begin; r < end; ++r) {
+        const uint8_t* mask_row = mask + r * columns;
+        const float* weight_row = weight + r * columns;
+        for (int64_t c = 0; c < columns; c += 64) {
+            uint64_t bits = kept_bits(mask_row + c, columns - c);
+            while (bits) {
+                const int64_t column = c + __builtin_ctzll(bits);
+                kept_columns[at] = static_cast<Index>(column);
+                values[at++] = weight_row[column];
+                bits &= bits - 1;
+            }
+        }
+    }
+}
+
+void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) {
+    if (batch < kTileBatch) std::memset(tile, 0, features * kTileBatch * sizeof(float));
+    const int64_t block_rows = batch / 8 * 8, block_features = features / 8 * 8;
+    for (int64_t k = 0; k < block_features; k += 8)
+        for (int64_t b = 0; b < block_rows; b += 8)
+            transpose_8x8(source + b * features + k, features, tile + k * kTileBatch + b,
+                          kTileBatch);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t k = b < block_rows ? block_features : 0; k < features; ++k)
+            tile[k * kTileBatch + b] = source[b * features + k];
+}
+
+// sums[0..kTileBatch) = bias + sum over kept entries [begin, end) of value * tile[column].
+template <class Index>
+inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end, const float* tile,
+                         float bias, float* sums) {
+    Vec sum[kInFlight][kTileVecs];
+    for (int f = 0; f < kInFlight; ++f)
+        for (int v = 0; v < kTileVecs; ++v) sum[f][v] = f == 0 ? broadcast(bias) : zero();
+    int64_t i = begin;
+    for (; i + kInFlight <= end; i += kInFlight) {
+        for (int f = 0; f < kInFlight; ++f) {
+            const float* x = tile + static_cast<int64_t>(rows.columns[i + f]) * kTileBatch;
+            const Vec value = broadcast(rows.values[i + f]);
+            for (int v = 0; v < kTileVecs; ++v)
+                sum[f][v] = fma(value, load(x + v * kWidth), sum[f][v]);
+        }
+    }
+    for (; i < end; ++i) {
+        const float* x = tile + static_cast<int64_t>(rows.columns[i]) * kTileBatch;
+        const Vec value = broadcast(rows.values[i]);
+        for (int v = 0; v < kTileVecs; ++v) sum[0][v] = fma(value, load(x + v * kWidth), sum[0][v]);
+    }
+    for (int v = 0; v < kTileVecs; ++v) {
+        for (int f = 1; f < kInFlight; ++f) sum[0][v] = add(sum[0][v], sum[f][v]);
+        store(sums + v * kWidth, sum[0][v]);
+    }
+}
+
+template <class Index>
+void multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
+    alignas(64) float sums[kRowBlock][kTileBatch];
+    alignas(64) float by_batch[kTileBatch][kRowBlock];
+    for (int64_t r0 = begin; r0 < end; r0 += kRowBlock) {
+        const int64_t n = end - r0 < kRowBlock ? end - r0 : kRowBlock;
+        for (int64_t i = 0; i < n; ++i)
+            multiply_row(p.rows, p.rows.starts[r0 + i], p.rows.starts[r0 + i + 1], p.tile,
+                         p.bias ? p.bias[r0 + i] : 0.0f, sums[i]);
+        for (int64_t i = 0; i < kRowBlock; i += 8)
+            for (int64_t b = 0; b < kTileBatch; b += 8)
+                transpose_8x8(&sums[i][b], kTileBatch, &by_batch[b][i], kRowBlock);
+        for (int64_t b = 0; b < p.batch; ++b) {
+            float* out = p.out + b * p.out_stride + r0;
+            if (p.add)
+                for (int64_t i = 0; i < n; ++i) out[i] += by_batch[b][i];
+            else
+                for (int64_t i = 0; i < n; ++i) out[i] = by_batch[b][i];
+        }
+    }
+}
+
+// kWidth kept entries of a row share the row's dy: each sums its own products, lane by lane.
+template <class Index>
+void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
+    alignas(64) float sums[kWidth];
+    for (int64_t r = begin; r < end; ++r) {
+        float* dw = p.dw + r * p.in_features;
+        if (!p.add) std::memset(dw, 0, p.in_features * sizeof(float));
+        const int64_t row_end = p.rows.starts[r + 1];
+        for (int64_t i = p.rows.starts[r]; i < row_end; i += kWidth) {
+            const int n = static_cast<int>(row_end - i < kWidth ? row_end - i : kWidth);
+            int64_t offset[kWidth];  // a short group repeats its last entry
+            for (int j = 0; j < kWidth; ++j)
+                offset[j] = static_cast<int64_t>(p.rows.columns[i + (j < n ? j : n - 1)]);
+            Vec sum[kWidth];
+            for (int j = 0; j < kWidth; ++j) sum[j] = zero();
+            for (int64_t t = 0; t < p.tiles; ++t) {
+                const float* dy = p.dy + (t * p.out_features + r) * kTileBatch;
+                const float* x = p.x + t * p.in_features * kTileBatch;
+                for (int v = 0; v < kTileVecs; ++v) {
+                    const Vec dy_v = load(dy + v * kWidth);
+                    for (int j = 0; j < kWidth; ++j)
+                        sum[j] = fma(dy_v, load(x + offset[j] * kTileBatch + v * kWidth), sum[j]);
+                }
+            }
+            store(sums, horizontal_sums(sum));
+            for (int j = 0; j < n; ++j) dw[offset[j]] += sums[j];
+        }
+    }
+}
+
+}  // namespace
+
+const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows, pack_tile, multiply,
+                                                                    sample};
+const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows, pack_tile, multiply,
+                                                                    sample};
+
+}  // namespace lottery_sparse

@@ -1,0 +1,20 @@
+// The ops of torch.ops.lottery_sparse_native: bindings.cpp defines them, host.cpp lists them.
+#pragma once
+
+namespace lottery_sparse {
+
+constexpr const char* kSchemas[] = {
+    "keep_top(Tensor[] scores, Tensor[] masks, int count, int seed, int[] streams) -> Tensor[]",
+    "count_kept(Tensor mask) -> int",
+    "pack_mask(Tensor mask) -> Tensor",
+    "unpack_mask(Tensor bits, int columns) -> Tensor",
+    "random_words(int count, int seed, int stream, int step) -> Tensor",
+    "random_signs(int count, int seed, int stream, int step) -> Tensor",
+    "random_uniform(int count, int seed, int stream, int step) -> Tensor",
+    "random_normal(int count, int seed, int stream, int step, Tensor table) -> Tensor",
+    "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor",
+    "masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask, bool need_dx, "
+    "bool need_dw) -> (Tensor, Tensor)",
+};
+
+}  // namespace lottery_sparse

@@ -1,0 +1,157 @@
+"""Builds the native kernels where it can; metadata is in pyproject.toml.
+
+LS_BUILD=auto     (default) build if torch and a C++ compiler are found, else a pure-Python package
+LS_BUILD=0        never build
+LS_BUILD=require  build, or fail with the reason
+MAX_JOBS=n        parallel compilations; unset: bounded by processors and free memory
+"""
+
+import os
+import platform
+import shutil
+import sys
+
+from setuptools import Extension, setup
+
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # a multiply-add is fused where the source says so: same bits everywhere
+    "-g0",
+    "-Wall",
+    "-Wno-maybe-uninitialized",  # false alarms inside gcc's own AVX-512 headers
+]
+STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
+OLDEST_TORCH = (2, 11)
+BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
+
+# Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
+KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
+DRIVERS = ["bindings", "keep_top", "sparse_linear", "variants"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
+VARIANTS = {"portable": []}
+if X86:
+    VARIANTS["avx2"] = AVX2
+    VARIANTS["avx512"] = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+
+
+def sources(stems):
+    return [f"csrc/{stem}.cpp" for stem in stems]
+
+
+def free_memory():
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return BYTES_PER_JOB * (os.cpu_count() or 1)
+
+
+def find_compiler():
+    """The C++ compiler torch's build will call: $CXX, else c++; others are put into $CXX."""
+    named = os.environ.get("CXX")
+    if named:
+        return shutil.which(named.split()[0])
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found and not shutil.which("c++"):
+        os.environ["CXX"] = found
+    return found
+
+
+def why_not():
+    """Why no native build is possible here, or None."""
+    if os.name != "posix":
+        return f"the kernels are not built on {platform.system()}"
+    try:
+        import torch
+    except ImportError as error:
+        return (
+            f"torch cannot be imported while building ({error}); "
+            "install torch first and use pip install --no-build-isolation"
+        )
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch is {torch.__version__}, the kernels need 2.11 or newer"
+    if not find_compiler():
+        return "no C++ compiler was found ($CXX, c++, g++, clang++)"
+    return None
+
+
+def native(required):
+    """(ext_modules, cmdclass) of the native build."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+
+    try:
+        import pybind11
+
+        pybind_include = [pybind11.get_include()]
+    except ImportError:
+        pybind_include = include_paths()  # torch carries a copy of pybind11's headers
+
+    class BuildKernels(BuildExtension):
+        def build_extension(self, ext):
+            try:
+                if ext.name.endswith("._C"):
+                    ext.extra_objects = self.compile_kernels(ext)
+                super().build_extension(ext)
+            except Exception as error:
+                if required:
+                    raise
+                # setuptools goes on without an optional extension
+                print(f"lottery_sparse: pure Python, {ext.name} failed to build: {error}")
+
+        def compile_kernels(self, ext):
+            """torch's ninja files hold one set of flags, so each variant is a run of its own."""
+            objects = []
+            for variant, flags in VARIANTS.items():
+                objects += self.compiler.compile(
+                    sources(KERNELS),
+                    output_dir=os.path.join(self.build_temp, variant),
+                    macros=[*ext.define_macros, ("LS_VARIANT", variant)],
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=ext.extra_compile_args["cxx"] + flags,
+                )
+            return objects
+
+    os.environ.setdefault(
+        "MAX_JOBS", str(max(1, min(os.cpu_count() or 1, free_memory() // BYTES_PER_JOB)))
+    )
+    macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), ("LS_X86_VARIANTS", str(int(X86)))]
+    kernels = CppExtension(
+        "lottery_sparse._C",
+        sources(DRIVERS),
+        define_macros=macros,
+        extra_compile_args={"cxx": FLAGS},
+        py_limited_api=True,
+        optional=not required,
+    )
+    flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
+    host = Extension(
+        "lottery_sparse._host",
+        sources(["host", "variants"]),
+        include_dirs=pybind_include,
+        define_macros=[*macros, ("LS_BUILD_FLAGS", f'"{flags}"')],
+        extra_compile_args={"cxx": FLAGS},
+        language="c++",
+        optional=not required,
+    )
+    return [kernels, host], {"build_ext": BuildKernels}
+
+
+def main():
+    mode = os.environ.get("LS_BUILD", "auto")
+    if mode not in ("auto", "0", "require"):
+        sys.exit(f"LS_BUILD is {mode!r}; it must be auto, 0 or require.")
+    reason = "LS_BUILD=0" if mode == "0" else why_not()
+    if reason and mode == "require":
+        sys.exit(f"LS_BUILD=require, but {reason}.")
+    if reason:
+        print(f"lottery_sparse: pure Python, no native kernels: {reason}.", file=sys.stderr)
+        return setup()
+    ext_modules, cmdclass = native(required=mode == "require")
+    return setup(ext_modules=ext_modules, cmdclass=cmdclass)
+
+
+main()

@@ -1,0 +1,135 @@
+"""The compiled CPU kernels as the backend "cpu": the functions of `reference`, same signatures.
+
+Importing this module loads lottery_sparse._C; ImportError means that it is not built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
+
+_ops = torch.ops.lottery_sparse_native
+
+# Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
+_EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
+
+
+# ---- which calls these kernels take ------------------------------------------------------------
+
+
+def refuses(op: str, *args: Any) -> str | None:
+    """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
+    if op.startswith("masked_linear"):
+        return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:7])
+    if op == "keep_top":
+        dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
+        if dtypes:
+            return f"scores are {min(map(str, dtypes))}, which a float32 cannot hold exactly."
+    return None
+
+
+def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
+    *_, frozen, signs = arguments
+    if frozen is not None or signs is not None:
+        return "its sparse kernel takes pruned weights as zero, not as frozen values."
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"its kernels run float32, got {x.dtype}."
+    return None
+
+
+def wins(op: str, *args: Any) -> bool:
+    """Whether this backend is the faster one for a call that it does not refuse."""
+    return True
+
+
+# ---- masked_linear -----------------------------------------------------------------------------
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    return _ops.masked_linear(x, weight, _as_bool(mask, weight), bias)
+
+
+def masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    return _ops.masked_linear_backward(dy, x, weight, _as_bool(mask, weight), need_dx, need_dw)
+
+
+def _as_bool(mask: Tensor, weight: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else unpack_mask(mask, weight.shape[-1])
+
+
+# ---- selection and masks -----------------------------------------------------------------------
+
+
+def keep_top(
+    scores: list[Tensor], masks: list[Tensor], count: int, seed: int, streams: list[int]
+) -> list[Tensor]:
+    scores = [score.to(torch.float32) for score in scores]
+    try:
+        return _ops.keep_top(scores, masks, count, seed, streams)
+    except RuntimeError:
+        # the C interface has one exception type: find out whether it was the caller's NaN
+        for i, (score, mask) in enumerate(zip(scores, masks, strict=True)):
+            bad = int(score[mask].isnan().sum())
+            if bad:
+                raise ValueError(f"scores[{i}] holds NaN at {bad} kept entries.") from None
+        raise
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    bits = _ops.pack_mask(_as_rows(mask))
+    return bits.view(mask.shape[:-1] + bits.shape[-1:])
+
+
+def unpack_mask(bits: Tensor, columns: int) -> Tensor:
+    return _ops.unpack_mask(_as_rows(bits), columns).view(bits.shape[:-1] + (columns,))
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[..., K] -> [rows, K], also where there are no elements."""
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1])
+
+
+def count_kept(mask: Tensor) -> int:
+    """Number of True entries of a bool mask on the CPU."""
+    return _ops.count_kept(mask)
+
+
+# ---- randomness --------------------------------------------------------------------------------
+
+
+def random_words(count: int, seed: int, stream: int, step: int, device: Any = "cpu") -> Tensor:
+    return _ops.random_words(count, seed, stream, step).to(device)
+
+
+def random_signs(count: int, seed: int, stream: int, step: int, device: Any = "cpu") -> Tensor:
+    return _ops.random_signs(count, seed, stream, step).to(device)
+
+
+def random_uniform(count: int, seed: int, stream: int, step: int, device: Any = "cpu") -> Tensor:
+    return _ops.random_uniform(count, seed, stream, step).to(device)
+
+
+def random_normal(
+    count: int, seed: int, stream: int, step: int, table: Tensor, device: Any = "cpu"
+) -> Tensor:
+    return _ops.random_normal(count, seed, stream, step, table).to(device)

@@ -1,0 +1,160 @@
+"""Which implementation of an op runs: one table of backends, one table of preferences.
+
+A backend is a module with functions named like those of `reference.py`, same signatures. It may
+offer `refuses(op, *args)`: None when it can run the call, else a sentence that says why not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+_LOG = logging.getLogger("lottery_sparse")
+
+
+@dataclass(frozen=True)
+class Backend:
+    module: str  # imported on first use
+    needs: str  # probed with find_spec: absent means skipped; present but broken raises
+    devices: tuple[str, ...]  # () = every device
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend("lottery_sparse.reference", needs="torch", devices=()),
+    "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
+}
+
+# Device -> op -> backends in order; the first that is built and does not refuse the call runs.
+# An op that is not listed runs on "reference", which calls the dense libraries. A kernel is
+# listed only where benchmarks/results shows that it wins; `native.refuses` knows from which
+# density on (see benchmarks/README.md).
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "keep_top": ("cpu", "reference"),
+        "pack_mask": ("cpu", "reference"),
+        "unpack_mask": ("cpu", "reference"),
+        "random_words": ("cpu", "reference"),
+        "random_signs": ("cpu", "reference"),
+        "random_uniform": ("cpu", "reference"),
+        "random_normal": ("cpu", "reference"),
+        "masked_linear": ("cpu", "reference"),
+        "masked_linear_backward": ("cpu", "reference"),
+    },
+}
+
+_forced: ContextVar[str | None] = ContextVar("lottery_sparse_backend", default=None)
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
+    return _forced.get() or os.environ.get("LS_BACKEND") or None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on one backend.
+
+    An op that this backend does not have, or cannot run for the tensors given, raises
+    RuntimeError: a forced backend never falls back.
+
+    Args:
+        name: a key of `BACKENDS`: "reference" (plain PyTorch) or "cpu" (C++).
+
+    Raises:
+        ValueError: no such backend.
+    """
+    _check_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def built(name: str) -> bool:
+    """Whether what the backend needs is installed (it may still run on another device only)."""
+    return _found(BACKENDS[name].needs)
+
+
+def available(op: str, device: torch.device | str) -> list[str]:
+    """The backends that have `op` for tensors on `device`, on this machine."""
+    kind = torch.device(device).type
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if (not backend.devices or kind in backend.devices)
+        and built(name)
+        and hasattr(load(name), op)
+    ]
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module, imported on first use."""
+    return importlib.import_module(BACKENDS[name].module)
+
+
+def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
+    """The function that computes `op` for `args` on `device`.
+
+    Raises:
+        RuntimeError: the forced backend is not built, lacks the op, or refuses these arguments.
+    """
+    name = forced()
+    if name is not None:
+        return _forced_kernel(name, op, device, args)
+    for name in PREFERENCE.get(device.type, {}).get(op, ()):
+        if not built(name):
+            _say_not_built(name)
+            continue
+        module = load(name)
+        if name == "reference" or module.refuses(op, *args) is None and module.wins(op, *args):
+            return getattr(module, op)
+    return getattr(load("reference"), op)
+
+
+def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Callable:
+    _check_name(name)
+    names = available(op, device)
+    if name not in names:
+        reason = "" if built(name) else f" ({BACKENDS[name].needs} is not installed)"
+        raise RuntimeError(
+            f"{op} has no {name} backend for {device.type} tensors{reason}; "
+            f"available here: {', '.join(names)}."
+        )
+    module = load(name)
+    if name != "reference":
+        why = module.refuses(op, *args)
+        if why is not None:
+            raise RuntimeError(f"{op} cannot run on the forced backend {name}: {why}")
+    return getattr(module, op)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
+
+
+@lru_cache(maxsize=None)
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@lru_cache(maxsize=None)
+def _say_not_built(name: str) -> None:
+    # said once, when the first op would have used it; `doctor` repeats it
+    _LOG.warning(
+        "lottery_sparse runs in pure Python: its %s kernels (%s) are not built. To build them "
+        "against the installed torch: pip install --no-build-isolation ., in a checkout.",
+        name,
+        BACKENDS[name].needs,
+    )

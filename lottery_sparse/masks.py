@@ -1,0 +1,156 @@
+"""Masks: parameter name -> bool tensor, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Masks(Mapping[str, Tensor]):
+    """Masks of a model by parameter name, True = kept; a value with set algebra.
+
+    >>> a, b = ls.masks_of(model), ls.prune(w_init, w_final, masks, "large_final", keep=0.8)
+    >>> (a & ~b).density        # share of all weights that this step pruned
+    >>> a.overlap(b)            # kept by both / kept by either
+    >>> print(b.table())
+
+    Args:
+        masks: name -> tensor of any shape holding 0 and 1 only, of any dtype.
+
+    Raises:
+        ValueError: a mask holds something else than 0 and 1.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        self._masks = {name: as_mask(name, mask) for name, mask in masks.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} tensors, {self.kept} of {self.total} kept)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(
+            self[n].shape == other[n].shape and bool((self[n] == other[n].to(self[n].device)).all())
+            for n in self
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: Masks) -> Masks:
+        return Masks({n: a & b for n, a, b in self._pairs(other)})
+
+    def __or__(self, other: Masks) -> Masks:
+        return Masks({n: a | b for n, a, b in self._pairs(other)})
+
+    def __xor__(self, other: Masks) -> Masks:
+        return Masks({n: a ^ b for n, a, b in self._pairs(other)})
+
+    def __invert__(self) -> Masks:
+        return Masks({n: ~m for n, m in self.items()})
+
+    @property
+    def kept(self) -> int:
+        """Number of kept weights."""
+        return sum(int(mask.sum()) for mask in self.values())
+
+    @property
+    def total(self) -> int:
+        """Number of weights that have a mask."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def density(self) -> float:
+        """kept / total, in [0, 1]; 1 if there is nothing to mask."""
+        return self.kept / self.total if self.total else 1.0
+
+    def overlap(self, other: Masks) -> float:
+        """Intersection over union of the kept weights, in [0, 1]; 1 if neither keeps any."""
+        either = (self | other).kept
+        return (self & other).kept / either if either else 1.0
+
+    def to(self, device: torch.device | str) -> Masks:
+        return Masks({n: m.to(device) for n, m in self.items()})
+
+    def table(self) -> str:
+        """One line per tensor and a last one for all: name, shape, kept, total, density."""
+        rows = [
+            (name, "x".join(map(str, mask.shape)), int(mask.sum()), mask.numel())
+            for name, mask in self.items()
+        ]
+        rows.append(("total", "", self.kept, self.total))
+        width = max(len(row[0]) for row in rows)
+        shape = max(len(row[1]) for row in rows)
+        return "\n".join(
+            f"{n:<{width}}  {s:<{shape}}  {kept:>11,} of {total:>11,}  "
+            f"{kept / total if total else 1.0:8.4f}"
+            for n, s, kept, total in rows
+        )
+
+    def to_bits(self) -> dict[str, Tensor]:
+        """name -> uint8 [ceil(n / 8)]: flat C order, bit j of byte b is entry 8 b + j."""
+        return {
+            name: torch.from_numpy(
+                np.packbits(mask.cpu().contiguous().numpy().reshape(-1), bitorder="little")
+            )
+            for name, mask in self.items()
+        }
+
+    @classmethod
+    def from_bits(cls, bits: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> Masks:
+        """The inverse of `to_bits`; shapes: name -> shape.
+
+        Raises:
+            ValueError: a name without a shape, a wrong number of bytes, or a spare bit set.
+        """
+        return cls({name: _unpack(name, packed, shapes) for name, packed in bits.items()})
+
+    def _pairs(self, other: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
+        if self.keys() != other.keys():
+            odd = ", ".join(sorted(self.keys() ^ other.keys()))
+            raise ValueError(f"both masks must have the same names; only one of them has: {odd}.")
+        for name in self:
+            yield name, self[name], other[name]
+
+
+def as_mask(name: str, mask: Tensor) -> Tensor:
+    """The tensor as bool, if it holds only 0 and 1."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask of {name} must be a tensor, got {type(mask).__name__}.")
+    if mask.dtype == torch.bool:
+        return mask
+    wrong = (mask != 0) & (mask != 1)
+    if wrong.any():
+        raise ValueError(
+            f"mask of {name} must hold only 0 and 1 (1 = kept), got {mask[wrong][0].item()}; "
+            "threshold it first, e.g. mask > 0.5."
+        )
+    return mask.to(torch.bool)
+
+
+def _unpack(name: str, packed: Tensor, shapes: Mapping[str, Any]) -> Tensor:
+    if name not in shapes:
+        raise ValueError(f"shapes has no {name}; it has {', '.join(shapes)}.")
+    count = int(np.prod(shapes[name], dtype=np.int64))
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count // 8),):
+        raise ValueError(
+            f"bits of {name} must be uint8 [{-(-count // 8)}] for shape {tuple(shapes[name])}, "
+            f"got {packed.dtype} {tuple(packed.shape)}."
+        )
+    flat = np.unpackbits(packed.cpu().numpy(), bitorder="little").astype(bool)
+    if flat[count:].any():
+        raise ValueError(f"bits of {name} has a spare bit set after entry {count}.")
+    return torch.from_numpy(flat[:count].reshape(tuple(shapes[name])))

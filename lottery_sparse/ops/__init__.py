@@ -1,0 +1,18 @@
+"""Functional ops. Each file is the contract of one op: check, schema, fake, gradient, vmap."""
+
+from lottery_sparse.ops.bits import pack_mask, unpack_mask
+from lottery_sparse.ops.checks import SignConstant
+from lottery_sparse.ops.conv2d import masked_conv2d
+from lottery_sparse.ops.linear import masked_linear
+from lottery_sparse.ops.sampling import sample_mask
+from lottery_sparse.ops.selection import keep_top
+
+__all__ = [
+    "SignConstant",
+    "keep_top",
+    "masked_conv2d",
+    "masked_linear",
+    "pack_mask",
+    "sample_mask",
+    "unpack_mask",
+]

@@ -1,0 +1,130 @@
+"""What every op asks of its tensors. A message names the argument, what came, what was wanted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.reference import pack_mask, words_per_row
+
+
+class SignConstant(NamedTuple):
+    """The source sign x constant: +constant where the sign bit is 1, else -constant.
+
+    signs: packed int32 like a packed mask, [..., N, W]. constant: [] or, per network, [E].
+    """
+
+    signs: Tensor
+    constant: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, constant: float | Tensor, rank: int | None = None) -> SignConstant:
+        """The signs of `weight` (0 counts as plus) with one constant.
+
+        rank: dimensions of one weight when `weight` is replicated; default: it is not.
+        """
+        networks = weight.dim() - (weight.dim() if rank is None else rank)
+        positive = (weight >= 0).flatten(networks + 1)
+        constant = torch.as_tensor(constant, dtype=weight.dtype, device=weight.device)
+        return cls(pack_mask(positive), constant)
+
+
+Frozen = Union[Tensor, SignConstant, None]
+
+
+def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """A source as the two tensors (frozen, signs) that the schemas take."""
+    if isinstance(frozen, SignConstant):
+        constant = frozen.constant
+        if constant.dim() == 0 and weight.dim() > rank:
+            constant = constant.expand(weight.shape[0])  # one constant for all networks
+        return constant, frozen.signs
+    if frozen is not None and not isinstance(frozen, Tensor):
+        raise TypeError(
+            f"frozen must be a tensor, a SignConstant or None (zero), got {type(frozen).__name__}."
+        )
+    return frozen, None
+
+
+def check_masked(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    rank: int,
+) -> None:
+    """Shapes, dtypes and devices of a masked product; rank 2 = linear, 4 = convolution."""
+    if weight.dim() not in (rank, rank + 1):
+        layout = "[N, K]" if rank == 2 else "[O, I, kh, kw]"
+        raise ValueError(
+            f"weight must be {layout} or have one more leading dimension for networks side by "
+            f"side, got shape {tuple(weight.shape)}."
+        )
+    networks = tuple(weight.shape[:-rank])
+    _check_bits("mask", mask, weight, rank, "True = kept")
+    if bias is not None and bias.shape != networks + (weight.shape[-rank],):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but weight {tuple(weight.shape)} "
+            f"needs {networks + (weight.shape[-rank],)}."
+        )
+    if signs is not None:
+        _check_bits("signs", signs, weight, rank, "1 = plus", packed_only=True)
+        if frozen is None or tuple(frozen.shape) != networks:
+            got = None if frozen is None else tuple(frozen.shape)
+            raise ValueError(
+                f"constant must be one number, or one per network of weight "
+                f"{tuple(weight.shape)}, got shape {got}."
+            )
+    elif frozen is not None and frozen.shape != weight.shape:
+        raise ValueError(
+            f"frozen has shape {tuple(frozen.shape)}, but weight has {tuple(weight.shape)}; "
+            "they must be equal (for sign x constant pass ops.SignConstant)."
+        )
+    if frozen is not None and frozen.requires_grad:
+        raise ValueError("frozen values are constants, got one that requires grad; detach it.")
+    for name, value in (("weight", weight), ("bias", bias), ("frozen", frozen)):
+        _check_like_x(name, value, x)
+    for name, value in (("mask", mask), ("signs", signs)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+
+
+def _check_bits(
+    name: str, bits: Tensor, weight: Tensor, rank: int, meaning: str, packed_only: bool = False
+) -> None:
+    rows = tuple(weight.shape[: weight.dim() - rank + 1])
+    packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
+    if bits.dtype == torch.int32:
+        if tuple(bits.shape) != packed:
+            raise ValueError(
+                f"packed {name} has shape {tuple(bits.shape)}, but weight "
+                f"{tuple(weight.shape)} needs {packed}; use ops.pack_mask."
+            )
+    elif bits.dtype != torch.bool or packed_only:
+        kinds = "packed int32" if packed_only else "bool or packed int32"
+        raise ValueError(
+            f"{name} must be {kinds} ({meaning}), got {bits.dtype}; "
+            "use .bool() if it holds only 0 and 1."
+        )
+    elif bits.shape != weight.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(bits.shape)}, but weight has {tuple(weight.shape)}; "
+            "they must be equal."
+        )
+
+
+def _check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
+    if value is None:
+        return
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {value.dtype}.")

@@ -1,0 +1,153 @@
+"""From scores to the next masks: exact counts, layer-wise or global."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from lottery_sparse import ops
+from lottery_sparse.criteria import CRITERIA, Criterion
+from lottery_sparse.masks import Masks
+from lottery_sparse.random import Stream, as_seed, stream_of
+
+Keep = Union[float, str, Decimal, Fraction]
+
+
+def keep_count(kept: int, keep: Keep) -> int:
+    """round-half-up(keep · kept), exact on the decimal fraction as it is written.
+
+    0.8 means 4/5, not the nearest binary number: 235,200 weights at 0.8 keep 188,160.
+
+    Raises:
+        ValueError: keep is not a number in [0, 1].
+    """
+    try:
+        fraction = keep if isinstance(keep, Fraction) else Fraction(str(keep))
+    except ValueError:
+        fraction = None
+    if fraction is None or not 0 <= fraction <= 1:
+        raise ValueError(
+            f"keep is a fraction of the weights kept so far, in [0, 1], got {keep!r}; "
+            "0.8 prunes a fifth."
+        )
+    return int(fraction * kept + Fraction(1, 2))
+
+
+def prune(
+    w_init: Mapping[str, Tensor],
+    w_final: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    criterion: str | Criterion,
+    keep: Keep | Mapping[str, Keep],
+    scope: str = "layer",
+    generator: int | torch.Generator | None = None,
+) -> Masks:
+    """The next masks: of the weights kept so far, the `keep` fraction that scores highest.
+
+    Args:
+        w_init, w_final: parameter name -> weights at the start and the end of the training;
+            further names are ignored, so a state_dict will do.
+        masks: name -> mask so far, bool, True = kept. A pruned weight never returns.
+        criterion: a name in `CRITERIA`, or a function (w_init, w_final, generator) -> scores. It
+            is called with the vectors of kept weights of one layer.
+        keep: fraction of the weights kept so far, in [0, 1], or a dict of them by name (names
+            left out keep all). Not a percentage.
+        scope: "layer" ranks each layer by itself, as the paper does; "global" ranks all weights
+            together and takes one fraction.
+        generator: int seed, or a CPU Generator from which one seed is drawn; None = 0. Seeds the
+            ties and the criterion "random"; use another one in each round.
+
+    Returns:
+        Masks with exactly round-half-up(keep · kept) kept weights per layer (or in all).
+
+    Raises:
+        ValueError: unknown criterion, scope or name, shapes that differ, keep outside [0, 1], or
+            NaN scores; the message names the layer.
+    """
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
+    score = find(criterion, CRITERIA, "criterion")
+    masks, seed = Masks(masks), as_seed(generator)
+    _check_names(w_init, w_final, masks)
+    scores = {
+        name: _scores(name, score, w_init[name], w_final[name], mask, seed)
+        for name, mask in masks.items()
+    }
+    if scope == "global":
+        if isinstance(keep, Mapping):
+            raise ValueError("keep must be one fraction for global scope, got one per name.")
+        names = list(masks)
+        chosen = ops.keep_top(
+            [scores[n] for n in names],
+            [masks[n] for n in names],
+            keep_count(masks.kept, keep),
+            seed,
+            [stream_of(n) for n in names],
+        )
+        return Masks(dict(zip(names, chosen, strict=True)))
+    keeps = _keep_by_name(keep, masks)
+    return Masks(
+        {
+            name: ops.keep_top(
+                scores[name], mask, keep_count(int(mask.sum()), keeps[name]), seed, stream_of(name)
+            )
+            for name, mask in masks.items()
+        }
+    )
+
+
+def find(choice, table: Mapping, what: str):
+    """A function as it is, a name from its table; unknown names list the known ones."""
+    if callable(choice):
+        return choice
+    if choice not in table:
+        raise ValueError(f"{what} must be one of {', '.join(table)}, or a function; got {choice!r}.")
+    return table[choice]
+
+
+def _scores(
+    name: str, score: Criterion, w_init: Tensor, w_final: Tensor, mask: Tensor, seed: int
+) -> Tensor:
+    """Scores of one layer at its own shape; pruned entries, never looked at, hold 0."""
+    live = score(w_init.detach()[mask], w_final.detach()[mask], Stream(seed, f"criterion/{name}"))
+    if live.shape != (int(mask.sum()),):
+        raise ValueError(
+            f"criterion returned shape {tuple(live.shape)} for {name}, expected one score per "
+            f"kept weight, ({int(mask.sum())},)."
+        )
+    if live.is_floating_point() and live.isnan().any():
+        raise ValueError(
+            f"scores of {name} hold NaN at {int(live.isnan().sum())} of {live.numel()} kept "
+            "weights; did the training diverge?"
+        )
+    return torch.zeros(mask.shape, dtype=live.dtype, device=mask.device).masked_scatter(mask, live)
+
+
+def _check_names(
+    w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], masks: Masks
+) -> None:
+    for argument, weights in (("w_init", w_init), ("w_final", w_final)):
+        for name, mask in masks.items():
+            if name not in weights:
+                raise ValueError(
+                    f"{argument} has no {name}, which masks has; it has {', '.join(weights)}."
+                )
+            if weights[name].shape != mask.shape:
+                raise ValueError(
+                    f"{argument}[{name!r}] has shape {tuple(weights[name].shape)}, but its mask "
+                    f"has {tuple(mask.shape)}."
+                )
+
+
+def _keep_by_name(keep: Keep | Mapping[str, Keep], masks: Masks) -> dict[str, Keep]:
+    if not isinstance(keep, Mapping):
+        return dict.fromkeys(masks, keep)
+    for name in keep:
+        if name not in masks:
+            raise ValueError(f"keep names {name}, which has no mask; masks: {', '.join(masks)}.")
+    return {name: keep.get(name, 1) for name in masks}

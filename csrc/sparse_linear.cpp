@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kTaskRows = 4 * kRowBlock;  // rows of one multiply task
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kGrainColumns = 256;
+// Up to this many tiles, listing the kept weights by column for dx costs more than it saves.
+constexpr int64_t kScatterTiles = 2;
 // A group of x tiles that sample() sweeps again for every row should stay in the second-level
 // cache.
 constexpr int64_t kSampleBytes = 512 << 10;
@@ -84,6 +87,8 @@ class SparseLinear {
     // features, [E or (shared) 1, tiles_, columns, kTileBatch].
     void multiply(const KeptLists<Index>& lists, int64_t rows, const float* tiles, int64_t columns,
                   bool shared, const float* bias, bool sum, float* out) const;
+    // dx from tiles of dy, without lists by column.
+    void scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const;
     void sample(const KeptLists<Index>& lists, const float* dy, const float* x, float* dw) const;
 
     const SparseLinearShape shape_;
@@ -134,14 +139,13 @@ KeptLists<Index> SparseLinear<Index>::list_by_column(const KeptLists<Index>& row
     };
     KeptLists<Index> lists;
     lists.starts.resize(replicates * k + 1);
-    constexpr int64_t kGrain = 256;
-    parallel_(replicates * k, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_(replicates * k, kGrainColumns, [&](int64_t begin, int64_t end) {
         for_columns(begin, end, [&](int64_t c, int64_t, int64_t) { ++lists.starts[c + 1]; });
     });
     counts_to_starts(lists.starts);
     lists.allocate();
     std::vector<int64_t> next(lists.starts.begin(), lists.starts.end() - 1);
-    parallel_(replicates * k, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_(replicates * k, kGrainColumns, [&](int64_t begin, int64_t end) {
         for_columns(begin, end, [&](int64_t c, int64_t r, int64_t i) {
             const int64_t at = next[c]++;
             lists.columns[at] = static_cast<Index>(r);
@@ -194,6 +198,33 @@ void SparseLinear<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, 
 }
 
 template <class Index>
+void SparseLinear<Index>::scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const {
+    const int64_t n = shape_.out_features, k = shape_.in_features;
+    const int64_t outputs = shape_.shared_x ? 1 : shape_.replicates;
+    const Buffer<float> sums = buffer<float>(outputs * tiles_ * k * kTileBatch);
+    // a part is a range of columns of one tile; how columns are split changes no sum
+    parallel_(outputs * tiles_ * k, kGrainColumns, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin / k; task * k < end; ++task) {
+            const int64_t t = task % tiles_, output = task / tiles_, b = t * kTileBatch;
+            const int64_t first = std::max<int64_t>(begin - task * k, 0);
+            for (int64_t e = output; e < (shape_.shared_x ? shape_.replicates : output + 1); ++e)
+                kernels_.scatter({
+                    lists.from(e * n),
+                    n,
+                    first,
+                    std::min(end - task * k, k),
+                    dy + (e * tiles_ + t) * n * kTileBatch,
+                    sums.get() + (task * k + first) * kTileBatch,
+                    dx + (output * shape_.batch + b) * k + first,
+                    k,
+                    std::min(kTileBatch, shape_.batch - b),
+                    e > output,
+                });
+        }
+    });
+}
+
+template <class Index>
 void SparseLinear<Index>::sample(const KeptLists<Index>& lists, const float* dy, const float* x,
                                  float* dw) const {
     const int64_t n = shape_.out_features, k = shape_.in_features;
@@ -234,7 +265,9 @@ template <class Index>
 void SparseLinear<Index>::backward(const SparseLinearBackward& p) const {
     const auto lists = list_by_row(p.mask, p.weight);
     const auto dy = pack(p.dy, shape_.replicates, shape_.out_features);
-    if (p.dx && shape_.in_features > 0)
+    if (p.dx && tiles_ <= kScatterTiles)
+        scatter(lists, dy.get(), p.dx);
+    else if (p.dx)
         multiply(list_by_column(lists), shape_.in_features, dy.get(), shape_.out_features,
                  /*shared=*/false, /*bias=*/nullptr, /*sum=*/shape_.shared_x, p.dx);
     if (p.dw) {

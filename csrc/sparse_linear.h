@@ -69,6 +69,22 @@ struct TileProduct {
     bool add;       // add to what out holds
 };
 
+// One tile of the transposed product, read by row: out[b][c] = sum over kept (r, c) of
+// value * tile[r][b], for columns [first, last).
+template <class Index>
+struct ScatterProduct {
+    KeptRows<Index> rows;
+    int64_t row_count;
+    int64_t first;
+    int64_t last;
+    const float* tile;  // [rows of the matrix][kTileBatch]
+    float* sums;        // scratch, [last - first][kTileBatch]
+    float* out;         // [batch][out_stride], from column `first` on
+    int64_t out_stride;
+    int64_t batch;  // 1 to kTileBatch
+    bool add;       // add to what out holds
+};
+
 // Consecutive tiles: dw[r][c] = sum over tiles and b of dy[tile][r][b] * x[tile][c][b], kept (r,
 // c).
 template <class Index>
@@ -92,6 +108,7 @@ struct SparseLinearKernels {
     void (*pack_tile)(const float* source, int64_t batch, int64_t features, float* tile);
     // Rows [begin, end); begin is a multiple of kRowBlock.
     void (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
+    void (*scatter)(const ScatterProduct<Index>& p);
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
 };
 

@@ -67,25 +67,67 @@ inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end
     }
 }
 
+// out[b][i] (+)= sums[i][b] for the first n (<= kRowBlock) rows of sums and the batch.
+inline void store_block(const float* sums, int64_t n, float* out, int64_t out_stride, int64_t batch,
+                        bool add_to_out) {
+    alignas(64) float by_batch[kTileBatch][kRowBlock];
+    for (int64_t i = 0; i < n; i += 8)
+        for (int64_t b = 0; b < kTileBatch; b += 8)
+            transpose_8x8(sums + i * kTileBatch + b, kTileBatch, &by_batch[b][i], kRowBlock);
+    for (int64_t b = 0; b < batch; ++b) {
+        float* row = out + b * out_stride;
+        if (add_to_out)
+            for (int64_t i = 0; i < n; ++i) row[i] += by_batch[b][i];
+        else
+            for (int64_t i = 0; i < n; ++i) row[i] = by_batch[b][i];
+    }
+}
+
 template <class Index>
 void multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
     alignas(64) float sums[kRowBlock][kTileBatch];
-    alignas(64) float by_batch[kTileBatch][kRowBlock];
     for (int64_t r0 = begin; r0 < end; r0 += kRowBlock) {
         const int64_t n = end - r0 < kRowBlock ? end - r0 : kRowBlock;
         for (int64_t i = 0; i < n; ++i)
             multiply_row(p.rows, p.rows.starts[r0 + i], p.rows.starts[r0 + i + 1], p.tile,
                          p.bias ? p.bias[r0 + i] : 0.0f, sums[i]);
-        for (int64_t i = 0; i < kRowBlock; i += 8)
-            for (int64_t b = 0; b < kTileBatch; b += 8)
-                transpose_8x8(&sums[i][b], kTileBatch, &by_batch[b][i], kRowBlock);
-        for (int64_t b = 0; b < p.batch; ++b) {
-            float* out = p.out + b * p.out_stride + r0;
-            if (p.add)
-                for (int64_t i = 0; i < n; ++i) out[i] += by_batch[b][i];
-            else
-                for (int64_t i = 0; i < n; ++i) out[i] = by_batch[b][i];
+        store_block(sums[0], n, p.out + r0, p.out_stride, p.batch, p.add);
+    }
+}
+
+// First of [begin, end) whose column is not below `column`.
+template <class Index>
+inline int64_t lower_bound(const Index* columns, int64_t begin, int64_t end, int64_t column) {
+    while (begin < end) {
+        const int64_t middle = begin + (end - begin) / 2;
+        if (static_cast<int64_t>(columns[middle]) < column)
+            begin = middle + 1;
+        else
+            end = middle;
+    }
+    return begin;
+}
+
+template <class Index>
+void scatter(const ScatterProduct<Index>& p) {
+    std::memset(p.sums, 0, (p.last - p.first) * kTileBatch * sizeof(float));
+    float* sums = p.sums - p.first * kTileBatch;
+    for (int64_t r = 0; r < p.row_count; ++r) {
+        int64_t i = p.rows.starts[r];
+        const int64_t end = p.rows.starts[r + 1];
+        if (p.first > 0) i = lower_bound(p.rows.columns, i, end, p.first);
+        Vec x[kTileVecs];
+        for (int v = 0; v < kTileVecs; ++v) x[v] = load(p.tile + r * kTileBatch + v * kWidth);
+        for (; i < end && static_cast<int64_t>(p.rows.columns[i]) < p.last; ++i) {
+            float* sum = sums + static_cast<int64_t>(p.rows.columns[i]) * kTileBatch;
+            const Vec value = broadcast(p.rows.values[i]);
+            for (int v = 0; v < kTileVecs; ++v)
+                store(sum + v * kWidth, fma(value, x[v], load(sum + v * kWidth)));
         }
+    }
+    for (int64_t c = p.first; c < p.last; c += kRowBlock) {
+        const int64_t n = p.last - c < kRowBlock ? p.last - c : kRowBlock;
+        store_block(sums + c * kTileBatch, n, p.out + (c - p.first), p.out_stride, p.batch, p.add);
     }
 }
 
@@ -122,8 +164,8 @@ void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
 }  // namespace
 
 const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows, pack_tile, multiply,
-                                                                    sample};
+                                                                    scatter, sample};
 const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows, pack_tile, multiply,
-                                                                    sample};
+                                                                    scatter, sample};
 
 }  // namespace lottery_sparse

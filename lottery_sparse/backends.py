@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -117,7 +117,7 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
             _say_not_built(name)
             continue
         module = load(name)
-        if name == "reference" or module.refuses(op, *args) is None and module.wins(op, *args):
+        if name == "reference" or (module.refuses(op, *args) is None and module.wins(op, *args)):
             return getattr(module, op)
     return getattr(load("reference"), op)
 
@@ -144,12 +144,12 @@ def _check_name(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _found(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_not_built(name: str) -> None:
     # said once, when the first op would have used it; `doctor` repeats it
     _LOG.warning(

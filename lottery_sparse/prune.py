@@ -106,7 +106,9 @@ def find(choice, table: Mapping, what: str):
     if callable(choice):
         return choice
     if choice not in table:
-        raise ValueError(f"{what} must be one of {', '.join(table)}, or a function; got {choice!r}.")
+        raise ValueError(
+            f"{what} must be one of {', '.join(table)}, or a function; got {choice!r}."
+        )
     return table[choice]
 
 
@@ -128,9 +130,7 @@ def _scores(
     return torch.zeros(mask.shape, dtype=live.dtype, device=mask.device).masked_scatter(mask, live)
 
 
-def _check_names(
-    w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], masks: Masks
-) -> None:
+def _check_names(w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], masks: Masks) -> None:
     for argument, weights in (("w_init", w_init), ("w_final", w_final)):
         for name, mask in masks.items():
             if name not in weights:

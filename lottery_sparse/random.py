@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from statistics import NormalDist
 from typing import Union
 
@@ -79,9 +79,7 @@ def uniform(shape: Shape, seed: int, stream: int = 0, step: int = 0) -> Tensor:
     return _draw("random_uniform", shape, seed, stream, step)
 
 
-def normal(
-    shape: Shape, std: float = 1.0, *, seed: int, stream: int = 0, step: int = 0
-) -> Tensor:
+def normal(shape: Shape, std: float = 1.0, *, seed: int, stream: int = 0, step: int = 0) -> Tensor:
     """float32 tensor of N(0, std²), rounded as the module docstring says."""
     return _draw("random_normal", shape, seed, stream, step, _normal_table()) * std
 
@@ -191,12 +189,12 @@ TABLE_SIZE = 2**15
 TABLE_SCALE = 2**20
 
 
-@lru_cache(maxsize=None)
+@cache
 def _normal_table() -> Tensor:
     return _quantile_table(0.5, 1.0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _truncated_normal_table() -> Tensor:
     return _quantile_table(NormalDist().cdf(2.0) - 0.5, TRUNCATED_STD)
 

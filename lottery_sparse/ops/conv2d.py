@@ -66,9 +66,7 @@ def masked_conv2d(
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     x, padding = _resolve_padding(x, padding, stride, dilation, list(weight.shape[-2:]))
     batched = x.unsqueeze(0) if x.dim() == 3 else x
-    y = _forward(
-        batched, weight, mask, bias, constant, signs, stride, padding, dilation, groups
-    )
+    y = _forward(batched, weight, mask, bias, constant, signs, stride, padding, dilation, groups)
     return y.squeeze(0) if x.dim() == 3 else y
 
 

@@ -1,0 +1,37 @@
+"""Lottery tickets and supermasks in PyTorch: masks that hold, from the science to the kernel."""
+
+from lottery_sparse import ops, random
+from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS
+from lottery_sparse.backends import use_backend
+from lottery_sparse.convert import dense_state_dict, densify_, masks_of, set_masks_, sparsify_
+from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
+from lottery_sparse.frozen import Constant, Seeded
+from lottery_sparse.masks import Masks
+from lottery_sparse.modules import MaskedConv2d, MaskedLinear
+from lottery_sparse.prune import prune
+from lottery_sparse.ticket import Ticket, find_ticket
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRITERIA",
+    "MASK0_ACTIONS",
+    "MASK1_ACTIONS",
+    "SIGN_MASKS",
+    "Constant",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "Masks",
+    "Seeded",
+    "Ticket",
+    "dense_state_dict",
+    "densify_",
+    "find_ticket",
+    "masks_of",
+    "ops",
+    "prune",
+    "random",
+    "set_masks_",
+    "sparsify_",
+    "use_backend",
+]

@@ -1,0 +1,223 @@
+"""Whole models: dense to masked and back, masks out and in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lottery_sparse.frozen import Held, Source, hold
+from lottery_sparse.masks import Masks
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+
+MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+}
+
+
+def sparsify_(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> nn.Module:
+    """Turn the nn.Linear and nn.Conv2d layers of a model into masked ones, in place.
+
+    Modules keep their identity, Parameters (so an optimizer built before stays valid), device,
+    dtype, hooks and training flag; every weight is kept until `set_masks_`. Biases and
+    normalisation layers are never masked.
+
+    A layer whose weight is read without its forward being called would leak raw weights, so it is
+    skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
+    layers of nn.TransformerEncoderLayer (its fast path), layers whose weight another kind of
+    module shares, parametrized or `torch.nn.utils.prune`d layers, and other subclasses.
+
+    Args:
+        model: any module; a single nn.Linear or nn.Conv2d too.
+        filter_fn: (module, name) -> whether to mask that layer; None = all of them. A layer that
+            it leaves out is not warned about.
+
+    Returns:
+        `model`.
+    """
+    owners = _owners(model)
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(MASKED_TYPES))
+        and not isinstance(module, Masked)
+        and (filter_fn is None or filter_fn(module, name))
+    }
+    skipped = {name: why for name, m in candidates.items() if (why := _refusal(model, name, m))}
+    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
+    for name, module in candidates.items():
+        if name in skipped:
+            continue
+        others = [
+            f"{owner_name} ({type(owner).__name__})"
+            for owner_name, owner in owners.get(id(module._parameters["weight"]), [])
+            if id(owner) not in swapped and not isinstance(owner, Masked)
+        ]
+        if others:
+            skipped[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
+    for name, why in skipped.items():
+        warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=2)
+    for name, module in candidates.items():
+        if name not in skipped:
+            _become(module, MASKED_TYPES[type(module)])
+            cast(Masked, module)._add_mask()
+    _match_tied_masks(model)
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Turn masked layers back into nn.Linear and nn.Conv2d that hold the effective weights.
+
+    In place; Parameters keep their identity. The masks are gone: further training refills pruned
+    weights. Returns `model`.
+    """
+    layers = [module for _, module in _masked_modules(model)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(layer.effective_weight)
+    for layer in layers:
+        _become(layer, layer.dense_type)
+        for name in ("weight_mask", "weight_frozen", "weight_signs"):
+            del layer._buffers[name]
+            layer._non_persistent_buffers_set.discard(name)
+        del layer._frozen_descriptor
+    return model
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A state_dict that the dense model loads strictly: effective weights, no masks."""
+    state = model.state_dict()
+    for prefix, _ in _masked_modules(model):
+        for name in ("weight_mask", "weight_frozen"):
+            state.pop(prefix + name, None)
+    return state
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """A copy of the model's masks by parameter name ("0.weight"); tied weights come once."""
+    return Masks({name: layers[0].weight_mask.clone() for name, layers in _by_parameter(model)})
+
+
+def set_masks_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    frozen: Source | Mapping[str, Source] = "zero",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Set masks, and what pruned weights hold, by parameter name; in place.
+
+    Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
+    out keep what they have. Nothing is changed if anything is wrong.
+
+    Args:
+        model: a model with masked layers, see `sparsify_`.
+        masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept.
+        frozen: what pruned weights hold: "zero", a tensor, `ls.Constant(c)` (sign x constant, the
+            signs those of the current weight) or `ls.Seeded(law, seed)`; or a dict of them by
+            name (names left out: zero).
+        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError, TypeError: an unknown name, a wrong shape, or a mask with other values.
+
+    Warns:
+        UserWarning: a layer keeps no weight at all.
+    """
+    parameters = dict(_by_parameter(model))
+    checked = Masks(masks)
+    sources = frozen if isinstance(frozen, Mapping) else dict.fromkeys(checked, frozen)
+    for argument, names in (("masks", checked), ("frozen", sources)):
+        for name in names:
+            if name not in (parameters if argument == "masks" else checked):
+                known = ", ".join(parameters) or "none; call ls.sparsify_ first"
+                raise ValueError(f"{argument} names {name}, but masked parameters are: {known}.")
+    held: dict[str, Held] = {}
+    for name, mask in checked.items():
+        layer = parameters[name][0]
+        if mask.shape != layer.weight.shape:
+            raise ValueError(
+                f"mask of {name} has shape {tuple(mask.shape)}, but the weight has "
+                f"{tuple(layer.weight.shape)}; they must be equal."
+            )
+        held[name] = hold(name, sources.get(name), layer.effective_weight.detach())
+    for name, mask in checked.items():
+        if not mask.any():
+            warnings.warn(f"{name} keeps no weight at all: a layer collapse.", stacklevel=2)
+        for layer in parameters[name]:
+            with torch.no_grad():
+                layer.weight_mask.copy_(mask)
+            layer._hold(held[name])
+        if optimizer is not None:
+            _forget_pruned(optimizer, parameters[name][0])
+    return model
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class in place: identity, Parameters, hooks and flags all stay."""
+    module.__class__ = kind
+
+
+def _forget_pruned(optimizer: torch.optim.Optimizer, layer: Masked) -> None:
+    state: dict[str, Any] = optimizer.state.get(layer.weight, {})
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+            value.masked_fill_(~layer.weight_mask, 0)
+
+
+def _masked_modules(model: nn.Module) -> Iterator[tuple[str, Masked]]:
+    """(prefix ending in a dot, layer) of every masked layer, each module once."""
+    for name, module in model.named_modules():
+        if isinstance(module, Masked):
+            yield f"{name}." if name else "", module
+
+
+def _by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
+    """(name of the weight, the layers that share it), the name as named_parameters gives it."""
+    found: dict[int, tuple[str, list[Masked]]] = {}
+    for prefix, layer in _masked_modules(model):
+        found.setdefault(id(layer.weight), (f"{prefix}weight", []))[1].append(layer)
+    return list(found.values())
+
+
+def _match_tied_masks(model: nn.Module) -> None:
+    """Layers that share a weight share its mask's values: the one masked first is right."""
+    for _, (first, *others) in _by_parameter(model):
+        for layer in others:
+            layer.weight_mask.copy_(first.weight_mask)
+            layer._hold(first._held())
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id of a parameter -> (name, module) of all that hold it."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why this layer cannot be masked, or None."""
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "the fast path of nn.TransformerEncoderLayer reads its weight without calling it"
+    if type(module) not in MASKED_TYPES:
+        return f"{type(module).__name__} is a subclass with behaviour of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed (weight_norm, torch.nn.utils.prune); remove that first"
+    if isinstance(weight, UninitializedParameter):
+        return "its weight has no shape yet; run one forward first"
+    return None

@@ -1,0 +1,139 @@
+"""What pruned weights hold: zero, a tensor, sign x constant, or values drawn from a seed.
+
+A layer keeps a source as tensors the op understands, and a descriptor that its state_dict stores
+instead of them where the values can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.ops import SignConstant
+from lottery_sparse.random import LAWS, as_seed, stream_of
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Frozen source sign x constant: each pruned weight keeps its sign at one magnitude.
+
+    Signs are those of the layer's weight when the mask is set (0 counts as plus).
+
+    Args:
+        constant: the magnitude; None = population standard deviation of the layer's weight.
+    """
+
+    constant: float | None = None
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """Frozen source drawn from a seed: stored as the seed, the same on every machine.
+
+    Args:
+        law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
+        seed: 64-bit seed.
+        std: standard deviation; None = population standard deviation of the layer's weight.
+        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`.
+    """
+
+    law: str
+    seed: int
+    std: float | None = None
+    stream: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.law not in LAWS:
+            raise ValueError(f"law must be one of {', '.join(LAWS)}, got {self.law!r}.")
+        as_seed(self.seed)
+
+
+Source = Union[str, Tensor, Constant, Seeded, None]
+
+
+class Held(NamedTuple):
+    """A source made ready for one weight."""
+
+    frozen: Tensor | None = None  # None = zero; like the weight; [] = the constant of `signs`
+    signs: Tensor | None = None  # packed int32
+    descriptor: Constant | Seeded | None = None  # None: the state_dict stores `frozen` itself
+
+    def for_op(self) -> Tensor | SignConstant | None:
+        if self.signs is not None and self.frozen is not None:
+            return SignConstant(self.signs, self.frozen)
+        return self.frozen
+
+
+def hold(name: str, source: Source, weight: Tensor) -> Held:
+    """Make `source` ready for the parameter `name`, whose value is `weight`.
+
+    Raises:
+        ValueError, TypeError: the source is unknown or does not fit; the message names `name`.
+    """
+    if source is None or (isinstance(source, str) and source == "zero"):
+        return Held()
+    if isinstance(source, Tensor):
+        if source.shape != weight.shape or not source.is_floating_point():
+            raise ValueError(
+                f"frozen values of {name} must be a floating tensor of shape "
+                f"{tuple(weight.shape)}, got {source.dtype} {tuple(source.shape)}."
+            )
+        return Held(source.detach().to(weight.device, weight.dtype, copy=True))
+    if isinstance(source, Constant):
+        constant = _std(weight) if source.constant is None else float(source.constant)
+        signs, value = SignConstant.of(weight.detach(), constant)
+        return Held(value, signs, Constant(constant))
+    if isinstance(source, Seeded):
+        return _hold_seeded(
+            Seeded(
+                source.law,
+                source.seed,
+                _std(weight) if source.std is None else float(source.std),
+                stream_of(name) if source.stream is None else source.stream,
+            ),
+            weight,
+        )
+    raise TypeError(
+        f'frozen source of {name} must be "zero", a tensor, ls.Constant or ls.Seeded, '
+        f"got {source!r}."
+    )
+
+
+def _hold_seeded(source: Seeded, weight: Tensor) -> Held:
+    values = LAWS[source.law](weight.shape, source.std, seed=source.seed, stream=source.stream)
+    return Held(values.to(weight.device, weight.dtype), None, source)
+
+
+def _std(weight: Tensor) -> float:
+    return float(weight.detach().double().std(correction=0))
+
+
+# ---- as a state_dict entry: a tensor, or a 1-D uint8 tensor of JSON -------------------------
+
+
+def encode(held: Held) -> Tensor | None:
+    """The state_dict entry `weight_frozen`; None = zero, no entry."""
+    if held.descriptor is None:
+        return held.frozen
+    kind = "sign_constant" if isinstance(held.descriptor, Constant) else "seeded"
+    text = json.dumps({"source": kind, **asdict(held.descriptor)}, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def decode(name: str, entry: Tensor | None, weight: Tensor) -> Held:
+    """The inverse of `encode`; `weight` is the effective weight, whose signs a constant takes."""
+    if entry is None or entry.dtype != torch.uint8:
+        return hold(name, entry, weight)
+    try:
+        fields: dict[str, Any] = json.loads(bytes(entry.tolist()).decode())
+        kind = {"sign_constant": Constant, "seeded": Seeded}[fields.pop("source")]
+        source = kind(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"frozen source of {name} is a descriptor this version cannot read: {error}."
+        ) from error
+    return hold(name, source, weight)

@@ -1,0 +1,178 @@
+"""MaskedLinear and MaskedConv2d: drop-ins for nn.Linear and nn.Conv2d with a mask that holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lottery_sparse import ops, reference
+from lottery_sparse.frozen import Held, decode, encode
+from lottery_sparse.masks import as_mask
+
+
+class Masked(nn.Module):
+    """What masked layers share: the mask, the frozen values, and a state_dict that stays dense.
+
+    `weight` is the raw Parameter, as the dense layer's; what a pruned entry of it holds is dead.
+    `effective_weight` is what the op uses: where(mask, weight, frozen). The buffers:
+
+        weight_mask    bool, the weight's shape, True = kept
+        weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
+        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
+
+    state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
+    a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
+    missing `weight_mask` means all kept, so dense checkpoints load strictly.
+    """
+
+    dense_type: type[nn.Module]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_mask: Tensor
+    weight_frozen: Tensor | None
+    weight_signs: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_mask()
+
+    def _add_mask(self) -> None:
+        # not persistent: saved and loaded by hand below
+        mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
+        self.register_buffer("weight_mask", mask, persistent=False)
+        self._hold(Held())
+
+    def _hold(self, held: Held) -> None:
+        self.register_buffer("weight_frozen", held.frozen, persistent=False)
+        self.register_buffer("weight_signs", held.signs, persistent=False)
+        self._frozen_descriptor = held.descriptor
+
+    def _held(self) -> Held:
+        return Held(self.weight_frozen, self.weight_signs, self._frozen_descriptor)
+
+    def _frozen_source(self) -> Tensor | ops.SignConstant | None:
+        return self._held().for_op()
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """where(mask, weight, frozen), what the layer computes with; differentiable."""
+        return reference.effective_weight(
+            self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.weight.dim()
+        )
+
+    @property
+    def density(self) -> float:
+        """Kept share of the weight, in [0, 1]."""
+        return float(self.weight_mask.double().mean()) if self.weight.numel() else 1.0
+
+    def extra_repr(self) -> str:
+        density = "?" if self.weight_mask.is_meta else f"{self.density:.4g}"
+        return f"{super().extra_repr()}, density={density}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_mask.is_meta or not bool(self.weight_mask.all()):
+            weight = self.effective_weight
+            destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+        destination[prefix + "weight_mask"] = self.weight_mask
+        entry = encode(self._held())
+        if entry is not None:
+            destination[prefix + "weight_frozen"] = entry
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        weight, mask, frozen = (state_dict.get(name) for name in names)
+        try:  # check all of it before anything is written
+            if weight is not None:
+                if weight.shape != self.weight.shape:
+                    raise ValueError(
+                        f"size mismatch for {names[0]}: the checkpoint has {tuple(weight.shape)}, "
+                        f"the model {tuple(self.weight.shape)}."
+                    )
+                if mask is None:
+                    mask = torch.ones_like(weight, dtype=torch.bool)
+                mask = as_mask(names[0], mask)
+                if mask.shape != self.weight.shape:
+                    raise ValueError(
+                        f"mask of {names[0]} has shape {tuple(mask.shape)}, "
+                        f"the model needs {tuple(self.weight.shape)}."
+                    )
+                held = decode(names[0], frozen, weight)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in names[1:]:
+            if name in unexpected_keys:
+                unexpected_keys.remove(name)
+        if weight is None:
+            return
+        like = self.weight  # its device and dtype after the load, also with assign=True
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.weight_mask = mask
+        else:
+            self.weight_mask.copy_(mask)
+        self._hold(
+            Held(
+                None if held.frozen is None else held.frozen.to(like.device, like.dtype),
+                None if held.signs is None else held.signs.to(like.device),
+                held.descriptor,
+            )
+        )
+
+
+class MaskedLinear(Masked, nn.Linear):
+    """nn.Linear on kept weights and frozen values: y = x where(m, w, f)ᵀ + b.
+
+    Constructor, shapes and attributes are nn.Linear's. A new layer keeps every weight; set its
+    mask with `ls.set_masks_`. Gradients at pruned entries are exactly zero, and no optimizer,
+    decay or load can move the effective weight there. See `Masked` for buffers and state_dict.
+    """
+
+    dense_type = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.masked_linear(
+            input, self.weight, self.weight_mask, self.bias, self._frozen_source()
+        )
+
+
+class MaskedConv2d(Masked, nn.Conv2d):
+    """nn.Conv2d on kept weights and frozen values.
+
+    Constructor, shapes and attributes are nn.Conv2d's, with every stride, padding, padding_mode,
+    dilation and groups. See `MaskedLinear`.
+    """
+
+    dense_type = nn.Conv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return ops.masked_conv2d(
+            input,
+            self.weight,
+            self.weight_mask,
+            self.bias,
+            self._frozen_source(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )

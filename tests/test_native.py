@@ -1,0 +1,438 @@
+"""The compiled CPU kernels against plain oracles: NumPy sorting, float64 products, known answers.
+
+The whole file runs again for every CPU variant (LS_CPU) in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lottery_sparse import reference
+
+if importlib.util.find_spec("lottery_sparse._C") is None:
+    pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
+
+from lottery_sparse import native
+
+_host = pytest.importorskip(
+    "lottery_sparse._host", reason="_host is not built", exc_type=ImportError
+)
+
+ops = torch.ops.lottery_sparse_native
+CHUNK = 1 << 18  # kKeepTopChunk: selection splits tensors at multiples of it
+VARIANT = _host.cpu_variant()
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+# ---- Philox --------------------------------------------------------------------------------
+
+# Random123, kat_vectors: philox 4x32 10 rounds. counter, key, answer.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, answer):
+    block, stream, step = counter[0] | counter[1] << 32, counter[2], counter[3]
+    assert _host.philox(key[0] | key[1] << 32, stream, step, block) == answer
+
+
+def words_of(count: int, seed: int, stream: int, step: int) -> np.ndarray:
+    """Element i from the block that holds it, one at a time."""
+    seed %= 2**64
+    blocks = [_host.philox(seed, stream, step, b) for b in range(-(-count // 4))]
+    return np.array(blocks, dtype=np.uint32).reshape(-1)[:count]
+
+
+KEYS = [(0, 0, 0), (-1, 2**32 - 1, 2**32 - 1), (2**63 - 1, 7, 11), (-(2**63), 1, 0)]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5, 63, 64, 257])
+def test_laws_by_their_definition(key, count):
+    words = words_of(count, *key)
+    assert (native.random_words(count, *key).numpy().view(np.uint32) == words).all()
+    uniform = (words >> 8).astype(np.float64) * 2.0**-24
+    assert (native.random_uniform(count, *key).numpy() == uniform).all()
+
+    bits = words_of(-(-count // 32), *key)
+    signs = [1.0 if bits[i // 32] >> (i % 32) & 1 else -1.0 for i in range(count)]
+    assert native.random_signs(count, *key).tolist() == signs
+
+    table = torch.arange(2**15, dtype=torch.int32) * 3 + 1
+    halves = words_of(-(-count // 2), *key).view(np.uint16)[:count].astype(np.int64)
+    value = ((halves & 0x7FFF) * 3 + 1) * 2.0**-20
+    normal = np.where(halves & 0x8000, -value, value).astype(np.float32)
+    assert (native.random_normal(count, *key, table).numpy() == normal).all()
+
+
+@pytest.mark.parametrize("law", ["random_words", "random_signs", "random_uniform"])
+def test_long_draws_match_the_reference(law, threads):
+    args = (3 * 2**13 + 17, 1234567, 5, 6)  # several parts and a ragged end
+    assert torch.equal(getattr(native, law)(*args), getattr(reference, law)(*args))
+
+
+def test_a_draw_is_a_prefix_of_a_longer_one(threads):
+    assert torch.equal(native.random_words(50, 1, 2, 3), native.random_words(20000, 1, 2, 3)[:50])
+
+
+# ---- keep_top ------------------------------------------------------------------------------
+
+
+def keep_top_by_sorting(scores, masks, count, seed, streams):
+    """(score descending, word descending, position ascending), by NumPy's lexsort."""
+    value = np.concatenate([s.numpy().ravel().astype(np.float64) for s in scores]) + 0.0
+    word = np.concatenate(
+        [
+            reference.random_words(s.numel(), seed, stream, 0).numpy().view(np.uint32)
+            for s, stream in zip(scores, streams, strict=True)
+        ]
+    ).astype(np.int64)
+    kept = np.concatenate([m.numpy().ravel() for m in masks])
+    order = np.lexsort((np.arange(value.size), -word, -np.where(kept, value, -np.inf)))
+    chosen = np.zeros(value.size, dtype=bool)
+    chosen[order[kept[order]][:count]] = True
+    parts = np.split(chosen, np.cumsum([s.numel() for s in scores])[:-1])
+    return [torch.from_numpy(p).view(s.shape) for p, s in zip(parts, scores, strict=True)]
+
+
+SCORES = {
+    "normal": lambda g, n: g.normal(size=n),
+    "all equal": lambda g, n: np.zeros(n),
+    "both zeros": lambda g, n: np.copysign(0.0, g.normal(size=n)),
+    "two values": lambda g, n: g.integers(0, 2, size=n) * 2.0 - 1.0,
+    "coarse": lambda g, n: np.round(g.normal(size=n), 1),
+    "extremes": lambda g, n: g.choice([np.inf, -np.inf, 3e38, -3e38, 1e-45, -1e-45, 0.0], size=n),
+    "sorted": lambda g, n: np.sort(g.normal(size=n)),
+    "one far tensor": lambda g, n: g.normal(size=n) * 1e-6 + g.integers(0, 2) * 100,
+}
+SIZES = [(1,), (64,), (1, 63, 65), (4096, 1, 100), (20000, 5000)]
+
+
+def check_selection(kind, sizes, density, fractions, seed):
+    g = rng(seed, len(sizes), sum(sizes))
+    scores = [torch.from_numpy(SCORES[kind](g, n).astype(np.float32)) for n in sizes]
+    masks = [torch.from_numpy(g.random(n) < density) for n in sizes]
+    streams = [int(s) for s in g.integers(0, 2**32, size=len(sizes))]
+    kept = sum(int(m.sum()) for m in masks)
+    for fraction in fractions:
+        args = (scores, masks, round(fraction * kept), seed, streams)
+        got, expected = native.keep_top(*args), keep_top_by_sorting(*args)
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert torch.equal(a, b), f"{kind}, tensor {i}, keep {args[2]} of {kept}"
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", SCORES)
+def test_keep_top_matches_sorting(kind, sizes, density):
+    check_selection(kind, sizes, density, [0.0, 0.01, 0.5, 0.8, 1.0], seed=3)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_keep_top_over_several_chunks(kind, threads):
+    check_selection(kind, (2 * CHUNK + 77, 1000, CHUNK), 0.7, [0.2, 0.5], seed=5)
+
+
+def test_keep_top_with_few_kept_entries():
+    # too few for the sample to bracket anything
+    check_selection("normal", (CHUNK,), 0.001, [0.3], seed=7)
+    check_selection("coarse", (CHUNK,), 0.001, [0.3], seed=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int16])
+def test_keep_top_of_other_dtypes(dtype):
+    scores = torch.from_numpy(rng(1).normal(size=500) * 50).to(dtype)
+    mask = torch.ones(500, dtype=torch.bool)
+    expected = reference.keep_top([scores], [mask], 100, 9, [4])
+    assert native.refuses("keep_top", [scores], [mask], 100, 9, [4]) is None
+    assert torch.equal(native.keep_top([scores], [mask], 100, 9, [4])[0], expected[0])
+
+
+def test_keep_top_refuses_what_float32_cannot_hold():
+    scores = torch.zeros(3, dtype=torch.float64)
+    why = native.refuses("keep_top", [scores], [torch.ones(3, dtype=torch.bool)], 1, 0, [0])
+    assert why is not None
+    assert "float64" in why
+
+
+def test_keep_top_names_the_tensor_with_nan():
+    scores = [torch.zeros(4), torch.tensor([1.0, float("nan"), -float("nan")])]
+    masks = [torch.ones(4, dtype=torch.bool), torch.tensor([True, True, True])]
+    with pytest.raises(ValueError, match=r"scores\[1\] holds NaN at 2 kept entries"):
+        native.keep_top(scores, masks, 2, 0, [0, 0])
+    masks[1][1:] = False  # what is pruned already may hold anything
+    assert sum(int(m.sum()) for m in native.keep_top(scores, masks, 2, 0, [0, 0])) == 2
+
+
+def test_keep_top_of_more_than_there_are():
+    with pytest.raises(RuntimeError, match="count is 5, but only 2 entries"):
+        native.keep_top([torch.zeros(3)], [torch.tensor([True, True, False])], 5, 0, [0])
+
+
+# ---- masks as bits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [0, 1, 31, 32, 33, 64, 127, 128, 129, 784])
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (5,), (2, 65)], ids=str)
+def test_pack_mask_matches_the_reference(rows, columns, threads):
+    mask = torch.from_numpy(rng(columns).random(rows + (columns,)) < 0.5)
+    bits = native.pack_mask(mask)
+    assert torch.equal(bits, reference.pack_mask(mask))
+    assert torch.equal(native.unpack_mask(bits, columns), mask)
+    assert native.count_kept(mask) == int(mask.sum())
+
+
+def test_any_nonzero_byte_is_kept():
+    mask = torch.arange(256, dtype=torch.uint8).view(torch.bool)
+    expected = torch.arange(256) > 0
+    assert native.count_kept(mask) == 255
+    assert torch.equal(native.unpack_mask(native.pack_mask(mask), 256), expected)
+
+
+def test_unpack_mask_checks_the_number_of_words():
+    with pytest.raises(RuntimeError, match="129 columns take 8 words"):
+        native.unpack_mask(torch.zeros(2, 4, dtype=torch.int32), 129)
+
+
+# ---- masked_linear -----------------------------------------------------------------------------
+
+# (N, K): one row, one column, less than a vector, odd, the paper's
+LINEAR_SHAPES = [(1, 1), (1, 130), (40, 1), (7, 9), (33, 65), (10, 100), (300, 784)]
+BATCHES = [0, 1, 2, 7, 31, 32, 33, 60, 64, 65, 70]
+DENSITIES = [0.0, 0.02, 0.5, 1.0]
+# of sums in float32, relative to the sum of absolute products
+TOLERANCE = 1e-6
+
+
+def problem(n, k, batch, density, networks=None, shared=False, seed=0):
+    """x, weight (NaN at pruned entries), mask, bias, dy."""
+    g = rng(n, k, batch, int(density * 100), networks or 0, seed)
+    lead = () if networks is None else (networks,)
+
+    def normal(*shape):
+        return torch.from_numpy(g.normal(size=shape).astype(np.float32))
+
+    mask = torch.from_numpy(g.random(lead + (n, k)) < density)
+    weight = normal(*lead, n, k).where(mask, float("nan"))
+    x = normal(batch, k) if shared else normal(*lead, batch, k)
+    return x, weight, mask, normal(*lead, n), normal(*lead, batch, n)
+
+
+def exact(x, weight, mask, bias, dy):
+    """[(y, scale), (dx, scale), (dw, scale)] in float64; scale = sum of absolute products."""
+    x, bias, dy = x.double(), bias.double().unsqueeze(-2), dy.double()
+    w = weight.double().where(mask, 0.0)
+
+    def products(x, w, bias, dy):
+        dx, dw = dy @ w, (dy.mT @ x) * mask
+        return x @ w.mT + bias, dx if dx.dim() == x.dim() else dx.sum(0), dw
+
+    values = products(x, w, bias, dy)
+    scales = products(x.abs(), w.abs(), bias.abs(), dy.abs())
+    return list(zip(values, scales, strict=True))
+
+
+def run_native(x, weight, mask, bias, dy):
+    y = native.masked_linear(x, weight, mask, bias, None, None)
+    backward = (dy, x, weight, mask, None, None, True, True)
+    return (y, *native.masked_linear_backward(*backward))
+
+
+def check_linear(*args):
+    for got, (expected, scale) in zip(run_native(*args), exact(*args), strict=True):
+        assert got.shape == expected.shape
+        assert ((got - expected).abs() <= TOLERANCE * scale).all()
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_masked_linear_matches_float64(shape, density):
+    for batch in BATCHES:
+        check_linear(*problem(*shape, batch, density))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own x", "shared x"])
+@pytest.mark.parametrize("networks", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (20, 300)], ids=str)
+def test_networks_side_by_side_match_float64(shape, networks, shared):
+    for batch in (0, 1, 60, 70):
+        check_linear(*problem(*shape, batch, 0.1, networks, shared))
+
+
+@pytest.mark.parametrize("shape", [(3, 2**16 + 5), (2**16 + 5, 3)], ids=str)
+def test_more_columns_than_16_bits_hold(shape):
+    check_linear(*problem(*shape, 5, 0.3))
+    check_linear(*problem(*shape, 70, 0.3))
+
+
+def test_empty_and_full_rows_and_columns():
+    x, weight, mask, bias, dy = problem(33, 65, 70, 0.3)
+    mask[3], mask[:, 5], mask[7], mask[:, 64] = False, False, True, True
+    weight = torch.ones_like(weight).where(mask, float("nan"))
+    check_linear(x, weight, mask, bias, dy)
+
+
+def test_pruned_entries_reach_nothing_and_get_exact_zero():
+    x, weight, mask, bias, dy = problem(33, 65, 60, 0.3)
+    assert weight.isnan().any()
+    y, dx, dw = run_native(x, weight, mask, bias, dy)
+    assert not y.isnan().any()
+    assert not dx.isnan().any()
+    assert (dw[~mask] == 0).all()
+
+
+def test_only_what_is_needed_is_computed():
+    x, weight, mask, bias, dy = problem(33, 65, 60, 0.3)
+    _, dx, dw = run_native(x, weight, mask, bias, dy)
+    only_dx = ops.masked_linear_backward(dy, x, weight, mask, True, False)
+    only_dw = ops.masked_linear_backward(dy, x, weight, mask, False, True)
+    assert torch.equal(only_dx[0], dx)
+    assert torch.equal(only_dw[1], dw)
+    assert only_dx[1].shape == only_dw[0].shape == (0,)
+
+
+@pytest.mark.parametrize("batch", [1, 60, 200])
+@pytest.mark.parametrize("shared", [False, True], ids=["own x", "shared x"])
+def test_same_bits_for_any_thread_count(batch, shared):
+    args = problem(130, 700, batch, 0.2, networks=3, shared=shared)
+    expected = run_native(*args)
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run_native(*args), expected, strict=True))
+
+
+@pytest.mark.parametrize("batch", [60, 200])
+def test_same_bits_alone_or_among_others(batch):
+    x, weight, mask, bias, dy = problem(130, 300, batch, 0.2, networks=4)
+    together = run_native(x, weight, mask, bias, dy)
+    for e in range(4):
+        alone = run_native(x[e], weight[e], mask[e], bias[e], dy[e])
+        assert all(torch.equal(a, b[e]) for a, b in zip(alone, together, strict=True))
+
+
+def test_dx_of_a_shared_x_is_the_sum_in_order():
+    x, weight, mask, bias, dy = problem(33, 65, 60, 0.3, networks=3, shared=True)
+    _, dx, _ = run_native(x, weight, mask, bias, dy)
+    parts = [run_native(x, weight[e], mask[e], bias[e], dy[e])[1] for e in range(3)]
+    assert torch.equal(dx, parts[0] + parts[1] + parts[2])
+
+
+def test_strided_inputs_and_packed_masks():
+    args = problem(33, 65, 60, 0.3)
+    expected = run_native(*args)
+    strided = [a.repeat_interleave(2, -1)[..., ::2] for a in args]
+    assert not strided[0].is_contiguous()
+    packed = [args[0], args[1], native.pack_mask(args[2]), *args[3:]]
+    for variation in (strided, packed):
+        assert all(torch.equal(a, b) for a, b in zip(run_native(*variation), expected, strict=True))
+
+
+def test_it_says_why_it_refuses():
+    x, weight, mask, bias, _ = problem(3, 4, 2, 0.5)
+    assert native.refuses("masked_linear", x, weight, mask, bias, None, None) is None
+    assert "zero" in str(native.refuses("masked_linear", x, weight, mask, bias, weight, None))
+    double = (x.double(), weight.double(), mask, None, None, None)
+    assert "float64" in str(native.refuses("masked_linear", *double))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": torch.zeros(2, 5)}, r"x has shape \(2, 5\).*weight \(3, 4\)"),
+        ({"x": torch.zeros(2, 4, dtype=torch.float64)}, "x must be Float.*got Double"),
+        ({"mask": torch.ones(4, 3, dtype=torch.bool)}, r"mask has shape \(4, 3\)"),
+        ({"mask": torch.ones(3, 4)}, "mask must be Bool"),
+        ({"bias": torch.zeros(4)}, r"bias has shape \(4\)"),
+        ({"weight": torch.zeros(4)}, r"weight has shape \(4\)"),
+    ],
+)
+def test_the_rim_checks_what_it_dereferences(wrong, message):
+    arguments = {
+        "x": torch.zeros(2, 4),
+        "weight": torch.zeros(3, 4),
+        "mask": torch.ones(3, 4, dtype=torch.bool),
+        "bias": torch.zeros(3),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        ops.masked_linear(**arguments | wrong)
+
+
+# ---- the build -----------------------------------------------------------------------------------
+
+
+def test_host_knows_the_build():
+    info = _host.build_info()
+    assert info["stable_abi_target"] == "0x020b000000000000"
+    assert VARIANT in info["variants_usable"]
+    assert set(info["variants_usable"]) <= set(info["variants_compiled"])
+    assert "-march=native" not in info["flags"]
+    assert "-ffast-math" not in info["flags"]
+    for schema in info["ops"]:
+        assert hasattr(ops, schema.split("(")[0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_host_packs_bits_in_little_endian_order(count):
+    mask = rng(count).random(count) < 0.5
+    bits = _host.pack_bits(mask.astype(np.uint8))
+    assert bits == np.packbits(mask, bitorder="little").tobytes()
+    assert _host.unpack_bits(bits, count) == mask.tobytes()
+
+
+def test_host_refuses_bits_that_do_not_fit():
+    with pytest.raises(ValueError, match="1 bytes, but 9 entries take 2"):
+        _host.unpack_bits(b"\0", 9)
+    with pytest.raises(ValueError, match="ones beyond"):
+        _host.unpack_bits(b"\xff", 3)
+    with pytest.raises(ValueError, match="flat buffer"):
+        _host.pack_bits(np.zeros((2, 2), dtype=np.uint8))
+
+
+def run_again(variant: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"LS_CPU": variant},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LS_CPU" in os.environ, reason="this is the run of one variant")
+@pytest.mark.parametrize("variant", sorted(set(_host.build_info()["variants_usable"]) - {VARIANT}))
+def test_every_variant_passes_this_file(variant):
+    done = run_again(variant, "-m", "pytest", "-q", "--durations=0", __file__)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_unknown_variant_is_refused():
+    done = run_again("sse9", "-c", "from lottery_sparse import _host; _host.cpu_variant()")
+    assert done.returncode != 0
+    assert "LS_CPU is 'sse9'" in done.stdout
+    assert VARIANT in done.stdout

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class Seeded:
         as_seed(self.seed)
 
 
-Source = Union[str, Tensor, Constant, Seeded, None]
+Source = str | Tensor | Constant | Seeded | None
 
 
 class Held(NamedTuple):

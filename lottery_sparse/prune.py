@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.masks import Masks
 from lottery_sparse.random import Stream, as_seed, stream_of
 
-Keep = Union[float, str, Decimal, Fraction]
+Keep = float | str | Decimal | Fraction
 
 
 def keep_count(kept: int, keep: Keep) -> int:

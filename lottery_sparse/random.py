@@ -21,14 +21,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import NormalDist
-from typing import Union
 
 import torch
 from torch import Tensor
 
 from lottery_sparse import backends
 
-Shape = Union[int, Sequence[int]]
+Shape = int | Sequence[int]
 
 # standard deviation of a standard normal truncated at +-2
 TRUNCATED_STD = 0.87962566103423978

@@ -24,14 +24,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # contract of the ops
     "ops": {"backends", "random", "reference"},
     # the ideas of the paper
-    "masks": {"ops", "random"},
+    "masks": set(),
     "criteria": {"random"},
-    "actions": {"random", "masks"},
+    "actions": {"random"},
     "prune": {"ops", "random", "masks", "criteria"},
     # stateful things
-    "modules": {"ops", "random", "masks"},
-    "convert": {"ops", "random", "masks", "modules"},
-    "ticket": {"ops", "random", "masks", "criteria", "actions", "prune", "modules", "convert"},
+    "frozen": {"ops", "random"},
+    "modules": {"ops", "reference", "masks", "frozen"},
+    "convert": {"masks", "frozen", "modules"},
+    "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},
     "__main__": {"doctor"},

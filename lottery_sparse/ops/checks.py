@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class SignConstant(NamedTuple):
         return cls(pack_mask(positive), constant)
 
 
-Frozen = Union[Tensor, SignConstant, None]
+Frozen = Tensor | SignConstant | None
 
 
 def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:

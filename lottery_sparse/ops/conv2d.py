@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from lottery_sparse.ops import product
 from lottery_sparse.ops.checks import Frozen, check_masked, split_frozen
 
-Pair = Union[int, Sequence[int]]
+Pair = int | Sequence[int]
 
 
 def masked_conv2d(

@@ -12,7 +12,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -52,17 +51,18 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-_forced: ContextVar[str | None] = ContextVar("lottery_sparse_backend", default=None)
+# Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.
+_forced: list[str] = []
 
 
 def forced() -> str | None:
     """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
-    return _forced.get() or os.environ.get("LS_BACKEND") or None
+    return _forced[-1] if _forced else os.environ.get("LS_BACKEND") or None
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the block on one backend.
+    """Run every op inside the block on one backend, in all threads.
 
     An op that this backend does not have, or cannot run for the tensors given, raises
     RuntimeError: a forced backend never falls back.
@@ -74,11 +74,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
     """
     _check_name(name)
-    token = _forced.set(name)
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def built(name: str) -> bool:

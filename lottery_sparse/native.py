@@ -24,7 +24,7 @@ _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torc
 def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
     if op.startswith("masked_linear"):
-        return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:7])
+        return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
     if op == "keep_top":
         dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
         if dtypes:

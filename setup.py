@@ -9,7 +9,9 @@ MAX_JOBS=n        parallel compilations; unset: bounded by processors and free m
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 
@@ -74,9 +76,26 @@ def why_not():
         )
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         return f"torch is {torch.__version__}, the kernels need 2.11 or newer"
-    if not find_compiler():
+    compiler = find_compiler()
+    if not compiler:
         return "no C++ compiler was found ($CXX, c++, g++, clang++)"
-    return None
+    return compiler_fails(compiler)
+
+
+def compiler_fails(compiler):
+    """What the compiler says to a C++20 file with Python's headers, or None if it takes it."""
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    command += [f"-I{path}" for path in {sysconfig.get_path(p) for p in ("include", "platinclude")}]
+    program = "#include <Python.h>\n#include <concepts>\n"
+    try:
+        done = subprocess.run(command, input=program, text=True, capture_output=True)
+    except OSError as error:
+        return f"{compiler} does not run: {error}"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    said = next((line for line in lines if "error" in line), f"exit status {done.returncode}")
+    return f"{compiler} cannot compile C++20 with Python's headers: {said}"
 
 
 def native(required):

@@ -1,7 +1,6 @@
 """Fetch MNIST or CIFAR-10 on request: over https, capped, checksum-verified, whole or not."""
 
 import hashlib
-import os
 import tarfile
 import tempfile
 import urllib.error
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from experiments import data
+from experiments.files import write_whole
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 MNIST_CAP = 16 * 2**20  # bytes; the largest of the four .gz files has 9.9 MB
@@ -30,7 +30,7 @@ def mnist(root: Path) -> None:
         with _fetched(f"{MNIST_URL}{file.name}.gz", folder, MNIST_CAP) as archive:
             content = data.read_limited(archive, file.size)
             data.parse_idx(content, file, archive)  # raises if it is not exactly the file we know
-        _write_whole(folder / file.name, content)
+        write_whole(folder / file.name, content)
 
 
 def cifar10(root: Path) -> None:
@@ -52,7 +52,7 @@ def cifar10(root: Path) -> None:
                 assert member is not None  # the checksum fixes what is in the archive
                 content = member.read()
                 data.parse_cifar10(content, folder / name)
-                _write_whole(folder / name, content)
+                write_whole(folder / name, content)
 
 
 @contextmanager
@@ -81,16 +81,3 @@ def _copy(source: IO[bytes], target: IO[bytes], url: str, cap: int) -> None:
             raise data.DataError(f"{url} sends more than the {cap} bytes it should; stopped.")
         target.write(block)
     target.flush()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

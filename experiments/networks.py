@@ -84,13 +84,17 @@ NETWORKS = {network.name: network for network in (LENET, CONV2, CONV4, CONV6)}
 
 def build(network: Network, seed: int, device: torch.device | str = "cpu") -> nn.Sequential:
     """A plain nn module with the initial weights that belong to `seed`."""
-    with torch.device("meta"):  # the constructors' own initialisation would draw from global state
-        model = nn.Sequential(_layers(network))
-    model.to_empty(device=device)
+    model = skeleton(network).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, seed))
     return model
+
+
+def skeleton(network: Network) -> nn.Sequential:
+    """The module without values: names and shapes on the meta device."""
+    with torch.device("meta"):  # the constructors' own initialisation would draw from global state
+        return nn.Sequential(_layers(network))
 
 
 def _layers(network: Network) -> OrderedDict[str, nn.Module]:
@@ -138,13 +142,13 @@ def layer_kind(name: str) -> str:
     return "output" if name.startswith("output") else "hidden"
 
 
-def keep_by_parameter(network: Network, model: nn.Module, rounds: int = 1) -> dict[str, Fraction]:
+def keep_by_parameter(network: Network, rounds: int = 1) -> dict[str, Fraction]:
     """Parameter name -> the share of its kept weights that `rounds` rounds leave, for ls.prune.
 
     Biases are never pruned, so only weights are named.
     """
     return {
         name: network.keep[layer_kind(name)] ** rounds
-        for name, parameter in model.named_parameters()
+        for name, parameter in skeleton(network).named_parameters()
         if parameter.dim() >= 2
     }

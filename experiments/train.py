@@ -51,7 +51,7 @@ def train(
     batch_size: int,
     seed: int,
     evaluate_every: int = 100,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] = lambda iteration: None,
 ) -> Result:
     """Train `model` in place and leave it with its final weights.
 
@@ -59,7 +59,8 @@ def train(
         seed: with the epoch it decides the order of the batches, nothing else.
         evaluate_every: iterations between two looks at the validation part. The last iteration
             is always evaluated and stored.
-        on_step: called with the number of iterations done, for progress bars.
+        on_step: called after every iteration with the number done: for progress bars, and to copy
+            the weights of an early iteration (late rewinding).
 
     Test accuracy at the early-stop iteration is computed once, at the end, from a copy of the
     weights that were best so far: the number is the same and most test passes are saved.
@@ -92,8 +93,7 @@ def train(
         step(model, optimizer, images, labels)
         if iteration % evaluate_every == 0 or iteration == iterations:
             evaluate(iteration)
-        if on_step is not None:
-            on_step(iteration)
+        on_step(iteration)
 
     assert best is not None
     stop, best_weights = best
@@ -116,19 +116,6 @@ def train(
         seconds=time.perf_counter() - start,
         evaluations=tuple(evaluations),
     )
-
-
-def train_to(
-    model: nn.Module, dataset: Dataset, *, stop_at: int, lr: float, batch_size: int, seed: int
-) -> None:
-    """The first `stop_at` iterations of `train`, without evaluation: weights to rewind to.
-
-    The batches are those of the full run, and no evaluation changes a weight, so the weights are
-    the ones that the full run has at that iteration.
-    """
-    optimizer = adam(model.parameters(), lr)
-    for images, labels in minibatches(dataset.train, stop_at, batch_size, seed):
-        step(model, optimizer, images, labels)
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:

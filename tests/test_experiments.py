@@ -1,0 +1,373 @@
+"""The experiments: initial weights, the training loop, the lottery loop, and the command line."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+
+import lottery_sparse as ls
+from experiments import data, quickstart, train
+from experiments.__main__ import main
+from experiments.lottery import Run, dense_start, lottery, model_of, untrained, weights_of
+from experiments.networks import CONV2, CONV4, CONV6, LENET, NETWORKS, build, keep_by_parameter
+
+
+@pytest.fixture(scope="module")
+def mini() -> data.Dataset:
+    return data.load("mnist-mini")
+
+
+@pytest.fixture(scope="module")
+def tiny(mini) -> data.Dataset:
+    """A few hundred of the digits, so that an evaluation takes a millisecond."""
+
+    def first(part: data.Split, count: int) -> data.Split:
+        return data.Split(part.images[:count], part.labels[:count])
+
+    return replace(
+        mini, train=first(mini.train, 600), val=first(mini.val, 100), test=first(mini.test, 100)
+    )
+
+
+SHORT = replace(LENET, iterations=12)
+
+
+# networks
+
+
+@pytest.mark.parametrize(
+    ("network", "weights", "biases"),
+    [
+        (LENET, 266_200, 410),
+        (CONV2, 4_300_992, 650),
+        (CONV4, 2_425_024, 906),
+        (CONV6, 2_261_184, 1_418),
+    ],
+    ids=NETWORKS,
+)
+def test_networks_have_the_parameters_of_the_paper(network, weights, biases):
+    model = build(network, seed=0)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(n for name, n in sizes.items() if name.endswith("weight")) == weights
+    assert sum(n for name, n in sizes.items() if name.endswith("bias")) == biases
+    assert model(torch.rand(2, *network.input_shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "fan_in", "fan_out"),
+    [
+        ("conv1", 9 * 3, 9 * 64),
+        ("conv4", 9 * 128, 9 * 128),
+        ("conv6", 9 * 256, 9 * 256),
+        ("fc1", 4 * 4 * 256, 256),
+        ("output", 256, 10),
+    ],
+)
+def test_weights_start_from_a_truncated_glorot_normal(name, fan_in, fan_out):
+    weight = build(CONV6, seed=1).get_submodule(name).weight.detach()
+    std = (2 / (fan_in + fan_out)) ** 0.5
+    assert weight.std().item() == pytest.approx(std, rel=3 / weight.numel() ** 0.5)
+    assert abs(weight.mean().item()) < 4 * std / weight.numel() ** 0.5
+    assert 2.2 * std < weight.abs().max() <= 2.2738 * std  # cut at two sigma of a wider normal
+
+
+def test_biases_start_at_zero():
+    assert all(not p.any() for name, p in build(CONV2, 0).named_parameters() if "bias" in name)
+
+
+def test_weights_come_back_from_the_seed_and_leave_global_state_alone():
+    state = torch.get_rng_state()
+    first = build(LENET, seed=7)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(99)
+    again = build(LENET, seed=7)
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.fc1.weight, build(LENET, seed=8).fc1.weight)
+
+
+def test_shares_kept_are_exact_and_by_layer_kind():
+    assert keep_by_parameter(LENET) == {
+        "fc1.weight": Fraction(4, 5),
+        "fc2.weight": Fraction(4, 5),
+        "output.weight": Fraction(9, 10),
+    }
+    shares = keep_by_parameter(CONV6, rounds=2)
+    assert shares["conv6.weight"] == Fraction(289, 400)
+    assert shares["fc1.weight"] == Fraction(16, 25)
+    assert shares["output.weight"] == Fraction(81, 100)
+
+
+# training
+
+
+def fit(model, dataset, **changes) -> train.Result:
+    settings = {"iterations": 30, "lr": 1.2e-3, "batch_size": 60, "seed": 0, "evaluate_every": 10}
+    return train.train(model, dataset, **{**settings, **changes})
+
+
+def test_training_learns(mini):
+    result = fit(build(LENET, 0), mini, iterations=150, evaluate_every=50)
+    assert result.test_accuracy > 0.85
+    assert [e.iteration for e in result.evaluations] == [0, 50, 100, 150]
+
+
+def test_last_iteration_is_always_evaluated(tiny):
+    result = fit(build(LENET, 0), tiny, iterations=25)
+    assert [e.iteration for e in result.evaluations] == [0, 10, 20, 25]
+
+
+def test_test_accuracy_is_that_of_the_lowest_validation_loss(tiny):
+    # overfits 600 images, so the lowest loss is not the last one
+    result = fit(build(LENET, 0), tiny, iterations=400, evaluate_every=10)
+    losses = {e.iteration: e.validation_loss for e in result.evaluations}
+    assert result.early_stop_iteration == min(losses, key=losses.get) < 400
+    shorter = fit(build(LENET, 0), tiny, iterations=result.early_stop_iteration)
+    assert shorter.final_test_accuracy == result.test_accuracy
+
+
+def test_training_leaves_the_final_weights(tiny):
+    model = build(LENET, 0)
+    result = fit(model, tiny, iterations=400)
+    assert result.early_stop_iteration < 400
+    assert train.evaluation(model, tiny.test)[1] == result.final_test_accuracy
+    assert train.evaluation(model, tiny.val)[0] == result.final_validation_loss
+    assert train.evaluation(model, tiny.train)[1] == result.final_train_accuracy
+
+
+def test_divergence_is_an_error_with_a_way_out(tiny):
+    with pytest.raises(ValueError, match=r"validation loss is .* lr 1e\+30 .*give a lower one"):
+        fit(build(LENET, 0), tiny, lr=1e30)
+
+
+# the lottery loop
+
+
+def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
+    seen = []
+    step = train.step
+
+    def watched(model, optimizer, images, labels):
+        seen.append(labels.tolist())
+        step(model, optimizer, images, labels)
+
+    monkeypatch.setattr(train, "step", watched)
+    list(lottery(Run(SHORT, rounds=2), tiny))  # 12 iterations: more than one epoch of 10
+    assert len(seen) == 36
+    assert seen[:12] == seen[12:24] == seen[24:]
+    assert seen[0] != seen[10]
+
+
+def test_counts_kept_are_exact(tiny):
+    rounds = list(lottery(Run(SHORT, rounds=2), tiny))
+    kept = [[int(mask.sum()) for mask in this.start.masks.values()] for this in rounds]
+    assert kept == [[235_200, 30_000, 1_000], [188_160, 24_000, 900], [150_528, 19_200, 810]]
+    assert [this.row["density"] for this in rounds] == [sum(k) / 266_200 for k in kept]
+
+
+def test_one_shot_scores_the_dense_network_every_round(tiny):
+    run = Run(SHORT, rounds=2, one_shot=True)
+    dense, _, second = lottery(run, tiny)
+    scores = dense.w_final["fc1.weight"].abs()
+    mask = second.start.masks["fc1.weight"]
+    assert mask.sum() == 150_528
+    assert scores[mask].min() >= scores[~mask].max()
+
+
+def test_global_scope_keeps_one_share_over_all_layers(tiny):
+    _, first = lottery(Run(SHORT, rounds=1, scope="global"), tiny)
+    assert first.row["kept"] == 212_960
+    assert int(first.start.masks["fc1.weight"].sum()) != 188_160
+
+
+@pytest.mark.parametrize(
+    ("criterion", "mask1", "mask0"),
+    [
+        ("large_final", "rewind", "zero"),
+        ("magnitude_increase", "signed_constant", "freeze_init"),
+        ("large_final_same_sign", "reinit", "freeze_init_zero_mask"),
+        ("random", "signed_reshuffle", "freeze_init_zero_all"),
+        ("movement", "mask_init", "original"),
+    ],
+)
+def test_runs_repeat_exactly_and_pruned_weights_hold(criterion, mask1, mask0, tiny):
+    run = Run(SHORT, criterion, mask1, mask0, rounds=2)
+    rounds = list(lottery(run, tiny))
+    for this, again in zip(rounds, lottery(run, tiny), strict=True):
+        assert {**this.row, "seconds": 0} == {**again.row, "seconds": 0}
+        for name, weight in this.w_final.items():
+            assert torch.equal(weight, again.w_final[name])
+    last = rounds[-1]
+    assert (last.row["criterion"], last.row["mask1"]) == (criterion, mask1)
+    for name, mask in last.start.masks.items():
+        moved = last.w_final[name] != last.start.weights[name]
+        assert moved[mask].any()
+        assert moved[~mask].any() == (mask0 == "original")
+        assert not (mask & ~rounds[1].start.masks[name]).any()  # what is pruned stays pruned
+
+
+def test_biases_are_rewound_and_never_masked(tiny):
+    *_, last = lottery(Run(SHORT, rounds=1), tiny)
+    assert set(last.start.masks) == {"fc1.weight", "fc2.weight", "output.weight"}
+    assert not last.start.weights["fc1.bias"].any()
+    assert last.w_final["fc1.bias"].any()
+
+
+def test_late_rewinding_starts_from_the_dense_run_at_that_iteration(tiny):
+    _, first = lottery(Run(SHORT, rounds=1, rewind_to=5), tiny)
+    model = build(LENET, 0)
+    fit(model, tiny, iterations=5)
+    for name, weight in weights_of(model).items():
+        assert torch.equal(first.start.weights[name], weight)
+
+
+def test_compounding_acts_on_the_last_start(tiny):
+    plain = list(lottery(Run(SHORT, mask1="reinit_permute", rounds=2), tiny))
+    compound = list(lottery(Run(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny))
+    starts = [[this.start.weights["fc1.weight"] for this in rounds] for rounds in (plain, compound)]
+    assert torch.equal(starts[0][1], starts[1][1])  # the first round has nothing to compound
+    assert not torch.equal(starts[0][2], starts[1][2])
+
+
+def test_variant_2_starts_accumulate(tiny):
+    dense, first, second = lottery(Run(SHORT, mask0="freeze_init_zero_all", rounds=2), tiny)
+    name = "fc1.weight"
+    kept = first.start.masks[name]
+    toward_zero = dense.w_final[name].abs() < dense.start.weights[name].abs()
+    assert torch.equal(first.start.weights[name][kept] == 0, toward_zero[kept])
+    still = second.start.masks[name]
+    zero_before = first.start.weights[name][still] == 0
+    zero_now = second.start.weights[name][still] == 0
+    assert zero_now[zero_before].all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "largest"}, "criterion must be one of large_final, .*got 'largest'"),
+        ({"mask1": "keep"}, "mask1 must be one of rewind, "),
+        ({"mask0": "one"}, "mask0 must be one of zero, "),
+        ({"scope": "all"}, "scope must be one of layer, global; got 'all'"),
+        ({"rounds": -1}, "rounds must be 0 .*got -1"),
+        ({"rewind_to": 13}, "0 to 12; got 13"),
+        ({"network": replace(LENET, iterations=0)}, "iterations must be at least 1, got 0"),
+        ({"network": replace(LENET, keep={"hidden": Fraction(3, 2)})}, r"in \[0, 1\], got 3/2"),
+    ],
+)
+def test_a_run_refuses_what_it_cannot_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**{"network": SHORT, **change})
+
+
+def test_untrained_accuracies(mini):
+    network = replace(LENET, iterations=200)
+    (dense,) = lottery(Run(network, rounds=0), mini)
+    criteria = ("large_final_same_sign", "random")
+    points = list(untrained(network, mini, 0, dense.w_final, criteria, rounds=(4,)))
+    accuracy = {(p["criterion"], p["weights"]): p["accuracy"] for p in points}
+    assert {p["density"] for p in points} == {(96_338 + 12_288 + 656) / 266_200}
+    assert accuracy["large_final_same_sign", "init"] > 0.5
+    assert accuracy["large_final_same_sign", "signed_constant"] > 0.5
+    assert accuracy["random", "init"] < 0.3
+
+
+def test_a_masked_model_computes_with_the_kept_weights_only(tiny):
+    _, first = lottery(Run(SHORT, rounds=1), tiny)
+    model = model_of(SHORT, first.start, "cpu")
+    plain = build(SHORT, 0)
+    with torch.no_grad():
+        for name, mask in first.start.masks.items():
+            plain.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(model(tiny.test.images), plain(tiny.test.images))
+
+
+# the command line
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    monkeypatch.setattr(quickstart, "ROUNDS", 2)
+    monkeypatch.setattr(quickstart, "SUPERMASK_ROUNDS", (2, 8))
+    monkeypatch.setattr(quickstart, "REPEATS", 1)
+    monkeypatch.delenv("LS_DATA_DIR", raising=False)
+
+
+def test_quickstart_writes_numbers_and_figure(brief, tmp_path, capsys):
+    numbers, figure = tmp_path / "new" / "numbers.json", tmp_path / "figure.png"
+    assert (
+        main(["quickstart", "--iterations", "5", "--json", f"{numbers}", "--png", f"{figure}"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "mnist-mini subset" in said
+    found = json.loads(numbers.read_text())
+    assert found["dataset"] == "mnist-mini"
+    assert found["dense"]["density"] == 1
+    points = [found["dense"], *found["ticket"], *found["reinit"], *found["random"]]
+    for curve in found["supermask"].values():
+        points += curve
+    assert {"init", "random", "large_final", "large_final_same_sign"} < set(found["supermask"])
+    assert "large_final_same_sign_signed_constant" in found["supermask"]
+    assert all(0 <= p["accuracy"] <= 1 and 0 < p["density"] <= 1 for p in points)
+    densities = [p["density"] for p in found["ticket"]]
+    assert densities == [p["density"] for p in found["random"]]
+    assert densities == [p["density"] for p in found["reinit"]]
+    assert densities[0] == pytest.approx(0.6008, abs=1e-4)
+    assert [row["layer"] for row in found["timings"]["layers"]] == ["fc1", "fc2", "output"]
+    assert found["timings"]["step"]["dense_ms"] > 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.png", "new"]
+
+
+def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypatch):
+    find_spec = ls.backends.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: None if name == "matplotlib" else find_spec(name),
+    )
+    assert main(["quickstart", "--iterations", "1", "--png", f"{tmp_path / 'figure.png'}"]) == 0
+    assert "pip install 'lottery-sparse[experiments]'" in capsys.readouterr().out
+    assert not (tmp_path / "figure.png").exists()
+
+
+def test_run_appends_a_line_per_round(tmp_path, capsys):
+    out = tmp_path / "rows" / "rows.jsonl"
+    out.parent.mkdir()
+    out.write_text('{"earlier": 1}\n')
+    command = "run --dataset mnist-mini --iterations 3 --rounds 1 --mask1 reinit --keep 0.5 --out"
+    assert main([*command.split(), f"{out}"]) == 0
+    earlier, *rows = (json.loads(line) for line in out.read_text().splitlines())
+    assert earlier == {"earlier": 1}
+    assert [row["round"] for row in rows] == [0, 1]
+    assert rows[1]["density"] == 0.5
+    assert rows[1]["mask1"] == "reinit"
+    assert rows[1]["dataset"] == "mnist-mini"
+    assert "round  1" in capsys.readouterr().out
+
+
+def test_run_without_data_says_what_to_do(tmp_path, capsys):
+    assert main(["run", "--data-dir", f"{tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: mnist was not found. Tried:")
+    assert "train-images-idx3-ubyte.gz" in said
+
+
+def test_an_unknown_criterion_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--criterion", "largest"])
+    said = capsys.readouterr().err
+    assert "magnitude_increase" in said
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in (*NETWORKS, *data.DATASETS, *ls.CRITERIA, *ls.MASK1_ACTIONS, *ls.MASK0_ACTIONS):
+        assert name in said
+
+
+def test_dense_start_masks_nothing():
+    start = dense_start(LENET, 0, "cpu")
+    assert not start.masked
+    assert start.masks.density == 1

@@ -1,7 +1,9 @@
 """Which implementation of an op runs: one table of backends, one table of preferences.
 
-A backend is a module with functions named like those of `reference.py`, same signatures. It may
-offer `refuses(op, *args)`: None when it can run the call, else a sentence that says why not.
+A backend is a module with functions named like those of `reference.py`, same signatures, and
+
+    refuses(op, *args)   None if it can run the call, else a sentence that says why not
+    wins(op, *args)      whether it should, where it is listed first
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("lottery_sparse.reference", needs="torch", devices=()),
+    "dense": Backend("lottery_sparse.dense", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
 }
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
-# An op that is not listed runs on "reference", which calls the dense libraries. A kernel is
-# listed only where benchmarks/results shows that it wins; `native.refuses` knows from which
-# density on (see benchmarks/README.md).
+# An op that is not listed runs on "reference". A kernel is listed only where benchmarks/results
+# shows that it wins; from which density on, its `wins` knows (see benchmarks/README.md).
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "keep_top": ("cpu", "reference"),
@@ -46,8 +48,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "random_signs": ("cpu", "reference"),
         "random_uniform": ("cpu", "reference"),
         "random_normal": ("cpu", "reference"),
-        "masked_linear": ("cpu", "reference"),
-        "masked_linear_backward": ("cpu", "reference"),
+        "masked_linear": ("cpu", "dense"),
+        "masked_linear_backward": ("cpu", "dense"),
+        "masked_conv2d": ("dense",),
+        "masked_conv2d_backward": ("dense",),
     },
 }
 
@@ -68,7 +72,8 @@ def use_backend(name: str) -> Iterator[None]:
     RuntimeError: a forced backend never falls back.
 
     Args:
-        name: a key of `BACKENDS`: "reference" (plain PyTorch) or "cpu" (C++).
+        name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
+            effective weight) or "cpu" (C++ kernels).
 
     Raises:
         ValueError: no such backend.

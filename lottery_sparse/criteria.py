@@ -67,22 +67,22 @@ def random(w_init: Tensor, w_final: Tensor, generator: Any = None) -> Tensor:
 
 def large_final_same_sign(w_init: Tensor, w_final: Tensor, generator: Any = None) -> Tensor:
     """max(0, w_i w_f / |w_i|): |w_f| where the sign is unchanged, else 0. Best for supermasks."""
-    return torch.where(_same_sign(w_init, w_final), w_final.abs(), 0.0)
+    return _where_sign(_same_sign(w_init, w_final), w_final.abs())
 
 
 def large_final_diff_sign(w_init: Tensor, w_final: Tensor, generator: Any = None) -> Tensor:
     """max(0, −w_i w_f / |w_i|): |w_f| where the sign changed, else 0. The control."""
-    return torch.where(_same_sign(w_init, w_final), 0.0, w_final.abs())
+    return _where_sign(~_same_sign(w_init, w_final), w_final.abs())
 
 
 def magnitude_increase_same_sign(w_init: Tensor, w_final: Tensor, generator: Any = None) -> Tensor:
     """|w_f| − |w_i| where the sign is unchanged, else 0, which outranks weights that shrank."""
-    return torch.where(_same_sign(w_init, w_final), w_final.abs() - w_init.abs(), 0.0)
+    return _where_sign(_same_sign(w_init, w_final), w_final.abs() - w_init.abs())
 
 
 def magnitude_increase_diff_sign(w_init: Tensor, w_final: Tensor, generator: Any = None) -> Tensor:
     """|w_f| − |w_i| where the sign changed, else 0, which outranks weights that shrank."""
-    return torch.where(_same_sign(w_init, w_final), 0.0, w_final.abs() - w_init.abs())
+    return _where_sign(~_same_sign(w_init, w_final), w_final.abs() - w_init.abs())
 
 
 def _same_sign(w_init: Tensor, w_final: Tensor) -> Tensor:
@@ -90,10 +90,19 @@ def _same_sign(w_init: Tensor, w_final: Tensor) -> Tensor:
     return w_init.sign() * w_final.sign() > 0
 
 
+def _where_sign(chosen: Tensor, scores: Tensor) -> Tensor:
+    """The scores where the signs are as wanted, else 0; NaN stays, so that `prune` sees it."""
+    return torch.where(chosen | scores.isnan(), scores, 0.0)
+
+
 def _rank(values: Tensor) -> Tensor:
-    """How many values are not larger, so equal values share a rank and quantiles cut exactly."""
+    """Share of values that are not larger: equal values share a rank, so quantiles cut exactly.
+
+    A share, not a number, so that layers of any size compare in global scope.
+    """
     ordered = values.flatten().sort().values
-    return torch.searchsorted(ordered, values.contiguous(), right=True)
+    rank = torch.searchsorted(ordered, values.contiguous(), right=True).double() / values.numel()
+    return rank.masked_fill(values.isnan(), torch.nan)
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -24,10 +24,16 @@ class Constant:
     Signs are those of the layer's weight when the mask is set (0 counts as plus).
 
     Args:
-        constant: the magnitude; None = population standard deviation of the layer's weight.
+        constant: the magnitude, at least 0; None = population standard deviation of the layer's
+            weight.
     """
 
     constant: float | None = None
+
+    def __post_init__(self) -> None:
+        # a negative one would flip the signs that a state_dict reads back
+        if self.constant is not None and not 0 <= self.constant < float("inf"):
+            raise ValueError(f"constant is a magnitude, at least 0, got {self.constant!r}.")
 
 
 @dataclass(frozen=True)

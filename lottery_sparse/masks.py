@@ -23,9 +23,12 @@ class Masks(Mapping[str, Tensor]):
 
     Raises:
         ValueError: a mask holds something else than 0 and 1.
+        TypeError: not a mapping, or a mask is not a tensor.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]):
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks must map names to tensors, got {type(masks).__name__}.")
         self._masks = {name: as_mask(name, mask) for name, mask in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -119,10 +122,17 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: _unpack(name, packed, shapes) for name, packed in bits.items()})
 
     def _pairs(self, other: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
+        if not isinstance(other, Masks):
+            raise TypeError(f"the other masks must be ls.Masks, got {type(other).__name__}.")
         if self.keys() != other.keys():
             odd = ", ".join(sorted(self.keys() ^ other.keys()))
             raise ValueError(f"both masks must have the same names; only one of them has: {odd}.")
         for name in self:
+            if self[name].shape != other[name].shape:
+                raise ValueError(
+                    f"masks of {name} must have one shape, got {tuple(self[name].shape)} and "
+                    f"{tuple(other[name].shape)}."
+                )
             yield name, self[name], other[name]
 
 

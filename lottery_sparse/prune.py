@@ -27,7 +27,7 @@ def keep_count(kept: int, keep: Keep) -> int:
     """
     try:
         fraction = keep if isinstance(keep, Fraction) else Fraction(str(keep))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         fraction = None
     if fraction is None or not 0 <= fraction <= 1:
         raise ValueError(

@@ -78,11 +78,7 @@ def masked_linear(
     signs: Tensor | None,
 ) -> Tensor:
     """y = x where(m, w, f)ᵀ + b -> [B, N] or [E, B, N]."""
-    w = effective_weight(weight, mask, frozen, signs, rank=2)
-    if weight.dim() == 2:
-        return F.linear(x, w, bias)
-    y = torch.matmul(x, w.mT)
-    return y if bias is None else y + bias.unsqueeze(1)
+    return linear(x, effective_weight(weight, mask, frozen, signs, rank=2), bias)
 
 
 def masked_linear_backward(
@@ -96,13 +92,29 @@ def masked_linear_backward(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx = dy where(m, w, f), summed over E for a shared x; dw = where(m, dyᵀ x, 0)."""
+    w = effective_weight(weight, mask, frozen, signs, rank=2)
+    dx, dw = linear_backward(dy, x, w, need_dx, need_dw)
+    return dx, torch.where(mask_as_bool(mask, weight, rank=2), dw, 0.0) if need_dw else dw
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x wᵀ + b of one network or E of them."""
+    if w.dim() == 2:
+        return F.linear(x, w, bias)
+    y = torch.matmul(x, w.mT)
+    return y if bias is None else y + bias.unsqueeze(1)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and the dense dw; empty where not needed."""
     dx = dw = x.new_empty(0)
     if need_dx:
-        dx = torch.matmul(dy, effective_weight(weight, mask, frozen, signs, rank=2))
+        dx = torch.matmul(dy, w)
         dx = dx.sum(0) if dx.dim() > x.dim() else dx
     if need_dw:
-        kept = mask_as_bool(mask, weight, rank=2)
-        dw = torch.where(kept, torch.matmul(dy.mT, x), 0.0)
+        dw = torch.matmul(dy.mT, x)
     return dx, dw
 
 
@@ -123,15 +135,7 @@ def masked_conv2d(
 ) -> Tensor:
     """Convolution with where(m, w, f): [B, O, H', W'] or [E, B, O, H', W']."""
     w = effective_weight(weight, mask, frozen, signs, rank=4)
-    if weight.dim() == 4:
-        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
-    networks = weight.shape[0]
-    bias = None if bias is None else bias.flatten()
-    y = F.conv2d(
-        _side_by_side(x, networks), w.flatten(0, 1), bias, stride, padding, dilation,
-        groups * networks,
-    )  # fmt: skip
-    return _one_by_one(y, networks)
+    return conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
 def masked_conv2d_backward(
@@ -150,24 +154,52 @@ def masked_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx through where(m, w, f), summed over E for a shared x; dw zero at pruned entries."""
     w = effective_weight(weight, mask, frozen, signs, rank=4)
-    networks = weight.shape[0] if weight.dim() == 5 else 0
-    shared = networks > 0 and x.dim() == 4
-    inputs = x
+    dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dw)
+    return dx, torch.where(mask_as_bool(mask, weight, rank=4), dw, 0.0) if need_dw else dw
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """F.conv2d of one network, or of E of them as one grouped convolution."""
+    if w.dim() == 4:
+        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    networks = w.shape[0]
+    x, bias = _side_by_side(x, networks), None if bias is None else bias.flatten()
+    y = F.conv2d(x, w.flatten(0, 1), bias, stride, padding, dilation, groups * networks)
+    return _one_by_one(y, networks)
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx and the dense dw; empty where not needed."""
+    networks = w.shape[0] if w.dim() == 5 else 0
+    shared, shape = x.dim() == 4, w.shape
     if networks:
-        dy, inputs = _side_by_side(dy, networks), _side_by_side(x, networks)
-        w, groups = w.flatten(0, 1), groups * networks
+        dy, x, w = _side_by_side(dy, networks), _side_by_side(x, networks), w.flatten(0, 1)
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dy, inputs, w, None, stride, padding, dilation, False, [0, 0], groups,
+        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups * max(networks, 1),
         [need_dx, need_dw, False],
     )  # fmt: skip
-    if not need_dx:
-        dx = x.new_empty(0)
-    elif networks:
+    if need_dx and networks:
         dx = _one_by_one(dx, networks)
         dx = dx.sum(0) if shared else dx
-    if not need_dw:
-        return dx, x.new_empty(0)
-    return dx, torch.where(mask_as_bool(mask, weight, rank=4), dw.view(weight.shape), 0.0)
+    return dx if need_dx else x.new_empty(0), dw.view(shape) if need_dw else x.new_empty(0)
 
 
 def _side_by_side(x: Tensor, networks: int) -> Tensor:

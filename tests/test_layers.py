@@ -15,8 +15,9 @@ PACKAGE = ROOT / "lottery_sparse"
 
 # module -> modules of the package it may import. The compiled modules are _C and _host.
 MAY_IMPORT: dict[str, set[str]] = {
-    # three ways to compute; none knows the others
+    # ways to compute; native does not know the others
     "reference": set(),
+    "dense": {"reference"},
     "native": {"_C"},
     # which one runs
     "backends": set(),

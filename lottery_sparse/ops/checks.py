@@ -33,6 +33,13 @@ class SignConstant(NamedTuple):
 
 Frozen = Tensor | SignConstant | None
 
+# the devices on which autocast casts our ops, and its dispatch keys there
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def autocasts(device: str) -> bool:
+    return device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
+
 
 def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """A source as the two tensors (frozen, signs) that the schemas take."""
@@ -122,7 +129,7 @@ def _check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
         return
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
-    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if value.dtype != x.dtype and not autocasts(x.device.type):
         raise ValueError(
             f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
         )

@@ -49,6 +49,8 @@ def masked_conv2d(
     """
     constant, signs = split_frozen(frozen, weight, rank=4)
     check_masked(x, weight, mask, bias, constant, signs, rank=4)
+    if groups < 1 or weight.shape[-4] % groups:
+        raise ValueError(f"groups={groups} must divide the {weight.shape[-4]} output channels.")
     single = weight.dim() == 4
     allowed = (3, 4) if single else (4, 5)
     channels = weight.shape[-3] * groups
@@ -60,8 +62,6 @@ def masked_conv2d(
         )
     if x.dim() == 5 and x.shape[0] != weight.shape[0]:
         raise ValueError(f"x holds {x.shape[0]} networks, but weight {weight.shape[0]}.")
-    if groups < 1 or weight.shape[-4] % groups:
-        raise ValueError(f"groups={groups} must divide the {weight.shape[-4]} output channels.")
     stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     x, padding = _resolve_padding(x, padding, stride, dilation, list(weight.shape[-2:]))
     batched = x.unsqueeze(0) if x.dim() == 3 else x

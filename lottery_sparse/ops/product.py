@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends, reference
+from lottery_sparse.ops.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.differentiable import differentiable
-
-_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
@@ -93,20 +92,30 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         name_backward, op_backward, save_backward, second_gradients, partial(_vmap_backward, rank)
     )
     _register_autocast(name, op)
-    return forward
+
+    def forward_autocast(*args: Any) -> Tensor:
+        # cast before torch.func saves anything, or dy and x would differ in dtype
+        device = args[0].device.type
+        return forward(*(_autocast(args, device) if autocasts(device) else args))
+
+    return forward_autocast
 
 
 def _register_autocast(name: str, op: Callable) -> None:
     """Under torch.autocast every floating tensor is cast to the autocast dtype, as F.linear's."""
-    for device, key in _AUTOCAST.items():
+    for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Any:
-            dtype = torch.get_autocast_dtype(device)
             below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(below):
-                return op(*(_cast(a, device, dtype) for a in args))
+                return op(*_autocast(args, device))
 
         torch.library.impl(name, key, cast)
+
+
+def _autocast(args: tuple, device: str) -> tuple:
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_cast(a, device, dtype) for a in args)
 
 
 def _cast(value: Any, device: str, dtype: torch.dtype) -> Any:

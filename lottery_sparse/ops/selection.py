@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends
-from lottery_sparse.random import _signed
+from lottery_sparse.random import _signed, _word
 
 
 def keep_top(
@@ -61,6 +61,7 @@ def keep_top(
             )
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}.")
+    streams = [_word(value, "stream") for value in streams]
     return _keep_top(list(scores), list(masks), count, _signed(seed), streams)
 
 

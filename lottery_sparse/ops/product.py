@@ -87,9 +87,14 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         others = ("mask", "frozen", "signs", *ctx.rest, "need_dx", "need_dw")
         return (g_dy, g_x, g_w, *(None for _ in others))
 
-    forward = differentiable(name, op, save, gradients, partial(_vmap_forward, rank))
+    forward = differentiable(name, op, run, save, gradients, partial(_vmap_forward, rank))
     backward = differentiable(
-        name_backward, op_backward, save_backward, second_gradients, partial(_vmap_backward, rank)
+        name_backward,
+        op_backward,
+        run_backward,
+        save_backward,
+        second_gradients,
+        partial(_vmap_backward, rank),
     )
     _register_autocast(name, op)
 

@@ -51,9 +51,11 @@ torch.library.define("lottery_sparse::sample_mask", "(Tensor score, Tensor key) 
 _sample = torch.ops.lottery_sparse.sample_mask.default
 
 
-@torch.library.impl("lottery_sparse::sample_mask", "default")
 def _run(score: Tensor, key: Tensor) -> Tensor:
     return backends.kernel("sample_mask", score.device, (score, key))(score, key)
+
+
+torch.library.impl("lottery_sparse::sample_mask", "default", _run)
 
 
 @torch.library.register_fake("lottery_sparse::sample_mask")
@@ -87,5 +89,5 @@ def _vmap_rule(sample: Callable) -> Callable:
 
 
 _straight_through = differentiable(
-    "lottery_sparse::sample_mask", _sample, _save, _gradient, _vmap_rule
+    "lottery_sparse::sample_mask", _sample, _run, _save, _gradient, _vmap_rule
 )

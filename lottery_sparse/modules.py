@@ -50,6 +50,13 @@ class Masked(nn.Module):
         self.register_buffer("weight_signs", held.signs, persistent=False)
         self._frozen_descriptor = held.descriptor
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        was_meta = self.weight_mask.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
+            self.weight_mask.fill_(True)
+        return self
+
     def _held(self) -> Held:
         return Held(self.weight_frozen, self.weight_signs, self._frozen_descriptor)
 
@@ -74,7 +81,10 @@ class Masked(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_mask.is_meta or not bool(self.weight_mask.all()):
+        # a parametrized weight is saved by its parametrization
+        if "weight" in self._parameters and (
+            self.weight_mask.is_meta or not bool(self.weight_mask.all())
+        ):
             weight = self.effective_weight
             destination[prefix + "weight"] = weight if keep_vars else weight.detach()
         destination[prefix + "weight_mask"] = self.weight_mask
@@ -94,6 +104,8 @@ class Masked(nn.Module):
     ) -> None:
         names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
         weight, mask, frozen = (state_dict.get(name) for name in names)
+        if weight is None and names[1] in state_dict:  # a new mask for the weight that is here
+            weight = self.weight.detach()
         try:  # check all of it before anything is written
             if weight is not None:
                 if weight.shape != self.weight.shape:

@@ -20,6 +20,14 @@ MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
 }
 
 
+# Modules that read the weights of their children instead of calling them (some on a fast path).
+READERS: tuple[type[nn.Module], ...] = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    *(getattr(nn, name) for name in ("LinearCrossEntropyLoss",) if hasattr(nn, name)),  # torch 2.13
+)
+
+
 def sparsify_(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> nn.Module:
@@ -31,8 +39,9 @@ def sparsify_(
 
     A layer whose weight is read without its forward being called would leak raw weights, so it is
     skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
-    layers of nn.TransformerEncoderLayer (its fast path), layers whose weight another kind of
-    module shares, parametrized or `torch.nn.utils.prune`d layers, and other subclasses.
+    layers of nn.TransformerEncoderLayer (its fast path), `linear` of nn.LinearCrossEntropyLoss,
+    layers whose weight another kind of module shares, parametrized or `torch.nn.utils.prune`d
+    layers, layers with a forward of their own, and other subclasses.
 
     Args:
         model: any module; a single nn.Linear or nn.Conv2d too.
@@ -64,11 +73,12 @@ def sparsify_(
             skipped[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
     for name, why in skipped.items():
         warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=2)
+    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
     for name, module in candidates.items():
         if name not in skipped:
             _become(module, MASKED_TYPES[type(module)])
             cast(Masked, module)._add_mask()
-    _match_tied_masks(model)
+    _match_tied_masks(model, swapped)
     return model
 
 
@@ -77,8 +87,18 @@ def densify_(model: nn.Module) -> nn.Module:
 
     In place; Parameters keep their identity. The masks are gone: further training refills pruned
     weights. Returns `model`.
+
+    Raises:
+        TypeError: a layer is a subclass with behaviour of its own, which a dense layer would lose.
     """
-    layers = [module for _, module in _masked_modules(model)]
+    layers = []
+    for prefix, layer in _masked_modules(model):
+        if type(layer) not in MASKED_TYPES.values():
+            raise TypeError(
+                f"{prefix[:-1] or 'the model itself'} is a {type(layer).__name__}, which has no "
+                "dense form; take its weights from ls.dense_state_dict."
+            )
+        layers.append(layer)
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(layer.effective_weight)
@@ -94,7 +114,7 @@ def densify_(model: nn.Module) -> nn.Module:
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A state_dict that the dense model loads strictly: effective weights, no masks."""
     state = model.state_dict()
-    for prefix, _ in _masked_modules(model):
+    for prefix, _ in _masked_modules(model, remove_duplicate=False):
         for name in ("weight_mask", "weight_frozen"):
             state.pop(prefix + name, None)
     return state
@@ -136,11 +156,15 @@ def set_masks_(
     parameters = dict(_by_parameter(model))
     checked = Masks(masks)
     sources = frozen if isinstance(frozen, Mapping) else dict.fromkeys(checked, frozen)
-    for argument, names in (("masks", checked), ("frozen", sources)):
-        for name in names:
-            if name not in (parameters if argument == "masks" else checked):
-                known = ", ".join(parameters) or "none; call ls.sparsify_ first"
-                raise ValueError(f"{argument} names {name}, but masked parameters are: {known}.")
+    for name in checked:
+        if name not in parameters:
+            known = ", ".join(parameters) or "none; call ls.sparsify_ first"
+            raise ValueError(f"masks names {name}, but masked parameters are: {known}.")
+    for name in sources:
+        if name not in checked:
+            raise ValueError(f"frozen names {name}, but masks only: {', '.join(checked)}.")
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
     for name, mask in checked.items():
         layer = parameters[name][0]
@@ -149,10 +173,16 @@ def set_masks_(
                 f"mask of {name} has shape {tuple(mask.shape)}, but the weight has "
                 f"{tuple(layer.weight.shape)}; they must be equal."
             )
+        if layer.weight_mask.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which holds no mask; load weights or call "
+                "to_empty first."
+            )
         held[name] = hold(name, sources.get(name), layer.effective_weight.detach())
-    for name, mask in checked.items():
+    for name, mask in checked.items():  # before the first write: a warning may be an error
         if not mask.any():
             warnings.warn(f"{name} keeps no weight at all: a layer collapse.", stacklevel=2)
+    for name, mask in checked.items():
         for layer in parameters[name]:
             with torch.no_grad():
                 layer.weight_mask.copy_(mask)
@@ -174,9 +204,11 @@ def _forget_pruned(optimizer: torch.optim.Optimizer, layer: Masked) -> None:
             value.masked_fill_(~layer.weight_mask, 0)
 
 
-def _masked_modules(model: nn.Module) -> Iterator[tuple[str, Masked]]:
-    """(prefix ending in a dot, layer) of every masked layer, each module once."""
-    for name, module in model.named_modules():
+def _masked_modules(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Masked]]:
+    """(prefix ending in a dot, layer) of every masked layer, each module once unless said."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, Masked):
             yield f"{name}." if name else "", module
 
@@ -185,16 +217,19 @@ def _by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
     """(name of the weight, the layers that share it), the name as named_parameters gives it."""
     found: dict[int, tuple[str, list[Masked]]] = {}
     for prefix, layer in _masked_modules(model):
-        found.setdefault(id(layer.weight), (f"{prefix}weight", []))[1].append(layer)
+        owner = layer._parameters.get("weight", layer)  # a parametrized weight is one layer's own
+        found.setdefault(id(owner), (f"{prefix}weight", []))[1].append(layer)
     return list(found.values())
 
 
-def _match_tied_masks(model: nn.Module) -> None:
-    """Layers that share a weight share its mask's values: the one masked first is right."""
-    for _, (first, *others) in _by_parameter(model):
-        for layer in others:
-            layer.weight_mask.copy_(first.weight_mask)
-            layer._hold(first._held())
+def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
+    """Layers that share a weight share its mask's values: the one masked earlier is right."""
+    for _, layers in _by_parameter(model):
+        right = next((layer for layer in layers if id(layer) not in new), layers[0])
+        for layer in layers:
+            if layer is not right:
+                layer.weight_mask.copy_(right.weight_mask)
+                layer._hold(right._held())
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -208,16 +243,20 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why this layer cannot be masked, or None."""
-    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return "the fast path of nn.TransformerEncoderLayer reads its weight without calling it"
-    if type(module) not in MASKED_TYPES:
-        return f"{type(module).__name__} is a subclass with behaviour of its own"
+    for parent in model.modules():  # by identity: a layer may be registered under other names too
+        if isinstance(parent, READERS) and any(child is module for child in parent.children()):
+            return f"nn.{_reader(parent)} reads its weight without calling it"
     weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, torch.nn.utils.prune); remove that first"
     if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet; run one forward first"
+    if type(module) not in MASKED_TYPES:
+        return f"{type(module).__name__} is a subclass with behaviour of its own"
+    if weight is None:
+        return "its weight is computed (weight_norm, torch.nn.utils.prune); remove that first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance and may use the raw weight"
     return None
+
+
+def _reader(parent: nn.Module) -> str:
+    return next(kind.__name__ for kind in READERS if isinstance(parent, kind))

@@ -68,28 +68,24 @@ def prune(
         ValueError: unknown criterion, scope or name, shapes that differ, keep outside [0, 1], or
             NaN scores; the message names the layer.
     """
-    if scope not in ("layer", "global"):
-        raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
     score = find(criterion, CRITERIA, "criterion")
     masks, seed = Masks(masks), as_seed(generator)
+    keeps = check_keep(keep, scope, masks)
     _check_names(w_init, w_final, masks)
     scores = {
         name: _scores(name, score, w_init[name], w_final[name], mask, seed)
         for name, mask in masks.items()
     }
-    if scope == "global":
-        if isinstance(keep, Mapping):
-            raise ValueError("keep must be one fraction for global scope, got one per name.")
+    if scope == "global" and masks:
         names = list(masks)
         chosen = ops.keep_top(
             [scores[n] for n in names],
             [masks[n] for n in names],
-            keep_count(masks.kept, keep),
+            keep_count(masks.kept, keeps[names[0]]),
             seed,
             [stream_of(n) for n in names],
         )
         return Masks(dict(zip(names, chosen, strict=True)))
-    keeps = _keep_by_name(keep, masks)
     return Masks(
         {
             name: ops.keep_top(
@@ -143,10 +139,17 @@ def _check_names(w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], ma
                 )
 
 
-def _keep_by_name(keep: Keep | Mapping[str, Keep], masks: Masks) -> dict[str, Keep]:
+def check_keep(keep: Keep | Mapping[str, Keep], scope: str, masks: Masks) -> dict[str, Keep]:
+    """The fraction of each name; ValueError if it is none, or does not fit scope and names."""
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
     if not isinstance(keep, Mapping):
+        keep_count(1, keep)
         return dict.fromkeys(masks, keep)
-    for name in keep:
+    if scope == "global":
+        raise ValueError("keep must be one fraction for global scope, got one per name.")
+    for name, fraction in keep.items():
         if name not in masks:
             raise ValueError(f"keep names {name}, which has no mask; masks: {', '.join(masks)}.")
+        keep_count(1, fraction)
     return {name: keep.get(name, 1) for name in masks}

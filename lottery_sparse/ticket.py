@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
-from lottery_sparse.convert import masks_of, set_masks_, sparsify_
+from lottery_sparse.convert import dense_state_dict, masks_of, set_masks_, sparsify_
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked
-from lottery_sparse.prune import Keep, find, keep_count, prune
+from lottery_sparse.prune import Keep, check_keep, find, prune
 from lottery_sparse.random import Stream, as_seed, derive
 
 
@@ -33,15 +34,21 @@ class Ticket:
     """
 
     masks: Masks
-    start: dict[str, Tensor]
+    start: dict[str, Any]
     frozen: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    released: bool = False  # mask-0 "original": every weight trains, masks only shape the start
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the ticket into a model of the same architecture, ready to train; in place."""
-        sparsify_(model, lambda _, name: (f"{name}.weight" if name else "weight") in self.masks)
+        weights = {
+            id(weight)
+            for name, weight in model.named_parameters(remove_duplicate=False)
+            if name in self.masks
+        }
+        sparsify_(model, lambda module, _: id(module.weight) in weights)
         model.load_state_dict(self.start)
-        return set_masks_(model, self.masks, self.frozen)
+        return set_masks_(model, _trained(self.masks, self.released), self.frozen)
 
 
 def find_ticket(
@@ -85,7 +92,7 @@ def find_ticket(
 
     Source: Frankle & Carbin 2019; Zhou et al. 2019; late rewinding: Frankle et al. 2019.
     """
-    _check(rounds, rewind_to, keep)
+    _check(rounds, rewind_to)
     score = find(criterion, CRITERIA, "criterion")
     start_of = find(mask1, MASK1_ACTIONS, "mask1")
     frozen_of = find(mask0, MASK0_ACTIONS, "mask0")
@@ -93,37 +100,46 @@ def find_ticket(
     if not any(isinstance(m, Masked) for m in model.modules()):
         sparsify_(model)
     masks = masks_of(model)
+    if not masks:
+        raise ValueError("model has no nn.Linear or nn.Conv2d that can be masked.")
+    check_keep(keep, scope, masks)
+    names = _names(model)
     init = _snapshot(model)
     stds = {name: float(init[name].double().std(correction=0)) for name in masks}
     if rewind_to:
+        whole = copy.deepcopy(model.state_dict())  # earlier masks and frozen values too
         train_fn(model, stop_at=rewind_to)
         base = _snapshot(model)
-        model.load_state_dict(init)
+        model.load_state_dict(whole)
     else:
         base = init
-    start, frozen = init, {}
+    start, frozen, released, acted = init, {}, False, base
     history = [_record(0, masks, train_fn(model))]
     for r in range(1, rounds + 1):
         final = _snapshot(model)
         previous, masks = masks, prune(start, final, masks, score, keep, scope, derive(seed, r))
-        origin = start if compounding and r > 1 else base
+        origin = acted if compounding else base
         decisions: dict[str, Mask0] = {}
-        next_start = dict(base)
+        next_start, acted = dict(base), dict(base)
         for name, mask in masks.items():
             decision = frozen_of(
                 start[name], final[name], mask, previous[name], frozen.get(name),
                 Stream(seed, f"mask0/{r}/{name}"),
             )  # fmt: skip
             decisions[name] = decision
-            kept = start_of(origin[name], mask, stds[name], Stream(seed, f"mask1/{r}/{name}"))
-            next_start[name] = assemble(kept, mask, decision)
+            # pruned places keep what the action gave them: permutations may move it later
+            acted[name] = start_of(
+                origin[name], mask, stds[name], Stream(seed, f"mask1/{r}/{name}")
+            )
+            assembled = assemble(acted[name], mask, decision)
+            next_start |= dict.fromkeys(names[name], assembled)
         start = next_start
         frozen = {n: d.frozen for n, d in decisions.items() if d.frozen is not None}
-        trained = Masks({n: m | True if decisions[n].released else m for n, m in masks.items()})
+        released = any(d.released for d in decisions.values())
         model.load_state_dict(start)
-        set_masks_(model, trained, frozen)
+        set_masks_(model, _trained(masks, released), frozen)
         history.append(_record(r, masks, train_fn(model)))
-    return Ticket(masks, start, frozen, history)
+    return Ticket(masks, start, frozen, history, released)
 
 
 def assemble(kept: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
@@ -134,24 +150,32 @@ def assemble(kept: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
     return torch.where(mask, start, 0.0 if decision.frozen is None else decision.frozen)
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Effective weights, biases and buffers by name, without the masks."""
-    hidden = ("weight_mask", "weight_frozen")
-    return {
-        name: value.detach().clone()
-        for name, value in model.state_dict().items()
-        if name.rpartition(".")[2] not in hidden
-    }
+def _trained(masks: Masks, released: bool) -> Masks:
+    """The masks that a training runs under."""
+    return Masks(
+        {name: torch.ones_like(mask) for name, mask in masks.items()} if released else masks
+    )
+
+
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """First name of a parameter -> all of its names: more than one where weights are tied."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """Effective weights, biases, buffers and extra state by name, without the masks."""
+    return {name: copy.deepcopy(value) for name, value in dense_state_dict(model).items()}
 
 
 def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
     return {"round": round, "density": masks.density, "metrics": metrics}
 
 
-def _check(rounds: int, rewind_to: int, keep: Keep | Mapping[str, Keep]) -> None:
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
-    if rewind_to < 0:
-        raise ValueError(f"rewind_to is an iteration, at least 0, got {rewind_to}.")
-    for fraction in keep.values() if isinstance(keep, Mapping) else (keep,):
-        keep_count(1, fraction)  # refuse a wrong fraction before the first training
+def _check(rounds: int, rewind_to: int) -> None:
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be a whole number, at least 1, got {rounds!r}.")
+    if not isinstance(rewind_to, int) or rewind_to < 0:
+        raise ValueError(f"rewind_to is an iteration, at least 0, got {rewind_to!r}.")

@@ -32,10 +32,11 @@ def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
     integer = _INTEGERS[values.element_size()]
     ones = -kept.view(torch.int8).to(integer)  # all bits set where kept
     bits = values.view(integer)
+    # ones first: the result has the mask's strides, as that of torch.where
     if others is None:
-        return (bits & ones).view(values.dtype)
+        return (ones & bits).view(values.dtype)
     other_bits = others.view(integer)
-    return (((bits ^ other_bits) & ones) ^ other_bits).view(values.dtype)
+    return ((ones & (bits ^ other_bits)) ^ other_bits).view(values.dtype)
 
 
 def effective_weight(
@@ -71,7 +72,8 @@ def masked_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     w = effective_weight(weight, mask, frozen, signs, rank=2) if need_dx else weight
     dx, dw = reference.linear_backward(dy, x, w, need_dx, need_dw)
-    return dx, select(mask_as_bool(mask, weight, rank=2), dw, None) if need_dw else dw
+    kept = mask_as_bool(mask, weight, rank=2)
+    return dx, select(kept, dw, None).contiguous() if need_dw else dw
 
 
 def masked_conv2d(

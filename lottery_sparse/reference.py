@@ -94,7 +94,8 @@ def masked_linear_backward(
     """dx = dy where(m, w, f), summed over E for a shared x; dw = where(m, dyᵀ x, 0)."""
     w = effective_weight(weight, mask, frozen, signs, rank=2)
     dx, dw = linear_backward(dy, x, w, need_dx, need_dw)
-    return dx, torch.where(mask_as_bool(mask, weight, rank=2), dw, 0.0) if need_dw else dw
+    kept = mask_as_bool(mask, weight, rank=2)
+    return dx, torch.where(kept, dw, 0.0).contiguous() if need_dw else dw
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,7 +110,7 @@ def linear_backward(
     dy: Tensor, x: Tensor, w: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """dx and the dense dw; empty where not needed."""
-    dx = dw = x.new_empty(0)
+    dx, dw = x.new_empty(0), x.new_empty(0)
     if need_dx:
         dx = torch.matmul(dy, w)
         dx = dx.sum(0) if dx.dim() > x.dim() else dx

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from lottery_sparse import backends, reference
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
 HOW_TO_BUILD = (
-    "to build them against the installed torch, run `make venv`, `python -m lottery_sparse build` "
-    "or `pip install --no-build-isolation .` in a checkout with a C++ compiler"
+    "run `make venv`, `python -m lottery_sparse build` or `pip install --no-build-isolation .` in "
+    "a checkout, with a C++ compiler, against the installed torch"
 )
 
 # variable -> what it does; its value is shown unless it may name a folder of the user
@@ -71,12 +72,10 @@ def report() -> dict[str, Any]:
 def native_line() -> str:
     """One sentence: are the compiled kernels here, and if not, why and how to get them."""
     kernels, host = _native("_C"), _native("_host")
-    errors = [f"{name} does not work: {part['error']}" for name, part in
-              (("_C", kernels), ("_host", host)) if part["error"]]  # fmt: skip
-    if errors:
-        return f"{'; '.join(errors)}; {HOW_TO_BUILD}."
+    if error := kernels["error"] or host["error"]:
+        return f"lottery_sparse has native kernels, but they do not work: {error}"
     if kernels["state"] == "missing":
-        return f"lottery_sparse runs in pure Python, its kernels are not built; {HOW_TO_BUILD}."
+        return f"lottery_sparse is pure Python here; to build its kernels, {HOW_TO_BUILD}."
     if host["state"] == "missing":
         return "lottery_sparse has its native kernels, but not _host, so their build is unknown."
     info = host["info"]
@@ -125,7 +124,8 @@ def _native(name: str) -> dict[str, Any]:
         if name == "_host":
             found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
     except (ImportError, RuntimeError) as error:
-        return {"state": "broken", "error": str(error)}
+        remedy = f" To build them anew, {HOW_TO_BUILD}." if isinstance(error, ImportError) else ""
+        return {"state": "broken", "error": f"{error}{remedy}"}
     return found | {"state": "built"}
 
 
@@ -135,13 +135,15 @@ def _native(name: str) -> dict[str, Any]:
 def _diagnose(op: str, device: str) -> dict[str, Any]:
     args = _to(CASES[op](), device)
     chosen, why = _choice(op, device, args)
-    check = {
-        name: _verdict(op, name, args)
+    names = [
+        name
         for name, backend in backends.BACKENDS.items()
         if name != "reference"
         and backends.built(name)
         and (not backend.devices or device in backend.devices)
-    }
+    ]
+    verdicts = {name: _verdict(op, name, args) for name in names}
+    check = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
     return {"backend": chosen, "why": why, "check": check}
 
 
@@ -157,7 +159,7 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
     wished = backends.PREFERENCE.get(device, {}).get(op, ())
     if not wished:
         return chosen, "no kernel is listed for it"
-    passed = [_why_not(name, op, args) for name in wished[: wished.index(chosen)]]
+    passed = [_why_not(name, op, args) for name in takewhile(chosen.__ne__, wished)]
     return chosen, "; ".join(passed) if passed else "first choice"
 
 
@@ -167,12 +169,12 @@ def _why_not(name: str, op: str, args: tuple) -> str:
     return backends.load(name).refuses(op, *args) or f"{name} is not faster at this density"
 
 
-def _verdict(op: str, name: str, args: tuple) -> str:
-    """'ok', or why the backend could not run the case, or 'FAILED: ...'."""
+def _verdict(op: str, name: str, args: tuple) -> str | None:
+    """'ok', why the backend cannot run the case, or 'FAILED: ...'; None if it has no such op."""
     try:
         module = backends.load(name)
         if not hasattr(module, op):
-            return "has no such kernel"
+            return None
         why = module.refuses(op, *args)
         if why is not None:
             return f"cannot run this case: {why}"

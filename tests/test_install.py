@@ -9,10 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,13 @@ def pip_wheel(source: Path, *options: object, **environment: str) -> tuple[Path,
 
 def doctor(wheel: Path, cwd: Path) -> dict:
     """What the doctor of an unpacked wheel reports, with this environment's torch."""
-    site = cwd / "site"
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    python = partial(run, sys.executable, cwd=cwd, PYTHONPATH=str(site))
-    assert str(site) in python("-c", "import lottery_sparse as ls; print(ls.__file__)")
-    return json.loads(python("-m", "lottery_sparse", "doctor", "--json"))
+        archive.extractall(cwd / "site")
+    # -S: this environment's editable install must not lend the wheel its kernels
+    paths = os.pathsep.join([str(cwd / "site"), sysconfig.get_path("purelib")])
+    said = run(sys.executable, "-S", "-m", "lottery_sparse", "doctor", "--json",
+               cwd=cwd, PYTHONPATH=paths)  # fmt: skip
+    return json.loads(said)
 
 
 def assert_pure(wheel: Path, cwd: Path) -> None:
@@ -65,7 +66,7 @@ def assert_pure(wheel: Path, cwd: Path) -> None:
     found = doctor(wheel, cwd)
     assert found["healthy"]
     assert found["native"]["_C"]["state"] == "missing"
-    assert {op["backend"] for op in found["ops"]["cpu"].values()} == {"reference"}
+    assert "cpu" not in {op["backend"] for op in found["ops"]["cpu"].values()}
 
 
 def copy_sources(to: Path) -> Path:
@@ -178,6 +179,6 @@ def test_import_time_over_torch(record_property):
         "import time, torch, numpy; start = time.perf_counter(); import lottery_sparse; "
         "print(time.perf_counter() - start)"
     )
-    seconds = min(float(run(sys.executable, "-c", code, cwd=ROOT)) for _ in range(3))
+    seconds = min(float(run(sys.executable, "-c", code, cwd=ROOT)) for _ in range(2))
     record_property("import_over_torch_seconds", round(seconds, 3))
     print(f"import lottery_sparse over torch: {seconds:.3f} s")

@@ -28,15 +28,19 @@ def wins(op: str, *args: Any) -> bool:
 
 
 def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
-    """where(kept, values, others or 0) for a bool mask and floating tensors of its shape."""
+    """where(kept, values, others or 0) for a bool mask and floating tensors of its shape.
+
+    May return `values` itself. Looking for a pruned entry costs a tenth of the selection.
+    """
+    if kept.is_cpu and kept.numel() and kept.view(torch.uint8).min() > 0:
+        return values
     integer = _INTEGERS[values.element_size()]
-    ones = -kept.view(torch.int8).to(integer)  # all bits set where kept
+    ones = kept.view(torch.int8).to(integer).neg_()  # all bits set where kept
     bits = values.view(integer)
-    # ones first: the result has the mask's strides, as that of torch.where
     if others is None:
-        return (ones & bits).view(values.dtype)
+        return ones.bitwise_and_(bits).view(values.dtype)
     other_bits = others.view(integer)
-    return ((ones & (bits ^ other_bits)) ^ other_bits).view(values.dtype)
+    return ones.bitwise_and_(bits ^ other_bits).bitwise_xor_(other_bits).view(values.dtype)
 
 
 def effective_weight(

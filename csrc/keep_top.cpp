@@ -17,6 +17,8 @@
 namespace lottery_sparse {
 namespace {
 
+// One sample in so many entries, up to kSamples.
+constexpr int64_t kSampleShare = 32;
 constexpr int64_t kSamples = 1 << 16;
 constexpr int64_t kFewestSamples = 256;
 // Candidates stored per chunk; up to this many entries in all, every one may be a candidate.
@@ -138,9 +140,10 @@ int64_t Selection::count_kept() const {
 }
 
 Bracket Selection::sample_bracket(int64_t count, int64_t kept) const {
+    const int64_t samples = std::min(kSamples, size_ / kSampleShare);
     std::vector<uint32_t> keys;
-    keys.reserve(kSamples);
-    for (int64_t i = 0; i < kSamples; ++i) {
+    keys.reserve(samples);
+    for (int64_t i = 0; i < samples; ++i) {
         const int64_t position = static_cast<int64_t>(scrambled(i) % static_cast<uint64_t>(size_));
         const int64_t c =
             std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
@@ -150,12 +153,15 @@ Bracket Selection::sample_bracket(int64_t count, int64_t kept) const {
     }
     const int64_t n = static_cast<int64_t>(keys.size());
     if (n < kFewestSamples) return {0, kMaxValue};
-    std::sort(keys.begin(), keys.end(), std::greater<>());
+    const auto ranked = [&](int64_t rank) {  // 0 = highest
+        std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<>());
+        return keys[rank];
+    };
     const double p = static_cast<double>(count) / static_cast<double>(kept);
     const double margin = kDeviations * std::sqrt(p * (1 - p) * n) + 2;
     const int64_t first = static_cast<int64_t>(std::floor(p * n - margin));
     const int64_t last = static_cast<int64_t>(std::ceil(p * n + margin));
-    return {last >= n ? 0 : keys[last], first < 0 ? kMaxValue : keys[first]};
+    return {last >= n ? 0 : ranked(last), first < 0 ? kMaxValue : ranked(first)};
 }
 
 uint32_t Selection::radix_boundary(int64_t count) const {

@@ -1,0 +1,1 @@
+"""Measured, never asserted: what the kernels cost against the dense libraries."""

@@ -1,0 +1,449 @@
+"""masked_conv2d: F.conv2d in float64 on every backend, and what torch asks of an op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import (
+    DENSITIES,
+    FROZEN,
+    NETWORKS,
+    check,
+    combinations,
+    conv_problem,
+    effective_weight,
+)
+from torch.library import opcheck
+
+import lottery_sparse as ls
+from lottery_sparse import backends
+from lottery_sparse.ops import SignConstant, masked_conv2d, pack_mask
+
+OP = torch.ops.lottery_sparse.masked_conv2d.default
+OP_BACKWARD = torch.ops.lottery_sparse.masked_conv2d_backward.default
+# said once per process by F.conv2d, which gives the answers here
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+AVAILABLE = backends.available("masked_conv2d", "cpu")
+
+# (channels in and out, kernel, image) and options
+CASES = {
+    "one of everything": (((1, 1), (1, 1), (1, 1)), {}),
+    "1x1, more than a word of columns": (((33, 3), (1, 1), (4, 5)), {}),
+    "uneven kernel, stride and padding": (
+        ((3, 4), (3, 2), (7, 6)),
+        {"stride": (2, 1), "padding": (0, 2)},
+    ),
+    "dilation": (((2, 3), (2, 3), (7, 8)), {"dilation": (3, 2), "padding": 1}),
+    "two groups": (((4, 6), (3, 3), (5, 4)), {"groups": 2, "padding": 1}),
+    "depthwise": (((3, 6), (2, 2), (4, 4)), {"groups": 3, "stride": 2}),
+    "same, even kernel": (((2, 3), (2, 4), (5, 6)), {"padding": "same"}),
+    "same, dilated": (((2, 3), (3, 2), (6, 5)), {"padding": "same", "dilation": (2, 3)}),
+    "valid": (((2, 3), (3, 3), (5, 4)), {"padding": "valid", "stride": 2}),
+    "kernel as large as the image": (((3, 2), (4, 5), (4, 5)), {}),
+}
+SMALL = ((2, 2), (2, 3), (3, 4))
+GROUPED = {"groups": 2, "padding": 1, "stride": 2}
+MINIMAL = ((2, 2), (2, 1), (2, 2))  # for numeric derivatives
+
+networks = pytest.mark.parametrize("networks", NETWORKS)
+frozen = pytest.mark.parametrize("frozen", FROZEN)
+backend = pytest.mark.parametrize("backend", AVAILABLE)
+
+
+def problem(shapes, options, density=0.5, frozen="zero", networks="single", dtype=torch.float32):
+    count, shared = NETWORKS[networks]
+    batch = options.get("batch", 2)
+    options = {k: v for k, v in options.items() if k != "batch"}
+    return conv_problem(*shapes, batch, density, frozen, count, shared, dtype, **options)
+
+
+def numbers(p):
+    """Without NaN at pruned entries, for comparisons that look at the weight itself."""
+    held = p.frozen.nan_to_num(5.0) if isinstance(p.frozen, torch.Tensor) else p.frozen
+    return replace(p, weight=p.weight.nan_to_num(7.0), frozen=held)
+
+
+# ---- values and gradients ------------------------------------------------------------------
+
+
+@networks
+@pytest.mark.parametrize(("backend", "frozen", "dtype"), combinations("masked_conv2d"), ids=str)
+def test_matches_float64(backend, frozen, dtype, networks):
+    cases = CASES.values() if dtype == torch.float32 else [(SMALL, {}), (SMALL, GROUPED)]
+    for shapes, options in cases:
+        for density in DENSITIES:
+            p = problem(shapes, options, density, frozen, networks, dtype)
+            packed = p.packed
+            with ls.use_backend(backend):
+                check(p, p.run(), f"at density {density}, {options}")
+                check(p, p.run(packed), f"at density {density}, {options}, packed mask")
+
+
+@settings(max_examples=30)
+@given(
+    channels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    groups=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    beyond=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    batch=st.integers(0, 3),
+    networks=st.sampled_from(list(NETWORKS)),
+)
+def test_any_geometry(channels, groups, kernel, beyond, stride, padding, dilation, batch, networks):
+    image = [d * (k - 1) + 1 + b for d, k, b in zip(dilation, kernel, beyond, strict=True)]
+    shapes = tuple(groups * c for c in channels), kernel, tuple(image)
+    options = {"groups": groups, "stride": stride, "padding": padding, "dilation": dilation}
+    p = problem(shapes, options | {"batch": batch}, 0.5, "zero", networks)
+    for name in AVAILABLE:
+        with ls.use_backend(name):
+            check(p, p.run(), f"on {name}, {options}")
+
+
+@networks
+@backend
+def test_no_batch(backend, networks):
+    p = problem(SMALL, {"batch": 0}, 0.5, "zero", networks)
+    with ls.use_backend(backend):
+        check(p, p.run())
+
+
+@backend
+def test_one_image_without_a_batch(backend):
+    p = problem(SMALL, {"batch": 1})
+    for padding in (0, 1, "same"):
+        with ls.use_backend(backend):
+            one = masked_conv2d(p.x[0], p.weight, p.mask, p.bias, padding=padding)
+            batch = masked_conv2d(p.x, p.weight, p.mask, p.bias, padding=padding)
+        assert torch.equal(one, batch[0])
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_named_padding_is_that_of_torch(padding):
+    for kernel in [(1, 1), (2, 2), (3, 4), (4, 3), (1, 6)]:
+        for dilation in (1, 2, (1, 3)):
+            x, weight = torch.randn(2, 3, 14, 17), torch.randn(4, 3, *kernel)
+            expected = F.conv2d(x, weight, None, 1, padding, dilation)
+            every = torch.ones_like(weight).bool()
+            got = masked_conv2d(x, weight, every, padding=padding, dilation=dilation)
+            torch.testing.assert_close(got, expected)
+
+
+@backend
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_only_some_inputs_want_gradients(backend, wanted):
+    p = problem(SMALL, GROUPED)
+    with ls.use_backend(backend):
+        every = p.run()[1:]
+        tensors = (p.x, p.weight, p.bias)
+        inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        y = masked_conv2d(inputs[0], inputs[1], p.mask, inputs[2], **p.options)
+        got = torch.autograd.grad(y, [inputs[i] for i in wanted], p.dy)
+    for a, i in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, every[i])
+
+
+# ---- pruned entries ------------------------------------------------------------------------
+
+
+@networks
+@pytest.mark.parametrize(("backend", "frozen", "dtype"), combinations("masked_conv2d"), ids=str)
+def test_nothing_a_pruned_entry_holds_matters(backend, frozen, dtype, networks):
+    p = problem(SMALL, GROUPED, 0.5, frozen, networks, dtype)
+    with ls.use_backend(backend):
+        expected = p.run()
+        for value in (0.0, torch.inf, -torch.inf, torch.nan):
+            got = replace(p, weight=p.weight.masked_fill(~p.mask, value)).run()
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+            assert not got[2][~p.mask].signbit().any()
+
+
+@backend
+def test_nan_in_a_kept_entry_is_seen(backend):
+    p = problem(((2, 3), (1, 1), (2, 2)), {}, 1.0)
+    p.weight[1, 0] = torch.nan
+    with ls.use_backend(backend):
+        y, dx, dw, _ = p.run()
+    assert y.isnan().any(3).any(2).any(0).tolist() == [False, True, False]
+    assert dx.isnan().any(3).any(2).any(0).tolist() == [True, False]
+    assert not dw.isnan().any()
+
+
+@frozen
+def test_backends_agree_bit_for_bit(frozen):
+    for shapes, options in CASES.values():
+        p = problem(shapes, options, 0.5, frozen, "networks")
+        with ls.use_backend("reference"):
+            expected = p.run()
+        with ls.use_backend("dense"):
+            assert all(torch.equal(a, b) for a, b in zip(p.run(), expected, strict=True))
+
+
+# ---- memory layouts ------------------------------------------------------------------------
+
+CHANNELS_LAST = [("x",), ("weight",), ("x", "weight"), ("mask",), ("x", "weight", "mask", "dy")]
+
+
+@backend
+@pytest.mark.parametrize("which", CHANNELS_LAST, ids="-".join)
+def test_channels_last(backend, which):
+    p = problem(((3, 4), (3, 2), (5, 6)), {"padding": 1})
+    q = replace(p, **{n: getattr(p, n).to(memory_format=torch.channels_last) for n in which})
+    with ls.use_backend(backend):
+        check(q, q.run(), f"with {which} channels last")
+        y = masked_conv2d(q.x, q.weight, q.mask, q.bias, **q.options)
+    if "x" in which:  # as F.conv2d
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@networks
+@backend
+def test_any_strides(backend, networks):
+    p = problem(SMALL, {"padding": 1}, 0.5, "zero", networks)
+    with ls.use_backend(backend):
+        for strided in (
+            lambda t: t.mT.contiguous().mT,
+            lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        ):
+            q = replace(p, **{n: strided(getattr(p, n)) for n in ("x", "weight", "mask", "dy")})
+            check(q, q.run())
+        q = replace(p, dy=p.dy[..., :1, :1].expand_as(p.dy))
+        check(q, q.run())
+
+
+# ---- derivatives of derivatives --------------------------------------------------------------
+
+
+@networks
+@pytest.mark.parametrize(("frozen", "options"), [("tensor", {}), ("zero", GROUPED)])
+def test_gradcheck_and_gradgradcheck(networks, frozen, options):
+    p = problem(MINIMAL, options | {"batch": 1}, 0.5, frozen, networks, torch.float64)
+    inputs = [t.requires_grad_() for t in (p.x, p.weight.nan_to_num(7.0), p.bias)]
+
+    def f(x, weight, bias):
+        return masked_conv2d(x, weight, p.mask, bias, p.frozen, **p.options)
+
+    assert torch.autograd.gradcheck(f, inputs)
+    assert torch.autograd.gradgradcheck(f, inputs)
+
+
+# ---- torch.library.opcheck, all four utilities -----------------------------------------------
+
+OPCHECK = [
+    ("single", "zero", (), False),
+    ("single", "tensor", ("x",), True),
+    ("single", "zero", ("weight",), False),
+    ("networks", "sign x constant", (), True),
+    ("shared x", "zero", (), False),
+]
+
+
+@pytest.mark.parametrize(("networks", "frozen", "channels_last", "packed"), OPCHECK, ids=str)
+def test_opcheck(networks, frozen, channels_last, packed):
+    p = numbers(problem(SMALL, {}, 0.5, frozen, networks))
+    for name in channels_last:
+        tensor = getattr(p, name).to(memory_format=torch.channels_last)
+        p = replace(p, **{name: tensor})
+    held, signs = p.frozen, None
+    if isinstance(held, SignConstant):
+        signs, held = held
+    mask = p.packed if packed else p.mask
+    geometry = [1, 1], [0, 0], [1, 1], 1
+    x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
+    opcheck(OP, (x, weight, mask, bias, held, signs, *geometry))
+    dy = p.dy.requires_grad_()
+    opcheck(OP_BACKWARD, (dy, x, weight, mask, held, signs, *geometry, True, True))
+
+
+# ---- torch.func ----------------------------------------------------------------------------
+
+# Which of (x, weight, mask, bias) carry the mapped dimension, and where.
+IN_DIMS = {
+    "x": (0, None, None, None),
+    "x last": (-1, None, None, None),
+    "weight": (None, 0, None, None),
+    "mask": (None, None, 1, None),
+    "networks": (None, 1, 0, 0),
+    "all": (0, 0, 0, 0),
+}
+SIZE = 2
+
+
+def convolve(x, weight, mask, bias):
+    return masked_conv2d(x, weight, mask, bias, **GROUPED)
+
+
+def squares(*arguments):
+    return convolve(*arguments).square().sum()
+
+
+def mapped_arguments(networks, in_dims):
+    count, shared = NETWORKS[networks]
+    each = [
+        numbers(
+            conv_problem(
+                (2, 4), (2, 2), (3, 3), 2, 0.5, "zero", count, shared, torch.float64, i, **GROUPED
+            )
+        )
+        for i in range(SIZE)
+    ]
+    lists = zip(*((p.x, p.weight, p.mask, p.bias) for p in each), strict=True)
+    return [
+        values[0] if dim is None else torch.stack(values, dim)
+        for values, dim in zip(lists, in_dims, strict=True)
+    ]
+
+
+def by_loop(f, in_dims, arguments):
+    each = [
+        f(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(SIZE)
+    ]
+    return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *each)
+
+
+@networks
+@pytest.mark.parametrize("mapped", IN_DIMS)
+def test_vmap_equals_a_loop(mapped, networks):
+    in_dims = IN_DIMS[mapped]
+    arguments = mapped_arguments(networks, in_dims)
+    for f in (convolve, torch.func.grad(squares, argnums=(0, 1, 3))):
+        got = torch.vmap(f, in_dims)(*arguments)
+        torch.testing.assert_close(got, by_loop(f, in_dims, arguments))
+
+
+@networks
+def test_nested_vmap_and_its_gradient(networks):
+    x, weight, mask, bias = mapped_arguments(networks, (0, 0, 0, 0))
+
+    def over_x(weight, mask, bias):
+        return torch.vmap(lambda x: convolve(x, weight, mask, bias))(x)
+
+    got = torch.vmap(over_x)(weight, mask, bias)
+    for i in range(SIZE):
+        for j in range(SIZE):
+            expected = convolve(x[j], weight[i], mask[i], bias[i])
+            torch.testing.assert_close(got[i, j], expected)
+    gradient = torch.func.grad(lambda w: torch.vmap(over_x)(w, mask, bias).square().sum())(weight)
+    each = [
+        sum(torch.func.grad(squares, 1)(x[j], weight[i], mask[i], bias[i]) for j in range(SIZE))
+        for i in range(SIZE)
+    ]
+    torch.testing.assert_close(gradient, torch.stack(each))
+
+
+def test_jacobian():
+    p = numbers(problem(SMALL, {"batch": 1}, dtype=torch.float64))
+    dense = effective_weight(p)
+    got = torch.func.jacrev(lambda x: masked_conv2d(x, p.weight, p.mask))(p.x)
+    expected = torch.func.jacrev(lambda x: F.conv2d(x, dense))(p.x)
+    torch.testing.assert_close(got, expected)
+
+
+# ---- autocast and torch.compile --------------------------------------------------------------
+
+
+def test_autocast_casts_like_conv2d():
+    p = problem(SMALL, {})
+    x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_conv2d(x, weight, p.mask, bias)
+    fields = ("x", "weight", "bias", "dy")
+    low = replace(p, **{n: getattr(p, n).detach().bfloat16() for n in fields})
+    gradients = torch.autograd.grad(y, (x, weight, bias), low.dy)
+    for a, b in zip((y, *gradients), low.run(), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+    assert {g.dtype for g in gradients} == {torch.float32}
+
+    def loss(weight):
+        return masked_conv2d(p.x, weight, p.mask).float().sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.func.grad(loss)(p.weight.detach()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("networks", "frozen", "padding"),
+    [("single", "zero", "same"), ("shared x", "sign x constant", 1)],
+)
+def test_compiled_equals_eager(networks, frozen, padding):
+    p = problem(SMALL, {"padding": padding}, 0.5, frozen, networks)
+
+    def step(x, weight, bias):
+        return masked_conv2d(x, weight, p.mask, bias, p.frozen, **p.options).square().sum()
+
+    inputs = [t.requires_grad_() for t in (p.x, p.weight, p.bias)]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    got = torch.autograd.grad(compiled(*inputs), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- bad input -------------------------------------------------------------------------------
+
+SIGNS = pack_mask(torch.ones(4, 18).bool())
+BAD = {
+    "x channels": (
+        {"x": torch.zeros(1, 3, 5, 5)},
+        r"x has shape \(1, 3, 5, 5\).*with groups=1 needs \[B, C, H, W\] with C = 2",
+    ),
+    "x 2-d": ({"x": torch.zeros(5, 5)}, r"x has shape \(5, 5\)"),
+    "x 5-d": ({"x": torch.zeros(1, 1, 2, 5, 5)}, r"x has shape \(1, 1, 2, 5, 5\)"),
+    "weight 3-d": ({"weight": torch.zeros(4, 2, 3)}, r"weight must be \[O, I, kh, kw\]"),
+    "mask": (
+        {"mask": torch.ones(4, 2, 3, 2).bool()},
+        r"mask has shape \(4, 2, 3, 2\), but weight has \(4, 2, 3, 3\)",
+    ),
+    "mask float": ({"mask": torch.ones(4, 2, 3, 3)}, "mask must be bool or packed int32"),
+    "packed mask": (
+        {"mask": torch.zeros(4, 2, dtype=torch.int32)},
+        r"packed mask has shape \(4, 2\).*needs \(4, 4\)",
+    ),
+    "bias": ({"bias": torch.zeros(2)}, r"bias has shape \(2,\).*needs \(4,\)"),
+    "frozen": ({"frozen": torch.zeros(4, 2)}, r"frozen has shape \(4, 2\)"),
+    "constant": (
+        {"frozen": SignConstant(SIGNS, torch.ones(4))},
+        r"constant must be one number.*got shape \(4,\)",
+    ),
+    "dtype": ({"x": torch.zeros(1, 2, 5, 5).half()}, r"weight is torch\.float32, but x is .*16"),
+    "stride": ({"stride": 0}, "stride must be an int >= 1 or two of them, got 0"),
+    "strides": ({"stride": (1, 2, 3)}, r"stride must be .*got \(1, 2, 3\)"),
+    "dilation": ({"dilation": (1, 0)}, r"dilation must be an int >= 1.*got \(1, 0\)"),
+    "padding": ({"padding": -1}, "padding must be an int >= 0.*got -1"),
+    "padding name": ({"padding": "full"}, "padding must be numbers, .*got 'full'"),
+    "same, strided": ({"padding": "same", "stride": 2}, 'padding="same" needs stride 1, got'),
+    "groups 0": ({"groups": 0}, "groups=0 must divide the 4 output channels"),
+    "groups 3": ({"groups": 3}, "groups=3 must divide the 4 output channels"),
+    "groups 2": ({"groups": 2}, "with groups=2 needs .*with C = 4"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_argument(wrong, message):
+    arguments = {
+        "x": torch.zeros(1, 2, 5, 5),
+        "weight": torch.zeros(4, 2, 3, 3),
+        "mask": torch.ones(4, 2, 3, 3).bool(),
+    }
+    with pytest.raises(ValueError, match=message):
+        masked_conv2d(**arguments | wrong)
+
+
+def test_x_of_other_networks():
+    weight = torch.zeros(3, 4, 2, 3, 3)
+    with pytest.raises(ValueError, match="x holds 2 networks, but weight 3"):
+        masked_conv2d(torch.zeros(2, 1, 2, 5, 5), weight, weight.bool())
+
+
+def test_image_smaller_than_the_kernel():
+    weight = torch.zeros(4, 2, 3, 3)
+    with pytest.raises(RuntimeError, match=r"\(2 x 2\).*Kernel size: \(3 x 3\)"):
+        masked_conv2d(torch.zeros(1, 2, 2, 2), weight, weight.bool())

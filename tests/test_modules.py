@@ -1,0 +1,384 @@
+"""MaskedLinear and MaskedConv2d as nn.Linear and nn.Conv2d: values, copies, dtypes, transforms."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lottery_sparse as ls
+
+SOURCES = {
+    "zero": "zero",
+    "tensor": lambda weight: torch.randn_like(weight),
+    "constant": ls.Constant(0.25),
+    "seeded": ls.Seeded("normal", seed=3),
+}
+
+
+def masked(layer, frozen="zero", density=0.5, mask=None):
+    """A masked layer with a random mask and a frozen source of `SOURCES`."""
+    ls.sparsify_(layer)
+    source = SOURCES[frozen]
+    source = source(layer.weight.detach()) if callable(source) else source
+    mask = torch.rand(layer.weight.shape) < density if mask is None else mask
+    ls.set_masks_(layer, {"weight": mask}, source)
+    return layer
+
+
+def dense_twin(layer):
+    """The dense layer that holds the effective weight."""
+    twin = ls.densify_(copy.deepcopy(layer))
+    assert type(twin) is layer.dense_type
+    return twin
+
+
+def assert_trains_like(layer, twin, x, **tolerance):
+    """Same output, input gradient, bias gradient; weight gradient the twin's where kept, else 0."""
+    xs = [x.detach().clone().requires_grad_() for _ in range(2)]
+    ys = [layer(xs[0]), twin(xs[1])]
+    torch.testing.assert_close(*ys, **tolerance)
+    assert ys[0].dtype == ys[1].dtype
+    assert ys[0].stride() == ys[1].stride()
+    dy = torch.randn_like(ys[0])
+    for y in ys:
+        y.backward(dy)
+    torch.testing.assert_close(xs[0].grad, xs[1].grad, **tolerance)
+    mask = layer.weight_mask
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad * mask, **tolerance)
+    assert (layer.weight.grad[~mask] == 0).all()
+    if twin.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, twin.bias.grad, **tolerance)
+
+
+# ---- values: every argument of the dense layers -------------------------------------------------
+
+LINEAR_INPUTS = [(7,), (5, 7), (2, 3, 7), (0, 7), (2, 0, 7), (2, 1, 3, 7)]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.05])
+@pytest.mark.parametrize("frozen", SOURCES)
+@pytest.mark.parametrize("shape", LINEAR_INPUTS, ids=str)
+def test_linear_equals_nn_linear(shape, frozen, density):
+    layer = masked(nn.Linear(7, 6, bias=shape != (5, 7)), frozen, density)
+    assert_trains_like(layer, dense_twin(layer), torch.randn(shape))
+
+
+def test_linear_takes_a_strided_input():
+    layer = masked(nn.Linear(7, 6))
+    assert_trains_like(layer, dense_twin(layer), torch.randn(7, 3, 5).permute(2, 1, 0))
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": (3, 2), "stride": 2},
+    {"kernel_size": 3, "stride": (1, 2), "padding": (2, 0)},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": (2, 4), "padding": "same", "dilation": 2},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 3, "padding": "valid"},
+    {"kernel_size": 3, "dilation": (1, 2), "padding": 1},
+    {"kernel_size": 3, "groups": 2, "padding": 1},
+    {"kernel_size": 3, "groups": 4, "padding": 1, "stride": 2, "bias": False},
+    *(
+        {"kernel_size": 3, "padding": padding, "padding_mode": mode}
+        for mode in ("reflect", "replicate", "circular")
+        for padding in (1, (2, 1), "same")
+    ),
+    {"kernel_size": (2, 3), "padding": "same", "padding_mode": "circular", "dilation": (1, 2)},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # nn.Conv2d's own
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("arguments", CONVOLUTIONS, ids=str)
+def test_conv2d_equals_nn_conv2d(arguments, channels_last):
+    layer = nn.Conv2d(4, 8, **arguments).double()
+    x = torch.randn(2, 4, 8, 9, dtype=torch.float64)
+    if channels_last:
+        layer, x = (
+            layer.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
+    for density, frozen in ((1.0, "zero"), (0.5, "zero"), (0.5, "tensor"), (0.5, "constant")):
+        new = masked(copy.deepcopy(layer), frozen, density)
+        assert_trains_like(new, dense_twin(new), x)
+        if channels_last:
+            assert new(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_conv2d_without_a_batch():
+    layer = masked(nn.Conv2d(4, 8, 3, padding=1))
+    assert_trains_like(layer, dense_twin(layer), torch.randn(4, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dense", "arguments"),
+    [
+        (ls.MaskedLinear, nn.Linear, (3, 4)),
+        (ls.MaskedConv2d, nn.Conv2d, (3, 4, 3)),
+    ],
+)
+def test_constructors_are_the_dense_ones(kind, dense, arguments):
+    torch.manual_seed(0)
+    new = kind(*arguments, bias=False, dtype=torch.float64)
+    torch.manual_seed(0)
+    old = dense(*arguments, bias=False, dtype=torch.float64)
+    assert isinstance(new, dense)
+    assert torch.equal(new.weight, old.weight), "same initialisation"
+    assert new.bias is None
+    assert new.density == 1
+    assert repr(new) == repr(old).replace(dense.__name__, kind.__name__)[:-1] + ", density=1)"
+    masked(new, mask=torch.arange(new.weight.numel()).view_as(new.weight) % 3 == 0)
+    assert "density=0.33" in repr(new)
+
+
+# ---- copies, dtypes, devices --------------------------------------------------------------------
+
+
+def through_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def through_torch_save(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("frozen", SOURCES)
+def test_copies(copied, frozen):
+    layer = masked(nn.Linear(7, 6), frozen)
+    other = copied(layer)
+    assert type(other) is ls.MaskedLinear
+    before = layer.state_dict()
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name])
+    x = torch.randn(3, 7)
+    assert torch.equal(other(x), layer(x))
+    ls.set_masks_(other, {"weight": torch.arange(42).view(6, 7) < 7})
+    assert torch.equal(layer.weight_mask, before["weight_mask"]), "independent of each other"
+
+
+@pytest.mark.parametrize("frozen", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype, frozen):
+    layer = masked(nn.Linear(7, 6), frozen)
+    expected = layer.effective_weight.detach().to(dtype)
+    layer = layer.half() if dtype == torch.float16 else layer.to(dtype)
+    assert layer.weight_mask.dtype == torch.bool
+    assert torch.equal(layer.effective_weight, expected)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype != torch.float64 else {}
+    assert_trains_like(layer, dense_twin(layer), torch.randn(5, 7, dtype=dtype), **tolerance)
+
+
+def test_to_a_device_and_a_memory_format():
+    layer = masked(nn.Conv2d(4, 8, 3), "tensor").to("cpu", memory_format=torch.channels_last)
+    for value in (layer.weight, layer.weight_mask, layer.weight_frozen, layer.effective_weight):
+        assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("frozen", SOURCES)
+def test_meta_layers_load_with_assign(frozen):
+    state = masked(nn.Linear(7, 6), frozen).state_dict()
+    with torch.device("meta"):
+        layer = ls.MaskedLinear(7, 6)
+    assert layer.weight_mask.is_meta
+    assert "density=?" in repr(layer)
+    assert layer(torch.randn(3, 7, device="meta")).shape == (3, 6)
+    layer.load_state_dict(state, assign=True)
+    assert not any(t.is_meta for t in (layer.weight, layer.bias, layer.weight_mask))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert isinstance(layer.weight, nn.Parameter)
+    layer(torch.randn(3, 7)).sum().backward()
+    assert (layer.weight.grad[~layer.weight_mask] == 0).all()
+
+
+def test_meta_layers_come_to_life_with_every_weight_kept():
+    model = ls.sparsify_(nn.Sequential(nn.Linear(7, 6)).to("meta"))
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device.*to_empty"):
+        ls.set_masks_(model, {"0.weight": torch.ones(6, 7)})
+    model.to_empty(device="cpu")
+    assert model[0].weight_mask.all()
+
+
+# ---- transforms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 6), nn.Conv2d(4, 8, 3)], ids=["linear", "conv"])
+@pytest.mark.parametrize("frozen", SOURCES)
+def test_autocast(layer, frozen):
+    layer = masked(copy.deepcopy(layer), frozen)
+    x = torch.randn(3, 7) if isinstance(layer, nn.Linear) else torch.randn(3, 4, 5, 5)
+    twin = dense_twin(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x), twin(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad, twin.weight.grad * layer.weight_mask)
+
+
+def test_functional_call_and_ensembles_under_vmap():
+    """The recipe of torch.func for ensembles: parameters and masks stacked, one model."""
+    models = []
+    for _ in range(3):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.ReLU(), nn.Linear(8, 4))
+        ls.sparsify_(model)
+        masks = {n: torch.rand(m.shape) < 0.5 for n, m in ls.masks_of(model).items()}
+        models.append(ls.set_masks_(model, masks, ls.Constant(0.25)))
+    parameters, buffers = torch.func.stack_module_state(models)
+    assert buffers["0.weight_mask"].shape == (3, 2, 1, 3, 3)
+    x = torch.randn(5, 1, 4, 4)
+
+    def loss(parameters, buffers, x):
+        y = torch.func.functional_call(models[0], (parameters, buffers), (x,))
+        return y.square().sum(), y
+
+    gradients, y = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(0, 0, None))(
+        parameters, buffers, x
+    )
+    for i, model in enumerate(models):
+        torch.testing.assert_close(y[i], model(x))
+        model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][i], parameter.grad)
+        assert (gradients["3.weight"][i][~model[3].weight_mask] == 0).all()
+
+
+def test_per_sample_gradients():
+    layer, x = masked(nn.Linear(7, 6), "tensor"), torch.randn(4, 7)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, row):
+        return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(each["weight"].sum(0), layer.weight.grad)
+    assert (each["weight"][:, ~layer.weight_mask] == 0).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    model = nn.Sequential(masked(nn.Linear(7, 6)), nn.Tanh(), masked(nn.Linear(6, 5), "constant"))
+    x = torch.randn(4, 7, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_double_backward():
+    layer = masked(nn.Linear(4, 3, dtype=torch.float64), "tensor")
+    twin, x = dense_twin(layer), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def penalty(module):
+        (dx,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, module.weight))
+
+    (gx, gw), (ex, ew) = penalty(layer), penalty(twin)
+    torch.testing.assert_close(gx, ex)
+    torch.testing.assert_close(gw, ew * layer.weight_mask)
+
+
+def new_masks(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(mask.shape, generator=generator) < 0.1 + 0.08 * seed
+        for name, mask in ls.masks_of(model).items()
+    }
+
+
+@pytest.mark.parametrize("frozen", ["zero", "constant", "seeded"])
+def test_one_compiled_graph_across_ten_mask_changes(frozen):
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 6), nn.Linear(6, 3)
+    )
+    ls.sparsify_(model)
+    source = {"zero": "zero", "constant": ls.Constant(), "seeded": ls.Seeded("sign", 1)}[frozen]
+    ls.set_masks_(model, new_masks(model, 10), source)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(4, 1, 4, 4)
+    for change in range(11):
+        if change:
+            ls.set_masks_(model, new_masks(model, change), source)
+        y = compiled(x)
+        y.square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        expected = model(x)
+        expected.square().sum().backward()
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-5)
+        model.zero_grad()
+    assert counter.frame_count == 1
+
+
+def test_export():
+    layer = masked(nn.Linear(7, 6), "constant")
+    x = torch.randn(3, 7)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+# ---- subclasses and parametrizations ------------------------------------------------------------
+
+
+class Scaled(ls.MaskedLinear):
+    def __init__(self, in_features, out_features, scale):
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
+def test_subclasses_work_like_the_layer():
+    model = nn.Sequential(Scaled(7, 6, 2.0), nn.Linear(6, 3))
+    ls.sparsify_(model)
+    assert type(model[0]) is Scaled
+    mask = torch.rand(6, 7) < 0.5
+    ls.set_masks_(model, {"0.weight": mask})
+    x = torch.randn(3, 7)
+    expected = 2 * nn.functional.linear(x, model[0].weight * mask, model[0].bias)
+    torch.testing.assert_close(model[0](x), expected)
+    other = nn.Sequential(Scaled(7, 6, 1.0), ls.MaskedLinear(6, 3))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_masked_layer_can_be_parametrized():
+    layer = masked(nn.Linear(7, 6))
+    mask = layer.weight_mask.clone()
+    nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight * mask, layer.bias))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    other = nn.utils.parametrizations.weight_norm(ls.MaskedLinear(7, 6))
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), layer(x))
+
+
+def test_an_input_that_does_not_fit_names_it():
+    with pytest.raises(ValueError, match=r"x has shape \(3, 6\), but weight \(6, 7\) needs"):
+        ls.MaskedLinear(7, 6)(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=r"weight is torch\.float32, but x is torch\.float64"):
+        ls.MaskedConv2d(4, 8, 3)(torch.randn(1, 4, 5, 5).double())

@@ -23,8 +23,10 @@ constexpr int64_t kSamples = 1 << 16;
 constexpr int64_t kFewestSamples = 256;
 // Candidates stored per chunk; up to this many entries in all, every one may be a candidate.
 constexpr int64_t kCapacity = kKeepTopChunk / 16;
-// Half width of a bracket, in standard deviations of the rank it aims at.
-constexpr double kDeviations = 5.0;
+// Half widths of brackets, in standard deviations of the rank they aim at. A miss costs three more
+// passes over the scores; over ties, which are more numerous than any sample, it costs memory.
+constexpr double kDeviations = 4.0;
+constexpr double kTieDeviations = 6.5;
 constexpr uint32_t kMaxValue = 0xFFFFFFFFu;
 
 struct Bracket {
@@ -205,6 +207,9 @@ void Selection::pass(int64_t capacity, const Kernel& kernel) {
     nan_tensor_ = -1;
     stored_all_ = true;
     open_.clear();
+    int64_t most = 0;
+    for (int64_t c = 0; c < chunks; ++c) most += std::min(found[c].inside, slot[c + 1] - slot[c]);
+    open_.reserve(most);  // growing would touch twice the fresh memory
     for (int64_t c = 0; c < chunks; ++c) {
         above_ += found[c].above;
         inside_ += found[c].inside;
@@ -229,7 +234,7 @@ void Selection::break_ties(uint32_t tie, int64_t tied, int64_t missing) {
     // standard deviations without looking; the second attempt, with all, is for the rare miss.
     for (const bool all : {tied <= kCapacity, true}) {
         const double p = static_cast<double>(missing) / static_cast<double>(tied);
-        const double margin = kDeviations * std::sqrt(p * (1 - p) / tied) + 16.0 / tied;
+        const double margin = kTieDeviations * std::sqrt(p * (1 - p) / tied) + 16.0 / tied;
         const double low = std::max(0.0, 1 - p - margin), high = std::min(1.0, 1 - p + margin);
         const Bracket words = {all ? 0 : static_cast<uint32_t>(low * kMaxValue),
                                all ? kMaxValue : static_cast<uint32_t>(high * kMaxValue)};

@@ -57,30 +57,74 @@ inline void load_block(const KeepTopChunk& chunk, int64_t first, Block& block) {
 
 inline void append(uint64_t candidates, const uint32_t* values, int64_t first,
                    KeepTopCandidate* out, int64_t capacity, int64_t& stored) {
-    while (candidates) {
+    while (candidates && stored < capacity) {
         const int i = __builtin_ctzll(candidates);
-        if (stored < capacity) out[stored] = {values[i], static_cast<uint32_t>(first + i)};
-        ++stored;
+        out[stored++] = {values[i], static_cast<uint32_t>(first + i)};
         candidates &= candidates - 1;
     }
+    stored += count_bits(candidates);  // those that found no room
+}
+
+// Bit i says something about entry i of a block.
+struct Split {
+    uint64_t above;
+    uint64_t inside;
+    uint64_t nan;
+};
+
+// Splits entries [first, first + kBlock) of a chunk by low and high; writes their keys and out.
+inline Split split_block(const KeepTopChunk& chunk, int64_t first, uint32_t low, uint32_t high,
+                         uint32_t key[kBlock]) {
+    Split split = {0, 0, 0};
+#if defined(__AVX512BW__)
+    if (chunk.size - first >= kBlock) {  // the same as below in a quarter of the time
+        const __m512i sign = _mm512_set1_epi32(static_cast<int>(kSignBit));
+        const __m512i infinity = _mm512_set1_epi32(kInfinity);
+        const __m512i lows = _mm512_set1_epi32(static_cast<int>(low));
+        const __m512i highs = _mm512_set1_epi32(static_cast<int>(high));
+        const uint64_t kept = kept_bits_64(chunk.mask + first);
+        for (int i = 0; i < kBlock; i += 16) {
+            const __mmask16 k = static_cast<__mmask16>(kept >> i);
+            __m512i bits = _mm512_loadu_si512(chunk.scores + first + i);
+            bits = _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(bits, sign), bits);
+            const __m512i magnitude = _mm512_andnot_si512(sign, bits);
+            const __m512i keys =
+                _mm512_xor_si512(bits, _mm512_or_si512(_mm512_srai_epi32(bits, 31), sign));
+            _mm512_storeu_si512(key + i, keys);
+            const uint64_t nan = _mm512_mask_cmpgt_epu32_mask(k, magnitude, infinity);
+            const uint64_t above = _mm512_mask_cmpgt_epu32_mask(k, keys, highs);
+            const uint64_t inside = _mm512_mask_cmpge_epu32_mask(k, keys, lows) & ~above;
+            split.nan |= nan << i;
+            split.above |= above << i;
+            split.inside |= inside << i;
+        }
+        _mm512_storeu_si512(chunk.out + first, _mm512_maskz_set1_epi8(split.above, 1));
+        return split;
+    }
+#endif
+    Block block;
+    load_block(chunk, first, block);
+    alignas(64) uint8_t above[kBlock], inside[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+        key[i] = block.key[i];
+        above[i] = block.kept[i] & (key[i] > high);
+        inside[i] = block.kept[i] & (key[i] >= low) & (key[i] <= high);
+    }
+    const int64_t n = chunk.size - first < kBlock ? chunk.size - first : kBlock;
+    std::memcpy(chunk.out + first, above, n);
+    split = {kept_bits_64(above), kept_bits_64(inside), block.nan};
+    return split;
 }
 
 KeepTopFound split_scores(const KeepTopChunk& chunk, uint32_t low, uint32_t high,
                           KeepTopCandidate* candidates, int64_t capacity) {
     KeepTopFound found = {0, 0, false};
-    Block block;
-    alignas(64) uint8_t above[kBlock], inside[kBlock];
+    alignas(64) uint32_t key[kBlock];
     for (int64_t first = 0; first < chunk.size; first += kBlock) {
-        load_block(chunk, first, block);
-        for (int i = 0; i < kBlock; ++i) {
-            above[i] = block.kept[i] & (block.key[i] > high);
-            inside[i] = block.kept[i] & (block.key[i] >= low) & (block.key[i] <= high);
-        }
-        const int64_t n = chunk.size - first < kBlock ? chunk.size - first : kBlock;
-        std::memcpy(chunk.out + first, above, n);
-        found.nan |= block.nan != 0;
-        found.above += count_bits(kept_bits_64(above));
-        append(kept_bits_64(inside), block.key, first, candidates, capacity, found.inside);
+        const Split split = split_block(chunk, first, low, high, key);
+        found.nan |= split.nan != 0;
+        found.above += count_bits(split.above);
+        append(split.inside, key, first, candidates, capacity, found.inside);
     }
     return found;
 }

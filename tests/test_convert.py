@@ -152,15 +152,17 @@ def test_tied_linears_share_one_mask():
 
 @pytest.mark.parametrize("masked_first", ["a", "b"])
 def test_a_mask_that_is_set_reaches_a_layer_tied_later(masked_first):
-    model = ls.sparsify_(Tied(), lambda module, name: True)
+    model = ls.sparsify_(Tied())
     masks = half(model)
-    ls.set_masks_(model, masks)
+    ls.set_masks_(model, masks, ls.Constant(0.5))
     other = {"a": "b", "b": "a"}[masked_first]
     setattr(model, other, nn.Linear(6, 6))
     getattr(model, other).weight = getattr(model, masked_first).weight
     ls.sparsify_(model)
     for layer in (model.a, model.b):
         assert torch.equal(layer.weight_mask, masks["a.weight"])
+    assert torch.equal(model.a.effective_weight, model.b.effective_weight)
+    assert (model.a.effective_weight[~masks["a.weight"]].abs() == 0.5).all()
 
 
 def test_a_weight_tied_with_an_embedding_is_skipped():

@@ -40,6 +40,7 @@ class Run:
     rewind_to: int = 0  # iteration of the dense run whose weights a ticket starts from
     compounding: bool = False  # mask-1 actions start from the last round's start (authors' code)
     evaluate_every: int = 100
+    train_accuracy: bool = True  # evaluated at the end of each round
 
     def __post_init__(self) -> None:
         _check("criterion", self.criterion, ls.CRITERIA)
@@ -135,8 +136,8 @@ def next_start(
     """
     last, w_final = scored.start, scored.w_final
     masks = ls.prune(
-        {name: last.weights[name] for name in last.masks},
-        {name: w_final[name] for name in last.masks},
+        last.weights,
+        w_final,
         last.masks,
         run.criterion,
         keep_of(run, rounds=number if run.one_shot else 1),
@@ -193,6 +194,7 @@ def train_model(
         batch_size=run.network.batch_size,
         seed=run.seed,
         evaluate_every=run.evaluate_every,
+        train_accuracy=run.train_accuracy,
         on_step=on_step,
     )
 
@@ -237,15 +239,18 @@ def untrained(
     dataset: Dataset,
     seed: int,
     w_final: Weights,
-    criteria: Iterable[str],
+    curves: Iterable[tuple[str, str]],
     rounds: Iterable[int],
 ) -> Iterator[dict[str, object]]:
-    """The supermask effect: test accuracy without training, by criterion, density and weights.
+    """The supermask effect: test accuracy without training, by criterion, weights and density.
 
     The dense network of `seed`, which ended at `w_final`, is pruned at once to what each of
-    `rounds` rounds leaves (one-shot, as in the paper's figure). Kept weights are the initial ones
-    ("init"), or the standard deviation of the layer's initial weights with the sign of each
-    ("signed_constant"). Pruned weights and biases are 0.
+    `rounds` rounds leaves (one-shot, as in the paper's figure). Pruned weights and biases are 0.
+
+    Args:
+        curves: pairs (criterion, weights). Weights are "init": what the kept ones were initially;
+            or "signed_constant": the standard deviation of the layer's initial weights with the
+            sign of each.
     """
     device = dataset.test.images.device
     dense = dense_start(network, seed, device)
@@ -254,24 +259,24 @@ def untrained(
     for name, w in w_init.items():
         std = w.std(unbiased=False).item()
         constants[name] = ls.MASK1_ACTIONS["signed_constant"](w, dense.masks[name], std, seed)
-    for criterion in criteria:
+    weights = {"init": dense.weights, "signed_constant": constants}
+    for criterion, kind in curves:
         for number in rounds:
             masks = ls.prune(
                 w_init,
-                {name: w_final[name] for name in w_init},
+                w_final,
                 dense.masks,
                 criterion,
                 keep_by_parameter(network, number),
                 generator=ls.random.derive(seed, "prune", number),
             )
-            for kind, weights in (("init", dense.weights), ("signed_constant", constants)):
-                model = model_of(network, Start(masks, weights, dense.frozen), device)
-                yield {
-                    "criterion": criterion,
-                    "weights": kind,
-                    "density": masks.density,
-                    "accuracy": evaluation(model, dataset.test)[1],
-                }
+            model = model_of(network, Start(masks, weights[kind], dense.frozen), device)
+            yield {
+                "criterion": criterion,
+                "weights": kind,
+                "density": masks.density,
+                "accuracy": evaluation(model, dataset.test)[1],
+            }
 
 
 def _check(name: str, value: str, known: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ class Result:
     final_test_accuracy: float
     final_validation_loss: float
     final_validation_accuracy: float
-    final_train_accuracy: float
+    final_train_accuracy: float | None
     seconds: float
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
 
@@ -51,6 +51,7 @@ def train(
     batch_size: int,
     seed: int,
     evaluate_every: int = 100,
+    train_accuracy: bool = True,
     on_step: Callable[[int], None] = lambda iteration: None,
 ) -> Result:
     """Train `model` in place and leave it with its final weights.
@@ -59,6 +60,7 @@ def train(
         seed: with the epoch it decides the order of the batches, nothing else.
         evaluate_every: iterations between two looks at the validation part. The last iteration
             is always evaluated and stored.
+        train_accuracy: evaluate the training part at the end; None is reported otherwise.
         on_step: called after every iteration with the number done: for progress bars, and to copy
             the weights of an early iteration (late rewinding).
 
@@ -99,7 +101,7 @@ def train(
     stop, best_weights = best
     final_weights = [parameter.detach().clone() for parameter in parameters]
     final_test = evaluation(model, dataset.test)[1]
-    final_train = evaluation(model, dataset.train)[1]
+    final_train = evaluation(model, dataset.train)[1] if train_accuracy else None
     assign_(parameters, best_weights)
     test = evaluation(model, dataset.test)[1]
     assign_(parameters, final_weights)

@@ -264,8 +264,12 @@ def test_a_run_refuses_what_it_cannot_do(change, message):
 def test_untrained_accuracies(mini):
     network = replace(LENET, iterations=200)
     (dense,) = lottery(Run(network, rounds=0), mini)
-    criteria = ("large_final_same_sign", "random")
-    points = list(untrained(network, mini, 0, dense.w_final, criteria, rounds=(4,)))
+    curves = [
+        ("large_final_same_sign", "init"),
+        ("large_final_same_sign", "signed_constant"),
+        ("random", "init"),
+    ]
+    points = list(untrained(network, mini, 0, dense.w_final, curves, rounds=(4,)))
     accuracy = {(p["criterion"], p["weights"]): p["accuracy"] for p in points}
     assert {p["density"] for p in points} == {(96_338 + 12_288 + 656) / 266_200}
     assert accuracy["large_final_same_sign", "init"] > 0.5
@@ -313,7 +317,7 @@ def test_quickstart_writes_numbers_and_figure(brief, tmp_path, capsys):
     densities = [p["density"] for p in found["ticket"]]
     assert densities == [p["density"] for p in found["random"]]
     assert densities == [p["density"] for p in found["reinit"]]
-    assert densities[0] == pytest.approx(0.6008, abs=1e-4)
+    assert densities[0] == pytest.approx(0.5008, abs=1e-4)
     assert [row["layer"] for row in found["timings"]["layers"]] == ["fc1", "fc2", "output"]
     assert found["timings"]["step"]["dense_ms"] > 0
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ANY_DENSITY = ("F.linear", "bare mm", "prune")  # as in bench_masked_linear.py
 
 
-def machine(load: float) -> dict[str, Any]:
-    """What a number depends on. load: processes running before the benchmarks began."""
+def machine() -> dict[str, Any]:
+    """What a number depends on."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -26,9 +26,15 @@ def machine(load: float) -> dict[str, Any]:
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
         "native": doctor.native_line(),
         "threads": "1 unless a row says otherwise",
-        "load_before": round(load, 2),
+    }
+
+
+def run(load: float) -> dict[str, Any]:
+    """What rows measured together share. load: processes running before they began."""
+    return {
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "load_before": round(load, 2),
     }
 
 
@@ -55,7 +61,7 @@ def _commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if measured else "")
 
 
-def rows(pytest_benchmark: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(pytest_benchmark: dict[str, Any], run: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per benchmark: what it was, and its times in microseconds."""
     return [
         {
@@ -64,6 +70,7 @@ def rows(pytest_benchmark: dict[str, Any]) -> list[dict[str, Any]]:
             "min_us": round(bench["stats"]["min"] * 1e6, 1),
             "median_us": round(bench["stats"]["median"] * 1e6, 1),
             "rounds": bench["stats"]["rounds"],
+            **run,
         }
         for bench in pytest_benchmark["benchmarks"]
     ]
@@ -71,18 +78,24 @@ def rows(pytest_benchmark: dict[str, Any]) -> list[dict[str, Any]]:
 
 def as_markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in machine.items())
-    return (
-        "\n\n".join(
-            [
-                "# CPU benchmarks",
-                "Written by `python -m benchmarks cpu`. Times are minima; a ratio is the time of "
-                "the dense peer over the contender's, so more is faster.",
-                facts,
-                _linear_tables([row for row in rows if row["bench"] == "step"]),
-                _selection_table([row for row in rows if row["bench"] == "keep_top"]),
-            ]
-        )
-        + "\n"
+    tables = {"step": _linear_tables, "keep_top": _selection_table}
+    sections = [
+        "# CPU benchmarks",
+        "Written by `python -m benchmarks cpu`. Times are minima; a ratio is the time of the dense "
+        "peer over the contender's, so more is faster.",
+        facts,
+    ]
+    for bench, table in tables.items():
+        found = [row for row in rows if row["bench"] == bench]
+        if found:
+            sections += [table(found), _measured(found)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _measured(rows: list[dict[str, Any]]) -> str:
+    runs = dict.fromkeys((row["commit"], row["date"], row["load_before"]) for row in rows)
+    return "\n".join(
+        f"Measured at commit {c}, {date}, load before {load}." for c, date, load in runs
     )
 
 

@@ -231,6 +231,11 @@ def row_of(
         "final_train_accuracy": result.final_train_accuracy,
         "seconds": round(result.seconds, 3),
         "torch": torch.__version__,
+        # auto: the dispatch table chooses per layer, a kernel of ours or the dense library
+        "backend": ls.backends.forced() or "auto",
+        "kernels_built": ls.backends.built("cpu"),
+        "device": str(dataset.train.images.device),
+        "threads": torch.get_num_threads(),
     }
 
 

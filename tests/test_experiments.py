@@ -335,7 +335,8 @@ def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypat
     assert not (tmp_path / "figure.png").exists()
 
 
-def test_run_appends_a_line_per_round(tmp_path, capsys):
+def test_run_appends_a_line_per_round(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LS_BACKEND", raising=False)
     out = tmp_path / "rows" / "rows.jsonl"
     out.parent.mkdir()
     out.write_text('{"earlier": 1}\n')
@@ -347,6 +348,7 @@ def test_run_appends_a_line_per_round(tmp_path, capsys):
     assert rows[1]["density"] == 0.5
     assert rows[1]["mask1"] == "reinit"
     assert rows[1]["dataset"] == "mnist-mini"
+    assert rows[1]["backend"] == "auto"
     assert "round  1" in capsys.readouterr().out
 
 

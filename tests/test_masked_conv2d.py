@@ -19,6 +19,7 @@ from problems import (
     effective_weight,
 )
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 import lottery_sparse as ls
 from lottery_sparse import backends
@@ -306,7 +307,7 @@ def by_loop(f, in_dims, arguments):
         f(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
         for i in range(SIZE)
     ]
-    return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *each)
+    return tree_map(lambda *parts: torch.stack(parts), *each)
 
 
 @networks

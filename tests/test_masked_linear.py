@@ -19,7 +19,9 @@ from problems import (
     effective_weight,
     linear_problem,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 import lottery_sparse as ls
 from lottery_sparse import backends
@@ -319,7 +321,7 @@ def by_loop(f, in_dims: tuple, arguments: list) -> torch.Tensor:
     each = [
         f(*(element(a, d, i) for a, d in zip(arguments, in_dims, strict=True))) for i in range(SIZE)
     ]
-    return torch.utils._pytree.tree_map(lambda *parts: torch.stack(parts), *each)
+    return tree_map(lambda *parts: torch.stack(parts), *each)
 
 
 def summed(x, weight, mask, bias, held):
@@ -470,7 +472,7 @@ def test_compiled_equals_eager(networks, frozen):
 
 
 def test_one_graph_for_ten_masks():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(masked_linear, fullgraph=True, backend=counter)
     p = linear_problem(5, 33, 3)
     weight = p.weight.nan_to_num(7.0)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import lottery_sparse as ls
@@ -33,6 +34,15 @@ def test_follows_its_definition(shape, dtype):
         mask = sample_mask(score, ls.random.key(seed, stream, step))
         assert mask.dtype == dtype
         assert torch.equal(mask, by_definition(score, seed, stream, step))
+
+
+def test_the_boundary_is_exact():
+    draws = (ls.random.words(2000, *KEY.tolist()).to(torch.int64) >> 8) & 0xFFFFFF
+    low = draws < 2**20  # where a float32 sigmoid resolves halves of 2^-24
+    for beyond, expected in [(0.5, 0.0), (1.5, 1.0)]:  # floor(p 2^24) = draw, draw + 1
+        score = torch.logit((draws.double() + beyond) * 2.0**-24).float()
+        assert (sample_mask(score, KEY)[low] == expected).all()
+    assert low.sum() > 50
 
 
 def test_golden_mask():
@@ -162,7 +172,7 @@ def test_vmap_of_networks_with_a_key_each():
 
 
 def test_compiled_equals_eager_for_every_step():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(sample_mask, fullgraph=True, backend=counter)
     score, key = torch.randn(20, requires_grad=True), KEY.clone()
     for _ in range(4):

@@ -83,7 +83,7 @@ def _rescaled(action: Mask1) -> Mask1:
     """The action, then times size / kept: the layer keeps its summed scale."""
 
     def rescaled(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
-        scale = mask.numel() / max(int(mask.sum()), 1)
+        scale = mask.numel() / max(int(mask.count_nonzero()), 1)
         return action(w_start, mask, std, generator) * scale
 
     rescaled.__doc__ = f"{action.__doc__} Then times 1 / density."

@@ -114,6 +114,17 @@ def _hold_seeded(source: Seeded, weight: Tensor) -> Held:
     return Held(values.to(weight.device, weight.dtype), None, source)
 
 
+def remake(held: Held, weight: Tensor) -> Held:
+    """The values of a descriptor at the dtype that `weight` has now."""
+    if isinstance(held.descriptor, Seeded) and not weight.is_meta:
+        return _hold_seeded(held.descriptor, weight)
+    if isinstance(held.descriptor, Constant) and held.frozen is not None:
+        magnitude = held.descriptor.constant
+        assert magnitude is not None  # `hold` writes down the number it took
+        return held._replace(frozen=torch.full_like(held.frozen, magnitude))
+    return held
+
+
 def _std(weight: Tensor) -> float:
     return float(weight.detach().double().std(correction=0))
 

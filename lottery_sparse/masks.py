@@ -68,7 +68,7 @@ class Masks(Mapping[str, Tensor]):
     @property
     def kept(self) -> int:
         """Number of kept weights."""
-        return sum(int(mask.sum()) for mask in self.values())
+        return sum(int(mask.count_nonzero()) for mask in self.values())
 
     @property
     def total(self) -> int:
@@ -91,7 +91,7 @@ class Masks(Mapping[str, Tensor]):
     def table(self) -> str:
         """One line per tensor and a last one for all: name, shape, kept, total, density."""
         rows = [
-            (name, "x".join(map(str, mask.shape)), int(mask.sum()), mask.numel())
+            (name, "x".join(map(str, mask.shape)), int(mask.count_nonzero()), mask.numel())
             for name, mask in self.items()
         ]
         rows.append(("total", "", self.kept, self.total))

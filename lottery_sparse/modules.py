@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lottery_sparse import ops, reference
-from lottery_sparse.frozen import Held, decode, encode
+from lottery_sparse.frozen import Held, decode, encode, remake
 from lottery_sparse.masks import as_mask
+from lottery_sparse.ops import masked_conv2d, masked_linear
+
+# one node each in a graph of torch.fx.symbolic_trace, which cannot follow their checks
+torch.fx.wrap("masked_linear")
+torch.fx.wrap("masked_conv2d")
 
 
 class Masked(nn.Module):
@@ -51,10 +58,12 @@ class Masked(nn.Module):
         self._frozen_descriptor = held.descriptor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        was_meta = self.weight_mask.is_meta
+        was_meta, was_dtype = self.weight_mask.is_meta, self.weight.dtype
         super()._apply(fn, recurse)
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
             self.weight_mask.fill_(True)
+        if self.weight.dtype != was_dtype:  # made again, not rounded: .half().float() loses nothing
+            self._hold(remake(self._held(), self.weight))
         return self
 
     def _held(self) -> Held:
@@ -156,11 +165,10 @@ class MaskedLinear(Masked, nn.Linear):
     """
 
     dense_type = nn.Linear
+    __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.masked_linear(
-            input, self.weight, self.weight_mask, self.bias, self._frozen_source()
-        )
+        return masked_linear(input, self.weight, self.weight_mask, self.bias, self._frozen_source())
 
 
 class MaskedConv2d(Masked, nn.Conv2d):
@@ -171,13 +179,14 @@ class MaskedConv2d(Masked, nn.Conv2d):
     """
 
     dense_type = nn.Conv2d
+    __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return ops.masked_conv2d(
+        return masked_conv2d(
             input,
             self.weight,
             self.weight_mask,

@@ -98,7 +98,12 @@ def keep_top(
     try:
         return _ops.keep_top(scores, masks, count, seed, streams)
     except RuntimeError:
-        # the C interface has one exception type: find out whether it was the caller's NaN
+        # the C interface has one exception type: find out whether it was the caller's mistake
+        kept = sum(map(count_kept, masks))
+        if count > kept:
+            raise ValueError(
+                f"count is {count}, but only {kept} entries are kept so far."
+            ) from None
         for i, (score, mask) in enumerate(zip(scores, masks, strict=True)):
             bad = int(score[mask].isnan().sum())
             if bad:

@@ -89,7 +89,11 @@ def prune(
     return Masks(
         {
             name: ops.keep_top(
-                scores[name], mask, keep_count(int(mask.sum()), keeps[name]), seed, stream_of(name)
+                scores[name],
+                mask,
+                keep_count(int(mask.count_nonzero()), keeps[name]),
+                seed,
+                stream_of(name),
             )
             for name, mask in masks.items()
         }
@@ -112,10 +116,10 @@ def _scores(
 ) -> Tensor:
     """Scores of one layer at its own shape; pruned entries, never looked at, hold 0."""
     live = score(w_init.detach()[mask], w_final.detach()[mask], Stream(seed, f"criterion/{name}"))
-    if live.shape != (int(mask.sum()),):
+    if live.shape != (int(mask.count_nonzero()),):
         raise ValueError(
             f"criterion returned shape {tuple(live.shape)} for {name}, expected one score per "
-            f"kept weight, ({int(mask.sum())},)."
+            f"kept weight, ({int(mask.count_nonzero())},)."
         )
     if live.is_floating_point() and live.isnan().any():
         raise ValueError(

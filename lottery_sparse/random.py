@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import NormalDist
@@ -39,7 +40,10 @@ def stream_of(name: str) -> int:
 
 
 def derive(seed: int, *labels: object) -> int:
-    """A new 64-bit seed from a seed and labels (a round, a purpose): their SHA-256."""
+    """A new 64-bit seed from a seed and labels (a round, a purpose): their SHA-256.
+
+    Labels are written as text and joined by "/", so use none that holds one.
+    """
     text = "/".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
@@ -56,11 +60,11 @@ def as_seed(generator: int | torch.Generator | None) -> int:
             )
         high, low = torch.randint(0, 2**32, (2,), generator=generator).tolist()
         return high << 32 | low
-    if isinstance(generator, bool) or not isinstance(generator, int):
+    if isinstance(generator, bool) or not hasattr(generator, "__index__"):
         raise TypeError(
             f"generator must be an int seed, a torch.Generator or None, got {generator!r}."
         )
-    return generator
+    return operator.index(generator)
 
 
 def words(shape: Shape, seed: int, stream: int = 0, step: int = 0) -> Tensor:

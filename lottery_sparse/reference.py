@@ -234,6 +234,8 @@ def keep_top(
         for s, k, stream in zip(scores, kept, streams, strict=True)
     ]
     value, tie = torch.cat(values), torch.cat(ties)
+    if count > len(value):
+        raise ValueError(f"count is {count}, but only {len(value)} entries are kept so far.")
     order = tie.argsort(descending=True, stable=True)
     order = order[value[order].argsort(descending=True, stable=True)]
     chosen = torch.zeros_like(value, dtype=torch.bool).index_fill(0, order[:count], True)

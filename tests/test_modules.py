@@ -382,3 +382,28 @@ def test_an_input_that_does_not_fit_names_it():
         ls.MaskedLinear(7, 6)(torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"weight is torch\.float32, but x is torch\.float64"):
         ls.MaskedConv2d(4, 8, 3)(torch.randn(1, 4, 5, 5).double())
+
+
+@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant(0.1)], ids=repr)
+def test_values_of_a_descriptor_survive_a_trip_through_half(source):
+    layer = ls.sparsify_(nn.Linear(8, 6))
+    ls.set_masks_(layer, {"weight": torch.rand(6, 8) < 0.5}, frozen=source)
+    before = layer.effective_weight.detach()[~layer.weight_mask]
+    layer.half().float()
+    assert torch.equal(layer.effective_weight[~layer.weight_mask], before)
+    other = ls.MaskedLinear(8, 6)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.effective_weight, layer.effective_weight)
+
+
+def test_fx_traces_a_masked_layer_as_one_node():
+    model = ls.sparsify_(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 5)))
+    ls.set_masks_(model, {"2.weight": torch.rand(5, 48) < 0.3}, frozen=ls.Constant(0.1))
+    x = torch.randn(2, 2, 6, 6)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_skip_init_accepts_masked_layers():
+    layer = nn.utils.skip_init(ls.MaskedConv2d, 2, 3, kernel_size=3)
+    assert layer.weight.shape == (3, 2, 3, 3)
+    assert layer.weight_mask.all()

@@ -190,7 +190,7 @@ def test_keep_top_names_the_tensor_with_nan():
 
 
 def test_keep_top_of_more_than_there_are():
-    with pytest.raises(RuntimeError, match="count is 5, but only 2 entries"):
+    with pytest.raises(ValueError, match="count is 5, but only 2 entries"):
         native.keep_top([torch.zeros(3)], [torch.tensor([True, True, False])], 5, 0, [0])
 
 

@@ -44,7 +44,7 @@ def autocasts(device: str) -> bool:
 def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """A source as the two tensors (frozen, signs) that the schemas take."""
     if isinstance(frozen, SignConstant):
-        constant = frozen.constant
+        constant = torch.as_tensor(frozen.constant, dtype=weight.dtype, device=weight.device)
         if constant.dim() == 0 and weight.dim() > rank:
             constant = constant.expand(weight.shape[0])  # one constant for all networks
         return constant, frozen.signs

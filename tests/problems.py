@@ -139,6 +139,24 @@ def conv_problem(
     return random_problem(*shapes, density, frozen, networks, shared, dtype, options, seed)
 
 
+# (channels in and out, kernel, image) and options
+SMALL = ((2, 2), (2, 3), (3, 4))
+GROUPED = {"groups": 2, "padding": 1, "stride": 2}
+
+
+def conv_case(shapes, options, density=0.5, frozen="zero", networks="single", dtype=torch.float32):
+    count, shared = NETWORKS[networks]
+    batch = options.get("batch", 2)
+    options = {k: v for k, v in options.items() if k != "batch"}
+    return conv_problem(*shapes, batch, density, frozen, count, shared, dtype, **options)
+
+
+def numbers(p: Problem) -> Problem:
+    """Without NaN at pruned entries, for comparisons that look at the weight itself."""
+    held = p.frozen.nan_to_num(5.0) if isinstance(p.frozen, torch.Tensor) else p.frozen
+    return replace(p, weight=p.weight.nan_to_num(7.0), frozen=held)
+
+
 def takes(backend: str, op: str, frozen: str, dtype: torch.dtype) -> bool:
     """What the backends offer; tests/test_backends.py holds them to refusing the rest."""
     if backend == "cpu":

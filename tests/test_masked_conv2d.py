@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from problems import (
     DENSITIES,
     FROZEN,
+    GROUPED,
     NETWORKS,
+    SMALL,
     check,
     combinations,
-    conv_problem,
-    effective_weight,
+    conv_case,
+    numbers,
 )
 from torch.library import opcheck
-from torch.utils._pytree import tree_map
 
 import lottery_sparse as ls
 from lottery_sparse import backends
@@ -48,26 +49,11 @@ CASES = {
     "valid": (((2, 3), (3, 3), (5, 4)), {"padding": "valid", "stride": 2}),
     "kernel as large as the image": (((3, 2), (4, 5), (4, 5)), {}),
 }
-SMALL = ((2, 2), (2, 3), (3, 4))
-GROUPED = {"groups": 2, "padding": 1, "stride": 2}
 MINIMAL = ((2, 2), (2, 1), (2, 2))  # for numeric derivatives
 
 networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)
 backend = pytest.mark.parametrize("backend", AVAILABLE)
-
-
-def problem(shapes, options, density=0.5, frozen="zero", networks="single", dtype=torch.float32):
-    count, shared = NETWORKS[networks]
-    batch = options.get("batch", 2)
-    options = {k: v for k, v in options.items() if k != "batch"}
-    return conv_problem(*shapes, batch, density, frozen, count, shared, dtype, **options)
-
-
-def numbers(p):
-    """Without NaN at pruned entries, for comparisons that look at the weight itself."""
-    held = p.frozen.nan_to_num(5.0) if isinstance(p.frozen, torch.Tensor) else p.frozen
-    return replace(p, weight=p.weight.nan_to_num(7.0), frozen=held)
 
 
 # ---- values and gradients ------------------------------------------------------------------
@@ -79,7 +65,7 @@ def test_matches_float64(backend, frozen, dtype, networks):
     cases = CASES.values() if dtype == torch.float32 else [(SMALL, {}), (SMALL, GROUPED)]
     for shapes, options in cases:
         for density in DENSITIES:
-            p = problem(shapes, options, density, frozen, networks, dtype)
+            p = conv_case(shapes, options, density, frozen, networks, dtype)
             packed = p.packed
             with ls.use_backend(backend):
                 check(p, p.run(), f"at density {density}, {options}")
@@ -102,7 +88,7 @@ def test_any_geometry(channels, groups, kernel, beyond, stride, padding, dilatio
     image = [d * (k - 1) + 1 + b for d, k, b in zip(dilation, kernel, beyond, strict=True)]
     shapes = tuple(groups * c for c in channels), kernel, tuple(image)
     options = {"groups": groups, "stride": stride, "padding": padding, "dilation": dilation}
-    p = problem(shapes, options | {"batch": batch}, 0.5, "zero", networks)
+    p = conv_case(shapes, options | {"batch": batch}, 0.5, "zero", networks)
     for name in AVAILABLE:
         with ls.use_backend(name):
             check(p, p.run(), f"on {name}, {options}")
@@ -111,14 +97,14 @@ def test_any_geometry(channels, groups, kernel, beyond, stride, padding, dilatio
 @networks
 @backend
 def test_no_batch(backend, networks):
-    p = problem(SMALL, {"batch": 0}, 0.5, "zero", networks)
+    p = conv_case(SMALL, {"batch": 0}, 0.5, "zero", networks)
     with ls.use_backend(backend):
         check(p, p.run())
 
 
 @backend
 def test_one_image_without_a_batch(backend):
-    p = problem(SMALL, {"batch": 1})
+    p = conv_case(SMALL, {"batch": 1})
     for padding in (0, 1, "same"):
         with ls.use_backend(backend):
             one = masked_conv2d(p.x[0], p.weight, p.mask, p.bias, padding=padding)
@@ -140,7 +126,7 @@ def test_named_padding_is_that_of_torch(padding):
 @backend
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_only_some_inputs_want_gradients(backend, wanted):
-    p = problem(SMALL, GROUPED)
+    p = conv_case(SMALL, GROUPED)
     with ls.use_backend(backend):
         every = p.run()[1:]
         tensors = (p.x, p.weight, p.bias)
@@ -157,7 +143,7 @@ def test_only_some_inputs_want_gradients(backend, wanted):
 @networks
 @pytest.mark.parametrize(("backend", "frozen", "dtype"), combinations("masked_conv2d"), ids=str)
 def test_nothing_a_pruned_entry_holds_matters(backend, frozen, dtype, networks):
-    p = problem(SMALL, GROUPED, 0.5, frozen, networks, dtype)
+    p = conv_case(SMALL, GROUPED, 0.5, frozen, networks, dtype)
     with ls.use_backend(backend):
         expected = p.run()
         for value in (0.0, torch.inf, -torch.inf, torch.nan):
@@ -168,7 +154,7 @@ def test_nothing_a_pruned_entry_holds_matters(backend, frozen, dtype, networks):
 
 @backend
 def test_nan_in_a_kept_entry_is_seen(backend):
-    p = problem(((2, 3), (1, 1), (2, 2)), {}, 1.0)
+    p = conv_case(((2, 3), (1, 1), (2, 2)), {}, 1.0)
     p.weight[1, 0] = torch.nan
     with ls.use_backend(backend):
         y, dx, dw, _ = p.run()
@@ -180,7 +166,7 @@ def test_nan_in_a_kept_entry_is_seen(backend):
 @frozen
 def test_backends_agree_bit_for_bit(frozen):
     for shapes, options in CASES.values():
-        p = problem(shapes, options, 0.5, frozen, "networks")
+        p = conv_case(shapes, options, 0.5, frozen, "networks")
         with ls.use_backend("reference"):
             expected = p.run()
         with ls.use_backend("dense"):
@@ -195,7 +181,7 @@ CHANNELS_LAST = [("x",), ("weight",), ("x", "weight"), ("mask",), ("x", "weight"
 @backend
 @pytest.mark.parametrize("which", CHANNELS_LAST, ids="-".join)
 def test_channels_last(backend, which):
-    p = problem(((3, 4), (3, 2), (5, 6)), {"padding": 1})
+    p = conv_case(((3, 4), (3, 2), (5, 6)), {"padding": 1})
     q = replace(p, **{n: getattr(p, n).to(memory_format=torch.channels_last) for n in which})
     with ls.use_backend(backend):
         check(q, q.run(), f"with {which} channels last")
@@ -207,7 +193,7 @@ def test_channels_last(backend, which):
 @networks
 @backend
 def test_any_strides(backend, networks):
-    p = problem(SMALL, {"padding": 1}, 0.5, "zero", networks)
+    p = conv_case(SMALL, {"padding": 1}, 0.5, "zero", networks)
     with ls.use_backend(backend):
         for strided in (
             lambda t: t.mT.contiguous().mT,
@@ -225,7 +211,7 @@ def test_any_strides(backend, networks):
 @networks
 @pytest.mark.parametrize(("frozen", "options"), [("tensor", {}), ("zero", GROUPED)])
 def test_gradcheck_and_gradgradcheck(networks, frozen, options):
-    p = problem(MINIMAL, options | {"batch": 1}, 0.5, frozen, networks, torch.float64)
+    p = conv_case(MINIMAL, options | {"batch": 1}, 0.5, frozen, networks, torch.float64)
     inputs = [t.requires_grad_() for t in (p.x, p.weight.nan_to_num(7.0), p.bias)]
 
     def f(x, weight, bias):
@@ -248,7 +234,7 @@ OPCHECK = [
 
 @pytest.mark.parametrize(("networks", "frozen", "channels_last", "packed"), OPCHECK, ids=str)
 def test_opcheck(networks, frozen, channels_last, packed):
-    p = numbers(problem(SMALL, {}, 0.5, frozen, networks))
+    p = numbers(conv_case(SMALL, {}, 0.5, frozen, networks))
     for name in channels_last:
         tensor = getattr(p, name).to(memory_format=torch.channels_last)
         p = replace(p, **{name: tensor})
@@ -261,131 +247,6 @@ def test_opcheck(networks, frozen, channels_last, packed):
     opcheck(OP, (x, weight, mask, bias, held, signs, *geometry))
     dy = p.dy.requires_grad_()
     opcheck(OP_BACKWARD, (dy, x, weight, mask, held, signs, *geometry, True, True))
-
-
-# ---- torch.func ----------------------------------------------------------------------------
-
-# Which of (x, weight, mask, bias) carry the mapped dimension, and where.
-IN_DIMS = {
-    "x": (0, None, None, None),
-    "x last": (-1, None, None, None),
-    "weight": (None, 0, None, None),
-    "mask": (None, None, 1, None),
-    "networks": (None, 1, 0, 0),
-    "all": (0, 0, 0, 0),
-}
-SIZE = 2
-
-
-def convolve(x, weight, mask, bias):
-    return masked_conv2d(x, weight, mask, bias, **GROUPED)
-
-
-def squares(*arguments):
-    return convolve(*arguments).square().sum()
-
-
-def mapped_arguments(networks, in_dims):
-    count, shared = NETWORKS[networks]
-    each = [
-        numbers(
-            conv_problem(
-                (2, 4), (2, 2), (3, 3), 2, 0.5, "zero", count, shared, torch.float64, i, **GROUPED
-            )
-        )
-        for i in range(SIZE)
-    ]
-    lists = zip(*((p.x, p.weight, p.mask, p.bias) for p in each), strict=True)
-    return [
-        values[0] if dim is None else torch.stack(values, dim)
-        for values, dim in zip(lists, in_dims, strict=True)
-    ]
-
-
-def by_loop(f, in_dims, arguments):
-    each = [
-        f(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
-        for i in range(SIZE)
-    ]
-    return tree_map(lambda *parts: torch.stack(parts), *each)
-
-
-@networks
-@pytest.mark.parametrize("mapped", IN_DIMS)
-def test_vmap_equals_a_loop(mapped, networks):
-    in_dims = IN_DIMS[mapped]
-    arguments = mapped_arguments(networks, in_dims)
-    for f in (convolve, torch.func.grad(squares, argnums=(0, 1, 3))):
-        got = torch.vmap(f, in_dims)(*arguments)
-        torch.testing.assert_close(got, by_loop(f, in_dims, arguments))
-
-
-@networks
-def test_nested_vmap_and_its_gradient(networks):
-    x, weight, mask, bias = mapped_arguments(networks, (0, 0, 0, 0))
-
-    def over_x(weight, mask, bias):
-        return torch.vmap(lambda x: convolve(x, weight, mask, bias))(x)
-
-    got = torch.vmap(over_x)(weight, mask, bias)
-    for i in range(SIZE):
-        for j in range(SIZE):
-            expected = convolve(x[j], weight[i], mask[i], bias[i])
-            torch.testing.assert_close(got[i, j], expected)
-    gradient = torch.func.grad(lambda w: torch.vmap(over_x)(w, mask, bias).square().sum())(weight)
-    each = [
-        sum(torch.func.grad(squares, 1)(x[j], weight[i], mask[i], bias[i]) for j in range(SIZE))
-        for i in range(SIZE)
-    ]
-    torch.testing.assert_close(gradient, torch.stack(each))
-
-
-def test_jacobian():
-    p = numbers(problem(SMALL, {"batch": 1}, dtype=torch.float64))
-    dense = effective_weight(p)
-    got = torch.func.jacrev(lambda x: masked_conv2d(x, p.weight, p.mask))(p.x)
-    expected = torch.func.jacrev(lambda x: F.conv2d(x, dense))(p.x)
-    torch.testing.assert_close(got, expected)
-
-
-# ---- autocast and torch.compile --------------------------------------------------------------
-
-
-def test_autocast_casts_like_conv2d():
-    p = problem(SMALL, {})
-    x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = masked_conv2d(x, weight, p.mask, bias)
-    fields = ("x", "weight", "bias", "dy")
-    low = replace(p, **{n: getattr(p, n).detach().bfloat16() for n in fields})
-    gradients = torch.autograd.grad(y, (x, weight, bias), low.dy)
-    for a, b in zip((y, *gradients), low.run(), strict=True):
-        assert torch.equal(a.bfloat16(), b)
-    assert {g.dtype for g in gradients} == {torch.float32}
-
-    def loss(weight):
-        return masked_conv2d(p.x, weight, p.mask).float().sum()
-
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.func.grad(loss)(p.weight.detach()).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("networks", "frozen", "padding"),
-    [("single", "zero", "same"), ("shared x", "sign x constant", 1)],
-)
-def test_compiled_equals_eager(networks, frozen, padding):
-    p = problem(SMALL, {"padding": padding}, 0.5, frozen, networks)
-
-    def step(x, weight, bias):
-        return masked_conv2d(x, weight, p.mask, bias, p.frozen, **p.options).square().sum()
-
-    inputs = [t.requires_grad_() for t in (p.x, p.weight, p.bias)]
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(step(*inputs), inputs)
-    got = torch.autograd.grad(compiled(*inputs), inputs)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # ---- bad input -------------------------------------------------------------------------------

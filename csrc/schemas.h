@@ -15,6 +15,11 @@ constexpr const char* kSchemas[] = {
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor",
     "masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask, bool need_dx, "
     "bool need_dw) -> (Tensor, Tensor)",
+    "compact_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) "
+    "-> (Tensor, Tensor)",
+    "compact_linear_backward(Tensor dy, Tensor packed_x, Tensor values, Tensor starts, "
+    "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, bool shared_x, "
+    "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
 };
 
 }  // namespace lottery_sparse

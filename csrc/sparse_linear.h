@@ -1,10 +1,12 @@
-// sparse_linear: y = x where(mask, weight, 0)^T + bias and its gradients, touching kept weights
-// only.
+// sparse_linear: y = x w^T + bias and its gradients, touching the kept weights of w only.
 //
-// The kept weights are listed by row (and, for dx, by column), the batch is cut into tiles of
+// Kept weights are listed by row (and, for dx, by column), the batch is cut into tiles of
 // kTileBatch columns, and each product runs over one list and one tile at a time. What is computed
 // for an output element never depends on how the work is split: same bits for any thread count,
 // and for a replicate alone or among others.
+//
+// Two callers: a masked weight is listed anew in each call (SparseLinearForward, ...Backward); a
+// compact layer keeps its lists and the packed x (CompactLinearForward, ...Backward).
 #pragma once
 
 #include <cstdint>
@@ -41,6 +43,42 @@ struct SparseLinearBackward {
     float* dx;            // as x (the sum over replicates, in order, if shared_x), or nullptr
     float* dw;            // [E, N, K], 0 at pruned entries, or nullptr
 };
+
+// The kept weights of E matrices as lists that stay: C slots a matrix, of which the first are used.
+// Those of row r of matrix e are [starts[e][r], starts[e][r + 1]), counted from its first slot.
+struct CompactLists {
+    const int64_t* starts;         // [E, N + 1]
+    const void* columns;           // [E, C], uint16_t or uint32_t (`wide`), ascending within a row
+    const int64_t* column_starts;  // [E, K + 1]: the same entries by column
+    const void* rows;              // [E, C], type as `columns`, ascending within a column
+    const int32_t* positions;      // [E, C]: where an entry by column is among those by row
+    int64_t capacity;              // C
+    bool wide;
+};
+
+struct CompactLinearForward {
+    SparseLinearShape shape;
+    CompactLists lists;
+    const float* x;       // [E, B, K], or [B, K] if shared_x
+    const float* values;  // [E, C]
+    const float* bias;    // [E, N], or nullptr
+    float* y;             // [E, B, N], every element is written
+    float* packed_x;      // [E or 1, compact_tiles(B), K, kTileBatch]: for the backward
+};
+
+struct CompactLinearBackward {
+    SparseLinearShape shape;
+    CompactLists lists;
+    const float* dy;        // [E, B, N]
+    const float* packed_x;  // as above; unused if dvalues is nullptr
+    const float* values;    // as above; unused if dx is nullptr
+    float* dx;              // as x (the sum over replicates, in order, if shared_x), or nullptr
+    float* dvalues;         // [E, C], 0 in unused slots, or nullptr
+    float* dbias;           // [E, N], or nullptr
+};
+
+void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel);
+void compact_linear_backward(const CompactLinearBackward& p, const Parallel& parallel);
 
 void sparse_linear_forward(const SparseLinearForward& p, const Parallel& parallel);
 void sparse_linear_backward(const SparseLinearBackward& p, const Parallel& parallel);
@@ -85,18 +123,19 @@ struct ScatterProduct {
     bool add;       // add to what out holds
 };
 
-// Consecutive tiles: dw[r][c] = sum over tiles and b of dy[tile][r][b] * x[tile][c][b], kept (r,
-// c).
+// Consecutive tiles: for kept (r, c), the sum over tiles and b of dy[tile][r][b] * x[tile][c][b],
+// at dw[r][c], or at the entry's list position in `kept`.
 template <class Index>
 struct SampledProduct {
     KeptRows<Index> rows;
     const float* dy;  // [tiles][out_features][kTileBatch]
     const float* x;   // [tiles][in_features][kTileBatch]
-    float* dw;        // [out_features][in_features]
+    float* dw;        // [out_features][in_features], or nullptr
+    float* kept;      // by list position, or nullptr
     int64_t tiles;
     int64_t in_features;
     int64_t out_features;
-    bool add;  // add to what dw holds at kept entries; if not, whole rows are written
+    bool add;  // add to what is there; if not, whole rows of dw are written
 };
 
 template <class Index>
@@ -110,6 +149,8 @@ struct SparseLinearKernels {
     void (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
     void (*scatter)(const ScatterProduct<Index>& p);
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
+    // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.
+    float (*sum_row)(const float* row, int64_t tiles, int64_t stride);
 };
 
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);

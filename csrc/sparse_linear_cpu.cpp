@@ -136,8 +136,8 @@ template <class Index>
 void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
     alignas(64) float sums[kWidth];
     for (int64_t r = begin; r < end; ++r) {
-        float* dw = p.dw + r * p.in_features;
-        if (!p.add) std::memset(dw, 0, p.in_features * sizeof(float));
+        float* dw = p.kept ? nullptr : p.dw + r * p.in_features;
+        if (dw && !p.add) std::memset(dw, 0, p.in_features * sizeof(float));
         const int64_t row_end = p.rows.starts[r + 1];
         for (int64_t i = p.rows.starts[r]; i < row_end; i += kWidth) {
             const int n = static_cast<int>(row_end - i < kWidth ? row_end - i : kWidth);
@@ -156,16 +156,34 @@ void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
                 }
             }
             store(sums, horizontal_sums(sum));
-            for (int j = 0; j < n; ++j) dw[offset[j]] += sums[j];
+            if (dw)
+                for (int j = 0; j < n; ++j) dw[offset[j]] += sums[j];
+            else if (p.add)
+                for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
+            else
+                std::memcpy(p.kept + i, sums, n * sizeof(float));
         }
     }
+}
+
+float sum_row(const float* row, int64_t tiles, int64_t stride) {
+    Vec sum[kTileVecs];
+    for (int v = 0; v < kTileVecs; ++v) sum[v] = zero();
+    for (int64_t t = 0; t < tiles; ++t)
+        for (int v = 0; v < kTileVecs; ++v)
+            sum[v] = add(sum[v], load(row + t * stride + v * kWidth));
+    alignas(64) float lanes[kTileBatch];
+    for (int v = 0; v < kTileVecs; ++v) store(lanes + v * kWidth, sum[v]);
+    float total = 0.0f;
+    for (float lane : lanes) total += lane;
+    return total;
 }
 
 }  // namespace
 
 const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows, pack_tile, multiply,
-                                                                    scatter, sample};
+                                                                    scatter,   sample,    sum_row};
 const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows, pack_tile, multiply,
-                                                                    scatter, sample};
+                                                                    scatter,   sample,    sum_row};
 
 }  // namespace lottery_sparse

@@ -1,0 +1,76 @@
+// A compact layer on the CPU: the lists stay, so a call packs and multiplies.
+#include <cstring>
+
+#include "sparse_products.h"
+
+namespace lottery_sparse {
+namespace {
+
+template <class Index>
+KeptLists<Index> by_row(const SparseLinearShape& shape, const CompactLists& lists,
+                        const float* values) {
+    return {lists.starts, static_cast<const Index*>(lists.columns), values, shape.out_features + 1,
+            lists.capacity};
+}
+
+// The values in the order of the lists by column.
+template <class Index>
+Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactLists& lists,
+                               const float* values, const Parallel& parallel) {
+    constexpr int64_t kGrain = 1 << 14;
+    const int64_t total = shape.replicates * lists.capacity;
+    Buffer<float> ordered = buffer<float>(total);
+    parallel(total, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+            ordered[i] = values[i / lists.capacity * lists.capacity + lists.positions[i]];
+    });
+    return ordered;
+}
+
+template <class Index>
+void forward(const CompactLinearForward& p, const Parallel& parallel) {
+    const SparseLinearShape& shape = p.shape;
+    const Products<Index> products(shape, parallel);
+    products.pack(p.x, products.x_count(), shape.in_features, p.packed_x);
+    products.multiply(by_row<Index>(shape, p.lists, p.values), shape.out_features, p.packed_x,
+                      shape.in_features, shape.shared_x, p.bias, /*sum=*/false, p.y);
+}
+
+template <class Index>
+void backward(const CompactLinearBackward& p, const Parallel& parallel) {
+    const SparseLinearShape& shape = p.shape;
+    const int64_t n = shape.out_features, k = shape.in_features, capacity = p.lists.capacity;
+    const Products<Index> products(shape, parallel);
+    const auto dy = products.packed(p.dy, shape.replicates, n);
+    const KeptLists<Index> rows = by_row<Index>(shape, p.lists, p.values);
+    if (p.dx && products.scatters()) {
+        products.scatter(rows, dy.get(), p.dx);
+    } else if (p.dx) {
+        const auto values = values_by_column<Index>(shape, p.lists, p.values, parallel);
+        const KeptLists<Index> columns = {p.lists.column_starts,
+                                          static_cast<const Index*>(p.lists.rows), values.get(),
+                                          k + 1, capacity};
+        products.multiply(columns, k, dy.get(), n, /*shared=*/false, /*bias=*/nullptr,
+                          /*sum=*/shape.shared_x, p.dx);
+    }
+    if (p.dvalues) {
+        products.sample(rows, dy.get(), p.packed_x, /*dw=*/nullptr, p.dvalues);
+        for (int64_t e = 0; e < shape.replicates; ++e) {
+            const int64_t used = p.lists.starts[e * (n + 1) + n];
+            std::memset(p.dvalues + e * capacity + used, 0, (capacity - used) * sizeof(float));
+        }
+    }
+    if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
+}
+
+}  // namespace
+
+void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel) {
+    p.lists.wide ? forward<uint32_t>(p, parallel) : forward<uint16_t>(p, parallel);
+}
+
+void compact_linear_backward(const CompactLinearBackward& p, const Parallel& parallel) {
+    p.lists.wide ? backward<uint32_t>(p, parallel) : backward<uint16_t>(p, parallel);
+}
+
+}  // namespace lottery_sparse

@@ -1,0 +1,220 @@
+// The products of sparse_linear over packed tiles, in the order of work that both callers share.
+// Kernels in sparse_linear_cpu.cpp.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "sparse_linear.h"
+
+namespace lottery_sparse {
+
+constexpr int64_t kTaskRows = 4 * kRowBlock;  // rows of one multiply task
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kGrainColumns = 256;
+// Up to this many tiles, listing the kept weights by column for dx costs more than it saves.
+constexpr int64_t kScatterTiles = 2;
+// A group of x tiles that sample() sweeps again for every row should stay in the second-level
+// cache.
+constexpr int64_t kSampleBytes = 512 << 10;
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// Uninitialised, on a cache line.
+template <class T>
+Buffer<T> buffer(int64_t count) {
+    const int64_t bytes = (count * sizeof(T) + kLineBytes - 1) / kLineBytes * kLineBytes;
+    void* p = std::aligned_alloc(kLineBytes, std::max(bytes, kLineBytes));
+    if (!p) throw std::bad_alloc();
+    return Buffer<T>(static_cast<T*>(p));
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+inline const SparseLinearKernels<uint16_t>& chosen_kernels(uint16_t) {
+    return LS_CHOSEN_KERNELS(sparse_linear_16);
+}
+inline const SparseLinearKernels<uint32_t>& chosen_kernels(uint32_t) {
+    return LS_CHOSEN_KERNELS(sparse_linear_32);
+}
+
+// The kept lists of E matrices, wherever they lie.
+template <class Index>
+struct KeptLists {
+    const int64_t* starts;
+    const Index* columns;
+    const float* values;
+    int64_t starts_stride;  // from a matrix to the next one in `starts`
+    int64_t slots;          // the same in `columns` and `values`
+
+    KeptRows<Index> of(int64_t matrix) const {
+        return {starts + matrix * starts_stride, columns + matrix * slots, values + matrix * slots};
+    }
+};
+
+template <class Index>
+class Products {
+  public:
+    Products(const SparseLinearShape& shape, const Parallel& parallel)
+        : shape_(shape), tiles_(divide_up(shape.batch, kTileBatch)), parallel_(parallel) {}
+
+    int64_t x_count() const { return shape_.shared_x ? 1 : shape_.replicates; }
+
+    // source [count, B, features] -> tiles [count, tiles, features, kTileBatch]
+    void pack(const float* source, int64_t count, int64_t features, float* tiles) const;
+    Buffer<float> packed(const float* source, int64_t count, int64_t features) const {
+        Buffer<float> tiles = buffer<float>(count * tiles_ * features * kTileBatch);
+        pack(source, count, features, tiles.get());
+        return tiles;
+    }
+    // out [E, B, rows], or with `sum` [B, rows] summed over replicates, from tiles of `columns`
+    // features, [E or (shared) 1, tiles, columns, kTileBatch].
+    void multiply(const KeptLists<Index>& lists, int64_t rows, const float* tiles, int64_t columns,
+                  bool shared, const float* bias, bool sum, float* out) const;
+    // dx from tiles of dy, without lists by column.
+    void scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const;
+    // Up to this many tiles, scatter beats multiply over lists by column.
+    bool scatters() const { return tiles_ <= kScatterTiles; }
+    // Gradients of kept weights: dense, dw [E, N, K]; or by list position, `kept` [E, slots].
+    void sample(const KeptLists<Index>& lists, const float* dy, const float* x, float* dw,
+                float* kept) const;
+    // out [E, features]: the sums over the batch of tiles [E, tiles, features, kTileBatch].
+    void sum_batch(const float* tiles, int64_t features, float* out) const;
+
+    const SparseLinearKernels<Index>& kernels() const { return kernels_; }
+
+  private:
+    const SparseLinearShape shape_;
+    const int64_t tiles_;
+    const Parallel& parallel_;
+    const SparseLinearKernels<Index>& kernels_ = chosen_kernels(Index{});
+};
+
+template <class Index>
+void Products<Index>::pack(const float* source, int64_t count, int64_t features,
+                           float* tiles) const {
+    parallel_(count * tiles_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t e = i / tiles_, b = i % tiles_ * kTileBatch;
+            kernels_.pack_tile(source + (e * shape_.batch + b) * features,
+                               std::min(kTileBatch, shape_.batch - b), features,
+                               tiles + i * features * kTileBatch);
+        }
+    });
+}
+
+template <class Index>
+void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, const float* tiles,
+                               int64_t columns, bool shared, const float* bias, bool sum,
+                               float* out) const {
+    const int64_t outputs = sum ? 1 : shape_.replicates;
+    const int64_t blocks = divide_up(rows, kTaskRows);
+    parallel_(outputs * tiles_ * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task % blocks * kTaskRows;
+            const int64_t t = task / blocks % tiles_, output = task / blocks / tiles_;
+            const int64_t b = t * kTileBatch;
+            for (int64_t e = output; e < (sum ? shape_.replicates : output + 1); ++e) {
+                const TileProduct<Index> product = {
+                    lists.of(e),
+                    tiles + ((shared ? 0 : e) * tiles_ + t) * columns * kTileBatch,
+                    bias ? bias + e * rows : nullptr,
+                    out + (output * shape_.batch + b) * rows,
+                    rows,
+                    std::min(kTileBatch, shape_.batch - b),
+                    e > output,
+                };
+                kernels_.multiply(product, first, std::min(first + kTaskRows, rows));
+            }
+        }
+    });
+}
+
+template <class Index>
+void Products<Index>::scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const {
+    const int64_t n = shape_.out_features, k = shape_.in_features;
+    const int64_t outputs = shape_.shared_x ? 1 : shape_.replicates;
+    const Buffer<float> sums = buffer<float>(outputs * tiles_ * k * kTileBatch);
+    // a part is a range of columns of one tile; how columns are split changes no sum
+    parallel_(outputs * tiles_ * k, kGrainColumns, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin / k; task * k < end; ++task) {
+            const int64_t t = task % tiles_, output = task / tiles_, b = t * kTileBatch;
+            const int64_t first = std::max<int64_t>(begin - task * k, 0);
+            for (int64_t e = output; e < (shape_.shared_x ? shape_.replicates : output + 1); ++e)
+                kernels_.scatter({
+                    lists.of(e),
+                    n,
+                    first,
+                    std::min(end - task * k, k),
+                    dy + (e * tiles_ + t) * n * kTileBatch,
+                    sums.get() + (task * k + first) * kTileBatch,
+                    dx + (output * shape_.batch + b) * k + first,
+                    k,
+                    std::min(kTileBatch, shape_.batch - b),
+                    e > output,
+                });
+        }
+    });
+}
+
+template <class Index>
+void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, const float* x,
+                             float* dw, float* kept) const {
+    const int64_t n = shape_.out_features, k = shape_.in_features;
+    const int64_t tile_bytes = k * kTileBatch * static_cast<int64_t>(sizeof(float));
+    const int64_t group = std::max<int64_t>(1, kSampleBytes / std::max<int64_t>(tile_bytes, 1));
+    parallel_(shape_.replicates * n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin / n; e * n < end; ++e) {
+            const int64_t first = std::max<int64_t>(begin - e * n, 0);
+            const int64_t last = std::min(end - e * n, n);
+            int64_t t = 0;
+            do {  // at least once: an empty batch has a gradient of zeros
+                const SampledProduct<Index> product = {
+                    lists.of(e),
+                    dy + (e * tiles_ + t) * n * kTileBatch,
+                    x + ((shape_.shared_x ? 0 : e) * tiles_ + t) * k * kTileBatch,
+                    dw ? dw + e * n * k : nullptr,
+                    kept ? kept + e * lists.slots : nullptr,
+                    std::min(group, tiles_ - t),
+                    k,
+                    n,
+                    t > 0,
+                };
+                kernels_.sample(product, first, last);
+                t += group;
+            } while (t < tiles_);
+        }
+    });
+}
+
+template <class Index>
+void Products<Index>::sum_batch(const float* tiles, int64_t features, float* out) const {
+    parallel_(shape_.replicates * features, kTaskRows, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t e = i / features, f = i % features;
+            out[i] = kernels_.sum_row(tiles + (e * tiles_ * features + f) * kTileBatch, tiles_,
+                                      features * kTileBatch);
+        }
+    });
+}
+
+// Calls f with an index type that holds every row and column number.
+template <class F>
+void with_index(const SparseLinearShape& shape, const F& f) {
+    constexpr int64_t kNarrow = int64_t{std::numeric_limits<uint16_t>::max()} + 1;
+    if (std::max(shape.in_features, shape.out_features) <= kNarrow)
+        f(uint16_t{});
+    else
+        f(uint32_t{});
+}
+
+}  // namespace lottery_sparse

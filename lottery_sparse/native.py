@@ -88,6 +88,37 @@ def _as_bool(mask: Tensor, weight: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else unpack_mask(mask, weight.shape[-1])
 
 
+# ---- compact layers: kept weights only -----------------------------------------------------------
+
+
+def compact_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y, packed x) of kept `values` [C] or [E, C] at lists as in `compact.KeptLists`."""
+    return _ops.compact_linear(x, values, starts, columns, bias)
+
+
+def compact_linear_backward(
+    dy: Tensor,
+    packed_x: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    shared_x: bool,
+    need_dx: bool,
+    need_dvalues: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
+    return _ops.compact_linear_backward(
+        dy, packed_x, values, starts, columns, column_starts, rows, positions,
+        shared_x, need_dx, need_dvalues, need_dbias,
+    )  # fmt: skip
+
+
 # ---- selection and masks -----------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"backends", "random", "reference"},
     # the ideas of the paper
     "masks": set(),
+    "compact": set(),
     "criteria": {"random"},
     "actions": {"random"},
     "prune": {"ops", "random", "masks", "criteria"},

@@ -14,16 +14,17 @@ KeptLists<Index> by_row(const SparseLinearShape& shape, const CompactLists& list
 }
 
 // The values in the order of the lists by column.
-template <class Index>
 Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactLists& lists,
                                const float* values, const Parallel& parallel) {
     constexpr int64_t kGrain = 1 << 14;
-    const int64_t total = shape.replicates * lists.capacity;
-    Buffer<float> ordered = buffer<float>(total);
-    parallel(total, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-            ordered[i] = values[i / lists.capacity * lists.capacity + lists.positions[i]];
-    });
+    Buffer<float> ordered = buffer<float>(shape.replicates * lists.capacity);
+    for (int64_t e = 0; e < shape.replicates; ++e) {
+        const int64_t first = e * lists.capacity;
+        parallel(lists.capacity, kGrain, [&](int64_t begin, int64_t end) {
+            for (int64_t i = first + begin; i < first + end; ++i)
+                ordered[i] = values[first + lists.positions[i]];
+        });
+    }
     return ordered;
 }
 
@@ -43,10 +44,8 @@ void backward(const CompactLinearBackward& p, const Parallel& parallel) {
     const Products<Index> products(shape, parallel);
     const auto dy = products.packed(p.dy, shape.replicates, n);
     const KeptLists<Index> rows = by_row<Index>(shape, p.lists, p.values);
-    if (p.dx && products.scatters()) {
-        products.scatter(rows, dy.get(), p.dx);
-    } else if (p.dx) {
-        const auto values = values_by_column<Index>(shape, p.lists, p.values, parallel);
+    if (p.dx) {  // the lists by column are there, so this beats scattering at every batch
+        const auto values = values_by_column(shape, p.lists, p.values, parallel);
         const KeptLists<Index> columns = {p.lists.column_starts,
                                           static_cast<const Index*>(p.lists.rows), values.get(),
                                           k + 1, capacity};

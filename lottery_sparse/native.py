@@ -46,6 +46,8 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
+# Up to this size a call costs more than the product, and one kernel call is the cheapest.
+_SMALL_WEIGHT = 4096
 
 
 def wins(op: str, *args: Any) -> bool:
@@ -53,6 +55,8 @@ def wins(op: str, *args: Any) -> bool:
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
+    if weight.numel() <= _SMALL_WEIGHT:
+        return True
     most = _MAX_DENSITY if x.shape[-2] >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
     return count_kept(_as_bool(mask, weight)) <= most * weight.numel()
 

@@ -35,7 +35,8 @@ def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
     if kept.is_cpu and kept.numel() and kept.view(torch.uint8).min() > 0:
         return values
     integer = _INTEGERS[values.element_size()]
-    ones = kept.view(torch.int8).to(integer).neg_()  # all bits set where kept
+    # all bits set where kept; ne, because a view of other bytes as bool need not hold 0 and 1
+    ones = kept.view(torch.uint8).ne(0).to(integer).neg_()
     bits = values.view(integer)
     if others is None:
         return ones.bitwise_and_(bits).view(values.dtype)

@@ -351,3 +351,13 @@ def test_one_constant_serves_all_networks():
     got = replace(p, frozen=SignConstant(p.frozen.signs, one)).run()
     each = replace(p, frozen=SignConstant(p.frozen.signs, one.expand(3))).run()
     assert all(torch.equal(a, b) for a, b in zip(got, each, strict=True))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_any_byte_but_zero_is_kept(backend, density):
+    p = linear_problem(7, 9, 5, density, "zero", None, False, torch.float32)
+    odd = p.mask.to(torch.uint8).mul(255).view(torch.bool)
+    with ls.use_backend(backend):
+        expected = masked_linear(p.x, p.weight, p.mask)
+        assert torch.equal(masked_linear(p.x, p.weight, odd), expected)

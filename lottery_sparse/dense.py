@@ -35,8 +35,9 @@ def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
     if kept.is_cpu and kept.numel() and kept.view(torch.uint8).min() > 0:
         return values
     integer = _INTEGERS[values.element_size()]
-    # all bits set where kept; ne, because a view of other bytes as bool need not hold 0 and 1
-    ones = kept.view(torch.uint8).ne(0).to(integer).neg_()
+    # all bits set where kept: the sign of -byte, since a view as bool may hold other bytes than 1
+    sign = 8 * values.element_size() - 1
+    ones = kept.view(torch.uint8).to(integer).neg_().bitwise_right_shift_(sign)
     bits = values.view(integer)
     if others is None:
         return ones.bitwise_and_(bits).view(values.dtype)

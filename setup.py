@@ -30,7 +30,14 @@ BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
 KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
-DRIVERS = ["bindings", "compact_linear", "keep_top", "sparse_linear", "variants"]
+DRIVERS = [
+    "bindings",
+    "bindings_linear",
+    "compact_linear",
+    "keep_top",
+    "sparse_linear",
+    "variants",
+]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 VARIANTS = {"portable": []}

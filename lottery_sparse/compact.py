@@ -1,15 +1,15 @@
-"""Kept weights as lists: what a compact layer holds instead of a dense weight.
-
-The kernels behind it are `native.compact_linear` and `native.compact_linear_backward`; no layer
-uses them yet.
-"""
+"""Kept weights as lists, and which layers hold a compact Parameter."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.weak import WeakIdKeyDictionary
 
 # 16 bits hold a row or column number up to here; a kernel then reads half the bytes
 NARROW = 2**16
@@ -80,3 +80,69 @@ def _padded(values: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(slots, dtype=dtype, device=values.device)
     out[: len(values)] = values.to(dtype)  # int16 keeps the low 16 bits
     return out
+
+
+# ---- from a compact Parameter to the layers that hold it ----------------------------------------
+
+
+class Target(NamedTuple):
+    """Where the kept values of a Parameter go: entries of a dense effective weight."""
+
+    effective: Tensor  # [N, K] or [E, N, K]; of a convolution [O, I, kh, kw], same order
+    starts: Tensor
+    columns: Tensor
+
+
+class Holder(Protocol):
+    """A compact layer, as far as optimizers and hooks need to know it."""
+
+    weight: Parameter
+    weight_effective: Tensor
+    kept: KeptLists
+    fresh_version: int
+
+
+# Weak on both sides: neither a parameter nor a layer lives longer for being listed.
+_holders: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def register(layer: Holder) -> None:
+    """Make `targets_of(layer.weight)` find the layer."""
+    _holders.setdefault(layer.weight, WeakSet()).add(layer)
+
+
+def holders_of(parameter: Tensor) -> list[Holder]:
+    """The compact layers whose Parameter this is; none for an ordinary one."""
+    return [h for h in _holders.get(parameter, ()) if h.weight is parameter]
+
+
+def targets_of(parameter: Tensor) -> list[Target]:
+    """Where a compact Parameter's values go, one target per layer that shares it."""
+    return [
+        Target(h.weight_effective, h.kept.starts, h.kept.columns) for h in holders_of(parameter)
+    ]
+
+
+def mark_fresh(parameter: Tensor) -> None:
+    """Say that all targets hold the parameter's values; after writing both."""
+    for holder in holders_of(parameter):
+        holder.fresh_version = parameter._version
+
+
+def scatter_(target: Target, values: Tensor) -> None:
+    """Write kept values [C] or [E, C] into the effective weight."""
+    rows = target.starts.shape[-1] - 1
+    flat = target.effective.view(*target.starts.shape[:-1], rows, -1)
+    for matrix, starts, columns, kept in _networks(flat, target.starts, target.columns, values):
+        row = torch.repeat_interleave(torch.arange(rows, device=starts.device), starts.diff())
+        matrix[row, as_index(columns[: len(row)])] = kept[: len(row)].to(matrix.dtype)
+
+
+def as_index(numbers: Tensor) -> Tensor:
+    """Column or row numbers as int64."""
+    wide = numbers.to(torch.int64)
+    return wide & (NARROW - 1) if numbers.dtype == torch.int16 else wide
+
+
+def _networks(matrix: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return zip(matrix, *others, strict=True) if matrix.dim() == 3 else [(matrix, *others)]

@@ -164,6 +164,47 @@ std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor 
     return {dx, dvalues, dbias};
 }
 
+Tensor pack_tiles_op(Tensor x) {
+    x = checked("x", x, ScalarType::Float);
+    check_rank("x", x, 2, 3);
+    const int64_t count = x.dim() == 3 ? x.size(0) : 1, batch = x.size(x.dim() - 2),
+                  features = x.size(x.dim() - 1);
+    Tensor tiles = empty({count, (batch + kTileBatch - 1) / kTileBatch, features, kTileBatch},
+                         ScalarType::Float);
+    pack_tiles(floats(x), count, batch, features, output<float>(tiles), kParallel);
+    return tiles;
+}
+
+// `dense` [..., N, K] of any rank as rows of the lists.
+CompactArguments checked_entries(const Tensor& dense, Tensor& values, Tensor& starts,
+                                 Tensor& columns) {
+    CompactArguments found =
+        checked_compact(values, starts, columns, /*batch=*/0, /*in_features=*/0, false);
+    const int64_t rows = found.shape.replicates * found.shape.out_features;
+    found.shape.in_features = rows ? dense.numel() / rows : 0;
+    STD_TORCH_CHECK(found.shape.in_features * rows == dense.numel(), "dense has shape ",
+                    shape_text(dense), ", which does not fit starts ", shape_text(starts), ".");
+    return found;
+}
+
+Tensor gather_kept_op(Tensor dense, Tensor starts, Tensor columns) {
+    dense = checked("dense", dense, ScalarType::Float);
+    Tensor values = torch::stable::empty(columns.sizes(), ScalarType::Float);
+    const auto [shape, lists] = checked_entries(dense, values, starts, columns);
+    gather_kept({shape, lists, const_cast<float*>(floats(dense)), output<float>(values)},
+                kParallel);
+    return values;
+}
+
+void scatter_kept_op(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
+    STD_TORCH_CHECK(
+        dense.is_cpu() && dense.scalar_type() == ScalarType::Float && dense.is_contiguous(),
+        "dense must be a contiguous float32 CPU tensor for the native kernels.");
+    const auto [shape, lists] = checked_entries(dense, values, starts, columns);
+    scatter_kept({shape, lists, output<float>(dense), const_cast<float*>(floats(values))},
+                 kParallel);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
@@ -171,6 +212,9 @@ STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
     m.impl("masked_linear_backward", TORCH_BOX(&masked_linear_backward_op));
     m.impl("compact_linear", TORCH_BOX(&compact_linear_op));
     m.impl("compact_linear_backward", TORCH_BOX(&compact_linear_backward_op));
+    m.impl("pack_tiles", TORCH_BOX(&pack_tiles_op));
+    m.impl("gather_kept", TORCH_BOX(&gather_kept_op));
+    m.impl("scatter_kept_", TORCH_BOX(&scatter_kept_op));
 }
 
 }  // namespace lottery_sparse

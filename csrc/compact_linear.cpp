@@ -28,6 +28,13 @@ Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactList
     return ordered;
 }
 
+void clear_spare_slots(const SparseLinearShape& shape, const CompactLists& lists, float* values) {
+    for (int64_t e = 0; e < shape.replicates; ++e) {
+        const int64_t used = lists.starts[e * (shape.out_features + 1) + shape.out_features];
+        std::memset(values + e * lists.capacity + used, 0, (lists.capacity - used) * sizeof(float));
+    }
+}
+
 template <class Index>
 void forward(const CompactLinearForward& p, const Parallel& parallel) {
     const SparseLinearShape& shape = p.shape;
@@ -54,15 +61,48 @@ void backward(const CompactLinearBackward& p, const Parallel& parallel) {
     }
     if (p.dvalues) {
         products.sample(rows, dy.get(), p.packed_x, /*dw=*/nullptr, p.dvalues);
-        for (int64_t e = 0; e < shape.replicates; ++e) {
-            const int64_t used = p.lists.starts[e * (n + 1) + n];
-            std::memset(p.dvalues + e * capacity + used, 0, (capacity - used) * sizeof(float));
-        }
+        clear_spare_slots(shape, p.lists, p.dvalues);
     }
     if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
 }
 
+// Calls f(dense entry, value) for every kept entry, rows in parallel.
+template <class Index, class F>
+void for_kept(const KeptEntries& p, const Parallel& parallel, const F& f) {
+    constexpr int64_t kGrain = 64;
+    const int64_t n = p.shape.out_features, k = p.shape.in_features;
+    const Index* columns = static_cast<const Index*>(p.lists.columns);
+    parallel(p.shape.replicates * n, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t e = row / n, r = row % n, slots = e * p.lists.capacity;
+            const int64_t* starts = p.lists.starts + e * (n + 1) + r;
+            for (int64_t i = slots + starts[0]; i < slots + starts[1]; ++i)
+                f(p.dense[row * k + static_cast<int64_t>(columns[i])], p.values[i]);
+        }
+    });
+}
+
+template <class F>
+void for_kept(const KeptEntries& p, const Parallel& parallel, const F& f) {
+    p.lists.wide ? for_kept<uint32_t>(p, parallel, f) : for_kept<uint16_t>(p, parallel, f);
+}
+
 }  // namespace
+
+void pack_tiles(const float* x, int64_t count, int64_t batch, int64_t features, float* tiles,
+                const Parallel& parallel) {
+    const SparseLinearShape shape = {count, batch, features, 0, false};
+    Products<uint16_t>(shape, parallel).pack(x, count, features, tiles);
+}
+
+void gather_kept(const KeptEntries& p, const Parallel& parallel) {
+    for_kept(p, parallel, [](const float& dense, float& value) { value = dense; });
+    clear_spare_slots(p.shape, p.lists, p.values);
+}
+
+void scatter_kept(const KeptEntries& p, const Parallel& parallel) {
+    for_kept(p, parallel, [](float& dense, const float& value) { dense = value; });
+}
 
 void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel) {
     p.lists.wide ? forward<uint32_t>(p, parallel) : forward<uint16_t>(p, parallel);

@@ -20,6 +20,9 @@ constexpr const char* kSchemas[] = {
     "compact_linear_backward(Tensor dy, Tensor packed_x, Tensor values, Tensor starts, "
     "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, bool shared_x, "
     "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    "pack_tiles(Tensor x) -> Tensor",
+    "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
+    "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",
 };
 
 }  // namespace lottery_sparse

@@ -77,6 +77,21 @@ struct CompactLinearBackward {
     float* dbias;           // [E, N], or nullptr
 };
 
+// x [count, B, features] -> tiles [count, compact_tiles(B), features, kTileBatch], zeros beyond B.
+void pack_tiles(const float* x, int64_t count, int64_t batch, int64_t features, float* tiles,
+                const Parallel& parallel);
+
+// Between a dense matrix [E, N, K] and its kept entries [E, C]. Of `lists` only starts, columns,
+// capacity and wide are used. Gathering writes 0 to spare slots; scattering leaves the rest alone.
+struct KeptEntries {
+    SparseLinearShape shape;
+    CompactLists lists;
+    float* dense;
+    float* values;
+};
+void gather_kept(const KeptEntries& p, const Parallel& parallel);
+void scatter_kept(const KeptEntries& p, const Parallel& parallel);
+
 void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel);
 void compact_linear_backward(const CompactLinearBackward& p, const Parallel& parallel);
 

@@ -3,6 +3,8 @@
 from lottery_sparse import ops, random
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS
 from lottery_sparse.backends import use_backend
+from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
+from lottery_sparse.compacting import compact_, expand_, refresh_
 from lottery_sparse.convert import dense_state_dict, densify_, masks_of, set_masks_, sparsify_
 from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
 from lottery_sparse.frozen import Constant, Seeded
@@ -18,19 +20,24 @@ __all__ = [
     "MASK0_ACTIONS",
     "MASK1_ACTIONS",
     "SIGN_MASKS",
+    "CompactConv2d",
+    "CompactLinear",
     "Constant",
     "MaskedConv2d",
     "MaskedLinear",
     "Masks",
     "Seeded",
     "Ticket",
+    "compact_",
     "dense_state_dict",
     "densify_",
+    "expand_",
     "find_ticket",
     "masks_of",
     "ops",
     "prune",
     "random",
+    "refresh_",
     "set_masks_",
     "sparsify_",
     "use_backend",

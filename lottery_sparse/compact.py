@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 # 16 bits hold a row or column number up to here; a kernel then reads half the bytes
@@ -82,7 +84,7 @@ def _padded(values: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-# ---- from a compact Parameter to the layers that hold it ----------------------------------------
+# ---- from a compact Parameter to the layers and optimizers that hold it ------------------------
 
 
 class Target(NamedTuple):
@@ -98,16 +100,21 @@ class Holder(Protocol):
 
     weight: Parameter
     weight_effective: Tensor
-    kept: KeptLists
     fresh_version: int
 
+    @property
+    def kept(self) -> KeptLists: ...
+    def refresh_(self) -> None: ...
 
-# Weak on both sides: neither a parameter nor a layer lives longer for being listed.
-_holders: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+# Weak on both sides: neither a parameter nor what holds it lives longer for being listed.
+_holders: Any = WeakIdKeyDictionary()
+_optimizers: Any = WeakIdKeyDictionary()
 
 
 def register(layer: Holder) -> None:
-    """Make `targets_of(layer.weight)` find the layer."""
+    """Make the layer known as a holder of its `weight`."""
+    _refresh_after_steps()
     _holders.setdefault(layer.weight, WeakSet()).add(layer)
 
 
@@ -129,20 +136,25 @@ def mark_fresh(parameter: Tensor) -> None:
         holder.fresh_version = parameter._version
 
 
-def scatter_(target: Target, values: Tensor) -> None:
-    """Write kept values [C] or [E, C] into the effective weight."""
-    rows = target.starts.shape[-1] - 1
-    flat = target.effective.view(*target.starts.shape[:-1], rows, -1)
-    for matrix, starts, columns, kept in _networks(flat, target.starts, target.columns, values):
-        row = torch.repeat_interleave(torch.arange(rows, device=starts.device), starts.diff())
-        matrix[row, as_index(columns[: len(row)])] = kept[: len(row)].to(matrix.dtype)
+def optimizers_of(parameter: Tensor) -> list[Optimizer]:
+    """The optimizers that have stepped a compact Parameter and still live."""
+    return list(_optimizers.get(parameter, ()))
 
 
-def as_index(numbers: Tensor) -> Tensor:
-    """Column or row numbers as int64."""
-    wide = numbers.to(torch.int64)
-    return wide & (NARROW - 1) if numbers.dtype == torch.int16 else wide
+@cache
+def _refresh_after_steps() -> None:
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _networks(matrix: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    return zip(matrix, *others, strict=True) if matrix.dim() == 3 else [(matrix, *others)]
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Runs after every step of any torch optimizer, once a compact layer exists."""
+    if not _holders:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            holders = holders_of(parameter)
+            if holders:
+                _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+            for holder in holders:
+                if holder.fresh_version != parameter._version:
+                    holder.refresh_()

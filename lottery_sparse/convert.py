@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ def densify_(model: nn.Module) -> nn.Module:
         if type(layer) not in MASKED_TYPES.values():
             raise TypeError(
                 f"{prefix[:-1] or 'the model itself'} is a {type(layer).__name__}, which has no "
-                "dense form; take its weights from ls.dense_state_dict."
+                "dense form of its own; take its weights from ls.dense_state_dict, or call "
+                "ls.expand_ first if it is compact."
             )
         layers.append(layer)
     with torch.no_grad():
@@ -142,13 +143,16 @@ def set_masks_(
         frozen: what pruned weights hold: "zero", a tensor, `ls.Constant(c)` (sign x constant, the
             signs those of the current weight) or `ls.Seeded(law, seed)`; or a dict of them by
             name (names left out: zero).
-        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned.
+        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; of
+            compact layers it moves with the kept weights. Required for a compact layer whose
+            weights an optimizer holds such state for.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError, TypeError: an unknown name, a wrong shape, or a mask with other values.
+        ValueError, TypeError: an unknown name, a wrong shape, a mask with other values, or one that
+            keeps more weights than a compact layer has slots.
 
     Warns:
         UserWarning: a layer keeps no weight at all.
@@ -168,40 +172,31 @@ def set_masks_(
     held: dict[str, Held] = {}
     for name, mask in checked.items():
         layer = parameters[name][0]
-        if mask.shape != layer.weight.shape:
+        if mask.shape != layer.weight_mask.shape:
             raise ValueError(
                 f"mask of {name} has shape {tuple(mask.shape)}, but the weight has "
-                f"{tuple(layer.weight.shape)}; they must be equal."
+                f"{tuple(layer.weight_mask.shape)}; they must be equal."
             )
         if layer.weight_mask.is_meta:
             raise ValueError(
                 f"{name} is on the meta device, which holds no mask; load weights or call "
                 "to_empty first."
             )
+        layer._check_mask(name, mask, optimizer)
         held[name] = hold(name, sources.get(name), layer.effective_weight.detach())
     for name, mask in checked.items():  # before the first write: a warning may be an error
         if not mask.any():
             warnings.warn(f"{name} keeps no weight at all: a layer collapse.", stacklevel=2)
     for name, mask in checked.items():
-        for layer in parameters[name]:
-            with torch.no_grad():
-                layer.weight_mask.copy_(mask)
-            layer._hold(held[name])
-        if optimizer is not None:
-            _forget_pruned(optimizer, parameters[name][0])
+        layers = parameters[name]
+        for layer in layers:
+            layer._set_mask(mask, held[name], layers[0], optimizer)
     return model
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class in place: identity, Parameters, hooks and flags all stay."""
     module.__class__ = kind
-
-
-def _forget_pruned(optimizer: torch.optim.Optimizer, layer: Masked) -> None:
-    state: dict[str, Any] = optimizer.state.get(layer.weight, {})
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-            value.masked_fill_(~layer.weight_mask, 0)
 
 
 def _masked_modules(

@@ -108,3 +108,36 @@ def masked_conv2d_backward(
     w = effective_weight(weight, mask, frozen, signs, rank=4) if need_dx else weight
     dx, dw = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
     return dx, select(mask_as_bool(mask, weight, rank=4), dw, None) if need_dw else dw
+
+
+# ---- compact products: the effective weight is there, kept values included ----------------------
+
+
+def compact_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_zero: Any
+) -> tuple[Tensor, Tensor]:
+    return reference.linear(x, effective, bias), x.new_empty(0)
+
+
+def compact_linear_backward(
+    dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_needs: Any
+) -> tuple[Tensor, Tensor]:
+    need_dx, need_dv, _ = kept_and_needs[-3:]
+    dx, dw = reference.linear_backward(dy, x, effective, need_dx, need_dv)
+    return dx, reference.gather_kept(dw, *kept_and_needs[:2]) if need_dv else dw
+
+
+def compact_conv2d(
+    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_geometry: Any
+) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = kept_and_geometry[6:]
+    y = reference.conv2d(x, effective, bias, stride, padding, dilation, groups)
+    return y, x.new_empty(0)
+
+
+def compact_conv2d_backward(
+    dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_geometry: Any
+) -> tuple[Tensor, Tensor]:
+    need_dv = kept_and_geometry[-2]
+    dx, dw = reference.conv2d_backward(dy, x, effective, *kept_and_geometry[6:-1])
+    return dx, reference.gather_kept(dw, *kept_and_geometry[:2]) if need_dv else dw

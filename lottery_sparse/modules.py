@@ -36,6 +36,7 @@ class Masked(nn.Module):
     """
 
     dense_type: type[nn.Module]
+    rank: int  # dimensions of one weight; E networks side by side have one more
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_mask: Tensor
@@ -72,11 +73,24 @@ class Masked(nn.Module):
     def _frozen_source(self) -> Tensor | ops.SignConstant | None:
         return self._held().for_op()
 
+    def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
+        """Whether the layer can take a mask of the right shape; raises ValueError."""
+
+    @torch.no_grad()
+    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+        """Set the mask, and zero the optimizer's state where pruned."""
+        self.weight_mask.copy_(mask)
+        self._hold(held)
+        if optimizer is not None and leader is self:
+            for value in optimizer.state.get(self.weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                    value.masked_fill_(~self.weight_mask, 0)
+
     @property
     def effective_weight(self) -> Tensor:
         """where(mask, weight, frozen), what the layer computes with; differentiable."""
         return reference.effective_weight(
-            self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.weight.dim()
+            self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
         )
 
     @property
@@ -164,7 +178,7 @@ class MaskedLinear(Masked, nn.Linear):
     decay or load can move the effective weight there. See `Masked` for buffers and state_dict.
     """
 
-    dense_type = nn.Linear
+    dense_type, rank = nn.Linear, 2
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -178,7 +192,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
     dilation and groups. See `MaskedLinear`.
     """
 
-    dense_type = nn.Conv2d
+    dense_type, rank = nn.Conv2d, 4
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:

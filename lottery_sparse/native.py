@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
+from lottery_sparse import reference
 
 _ops = torch.ops.lottery_sparse_native
 
@@ -25,6 +26,10 @@ def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
     if op.startswith("masked_linear"):
         return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
+    if op.startswith("compact_linear"):
+        dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+        if dtypes != {torch.float32}:
+            return f"its kernels run float32, got {' and '.join(sorted(map(str, dtypes)))}."
     if op == "keep_top":
         dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
         if dtypes:
@@ -46,12 +51,17 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
+# A compact layer has its lists already; the limits for forward and dx, and for dvalues.
+_MAX_DENSITY_COMPACT = 0.4
+_MAX_DENSITY_SAMPLED = 0.5
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 
 
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
+    if op == "compact_linear":
+        return kept_share(args[4], args[3]) <= _MAX_DENSITY_COMPACT
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
@@ -96,31 +106,67 @@ def _as_bool(mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def compact_linear(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y, packed x) of kept `values` [C] or [E, C] at lists as in `compact.KeptLists`."""
-    return _ops.compact_linear(x, values, starts, columns, bias)
-
-
-def compact_linear_backward(
-    dy: Tensor,
-    packed_x: Tensor,
+    x: Tensor,
     values: Tensor,
+    bias: Tensor | None,
+    effective: Tensor,
     starts: Tensor,
     columns: Tensor,
     column_starts: Tensor,
     rows: Tensor,
     positions: Tensor,
-    shared_x: bool,
+    zero: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
+    if zero:
+        return _ops.compact_linear(x, values, starts, columns, bias)
+    return reference.linear(x, effective, bias), x.new_empty(0)
+
+
+def compact_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    effective: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    zero: bool,
     need_dx: bool,
-    need_dvalues: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
-    return _ops.compact_linear_backward(
-        dy, packed_x, values, starts, columns, column_starts, rows, positions,
-        shared_x, need_dx, need_dvalues, need_dbias,
-    )  # fmt: skip
+    need_dv: bool,
+    carried: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
+    share = kept_share(starts, effective)
+    sparse_dx = need_dx and zero and share <= _MAX_DENSITY_COMPACT
+    sample = need_dv and share <= _MAX_DENSITY_SAMPLED
+    dx, dv = x.new_empty(0), x.new_empty(0)
+    if sparse_dx or sample:
+        if carried is None or carried.numel() == 0:
+            carried = _ops.pack_tiles(x) if sample else x.new_empty((1, 1, x.shape[-1], 1))
+        dx, dv, _ = _ops.compact_linear_backward(
+            dy, carried, values, starts, columns, column_starts, rows, positions,
+            x.dim() == 2, sparse_dx, sample, False,
+        )  # fmt: skip
+    if need_dx and not sparse_dx:
+        dx, _ = reference.linear_backward(dy, x, effective, True, False)
+    if need_dv and not sample:
+        _, dw = reference.linear_backward(dy, x, effective, False, True)
+        dv = _ops.gather_kept(dw, starts, columns)
+    return dx, dv
+
+
+def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
+    """Write kept values [C] or [E, C] into the effective weight."""
+    _ops.scatter_kept_(effective, values, starts, columns)
+
+
+def kept_share(starts: Tensor, effective: Tensor) -> float:
+    """Kept entries per weight, over all networks."""
+    last = starts[-1] if starts.dim() == 1 else starts[:, -1].sum()
+    return int(last) / max(effective.numel(), 1)
 
 
 # ---- selection and masks -----------------------------------------------------------------------

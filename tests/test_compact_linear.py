@@ -11,7 +11,9 @@ from lottery_sparse.compact import KeptLists
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse import native
+import lottery_sparse.native  # registers the kernels
+
+kernels = torch.ops.lottery_sparse_native
 
 # (N, K, B): one row, one column, no batch, batches around tiles of 32, more than one block of rows
 SHAPES = [(1, 1, 1), (1, 130, 3), (40, 1, 2), (7, 9, 0), (17, 33, 65), (100, 257, 32), (20, 30, 96)]
@@ -82,8 +84,8 @@ def test_matches_float64(form, shape, density):
     x = torch.randn(*(() if form == "shared x" else networks), batch, k)
     dy, bias = torch.randn(*networks, batch, n), torch.randn(*networks, n)
 
-    y, packed = native.compact_linear(x, values, lists.starts, lists.columns, bias)
-    dx, dvalues, dbias = native.compact_linear_backward(
+    y, packed = kernels.compact_linear(x, values, lists.starts, lists.columns, bias)
+    dx, dvalues, dbias = kernels.compact_linear_backward(
         dy, packed, values, *lists, form == "shared x", True, True, True
     )
 
@@ -107,9 +109,9 @@ def test_matches_float64(form, shape, density):
 def test_what_is_not_needed_is_empty():
     lists = KeptLists.of(torch.rand(5, 7) < 0.5)
     values = torch.randn(lists.columns.shape)
-    _, packed = native.compact_linear(torch.randn(4, 7), values, lists.starts, lists.columns, None)
+    _, packed = kernels.compact_linear(torch.randn(4, 7), values, lists.starts, lists.columns, None)
     for needs in ((True, False, False), (False, True, False), (False, False, True)):
-        grads = native.compact_linear_backward(
+        grads = kernels.compact_linear_backward(
             torch.randn(4, 5), packed, values, *lists, False, *needs
         )
         assert [g.numel() > 0 for g in grads] == list(needs)
@@ -124,10 +126,10 @@ def test_the_same_bits_as_the_masked_op_and_for_any_thread_count():
     x, dy = torch.randn(3, 150, 70), torch.randn(3, 150, 200)
 
     def run():
-        y, packed = native.compact_linear(x, values, lists.starts, lists.columns, None)
+        y, packed = kernels.compact_linear(x, values, lists.starts, lists.columns, None)
         return (
             y,
-            *native.compact_linear_backward(dy, packed, values, *lists, False, True, True, True),
+            *kernels.compact_linear_backward(dy, packed, values, *lists, False, True, True, True),
         )
 
     one = run()
@@ -139,7 +141,7 @@ def test_the_same_bits_as_the_masked_op_and_for_any_thread_count():
         torch.set_num_threads(threads)
     with ls.use_backend("cpu"):
         assert torch.equal(one[0], ls.ops.masked_linear(x, w, mask))
-    alone = native.compact_linear(x[1], values[1], lists.starts[1], lists.columns[1], None)[0]
+    alone = kernels.compact_linear(x[1], values[1], lists.starts[1], lists.columns[1], None)[0]
     assert torch.equal(one[0][1], alone)
 
 
@@ -162,4 +164,4 @@ def test_tensors_that_do_not_fit_are_refused(change, message):
         "bias": None,
     }
     with pytest.raises(RuntimeError, match=message):
-        native.compact_linear(**{**arguments, **change})
+        kernels.compact_linear(**{**arguments, **change})

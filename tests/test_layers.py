@@ -15,18 +15,19 @@ PACKAGE = ROOT / "lottery_sparse"
 
 # module -> modules of the package it may import. The compiled modules are _C and _host.
 MAY_IMPORT: dict[str, set[str]] = {
-    # ways to compute; native does not know the others
+    # ways to compute
     "reference": set(),
     "dense": {"reference"},
-    "native": {"_C"},
+    "native": {"_C", "reference"},
     # which one runs
     "backends": set(),
     "random": {"backends"},
+    # kept weights as lists
+    "compact": set(),
     # contract of the ops
-    "ops": {"backends", "random", "reference"},
+    "ops": {"backends", "random", "reference", "compact"},
     # the ideas of the paper
     "masks": set(),
-    "compact": set(),
     "criteria": {"random"},
     "actions": {"random"},
     "prune": {"ops", "random", "masks", "criteria"},
@@ -34,6 +35,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
     "convert": {"masks", "frozen", "modules"},
+    "compact_layers": {
+        "backends",
+        "reference",
+        "compact",
+        "frozen",
+        "masks",
+        "modules",
+        "ops",
+    },
+    "compacting": {"reference", "compact_layers", "convert"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},

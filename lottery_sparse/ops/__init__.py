@@ -2,6 +2,7 @@
 
 from lottery_sparse.ops.bits import pack_mask, unpack_mask
 from lottery_sparse.ops.checks import SignConstant
+from lottery_sparse.ops.compact import compact_conv2d, compact_linear
 from lottery_sparse.ops.conv2d import masked_conv2d
 from lottery_sparse.ops.linear import masked_linear
 from lottery_sparse.ops.sampling import sample_mask
@@ -9,6 +10,8 @@ from lottery_sparse.ops.selection import keep_top
 
 __all__ = [
     "SignConstant",
+    "compact_conv2d",
+    "compact_linear",
     "keep_top",
     "masked_conv2d",
     "masked_linear",

@@ -16,6 +16,7 @@ def differentiable(
     save: Callable,
     gradients: Callable,
     vmap_rule_of: Callable,
+    carrying: Callable | None = None,
 ) -> Callable:
     """Register the rules of `op` and return the function that ops must call.
 
@@ -35,6 +36,9 @@ def differentiable(
         gradients: (ctx, *output gradients) -> input gradients.
         vmap_rule_of: differentiable function -> (info, in_dims, *args) -> (output, out_dims).
             The rule must call the function it is given: grad levels may lie around the vmap.
+        carrying: the kernel with a second result, a tensor for its own backward; where plain
+            eager tensors need gradients it takes the place of `run`, and `save` gets that tensor
+            as a fourth argument.
     """
 
     def call(*args: Any) -> Any:
@@ -54,8 +58,12 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = run(*args)
-            save(ctx, args, output)
+            if carrying is None:
+                output = run(*args)
+                save(ctx, args, output)
+            else:
+                output, carried = carrying(*args)
+                save(ctx, args, output, carried)
             return output
 
         @staticmethod

@@ -1,0 +1,357 @@
+"""CompactLinear and CompactConv2d: masked layers whose Parameter holds kept weights only."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lottery_sparse import backends, reference
+from lottery_sparse.compact import KeptLists, optimizers_of, register
+from lottery_sparse.frozen import Held, decode, remake
+from lottery_sparse.masks import as_mask
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.ops import compact as products
+
+
+class Compact(Masked):
+    """What compact layers share. The Parameter `weight` is the vector of kept weights.
+
+    `weight` is [C], or [E, C] for E networks side by side: kept weights in row-major order, then
+    spare slots, which hold 0 and get no gradient. C is fixed when the layer becomes compact, so a
+    change of masks changes no shape. Besides the buffers of `Masked`:
+
+        weight_effective   dense, what the layer computes with: kept and frozen values
+        kept_*             where kept weights are, see `KeptLists`
+
+    Kept weights are copied into `weight_effective` whenever they change: by `ls.optim` as it steps,
+    by a hook after any other torch optimizer's step, and by the next forward that finds that
+    `weight` was written in between. Writes through `.data` go unnoticed: call `ls.refresh_`.
+
+    state_dict and loading are those of `Masked`: the effective weight, the mask, the source.
+    """
+
+    masked_type: type[Masked]
+    weight: nn.Parameter
+    weight_effective: Tensor
+    fresh_version: int  # of `weight` when weight_effective last got its values
+    _known: int  # id of the Parameter that the registry has for this layer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._shrink(self.weight.shape[-self.rank :].numel())
+
+    # ---- becoming compact, and back --------------------------------------------------------------
+
+    def _shrink(self, capacity: int, parameter: nn.Parameter | None = None) -> None:
+        """From plain to compact, with the Parameter of a layer that shares it, if there is one."""
+        effective = reference.effective_weight(
+            self.weight.detach(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+        ).contiguous()
+        self.register_buffer("weight_effective", effective, persistent=False)
+        self._list(KeptLists.of(self._matrix(self.weight_mask), capacity))
+        if parameter is None:
+            values = self._gather(effective)
+            parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+        self.weight = parameter
+        self._mark_fresh()
+
+    def _grow(self, parameter: nn.Parameter | None = None) -> None:
+        """From compact to plain."""
+        if parameter is None:
+            dense = self.effective_weight.detach().clone()
+            parameter = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        for name in ("weight_effective", *_KEPT):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        del self.fresh_version, self._known
+        self.weight = parameter
+
+    def _list(self, kept: KeptLists) -> None:
+        for name, numbers in kept._asdict().items():
+            held = self._buffers.get(f"kept_{name}")
+            if held is not None and held.shape == numbers.shape and held.dtype == numbers.dtype:
+                held.copy_(numbers)  # the same tensors: a compiled model runs on
+            else:
+                self.register_buffer(f"kept_{name}", numbers, persistent=False)
+
+    def _matrix(self, dense: Tensor) -> Tensor:
+        """[..., O, I, kh, kw] as [..., O, I kh kw]."""
+        return dense.flatten(dense.dim() - self.rank + 1) if self.rank > 2 else dense
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        return reference.gather_kept(dense, self.kept.starts, self.kept.columns)
+
+    @property
+    def kept(self) -> KeptLists:
+        buffers = self._buffers
+        return KeptLists(*(buffers[name] for name in _KEPT))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def capacity(self) -> int:
+        """Slots per network: how many weights a mask may keep."""
+        return self.weight.shape[-1]
+
+    @property
+    def zero(self) -> bool:
+        """Whether pruned weights hold zero."""
+        return self._buffers["weight_frozen"] is None
+
+    # ---- the effective weight --------------------------------------------------------------------
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The dense weight the layer computes with; differentiable in `weight`."""
+        kept = self.kept
+        return reference.kept_weight(self.weight, self.weight_effective, kept.starts, kept.columns)
+
+    def refresh_(self) -> None:
+        """Copy the kept weights into `weight_effective`."""
+        effective, kept = self.weight_effective, self.kept
+        args = (effective, self.weight.detach(), kept.starts, kept.columns)
+        backends.kernel("scatter_kept_", effective.device, args)(*args)
+        torch.autograd.graph.increment_version(effective)
+        self._mark_fresh()
+
+    def _mark_fresh(self) -> None:
+        weight = self.weight
+        self.fresh_version = weight._version
+        if self.__dict__.get("_known") != id(weight):
+            register(self)
+            self._known = id(weight)
+
+    def _keep_fresh(self) -> None:
+        weight = self._parameters["weight"]
+        if weight._version != self.fresh_version or id(weight) != self._known:  # pyright: ignore
+            self.refresh_()
+
+    @torch.no_grad()
+    def _refill(self) -> None:
+        """Write frozen and kept values into `weight_effective` anew."""
+        blank = torch.zeros_like(self.weight_effective)
+        self.weight_effective.copy_(
+            reference.effective_weight(
+                blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+            )
+        )
+        self.refresh_()
+
+    # ---- a new mask ------------------------------------------------------------------------------
+
+    def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        self._check_capacity(name, mask)
+        others = [o for o in optimizers_of(self.weight) if o is not optimizer]
+        if any(_elementwise(o.state.get(self.weight, {}), self.weight) for o in others):
+            raise ValueError(
+                f"{type(others[0]).__name__} holds state for the kept weights of {name}, which a "
+                "new mask would misplace; pass it: set_masks_(..., optimizer=optimizer)."
+            )
+
+    def _check_capacity(self, name: str, mask: Tensor) -> None:
+        most = most_kept(mask, self.rank)
+        if most > self.capacity:
+            raise ValueError(
+                f"mask of {name} keeps {most} weights, but the compact layer has {self.capacity} "
+                "slots; call ls.expand_, set the mask, then ls.compact_."
+            )
+
+    @torch.no_grad()
+    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+        """Keep other weights: values, gradient and optimizer state move to their new slots.
+
+        A weight that was pruned starts from what it held, with a state of zero. `leader` is the
+        layer that moves the Parameter which several layers may share.
+        """
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        moving = [self.weight.grad] if self.weight.grad is not None else []
+        moving += _elementwise(state, self.weight)
+        old, effective = self.kept, self.effective_weight.clone()
+        blank = torch.zeros_like(effective)
+        dense = [reference.kept_weight(t, blank, old.starts, old.columns) for t in moving]
+        self.weight_mask.copy_(mask)
+        self._hold(held)
+        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        if leader is self:
+            self.weight.copy_(self._gather(effective))
+            for slots, values in zip(moving, dense, strict=True):
+                slots.copy_(self._gather(values))
+        self._refill()
+
+    # ---- moving, saving, loading -----------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        was_meta, was_dtype = self.weight_mask.is_meta, self.weight.dtype
+        nn.Module._apply(self, fn, recurse)
+        if was_meta and not self.weight_mask.is_meta:
+            raise RuntimeError(
+                "a compact layer on the meta device has lost which weights it keeps; move the "
+                "masked model with to_empty, load it, then call ls.compact_."
+            )
+        if self.weight.dtype != was_dtype:
+            self._hold(remake(self._held(), self.weight_effective))
+            self._refill()
+        if not self.weight.is_meta:
+            self._mark_fresh()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
+            self._known = 0
+            self._mark_fresh()
+            self.fresh_version = -1
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.effective_weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        state = dict(state_dict)
+        weight, mask, frozen = (state.pop(name, None) for name in names)
+        if weight is None and mask is not None:  # a new mask for the weight that is here
+            weight = self.effective_weight.detach()
+        if weight is None:  # "weight" is then reported as missing
+            nn.Module._load_from_state_dict(
+                self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                error_msgs,
+            )  # fmt: skip
+            return
+        try:  # check all of it before anything is written
+            if weight.shape != self.weight_effective.shape:
+                raise ValueError(
+                    f"size mismatch for {names[0]}: the checkpoint has {tuple(weight.shape)}, "
+                    f"the model {tuple(self.weight_effective.shape)}."
+                )
+            mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+            mask = as_mask(names[0], mask).to(self.weight_mask.device)
+            if mask.shape != self.weight_mask.shape:
+                raise ValueError(
+                    f"mask of {names[0]} has shape {tuple(mask.shape)}, "
+                    f"the model needs {tuple(self.weight_mask.shape)}."
+                )
+            self._check_capacity(names[0], mask)
+            held = decode(names[0], frozen, weight)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        like = self.weight_effective
+        with torch.no_grad():
+            self.weight_mask.copy_(mask)
+            self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+            state[names[0]] = self._gather(weight.to(like.device, like.dtype))
+        nn.Module._load_from_state_dict(
+            self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._hold(
+            Held(
+                None if held.frozen is None else held.frozen.to(like.device, like.dtype),
+                None if held.signs is None else held.signs.to(like.device),
+                held.descriptor,
+            )
+        )
+        self._refill()
+
+
+def most_kept(mask: Tensor, rank: int) -> int:
+    """Entries that the fullest network of a mask keeps."""
+    return int((mask != 0).flatten(-rank).sum(-1).max()) if mask.numel() else 0
+
+
+_KEPT = tuple(f"kept_{name}" for name in KeptLists._fields)
+
+
+def _elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    """The tensors of an optimizer's state that have an element per weight."""
+    return [
+        v
+        for v in state.values()
+        if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
+    ]
+
+
+class CompactLinear(Compact, nn.Linear):
+    """A MaskedLinear whose Parameter, gradient and optimizer state hold kept weights only.
+
+    Made by `ls.compact_`. A new one, `CompactLinear(K, N)`, keeps every weight.
+    """
+
+    rank = 2
+    dense_type, masked_type = nn.Linear, MaskedLinear
+    __signature__ = inspect.signature(nn.Linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._keep_fresh()
+        # the dicts of nn.Module, which are quicker than its attributes
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}, but this layer needs "
+                f"[..., {self.in_features}]."
+            )
+        return products.linear(
+            input,
+            parameters["weight"],
+            self.kept,
+            buffers["weight_effective"],
+            parameters["bias"],
+            buffers["weight_frozen"] is None,
+        )
+
+
+class CompactConv2d(Compact, nn.Conv2d):
+    """A MaskedConv2d whose Parameter, gradient and optimizer state hold kept weights only.
+
+    Made by `ls.compact_`; a new one keeps every weight.
+    """
+
+    rank = 4
+    dense_type, masked_type = nn.Conv2d, MaskedConv2d
+    __signature__ = inspect.signature(nn.Conv2d)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._keep_fresh()
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        elif isinstance(padding, str):  # "same", "valid": as numbers
+            around = self._reversed_padding_repeated_twice
+            if around[0] != around[1] or around[2] != around[3]:
+                input, padding = F.pad(input, around), 0
+            else:
+                padding = (around[2], around[0])
+        return products.compact_conv2d(
+            input,
+            self.weight,
+            self.kept,
+            self.weight_effective,
+            self.bias,
+            self.zero,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
+
+
+COMPACT_TYPES: dict[type[Masked], type[Compact]] = {
+    MaskedLinear: CompactLinear,
+    MaskedConv2d: CompactConv2d,
+}

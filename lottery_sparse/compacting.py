@@ -1,0 +1,123 @@
+"""Whole models: masked layers to compact ones and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse import reference
+from lottery_sparse.compact_layers import COMPACT_TYPES, Compact, most_kept
+from lottery_sparse.convert import _become, _by_parameter
+
+
+def compact_(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, spare: int = 0
+) -> nn.Module:
+    """Turn masked layers into compact ones, in place: Parameters that hold kept weights only.
+
+    Parameter, gradient and optimizer state get the size of what is kept, [C] instead of [N, K].
+    The layers compute the same; their state_dict stays the same. The weights are new Parameters,
+    so compact before the optimizer is built, or pass it.
+
+    The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+
+    Args:
+        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are.
+        optimizer: if given, its groups get the new Parameters, and per-element state moves along.
+        spare: slots of each layer (and network) beyond those that its mask needs.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: a layer is a subclass with behaviour of its own.
+        ValueError: a layer is on the meta device, or `spare` is negative.
+    """
+    if spare < 0:
+        raise ValueError(f"spare must be 0 or more, got {spare}.")
+    groups = [
+        (name, layers)
+        for name, layers in _by_parameter(model)
+        if not isinstance(layers[0], Compact)
+    ]
+    for name, layers in groups:
+        for layer in layers:
+            if type(layer) not in COMPACT_TYPES or "weight" not in layer._parameters:
+                raise TypeError(
+                    f"{name} belongs to a {type(layer).__name__} that computes its weight or adds "
+                    "behaviour of its own; it has no compact form."
+                )
+        if layers[0].weight_mask.is_meta:
+            raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
+    for _, layers in groups:
+        first = layers[0]
+        old, size = first.weight, first.weight.shape[-first.rank :].numel()
+        capacity = min(most_kept(first.weight_mask, first.rank) + spare, size)
+        parameter = None
+        for layer in layers:
+            _become(layer, COMPACT_TYPES[type(layer)])
+            assert isinstance(layer, Compact)
+            layer._shrink(capacity, parameter)
+            parameter = layer.weight
+        assert parameter is not None
+        if optimizer is not None:
+            _replace(optimizer, old, parameter, first._gather)
+    return model
+
+
+def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Turn compact layers back into masked ones with dense Parameters, in place.
+
+    Args:
+        model: any model; other layers stay as they are.
+        optimizer: as in `compact_`; state of pruned weights becomes 0.
+
+    Returns:
+        `model`.
+    """
+    for _, layers in _by_parameter(model):
+        first = layers[0]
+        if not isinstance(first, Compact):
+            continue
+        old, kept, blank = first.weight, first.kept, torch.zeros_like(first.weight_effective)
+        parameter = None
+        for layer in layers:
+            assert isinstance(layer, Compact)
+            layer._grow(parameter)
+            _become(layer, layer.masked_type)
+            parameter = layer.weight
+        assert parameter is not None
+
+        def scatter(values: Tensor, blank: Tensor = blank, kept: Any = kept) -> Tensor:
+            return reference.kept_weight(values, blank, kept.starts, kept.columns)
+
+        if optimizer is not None:
+            _replace(optimizer, old, parameter, scatter)
+    return model
+
+
+def refresh_(model: nn.Module) -> nn.Module:
+    """Copy kept weights into the effective weights, after writes through `.data`; returns `model`.
+
+    Any other write is noticed without it.
+    """
+    for module in model.modules():
+        if isinstance(module, Compact):
+            module.refresh_()
+    return model
+
+
+def _replace(optimizer: torch.optim.Optimizer, old: Tensor, new: nn.Parameter, move: Any) -> None:
+    """Give an optimizer `new` for `old`, with the state and gradient moved."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: move(v) if isinstance(v, Tensor) and v.dim() and v.shape == old.shape else v
+            for key, v in state.items()
+        }
+    if old.grad is not None:
+        new.grad = move(old.grad)

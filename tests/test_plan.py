@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
+from lottery_sparse.__main__ import main
 from lottery_sparse.compact_layers import Compact
 from lottery_sparse.ops.compact import has_node
 
@@ -106,3 +107,20 @@ def test_a_layer_that_is_not_reached_is_refused():
 
     with pytest.raises(ValueError, match="reach no masked layer"):
         ls.plan(Unused(), torch.randn(1, 2))
+
+
+def test_the_command_line_measures_a_layer(capsys):
+    assert main(["plan", "12x8", "--batch", "3", "--density", "0.5", "1", "--inference"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("inference of each layer")
+    assert said.count("Linear 12 -> 8") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["12"], "is not inputs x outputs"), (["3x4", "--density", "50"], "a fraction in")],
+)
+def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *arguments])
+    assert message in capsys.readouterr().err

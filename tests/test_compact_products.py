@@ -61,7 +61,7 @@ def takes(backend: str, dtype: torch.dtype) -> bool:
 
 @networks
 @frozen
-@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", [*LINEAR_BACKENDS, None])
 def test_linear_matches_float64(backend, dtype, frozen, networks, monkeypatch):
     monkeypatch.setenv("LS_BACKEND", backend or "")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of, register
-from lottery_sparse.frozen import Held, decode, remake
+from lottery_sparse.frozen import Held, decode, hold, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.ops import compact as products
@@ -113,6 +113,8 @@ class Compact(Masked):
     @property
     def effective_weight(self) -> Tensor:
         """The dense weight the layer computes with; differentiable in `weight`."""
+        if not torch.compiler.is_compiling():
+            self._keep_lists()
         kept = self.kept
         return reference.kept_weight(self.weight, self.weight_effective, kept.starts, kept.columns)
 
@@ -153,10 +155,18 @@ class Compact(Masked):
     def _keep_fresh(self, weight: nn.Parameter) -> None:
         if weight._version != self.fresh_version or self._known() is not weight:  # pyright: ignore
             self.refresh_()
+        self._keep_lists()
+
+    def _keep_lists(self) -> None:
+        """Make lists and signs anew if buffers were averaged, which rounds integers down."""
         starts: Any = self._buffers["kept_starts"]
-        if starts._version != self._listed:  # buffers were averaged, which rounds integers down
-            self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
-            self._refill()
+        if starts._version == self._listed:
+            return
+        held = self._held()
+        if held.signs is not None and held.descriptor is not None:
+            self._hold(hold("weight", held.descriptor, self.weight_effective))
+        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        self._refill()
 
     @torch.no_grad()
     def _refill(self) -> None:

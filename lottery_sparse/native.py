@@ -30,6 +30,10 @@ def refuses(op: str, *args: Any) -> str | None:
         dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
         if dtypes != {torch.float32}:
             return f"its kernels run float32, got {' and '.join(sorted(map(str, dtypes)))}."
+    if op == "scatter_kept_" and not (
+        args[0].dtype == args[1].dtype == torch.float32 and args[0].is_contiguous()
+    ):
+        return f"its kernel writes a contiguous float32 tensor, got {args[0].dtype}."
     if op == "keep_top":
         dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
         if dtypes:

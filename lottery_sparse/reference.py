@@ -135,7 +135,8 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     """The flat index into one weight of every slot [C]; that of a spare slot is numel."""
     slots = torch.arange(len(columns), device=columns.device)
-    row = torch.searchsorted(starts, slots, right=True) - 1
+    ends = slots.new_zeros(len(columns) + 1).index_add(0, starts[1:], torch.ones_like(starts[1:]))
+    row = ends.cumsum(0)[:-1]  # as many as rows that end before the slot
     column = columns.to(torch.int64)
     column = column & 0xFFFF if columns.dtype == torch.int16 else column
     per_row = weight.numel() // max(weight.shape[0], 1)

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "modules",
         "ops",
     },
-    "compacting": {"reference", "compact_layers", "convert"},
+    "compacting": {"reference", "compact", "compact_layers", "convert"},
     "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call

@@ -110,12 +110,20 @@ class Holder(Protocol):
 # Weak on both sides: neither a parameter nor what holds it lives longer for being listed.
 _holders: Any = WeakIdKeyDictionary()
 _optimizers: Any = WeakIdKeyDictionary()
+_registrations = 0
 
 
 def register(layer: Holder) -> None:
     """Make the layer known as a holder of its `weight`."""
+    global _registrations
+    _registrations += 1
     _refresh_after_steps()
     _holders.setdefault(layer.weight, WeakSet()).add(layer)
+
+
+def registrations() -> int:
+    """Grows whenever `holders_of` may have more to say."""
+    return _registrations
 
 
 def holders_of(parameter: Tensor) -> list[Holder]:
@@ -141,6 +149,11 @@ def optimizers_of(parameter: Tensor) -> list[Optimizer]:
     return list(_optimizers.get(parameter, ()))
 
 
+def note_optimizer(parameter: Tensor, optimizer: Optimizer) -> None:
+    """Say that an optimizer steps a compact Parameter."""
+    _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+
+
 @cache
 def _refresh_after_steps() -> None:
     register_optimizer_step_post_hook(_after_step)
@@ -154,7 +167,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter in group["params"]:
             holders = holders_of(parameter)
             if holders:
-                _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+                note_optimizer(parameter, optimizer)
             for holder in holders:
                 if holder.fresh_version != parameter._version:
                     holder.refresh_()

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
     },
     "compacting": {"reference", "compact_layers", "convert"},
+    "optim": {"backends", "compact"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},

@@ -35,15 +35,18 @@ KERNELS = [
     "mask_bits_cpu",
     "masked_optim_cpu",
     "random_fill_cpu",
+    "sparse_conv2d_cpu",
     "sparse_linear_cpu",
 ]
 DRIVERS = [
     "bindings",
+    "bindings_conv2d",
     "bindings_linear",
     "bindings_optim",
     "compact_linear",
     "keep_top",
     "masked_optim",
+    "sparse_conv2d",
     "sparse_linear",
     "variants",
 ]

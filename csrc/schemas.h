@@ -30,6 +30,13 @@ constexpr const char* kSchemas[] = {
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] starts, "
     "Tensor[] columns, int[] owners, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decoupled, bool maximize) -> int",
+    "compact_conv2d(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool channels_last) -> (Tensor, Tensor)",
+    "compact_conv2d_backward(Tensor dy, Tensor x, Tensor? packed_x, Tensor values, Tensor starts, "
+    "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, int[] kernel_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, bool need_dx, "
+    "bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
 };
 
 }  // namespace lottery_sparse

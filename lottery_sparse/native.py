@@ -179,6 +179,79 @@ sgd_step = _ops.sgd_step.default
 adam_step = _ops.adam_step.default
 
 
+# ---- compact convolutions ------------------------------------------------------------------------
+
+
+def compact_conv2d(
+    x: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """(y, packed x) of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
+
+    x: [B, I, H, W] (shared by the networks) or [E, B, I, H, W]; y is channels_last where x is.
+    """
+    last = _channels_last(x)
+    y, packed = _ops.compact_conv2d(
+        _inner(x, last), values, starts, columns, bias,
+        kernel_size, stride, padding, dilation, groups, last,
+    )  # fmt: skip
+    return _outer(y, last), packed
+
+
+def compact_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    packed_x: Tensor | None,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dvalues: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x.
+
+    Without the packed x of the forward, x is packed again.
+    """
+    last = _channels_last(x)
+    dx, dvalues, dbias = _ops.compact_conv2d_backward(
+        _inner(dy, last), _inner(x, last), packed_x, values,
+        starts, columns, column_starts, rows, positions,
+        kernel_size, stride, padding, dilation, groups, last,
+        need_dx, need_dvalues, need_dbias,
+    )  # fmt: skip
+    return _outer(dx, last) if need_dx else dx, dvalues, dbias
+
+
+def _channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(-3, -1).is_contiguous()
+
+
+def _inner(x: Tensor, last: bool) -> Tensor:
+    """Channels as the last dimension for images that are channels_last in memory."""
+    return x.movedim(-3, -1) if last else x
+
+
+def _outer(x: Tensor, last: bool) -> Tensor:
+    return x.movedim(-1, -3) if last else x
+
+
 # ---- selection and masks -----------------------------------------------------------------------
 
 

@@ -29,13 +29,23 @@ OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
-KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
+KERNELS = [
+    "keep_top_cpu",
+    "mask_bits_cpu",
+    "packed_linear_cpu",
+    "random_fill_cpu",
+    "sparse_linear_cpu",
+    "ternary_linear_cpu",
+]
 DRIVERS = [
     "bindings",
     "bindings_linear",
+    "bindings_packed",
     "compact_linear",
     "keep_top",
+    "packed_linear",
     "sparse_linear",
+    "ternary_linear",
     "variants",
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

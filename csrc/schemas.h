@@ -23,6 +23,9 @@ constexpr const char* kSchemas[] = {
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",
+    "ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows, bool int8) "
+    "-> Tensor",
+    "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) -> Tensor",
 };
 
 }  // namespace lottery_sparse

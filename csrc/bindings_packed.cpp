@@ -1,6 +1,7 @@
 // The rim of packed inference: ternary_linear and csr_linear.
 #include <optional>
 
+#include "bits.h"
 #include "packed_linear.h"
 #include "rim.h"
 #include "ternary_linear.h"
@@ -77,9 +78,34 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     return y;
 }
 
+// As above: each row of bits has as many ones as its entries.
+Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
+                        std::optional<Tensor> bias) {
+    x = checked("x", x, ScalarType::Float);
+    check_rank("x", x, 2, 2);
+    const bool half = values.scalar_type() == ScalarType::BFloat16;
+    values = checked("values", values, half ? ScalarType::BFloat16 : ScalarType::Float);
+    starts = checked("starts", starts, ScalarType::Long);
+    bits = checked("bits", bits, ScalarType::Int);
+    STD_TORCH_CHECK(values.dim() == 1 && starts.dim() == 1 && bits.dim() == 2 &&
+                        starts.numel() == bits.size(0) + 1 &&
+                        bits.size(1) == packed_words(x.size(1)),
+                    "values ", shape_text(values), ", starts ", shape_text(starts), " and bits ",
+                    shape_text(bits), " do not fit x ", shape_text(x), ".");
+    const int64_t rows = bits.size(0);
+    Tensor y = empty({x.size(0), rows}, ScalarType::Float);
+    bitmap_linear({x.size(0), x.size(1), rows, floats(x),
+                   static_cast<const int64_t*>(starts.const_data_ptr()),
+                   static_cast<const uint32_t*>(bits.const_data_ptr()), values.const_data_ptr(),
+                   half, checked_bias(bias, rows), output<float>(y)},
+                  kParallel);
+    return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
+    m.impl("bitmap_linear", TORCH_BOX(&bitmap_linear_op));
     m.impl("csr_linear", TORCH_BOX(&csr_linear_op));
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
 }

@@ -10,6 +10,7 @@ from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
 from lottery_sparse.frozen import Constant, Seeded
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
+from lottery_sparse.packed import PackedLinear, pack_
 from lottery_sparse.prune import prune
 from lottery_sparse.ticket import Ticket, find_ticket
 
@@ -26,6 +27,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "Masks",
+    "PackedLinear",
     "Seeded",
     "Ticket",
     "compact_",
@@ -35,6 +37,7 @@ __all__ = [
     "find_ticket",
     "masks_of",
     "ops",
+    "pack_",
     "prune",
     "random",
     "refresh_",

@@ -1,7 +1,7 @@
 """Packed layouts of a pruned weight, each with its packing and unpacking in plain PyTorch.
 
-    ternary   weights of -c, 0 and +c: two bits each, and c
-    csr       kept weights by row: value and 16-bit column
+ternary   weights of -c, 0 and +c: two bits each, and c
+csr       kept weights by row: value and 16-bit column
 """
 
 from __future__ import annotations
@@ -39,3 +39,38 @@ def unpack_ternary(codes: Tensor, rows: int, columns: int) -> Tensor:
     shifts = (8 * b + 2 * j).flatten().to(codes.device, torch.int32)
     signs = ((codes.transpose(1, 2).unsqueeze(-1) >> shifts) & 3).to(torch.int8) - 1
     return signs.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def ternary_weight(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """scale · t, dense [rows, columns] in the dtype of `scale` [1] or [rows]."""
+    return scale.unsqueeze(1) * unpack_ternary(codes, rows, columns).to(scale.dtype)
+
+
+# ---- kept weights by row -----------------------------------------------------------------------
+# csr: `starts` int64 [N + 1] and `columns` [C], int16 (the bits of uint16) or int32, as in
+# compact.KeptLists. bitmap: `starts`, and the mask as bits. Values are in row-major order in both.
+
+
+def row_starts(kept: Tensor) -> Tensor:
+    """bool [N, K] -> int64 [N + 1]: the entries of row r are starts[r] … starts[r + 1] - 1."""
+    return F.pad(kept.sum(1).cumsum(0), (1, 0))
+
+
+def pack_csr(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] and its bool mask -> (values [C], starts [N + 1], columns [C])."""
+    columns = kept.nonzero()[:, 1]
+    numbers = torch.int16 if kept.shape[1] <= 2**16 else torch.int32
+    return weight[kept], row_starts(kept), columns.to(numbers)  # int16 keeps the low 16 bits
+
+
+def unpack_csr(values: Tensor, starts: Tensor, columns: Tensor, in_features: int) -> Tensor:
+    """The inverse of `pack_csr`: dense [N, K], 0 where nothing is kept."""
+    numbers = columns.to(torch.int64) & (0xFFFF if columns.dtype == torch.int16 else -1)
+    rows = torch.repeat_interleave(starts.diff())
+    dense = values.new_zeros(len(starts) - 1, in_features)
+    return dense.index_put_((rows, numbers), values)
+
+
+def unpack_bitmap(values: Tensor, kept: Tensor) -> Tensor:
+    """Values in row-major order -> dense [N, K], 0 where the bool mask does not keep."""
+    return values.new_zeros(kept.shape).masked_scatter_(kept, values)

@@ -18,6 +18,9 @@ _ops = torch.ops.lottery_sparse_native
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
 
+_PACKED = ("ternary_linear", "csr_linear", "bitmap_linear")
+_MOST_COLUMNS_INT8 = 2**18  # kTernaryMostColumns
+
 
 # ---- which calls these kernels take ------------------------------------------------------------
 
@@ -30,6 +33,10 @@ def refuses(op: str, *args: Any) -> str | None:
         dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
         if dtypes != {torch.float32}:
             return f"its kernels run float32, got {' and '.join(sorted(map(str, dtypes)))}."
+    if op in _PACKED and any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        return "its kernels run float32, got float64."
+    if op == "ternary_linear" and args[5] and args[0].shape[1] > _MOST_COLUMNS_INT8:
+        return f"its int8 sums hold up to {_MOST_COLUMNS_INT8} columns, got {args[0].shape[1]}."
     if op == "keep_top":
         dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
         if dtypes:
@@ -167,6 +174,37 @@ def kept_share(starts: Tensor, effective: Tensor) -> float:
     """Kept entries per weight, over all networks."""
     last = starts[-1] if starts.dim() == 1 else starts[:, -1].sum()
     return int(last) / max(effective.numel(), 1)
+
+
+# ---- packed inference --------------------------------------------------------------------------
+
+
+def ternary_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
+) -> Tensor:
+    return _ops.ternary_linear(_float(x), codes, _float(scale), _float(bias), rows, int8).to(
+        x.dtype
+    )
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _ops.csr_linear(_float(x), _stored(values), starts, columns, _float(bias)).to(x.dtype)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _ops.bitmap_linear(_float(x), _stored(values), starts, bits, _float(bias)).to(x.dtype)
+
+
+def _float(values: Any) -> Any:
+    return None if values is None else values.to(torch.float32)
+
+
+def _stored(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.bfloat16 else values.to(torch.float32)
 
 
 # ---- selection and masks -----------------------------------------------------------------------

@@ -30,9 +30,15 @@ const uint32_t* checked_codes(Tensor& codes, int64_t rows, int64_t columns) {
     return static_cast<const uint32_t*>(codes.const_data_ptr());
 }
 
+// From this many rows of x on, products of bfloat16 pairs beat sums from tables.
+constexpr int64_t kHalfBatch = 3;
+
 Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias,
                          int64_t rows, bool int8) {
-    x = checked("x", x, ScalarType::Float);
+    const bool half = x.scalar_type() == ScalarType::BFloat16 && !int8 && ternary_half_runs() &&
+                      x.dim() == 2 && x.size(0) >= kHalfBatch;
+    if (!half && x.scalar_type() == ScalarType::BFloat16) x = torch::stable::to(x, ScalarType::Float);
+    x = checked("x", x, half ? ScalarType::BFloat16 : ScalarType::Float);
     check_rank("x", x, 2, 2);
     const int64_t k = x.size(1);
     const uint32_t* words = checked_codes(codes, rows, k);
@@ -51,7 +57,12 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
                                    scale.numel() != 1,
                                    checked_bias(bias, rows),
                                    output<float>(y)};
-    int8 ? ternary_linear_int8(problem, kParallel) : ternary_linear(problem, kParallel);
+    if (half)
+        ternary_linear_half(problem, static_cast<const uint16_t*>(x.const_data_ptr()), kParallel);
+    else if (int8)
+        ternary_linear_int8(problem, kParallel);
+    else
+        ternary_linear(problem, kParallel);
     return y;
 }
 

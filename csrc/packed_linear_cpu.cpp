@@ -20,56 +20,82 @@ inline float number(Bfloat16 v) {
 
 // ---- one row of x -------------------------------------------------------------------------------
 
+constexpr int kLanes = 16;  // entries of a row that are summed side by side
+
+#if defined(__AVX2__)
+// Four loads and three shuffles: half the time of a gather instruction on Zen 4.
+template <class Index>
+inline __m128 gather4(const float* x, const Index* columns) {
+    __m128 v = _mm_load_ss(x + columns[0]);
+    v = _mm_insert_ps(v, _mm_load_ss(x + columns[1]), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + columns[2]), 0x20);
+    return _mm_insert_ps(v, _mm_load_ss(x + columns[3]), 0x30);
+}
+template <class Index>
+inline __m256 gather8(const float* x, const Index* columns) {
+    return _mm256_set_m128(gather4(x, columns + 4), gather4(x, columns));
+}
+#endif
+
 #if defined(__AVX512F__)
-inline __m512 numbers(__mmask16 lanes, const float* p) {
-    return _mm512_maskz_loadu_ps(lanes, p);
+inline Vec numbers(const float* p) {
+    return load(p);
 }
-inline __m512 numbers(__mmask16 lanes, const Bfloat16* p) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p)), 16));
+inline Vec numbers(const Bfloat16* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
-inline __m512i indices(__mmask16 lanes, const uint16_t* p) {
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+template <class Index>
+inline Vec gather(const float* x, const Index* columns) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(gather8(x, columns)), gather8(x, columns + 8),
+                              1);
 }
-inline __m512i indices(__mmask16 lanes, const uint32_t* p) {
-    return _mm512_maskz_loadu_epi32(lanes, p);
+#elif defined(__AVX2__)
+inline Vec numbers(const float* p) {
+    return load(p);
 }
+inline Vec numbers(const Bfloat16* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+template <class Index>
+inline Vec gather(const float* x, const Index* columns) {
+    return gather8(x, columns);
+}
+#else
+template <class Value>
+inline Vec numbers(const Value* p) {
+    return Vec{number(p[0]), number(p[1]), number(p[2]), number(p[3])};
+}
+template <class Index>
+inline Vec gather(const float* x, const Index* columns) {
+    return Vec{x[columns[0]], x[columns[1]], x[columns[2]], x[columns[3]]};
+}
+#endif
 
 // The products of a row's entries, summed lane by lane.
 template <class Index, class Value>
 inline Vec row_lanes(const Index* columns, const Value* values, const float* x, int64_t count) {
-    Vec sum[2] = {zero(), zero()};
-    const auto step = [&](Vec& s, int64_t i, __mmask16 lanes) {
-        const Vec gathered =
-            _mm512_mask_i32gather_ps(zero(), lanes, indices(lanes, columns + i), x, sizeof(float));
-        s = fma(numbers(lanes, values + i), gathered, s);
-    };
+    constexpr int kVecs = kLanes / kWidth;
+    Vec sum[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = zero();
     int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        step(sum[0], i, 0xFFFF);
-        step(sum[1], i + 16, 0xFFFF);
+    for (; i + kLanes <= count; i += kLanes)
+        for (int v = 0; v < kVecs; ++v)
+            sum[v] = fma(numbers(values + i + v * kWidth), gather(x, columns + i + v * kWidth),
+                         sum[v]);
+    if (i < count) {
+        alignas(64) float rest_values[kLanes] = {}, rest_x[kLanes] = {};
+        for (int j = 0; i < count; ++i, ++j) {
+            rest_values[j] = number(values[i]);
+            rest_x[j] = x[columns[i]];
+        }
+        for (int v = 0; v < kVecs; ++v)
+            sum[v] = fma(load(rest_values + v * kWidth), load(rest_x + v * kWidth), sum[v]);
     }
-    if (i + 16 <= count) {
-        step(sum[0], i, 0xFFFF);
-        i += 16;
-    }
-    if (i < count) step(sum[1], i, static_cast<__mmask16>((1u << (count - i)) - 1));
-    return add(sum[0], sum[1]);
+    for (int v = 1; v < kVecs; ++v) sum[0] = add(sum[0], sum[v]);
+    return sum[0];
 }
-#else
-template <class Index, class Value>
-inline Vec row_lanes(const Index* columns, const Value* values, const float* x, int64_t count) {
-    constexpr int kSums = 8;
-    float sums[kSums] = {};
-    int64_t i = 0;
-    for (; i + kSums <= count; i += kSums)
-        for (int j = 0; j < kSums; ++j) sums[j] += number(values[i + j]) * x[columns[i + j]];
-    for (int j = 0; i < count; ++i, ++j) sums[j] += number(values[i]) * x[columns[i]];
-    Vec lanes = load(sums);
-    for (int j = kWidth; j < kSums; j += kWidth) lanes = add(lanes, load(sums + j));
-    return lanes;
-}
-#endif
 
 template <class Index, class Value>
 void multiply_vector(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {

@@ -40,6 +40,10 @@ struct TernaryLinear {
 void ternary_linear(const TernaryLinear& p, const Parallel& parallel);
 // Each row of x is rounded to 8 bits, x ~ q * max|x| / 127; products and sums of q are exact.
 void ternary_linear_int8(const TernaryLinear& p, const Parallel& parallel);
+// Exact activations that are bfloat16 (`x` above is unused): products of pairs, where the processor
+// has them; see ternary_half_runs.
+void ternary_linear_half(const TernaryLinear& p, const uint16_t* x, const Parallel& parallel);
+bool ternary_half_runs();
 // Codes -> -1, 0 and 1, [N, K]: rows [begin, end), begin a multiple of kTernaryRows.
 void ternary_unpack(const uint32_t* codes, int64_t in_features, int64_t begin, int64_t end,
                     float* t);
@@ -57,12 +61,14 @@ struct TernaryTile {
     int64_t batch;  // 1 or 2
 };
 
-// x as bytes: word 4 w + j of row m is at [4 w + j][m]; rows beyond batch are zeros.
-struct TernaryTile8 {
+// x by word, [words][parts][width], rows beyond batch are zeros. As bytes there are 4 parts: part j
+// has columns 4 j to 4 j + 3. As bfloat16 there are 8: part 2 b + h has columns 8 h + b and
+// 8 h + b + 4, a pair like that of two neighbouring codes.
+struct TernaryTileX {
     const uint32_t* codes;
     int64_t words;
-    const uint32_t* x;     // [4 words][width]
-    const float* x_scale;  // [width]
+    const uint32_t* x;
+    const float* x_scale;  // [width]; bfloat16: unused, like x_sum
     const int32_t* x_sum;  // [width]: the sum of a row's bytes
     const float* scale;
     bool scale_by_row;
@@ -83,7 +89,11 @@ struct TernaryKernels {
     // One row of x -> column m of a tile.
     void (*quantise)(const float* x, int64_t in_features, int64_t words, int64_t width,
                      uint32_t* column, float* scale, int32_t* sum);
-    void (*multiply_int8)(const TernaryTile8& p, int64_t begin, int64_t end);
+    void (*multiply_int8)(const TernaryTileX& p, int64_t begin, int64_t end);
+    // The same for bfloat16, or nullptr.
+    void (*pack_half)(const uint16_t* x, int64_t in_features, int64_t words, int64_t width,
+                      uint32_t* column);
+    void (*multiply_half)(const TernaryTileX& p, int64_t begin, int64_t end);
 };
 
 LS_DECLARE_KERNELS(TernaryKernels, ternary_linear);

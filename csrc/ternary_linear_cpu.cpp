@@ -211,7 +211,7 @@ void quantise(const float* x, int64_t in_features, int64_t words, int64_t width,
     *sum = total;
 }
 
-inline void finish_int8(const TernaryTile8& p, const int32_t* sums, int64_t block, int64_t m) {
+inline void finish_int8(const TernaryTileX& p, const int32_t* sums, int64_t block, int64_t m) {
     if (m >= p.batch) return;
     alignas(64) float exact[kRows];
     for (int i = 0; i < kRows; ++i)
@@ -226,7 +226,7 @@ inline void finish_int8(const TernaryTile8& p, const int32_t* sums, int64_t bloc
 // One row of x. The codes stay where they are in their bytes, so slot j sums 4^j of what it should;
 // the four sums are divided at the end, exactly.
 template <int kBlocks>
-LS_VNNI void multiply_vnni_one(const TernaryTile8& p, int64_t block) {
+LS_VNNI void multiply_vnni_one(const TernaryTileX& p, int64_t block) {
     __m512i sum[kBlocks][4];
     for (int r = 0; r < kBlocks; ++r)
         for (int j = 0; j < 4; ++j) sum[r][j] = _mm512_setzero_si512();
@@ -255,7 +255,7 @@ LS_VNNI void multiply_vnni_one(const TernaryTile8& p, int64_t block) {
 }
 
 template <int kWidthX, int kBlocks>
-LS_VNNI void multiply_vnni(const TernaryTile8& p, int64_t block) {
+LS_VNNI void multiply_vnni(const TernaryTileX& p, int64_t block) {
     const __m512i three = _mm512_set1_epi8(3);
     __m512i sum[kBlocks][kWidthX];
     for (int r = 0; r < kBlocks; ++r)
@@ -289,7 +289,7 @@ LS_VNNI void multiply_vnni(const TernaryTile8& p, int64_t block) {
 }
 
 template <int kWidthX, int kBlocks>
-LS_VNNI void multiply_vnni_all(const TernaryTile8& p, int64_t begin, int64_t end) {
+LS_VNNI void multiply_vnni_all(const TernaryTileX& p, int64_t begin, int64_t end) {
     int64_t block = begin;
     for (; block + kBlocks <= end; block += kBlocks)
         kWidthX == 1 ? multiply_vnni_one<kBlocks>(p, block)
@@ -298,7 +298,7 @@ LS_VNNI void multiply_vnni_all(const TernaryTile8& p, int64_t begin, int64_t end
         kWidthX == 1 ? multiply_vnni_one<1>(p, block) : multiply_vnni<kWidthX, 1>(p, block);
 }
 
-void multiply_int8_vnni(const TernaryTile8& p, int64_t begin, int64_t end) {
+void multiply_int8_vnni(const TernaryTileX& p, int64_t begin, int64_t end) {
     switch (p.width) {
         case 1:
             return multiply_vnni_all<1, 4>(p, begin, end);
@@ -320,7 +320,7 @@ constexpr int64_t kShortWords = 16;
 
 #if defined(__AVX2__)
 template <int kWidthX>
-void multiply_block_int8(const TernaryTile8& p, int64_t block) {
+void multiply_block_int8(const TernaryTileX& p, int64_t block) {
     const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
     const uint32_t* codes = p.codes + block * p.words * kRows;
     alignas(64) int32_t sums[kWidthX][kRows] = {};
@@ -355,7 +355,7 @@ void multiply_block_int8(const TernaryTile8& p, int64_t block) {
 }
 #else
 template <int kWidthX>
-void multiply_block_int8(const TernaryTile8& p, int64_t block) {
+void multiply_block_int8(const TernaryTileX& p, int64_t block) {
     const uint32_t* codes = p.codes + block * p.words * kRows;
     for (int m = 0; m < kWidthX; ++m) {
         int32_t sums[kRows] = {};
@@ -375,11 +375,11 @@ void multiply_block_int8(const TernaryTile8& p, int64_t block) {
 #endif
 
 template <int kWidthX>
-void multiply_blocks_int8(const TernaryTile8& p, int64_t begin, int64_t end) {
+void multiply_blocks_int8(const TernaryTileX& p, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) multiply_block_int8<kWidthX>(p, block);
 }
 
-void multiply_int8(const TernaryTile8& p, int64_t begin, int64_t end) {
+void multiply_int8(const TernaryTileX& p, int64_t begin, int64_t end) {
 #if defined(__AVX512BW__)
     static const bool vnni = __builtin_cpu_supports("avx512vnni");
     if (vnni) return multiply_int8_vnni(p, begin, end);
@@ -398,9 +398,91 @@ void multiply_int8(const TernaryTile8& p, int64_t begin, int64_t end) {
     }
 }
 
+// ---- bfloat16 activations -----------------------------------------------------------------------
+
+#if defined(__AVX512BW__)
+
+#define LS_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+
+void pack_half(const uint16_t* x, int64_t in_features, int64_t words, int64_t width,
+               uint32_t* column) {
+    for (int64_t w = 0; w < words; ++w) {
+        uint16_t v[kTernaryColumns] = {};
+        const int64_t left = in_features - w * kTernaryColumns;
+        if (x)
+            std::memcpy(v, x + w * kTernaryColumns,
+                        (left < kTernaryColumns ? left : kTernaryColumns) * sizeof(uint16_t));
+        for (int i = 0; i < 8; ++i) {
+            const int k = 8 * (i % 2) + i / 2;
+            column[(8 * w + i) * width] = v[k] | static_cast<uint32_t>(v[k + 4]) << 16;
+        }
+    }
+}
+
+template <int kWidthX, int kBlocks>
+LS_BF16 void multiply_pairs(const TernaryTileX& p, int64_t block) {
+    // two codes -> two bfloat16 of -1, 0 and 1
+    alignas(64) uint32_t pairs[16];
+    const uint32_t one[4] = {0xBF80u, 0, 0x3F80u, 0};
+    for (int i = 0; i < 16; ++i) pairs[i] = one[i % 4] | one[i / 4] << 16;
+    const __m512i table = _mm512_load_si512(pairs);
+    __m512 sum[kBlocks][kWidthX];
+    for (int r = 0; r < kBlocks; ++r)
+        for (int m = 0; m < kWidthX; ++m) sum[r][m] = _mm512_setzero_ps();
+    const uint32_t* codes = p.codes + block * p.words * kRows;
+    const int64_t stride = p.words * kRows;
+    for (int64_t w = 0; w < p.words; ++w) {
+        __m512i code[kBlocks];
+        for (int r = 0; r < kBlocks; ++r)
+            code[r] = _mm512_loadu_si512(codes + r * stride + w * kRows);
+        const uint32_t* x = p.x + 8 * w * kWidthX;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            __m512i weights[kBlocks];
+            for (int r = 0; r < kBlocks; ++r)
+                weights[r] = _mm512_permutexvar_epi32(_mm512_srli_epi32(code[r], 4 * i), table);
+#pragma GCC unroll 16
+            for (int m = 0; m < kWidthX; ++m) {
+                const __m512i pair = _mm512_set1_epi32(static_cast<int32_t>(x[i * kWidthX + m]));
+                for (int r = 0; r < kBlocks; ++r)
+                    sum[r][m] = _mm512_dpbf16_ps(sum[r][m], (__m512bh)weights[r], (__m512bh)pair);
+            }
+        }
+    }
+    alignas(64) float sums[kRows];
+    for (int r = 0; r < kBlocks; ++r)
+        for (int m = 0; m < p.batch; ++m) {
+            _mm512_store_ps(sums, sum[r][m]);
+            finish(sums, p.scale, p.scale_by_row, p.bias, block + r, p.out_features,
+                   p.y + m * p.out_features);
+        }
+}
+
+template <int kWidthX, int kBlocks>
+LS_BF16 void multiply_pairs_all(const TernaryTileX& p, int64_t begin, int64_t end) {
+    int64_t block = begin;
+    for (; block + kBlocks <= end; block += kBlocks) multiply_pairs<kWidthX, kBlocks>(p, block);
+    for (; block < end; ++block) multiply_pairs<kWidthX, 1>(p, block);
+}
+
+void multiply_half(const TernaryTileX& p, int64_t begin, int64_t end) {
+    switch (p.width) {
+        case 1: return multiply_pairs_all<1, 8>(p, begin, end);
+        case 2: return multiply_pairs_all<2, 4>(p, begin, end);
+        case 4: return multiply_pairs_all<4, 4>(p, begin, end);
+        case 8: return multiply_pairs_all<8, 2>(p, begin, end);
+        default: return multiply_pairs_all<16, 1>(p, begin, end);
+    }
+}
+
+#else
+constexpr void (*pack_half)(const uint16_t*, int64_t, int64_t, int64_t, uint32_t*) = nullptr;
+constexpr void (*multiply_half)(const TernaryTileX&, int64_t, int64_t) = nullptr;
+#endif
+
 }  // namespace
 
 const TernaryKernels LS_KERNELS(ternary_linear) = {kTableFloats, tables, multiply, quantise,
-                                                   multiply_int8};
+                                                   multiply_int8, pack_half, multiply_half};
 
 }  // namespace lottery_sparse

@@ -146,7 +146,8 @@ class PackedLinear(nn.Module):
         )
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.format}, bytes={self.bytes}{int8}"
+            f"bias={self.bias is not None}, format={self.format}, bytes={self.bytes}"
+            f"{', activations=int8' if int8 else ''}"
         )
 
     def _load_from_state_dict(
@@ -238,7 +239,7 @@ def _unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> 
             fits = numbers.shape == values.shape and numbers.dtype in (torch.int16, torch.int32)
             if fits and len(values):
                 numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
-                fits = 0 <= int(numbers.min()) and int(numbers.max()) < columns
+                fits = int(numbers.min()) >= 0 and int(numbers.max()) < columns
         elif fits:
             bits = tensors["bits"]
             fits = bits.dtype == torch.int32

@@ -165,7 +165,7 @@ def test_int8_extremes_do_not_saturate():
 
 def test_int8_rows_without_a_scale():
     """A row of zeros gives the bias; one with NaN or Inf is NaN as a whole, and the only one."""
-    op, weight = problem("ternary", 20, 40, 1.0)
+    op, _ = problem("ternary", 20, 40, 1.0)
     x, bias = torch.randn(5, 40), torch.randn(20)
     x[1], x[2, 3], x[3, 4] = 0, torch.nan, torch.inf
     y = op(x, bias, activations="int8")
@@ -175,7 +175,7 @@ def test_int8_rows_without_a_scale():
 
 
 def test_int8_rounds_each_row_by_its_own_largest():
-    op, weight = problem("ternary", 50, 200, 0.5)
+    op, _ = problem("ternary", 50, 200, 0.5)
     x = torch.randn(3, 200) * torch.tensor([[1e-12], [1.0], [1e12]])
     exact, y = op(x, None), op(x, None, activations="int8")
     assert ((y - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1)).all()
@@ -195,7 +195,7 @@ def test_no_gradients():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_op_in_a_compiled_graph(kind):
-    op, weight = problem(kind, 9, 20, 0.4)
+    op, _ = problem(kind, 9, 20, 0.4)
     x = torch.randn(3, 20)
     ops_seen = []
 

@@ -69,9 +69,9 @@ def run(p, keep=True, needs=(True, True, True)):
     x, values, lists, bias, dy, kernel, options, _ = p
     geometry = [kernel, options["stride"], options["padding"], options["dilation"]]
     geometry.append(options["groups"])
-    y, packed = native.compact_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
+    y, packed = native.kept_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
     packed = packed if keep else None
-    return [y, *native.compact_conv2d_backward(dy, x, packed, values, *lists, *geometry, *needs)]
+    return [y, *native.kept_conv2d_backward(dy, x, packed, values, *lists, *geometry, *needs)]
 
 
 def scattered(values, mask):

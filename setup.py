@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from typing import ClassVar
 
 from setuptools import Extension, setup
 
@@ -29,13 +30,32 @@ OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
-KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
+KERNELS = [
+    "bitmap_linear_cpu",
+    "keep_top_cpu",
+    "mask_bits_cpu",
+    "masked_optim_cpu",
+    "packed_linear_cpu",
+    "random_fill_cpu",
+    "sparse_conv2d_cpu",
+    "sparse_linear_cpu",
+    "ternary_linear_cpu",
+]
 DRIVERS = [
     "bindings",
+    "bindings_conv2d",
     "bindings_linear",
+    "bindings_optim",
+    "bindings_packed",
+    "bindings_step",
     "compact_linear",
     "keep_top",
+    "masked_optim",
+    "packed_linear",
+    "sparse_conv2d",
     "sparse_linear",
+    "ternary_linear",
+    "train_step",
     "variants",
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -107,6 +127,7 @@ def compiler_fails(compiler):
 
 def native(required):
     """(ext_modules, cmdclass) of the native build."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     try:
@@ -117,9 +138,11 @@ def native(required):
         pybind_include = include_paths()  # torch carries a copy of pybind11's headers
 
     class BuildKernels(BuildExtension):
+        kernels: ClassVar = []  # objects that _C and _eager link
+
         def build_extension(self, ext):
             try:
-                if ext.name.endswith("._C"):
+                if not ext.name.endswith("._host"):
                     ext.extra_objects = self.compile_kernels(ext)
                 super().build_extension(ext)
             except Exception as error:
@@ -130,7 +153,9 @@ def native(required):
 
         def compile_kernels(self, ext):
             """torch's ninja files hold one set of flags, so each variant is a run of its own."""
-            objects = []
+            if self.kernels:  # _C and _eager link the same objects
+                return self.kernels
+            objects = self.kernels
             for variant, flags in VARIANTS.items():
                 objects += self.compiler.compile(
                     sources(KERNELS),
@@ -153,6 +178,15 @@ def native(required):
         py_limited_api=True,
         optional=not required,
     )
+    # torch's C++ interface is no stable ABI, so the module's name says which version it is for
+    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
+    eager = CppExtension(
+        f"lottery_sparse._eager_{version}",
+        sources(["eager", "compact_linear", "variants"]),
+        define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
+        extra_compile_args={"cxx": FLAGS},
+        optional=True,
+    )
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
     host = Extension(
         "lottery_sparse._host",
@@ -163,7 +197,7 @@ def native(required):
         language="c++",
         optional=not required,
     )
-    return [kernels, host], {"build_ext": BuildKernels}
+    return [kernels, eager, host], {"build_ext": BuildKernels}
 
 
 def main():

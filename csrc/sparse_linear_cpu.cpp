@@ -74,6 +74,11 @@ inline void store_block(const float* sums, int64_t n, float* out, int64_t out_st
     for (int64_t i = 0; i < n; i += 8)
         for (int64_t b = 0; b < kTileBatch; b += 8)
             transpose_8x8(sums + i * kTileBatch + b, kTileBatch, &by_batch[b][i], kRowBlock);
+    if (n == kRowBlock && !add_to_out) {  // the usual case, at a length the compiler knows
+        for (int64_t b = 0; b < batch; ++b)
+            std::memcpy(out + b * out_stride, by_batch[b], sizeof(by_batch[b]));
+        return;
+    }
     for (int64_t b = 0; b < batch; ++b) {
         float* row = out + b * out_stride;
         if (add_to_out)
@@ -92,6 +97,20 @@ void multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
             multiply_row(p.rows, p.rows.starts[r0 + i], p.rows.starts[r0 + i + 1], p.tile,
                          p.bias ? p.bias[r0 + i] : 0.0f, sums[i]);
         store_block(sums[0], n, p.out + r0, p.out_stride, p.batch, p.add);
+    }
+}
+
+template <class Index>
+void multiply_packed(const PackedProduct<Index>& p, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+        float* out = p.out + r * kTileBatch;
+        multiply_row(p.rows, p.rows.starts[r], p.rows.starts[r + 1], p.tile,
+                     p.bias ? p.bias[r] : 0.0f, out);
+        if (p.relu)  // keeps NaN, as torch.relu does
+            for (int b = 0; b < kTileBatch; ++b) out[b] = out[b] < 0.0f ? 0.0f : out[b];
+        if (p.gate)
+            for (int b = 0; b < kTileBatch; ++b)
+                out[b] = p.gate[r * kTileBatch + b] > 0.0f ? out[b] : 0.0f;
     }
 }
 
@@ -181,9 +200,9 @@ float sum_row(const float* row, int64_t tiles, int64_t stride) {
 
 }  // namespace
 
-const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows, pack_tile, multiply,
-                                                                    scatter,   sample,    sum_row};
-const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows, pack_tile, multiply,
-                                                                    scatter,   sample,    sum_row};
+const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
 
 }  // namespace lottery_sparse

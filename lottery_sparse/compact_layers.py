@@ -39,6 +39,7 @@ class Compact(Masked):
     masked_type: type[Masked]
     weight: nn.Parameter
     weight_effective: Tensor
+    products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
     marked_fresh: bool = False  # by an optimizer that has just written both
     _listed: int  # version of `kept_starts` when the lists were last written
@@ -368,7 +369,7 @@ class CompactLinear(Compact, nn.Linear):
             )
         weight, effective = self._weights()
         return products.linear(
-            input, weight, self.kept, effective, self._parameters["bias"], self.zero
+            input, weight, self.kept, effective, self._parameters["bias"], self.zero, self.products
         )
 
 

@@ -30,12 +30,20 @@ OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
-KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
+KERNELS = [
+    "keep_top_cpu",
+    "mask_bits_cpu",
+    "masked_optim_cpu",
+    "random_fill_cpu",
+    "sparse_linear_cpu",
+]
 DRIVERS = [
     "bindings",
     "bindings_linear",
+    "bindings_optim",
     "compact_linear",
     "keep_top",
+    "masked_optim",
     "sparse_linear",
     "variants",
 ]

@@ -23,6 +23,13 @@ constexpr const char* kSchemas[] = {
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",
+    "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] effective, "
+    "Tensor[] starts, Tensor[] columns, int[] owners, float lr, float momentum, float dampening, "
+    "float weight_decay, bool nesterov, bool maximize, bool first) -> int",
+    "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] starts, "
+    "Tensor[] columns, int[] owners, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled, bool maximize) -> int",
 };
 
 }  // namespace lottery_sparse

@@ -1,6 +1,6 @@
 """Lottery tickets and supermasks in PyTorch: masks that hold, from the science to the kernel."""
 
-from lottery_sparse import ops, random
+from lottery_sparse import ops, optim, random
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS
 from lottery_sparse.backends import use_backend
 from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
@@ -36,6 +36,7 @@ __all__ = [
     "find_ticket",
     "masks_of",
     "ops",
+    "optim",
     "plan",
     "prune",
     "random",

@@ -114,12 +114,20 @@ class Holder(Protocol):
 # Weak on both sides: neither a parameter nor what holds it lives longer for being listed.
 _holders: Any = WeakIdKeyDictionary()
 _optimizers: Any = WeakIdKeyDictionary()
+_registrations = 0
 
 
 def register(layer: Holder) -> None:
     """Make the layer known as a holder of its `weight`."""
+    global _registrations
+    _registrations += 1
     _refresh_after_steps()
     _holders.setdefault(layer.weight, WeakSet()).add(layer)
+
+
+def registrations() -> int:
+    """Grows whenever `holders_of` may have more to say."""
+    return _registrations
 
 
 def holders_of(parameter: Tensor) -> list[Holder]:

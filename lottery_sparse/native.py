@@ -173,6 +173,12 @@ def kept_share(starts: Tensor, effective: Tensor) -> float:
     return int(last) / max(effective.numel(), 1)
 
 
+# ---- optimizers: called by optim.py; -1, or the position of a Parameter that they do not take ---
+
+sgd_step = _ops.sgd_step.default
+adam_step = _ops.adam_step.default
+
+
 # ---- selection and masks -----------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ dense effective weights of their layers. Spare slots of compact Parameters are n
 
 What the kernel does not take goes through torch's own step: other devices and dtypes, sparse
 gradients, subclasses of Tensor, amsgrad, capturable, differentiable, tensors as hyperparameters,
-gradient scaling inside a fused step, torch.compile, any backend but "cpu" if one is forced.
+gradient scaling inside a fused step, any backend but "cpu" if one is forced. Under torch.compile
+a step runs as it is, outside the graph.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import Parameter
-from torch.optim import optimizer as _torch
+from torch.optim.optimizer import (
+    Optimizer,
+    _get_scalar_dtype,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 from lottery_sparse import backends, compact
 
@@ -37,25 +44,30 @@ def _hooked(step: Callable) -> Callable:
 
     It tells the profiler of the step and runs hooks. The first takes 6 us, profiling or not.
     """
-    full: Any = _torch.Optimizer.profile_hook_step(step)
+    full: Any = Optimizer.profile_hook_step(step)
+
+    # a compiled function breaks its graph here: traced, an effective weight would stay stale
+    outside_graph = torch._disable_dynamo(full)  # pyright: ignore[reportPrivateImportUsage]
 
     @functools.wraps(step)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return outside_graph(self, *args, **kwargs)
         if type(self).step is not run:  # a subclass's own step, which torch has wrapped
             return step(self, *args, **kwargs)
         quiet = not (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _torch._global_optimizer_pre_hooks
-            or torch.autograd._profiler_enabled()
+            or _global_optimizer_pre_hooks
+            or _profiler_enabled()
         )
         if quiet and all(
-            hook is compact._after_step for hook in _torch._global_optimizer_post_hooks.values()
+            hook is compact._after_step for hook in _global_optimizer_post_hooks.values()
         ):  # it would find all effective weights fresh
             return step(self, *args, **kwargs)
         return full(self, *args, **kwargs)
 
-    run.hooked = True  # pyright: ignore[reportFunctionMemberAccess]  # what torch asks
+    run.__dict__["hooked"] = True  # what torch asks
     return run
 
 
@@ -137,7 +149,7 @@ class _Call:
     def drop(self, position: int) -> Tensor:
         """Takes one Parameter out."""
         for tensors in (self.grads, *self.states):
-            del tensors[position]
+            del tensors[position : position + 1]  # SGD without momentum has no state
         for t in reversed(range(len(self.owners))):
             if self.owners[t] == position:
                 for held in (self.effective, self.starts, self.columns, self.owners, self.layers):
@@ -192,9 +204,6 @@ class _KernelStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            self._torch_step()
-            return loss
         if not self._kernel_runs():
             self._step_by_torch(self.param_groups)
             return loss
@@ -327,7 +336,7 @@ class _AdamStep(_KernelStep):
                 continue
             held = state[parameter]
             if not held:
-                held["step"] = torch.zeros((), dtype=_torch._get_scalar_dtype(group["fused"]))
+                held["step"] = torch.zeros((), dtype=_get_scalar_dtype(group["fused"]))
                 held["exp_avg"] = torch.zeros_like(parameter)
                 held["exp_avg_sq"] = torch.zeros_like(parameter)
             params.append(parameter)

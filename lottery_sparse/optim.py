@@ -63,7 +63,7 @@ def _hooked(step: Callable) -> Callable:
         )
         if quiet and all(
             hook is compact._after_step for hook in _global_optimizer_post_hooks.values()
-        ):  # it would find all effective weights fresh
+        ):  # which has nothing to do: the step itself refreshes
             return step(self, *args, **kwargs)
         return full(self, *args, **kwargs)
 
@@ -255,8 +255,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in compact.holders_of(parameter):
-                    if holder.fresh_version != parameter._version:
-                        holder.refresh_()
+                    holder.refresh_()  # a fused step of torch raises no version: never ask it
 
 
 def _numbers(*values: Any) -> bool:

@@ -32,6 +32,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact
+from lottery_sparse.ops import compact as products
 
 
 def _unhooked(step: Any) -> Callable:
@@ -387,5 +388,7 @@ class AdamW(_AdamStep, torch.optim.AdamW):
 
 @functools.cache
 def _op(name: str) -> Callable:
-    """An op of the kernel library, which is loaded when the first step needs it."""
+    """An op of the kernel library, in the quickest form that was built."""
+    if products.has_node():  # then _eager is loaded
+        return getattr(torch.ops.lottery_sparse_eager, name).default
     return getattr(backends.load("cpu"), name)

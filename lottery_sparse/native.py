@@ -137,23 +137,22 @@ def compact_conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor]:
-    """(y, packed x) of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
+) -> Tensor:
+    """y of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
 
     x: [B, I, H, W] (shared by the networks) or [E, B, I, H, W]; y is channels_last where x is.
     """
     last = _channels_last(x)
-    y, packed = _ops.compact_conv2d(
+    y = _ops.compact_conv2d(
         _inner(x, last), values, starts, columns, bias,
         kernel_size, stride, padding, dilation, groups, last,
     )  # fmt: skip
-    return _outer(y, last), packed
+    return _outer(y, last)
 
 
 def compact_conv2d_backward(
     dy: Tensor,
     x: Tensor,
-    packed_x: Tensor | None,
     values: Tensor,
     starts: Tensor,
     columns: Tensor,
@@ -169,13 +168,10 @@ def compact_conv2d_backward(
     need_dvalues: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x.
-
-    Without the packed x of the forward, x is packed again.
-    """
+    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
     last = _channels_last(x)
     dx, dvalues, dbias = _ops.compact_conv2d_backward(
-        _inner(dy, last), _inner(x, last), packed_x, values,
+        _inner(dy, last), _inner(x, last), values,
         starts, columns, column_starts, rows, positions,
         kernel_size, stride, padding, dilation, groups, last,
         need_dx, need_dvalues, need_dbias,

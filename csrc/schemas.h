@@ -41,8 +41,8 @@ constexpr const char* kSchemas[] = {
     kAdamStep,
     "compact_conv2d(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool channels_last) -> (Tensor, Tensor)",
-    "compact_conv2d_backward(Tensor dy, Tensor x, Tensor? packed_x, Tensor values, Tensor starts, "
+    "bool channels_last) -> Tensor",
+    "compact_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor starts, "
     "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, int[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, bool need_dx, "
     "bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",

@@ -203,23 +203,22 @@ def kept_conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor]:
-    """(y, packed x) of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
+) -> Tensor:
+    """y of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
 
     x: [B, I, H, W] (shared by the networks) or [E, B, I, H, W]; y is channels_last where x is.
     """
     last = _channels_last(x)
-    y, packed = _ops.compact_conv2d(
+    y = _ops.compact_conv2d(
         _inner(x, last), values, starts, columns, bias,
         kernel_size, stride, padding, dilation, groups, last,
     )  # fmt: skip
-    return _outer(y, last), packed
+    return _outer(y, last)
 
 
 def kept_conv2d_backward(
     dy: Tensor,
     x: Tensor,
-    packed_x: Tensor | None,
     values: Tensor,
     starts: Tensor,
     columns: Tensor,
@@ -235,13 +234,10 @@ def kept_conv2d_backward(
     need_dvalues: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x.
-
-    Without the packed x of the forward, x is packed again.
-    """
+    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
     last = _channels_last(x)
     dx, dvalues, dbias = _ops.compact_conv2d_backward(
-        _inner(dy, last), _inner(x, last), packed_x, values,
+        _inner(dy, last), _inner(x, last), values,
         starts, columns, column_starts, rows, positions,
         kernel_size, stride, padding, dilation, groups, last,
         need_dx, need_dvalues, need_dbias,
@@ -265,12 +261,14 @@ def compact_conv2d(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
+    """y, and nothing to carry. With frozen values other than zero nothing can be skipped: dense."""
     geometry = stride, padding, dilation, groups
     if zero:
         kernel_size = list(effective.shape[-2:])
-        return kept_conv2d(x, values, starts, columns, bias, kernel_size, *geometry)
-    return reference.conv2d(x, effective, bias, *geometry), x.new_empty(0)
+        y = kept_conv2d(x, values, starts, columns, bias, kernel_size, *geometry)
+    else:
+        y = reference.conv2d(x, effective, bias, *geometry)
+    return y, x.new_empty(0)
 
 
 def compact_conv2d_backward(
@@ -296,9 +294,8 @@ def compact_conv2d_backward(
     sparse_dx = need_dx and zero
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or need_dv:
-        packed = None if carried is None or carried.numel() == 0 else carried
         dx, dv, _ = kept_conv2d_backward(
-            dy, x, packed, values, starts, columns, column_starts, rows, positions,
+            dy, x, values, starts, columns, column_starts, rows, positions,
             list(effective.shape[-2:]), *geometry, sparse_dx, need_dv, False,
         )  # fmt: skip
     if need_dx and not zero:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from typing import ClassVar
 
 from setuptools import Extension, setup
 
@@ -107,6 +108,7 @@ def compiler_fails(compiler):
 
 def native(required):
     """(ext_modules, cmdclass) of the native build."""
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
     try:
@@ -117,9 +119,11 @@ def native(required):
         pybind_include = include_paths()  # torch carries a copy of pybind11's headers
 
     class BuildKernels(BuildExtension):
+        kernels: ClassVar = []  # objects that _C and _eager link
+
         def build_extension(self, ext):
             try:
-                if ext.name.endswith("._C"):
+                if not ext.name.endswith("._host"):
                     ext.extra_objects = self.compile_kernels(ext)
                 super().build_extension(ext)
             except Exception as error:
@@ -130,7 +134,9 @@ def native(required):
 
         def compile_kernels(self, ext):
             """torch's ninja files hold one set of flags, so each variant is a run of its own."""
-            objects = []
+            if self.kernels:  # _C and _eager link the same objects
+                return self.kernels
+            objects = self.kernels
             for variant, flags in VARIANTS.items():
                 objects += self.compiler.compile(
                     sources(KERNELS),
@@ -153,6 +159,15 @@ def native(required):
         py_limited_api=True,
         optional=not required,
     )
+    # torch's C++ interface is no stable ABI, so the module's name says which version it is for
+    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
+    eager = CppExtension(
+        f"lottery_sparse._eager_{version}",
+        sources(["eager", "compact_linear", "variants"]),
+        define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
+        extra_compile_args={"cxx": FLAGS},
+        optional=True,
+    )
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
     host = Extension(
         "lottery_sparse._host",
@@ -163,7 +178,7 @@ def native(required):
         language="c++",
         optional=not required,
     )
-    return [kernels, host], {"build_ext": BuildKernels}
+    return [kernels, eager, host], {"build_ext": BuildKernels}
 
 
 def main():

@@ -74,6 +74,11 @@ inline void store_block(const float* sums, int64_t n, float* out, int64_t out_st
     for (int64_t i = 0; i < n; i += 8)
         for (int64_t b = 0; b < kTileBatch; b += 8)
             transpose_8x8(sums + i * kTileBatch + b, kTileBatch, &by_batch[b][i], kRowBlock);
+    if (n == kRowBlock && !add_to_out) {  // the usual case, at a length the compiler knows
+        for (int64_t b = 0; b < batch; ++b)
+            std::memcpy(out + b * out_stride, by_batch[b], sizeof(by_batch[b]));
+        return;
+    }
     for (int64_t b = 0; b < batch; ++b) {
         float* row = out + b * out_stride;
         if (add_to_out)

@@ -52,8 +52,8 @@ _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
-_MAX_DENSITY_COMPACT = 0.4
-_MAX_DENSITY_SAMPLED = 0.5
+MAX_DENSITY_COMPACT = 0.4
+MAX_DENSITY_SAMPLED = 0.5
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 
@@ -61,7 +61,7 @@ _SMALL_WEIGHT = 4096
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
     if op == "compact_linear":
-        return kept_share(args[4], args[3]) <= _MAX_DENSITY_COMPACT
+        return kept_share(args[4], args[3]) <= MAX_DENSITY_COMPACT
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
@@ -140,8 +140,8 @@ def compact_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
     share = kept_share(starts, effective)
-    sparse_dx = need_dx and zero and share <= _MAX_DENSITY_COMPACT
-    sample = need_dv and share <= _MAX_DENSITY_SAMPLED
+    sparse_dx = need_dx and zero and share <= MAX_DENSITY_COMPACT
+    sample = need_dv and share <= MAX_DENSITY_SAMPLED
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or sample:
         if carried is None or carried.numel() == 0:

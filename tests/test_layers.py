@@ -157,7 +157,12 @@ def test_nothing_draws_from_global_state(path):
 CSRC = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
 INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 # the rim: _C is bindings*.cpp with rim.h on torch's stable ABI, _host is host.cpp on pybind11
-MAY_INCLUDE = {"rim.h": {"torch"}, "bindings.cpp": {"Python.h"}, "host.cpp": {"pybind11"}}
+MAY_INCLUDE = {
+    "rim.h": {"torch"},
+    "bindings.cpp": {"Python.h"},
+    "host.cpp": {"pybind11"},
+    "eager.cpp": {"torch", "ATen", "Python.h"},  # built for one torch version, see DECISIONS.md
+}
 
 
 @pytest.mark.parametrize("path", CSRC, ids=lambda p: p.name)
@@ -167,4 +172,4 @@ def test_kernels_know_pointers_not_torch(path):
     found = set(INCLUDE.findall(text))
     assert found <= MAY_INCLUDE.get(path.name, set())
     beyond_stable = re.findall(r"<torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/)[^>]*>", text)
-    assert not beyond_stable, "not part of the stable ABI"
+    assert not beyond_stable or path.name == "eager.cpp", "not part of the stable ABI"

@@ -14,11 +14,14 @@ the backward (the packed x) where autograd calls them directly, empty otherwise.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists
@@ -81,11 +84,49 @@ def linear(
     zero: bool,
 ) -> Tensor:
     """`compact_linear` without checks, for layers that hold what fits together."""
+    args = (values, bias, effective, *kept, zero)
     if effective.dim() == 3 or x.dim() == 2:
-        return _linear(x, values, bias, effective, *kept, zero)
+        return _any_linear(x, *args)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    y = _linear(rows, values, bias, effective, *kept, zero)
-    return y.view(x.shape[:-1] + (effective.shape[0],))
+    return _any_linear(rows, *args).view(x.shape[:-1] + (effective.shape[0],))
+
+
+def _any_linear(x: Tensor, values: Tensor, *args: Any) -> Tensor:
+    """By one C++ autograd node where that is the same, else by the op."""
+    if not torch.compiler.is_compiling():
+        node = _node()
+        if node is not None and _plain_call(x, values):
+            return node(x, values, *args)
+    return _linear(x, values, *args)
+
+
+@cache
+def _node() -> Callable | None:
+    """The compact linear layer of csrc/eager.cpp, if it was built for this very torch."""
+    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
+    try:
+        importlib.import_module(f"lottery_sparse._eager_{version}")
+        native = backends.load("cpu")
+    except ImportError:
+        return None
+    op = torch.ops.lottery_sparse_eager.compact_linear.default
+    limits = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_SAMPLED
+    return lambda *args: op(*args, *limits)
+
+
+def _plain_call(x: Tensor, values: Tensor) -> bool:
+    """float32 CPU tensors in eager mode, and nobody changes or watches what ops do."""
+    return (
+        type(x) in (Tensor, Parameter)
+        and x.dtype is torch.float32
+        and values.dtype is torch.float32
+        and x.is_cpu
+        and values.is_cpu
+        and backends.forced() is None
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def compact_conv2d(

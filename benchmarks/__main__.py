@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         [
             str(HERE / f"bench_{arguments.only}.py" if arguments.only else HERE),
             *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
-            *("-o", "addopts=", "-p", "no:cacheprovider", "-q"),
+            *("-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider", "-q"),
             *("--benchmark-only", "--benchmark-disable-gc", "--benchmark-quiet"),
             *(["-k", arguments.k] if arguments.k else []),
             *(["--quick"] if quick else []),

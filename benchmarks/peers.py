@@ -120,6 +120,7 @@ def checked(
         ("dx", ours.grad, reference.grad),
         ("dw", kept, masked.grad[mask]),
     ):
+        got, wanted = got.detach(), wanted.detach()
         error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
         if not error <= WRONG:
             raise Unusable(f"wrong: relative error of {name} is {error:.2g}")

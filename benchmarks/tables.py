@@ -162,22 +162,24 @@ def compact_conv2d(rows: list[Row]) -> str:
 
 
 def lenet_step(rows: list[Row]) -> str:
-    place = ("network", "threads")
     dense = ("torch", "torch fused", "torch processes", "torch fused processes")
-    texts = [
+    lines = []
+    for network in dict.fromkeys(r["network"] for r in rows):
+        those = [r for r in rows if r["network"] == network]
+        base = {r["contender"]: r["min_us"] for r in those if r["contender"] in dense}
+        where = network
+        for r in sorted(those, key=lambda r: (r["contender"] not in dense, -r["density"])):
+            ratios = [f"{base[name] / r['min_us']:.2f}" if name in base else "" for name in dense]
+            density = "any" if r["contender"] in dense else f"{r['density']:g}"
+            lines.append((where, density, r["contender"], f"{r['min_us']:.0f}", *ratios))
+            where = ""
+    head = ("network", "density", "contender", "µs", *(f"over {name}" for name in dense))
+    return "\n\n".join([
         "## One training step of LeNet-300-100 with Adam, batch 60",
-        "By density of the hidden layers. Contenders: benchmarks/bench_lenet_step.py.",
-    ]
-    for base in dense:
-        those = [r for r in rows if r["contender"] not in dense or r["contender"] == base]
-        networks = {r["network"] for r in rows if r["contender"] == base}
-        those = [r for r in those if r["network"] in networks]
-        if those:
-            texts += [
-                f"Ratio to `{base}`:",
-                _contenders(those, place, (base,), base, ()),
-            ]
-    return "\n\n".join(texts)
+        "By density of the hidden layers; one network on one thread, 45 on two. Contenders: "
+        "benchmarks/bench_lenet_step.py.",
+        _table(head, lines),
+    ])  # fmt: skip
 
 
 def packed_linear(rows: list[Row]) -> str:

@@ -183,10 +183,14 @@ class CompactLinear : public torch::autograd::Function<CompactLinear> {
         }
         if (need_dv && !sampled) {
             const Tensor dw = at::matmul(dy.mT(), x).contiguous();
-            dv = at::empty(weights.sizes(), dy.options());
-            gather_kept({call.shape, call.lists, const_cast<float*>(dw.const_data_ptr<float>()),
-                         dv.mutable_data_ptr<float>()},
-                        kParallel);
+            if (dw.numel() == weights.numel() && call.share == 1.0) {  // all kept: the same order
+                dv = dw.view(weights.sizes());
+            } else {
+                dv = at::empty(weights.sizes(), dy.options());
+                gather_kept({call.shape, call.lists, const_cast<float*>(dw.const_data_ptr<float>()),
+                             dv.mutable_data_ptr<float>()},
+                            kParallel);
+            }
         }
     }
 };

@@ -77,7 +77,7 @@ def _times(axes: Axes, timings: dict) -> None:
     places = range(len(rows))
     for key, label, shift, color, hatch in (
         ("dense_ms", "nn.Linear", -0.2, "#c8c8c8", ""),
-        ("masked_ms", "MaskedLinear", 0.2, "#00429d", "//"),
+        ("compact_ms", "CompactLinear", 0.2, "#00429d", "//"),
     ):
         bars = axes.barh(
             [place + shift for place in places],

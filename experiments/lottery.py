@@ -170,7 +170,7 @@ def keep_of(run: Run, rounds: int) -> Fraction | dict[str, Fraction]:
 
 
 def model_of(network: Network, start: Start, device: torch.device | str) -> nn.Module:
-    """The network holding a start: with masked layers, or with plain ones if all weights train."""
+    """The network holding a start: with compact layers, or with plain ones if all weights train."""
     model = skeleton(network).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,6 +179,7 @@ def model_of(network: Network, start: Start, device: torch.device | str) -> nn.M
         ls.sparsify_(model)
         frozen = {name: "zero" if f is None else f for name, f in start.frozen.items()}
         ls.set_masks_(model, start.masks, frozen=frozen)
+        ls.compact_(model)  # the same numbers; time and memory of the kept weights only
     return model
 
 
@@ -200,7 +201,8 @@ def train_model(
 
 
 def weights_of(model: nn.Module) -> Weights:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Copies of the weights the network computes with, dense, and of its biases."""
+    return {name: value.clone() for name, value in ls.dense_state_dict(model).items()}
 
 
 def row_of(

@@ -191,15 +191,15 @@ def supermasks(
 def measure(
     run: Run, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
 ) -> dict[str, object]:
-    """Milliseconds of a training step, per layer and whole: nn.Linear against MaskedLinear.
+    """Milliseconds of a training step, per layer and whole: nn.Linear against the ticket, compact.
 
     A layer's step is forward and backward at the run's batch size; the whole step adds loss and
-    Adam. One thread; dense and masked alternate; the minimum of many is reported.
+    Adam. One thread; dense and compact alternate; the minimum of many is reported.
     """
     progress.describe("time")
     models = {
         "dense_ms": model_of(run.network, dense.start, "cpu"),
-        "masked_ms": model_of(run.network, ticket.start, "cpu"),
+        "compact_ms": model_of(run.network, ticket.start, "cpu"),
     }
     batch = run.network.batch_size
     rows = []
@@ -231,14 +231,14 @@ def measure(
     progress.line(
         f"\nMilliseconds of a training step at batch {batch}, one thread, minimum of many"
     )
-    progress.line(f"{'':>8}{'density':>9}{'nn.Linear':>11}{'MaskedLinear':>14}{'speed-up':>10}")
+    progress.line(f"{'':>8}{'density':>9}{'nn.Linear':>11}{'CompactLinear':>14}{'speed-up':>10}")
     for row in [*rows, {"layer": "network", "density": ticket.row["density"], **whole}]:
         progress.line(
-            f"{row['layer']:>8}{row['density']:9.1%}{row['dense_ms']:11.3f}{row['masked_ms']:14.3f}"
-            f"{row['dense_ms'] / row['masked_ms']:9.2f}x"
+            f"{row['layer']:>8}{row['density']:9.1%}{row['dense_ms']:11.3f}{row['compact_ms']:14.3f}"
+            f"{row['dense_ms'] / row['compact_ms']:9.2f}x"
         )
-    if whole["masked_ms"] > whole["dense_ms"]:
-        progress.line("A masked step is slower than a dense one here.")
+    if whole["compact_ms"] > whole["dense_ms"]:
+        progress.line("A compact step is slower than a dense one here.")
     return {
         "threads": 1,
         "batch": batch,

@@ -10,6 +10,7 @@ from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
 from lottery_sparse.frozen import Constant, Seeded
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
+from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
 from lottery_sparse.ticket import Ticket, find_ticket
 
@@ -35,6 +36,7 @@ __all__ = [
     "find_ticket",
     "masks_of",
     "ops",
+    "plan",
     "prune",
     "random",
     "refresh_",

@@ -1,4 +1,4 @@
-"""`python -m lottery_sparse doctor [--json]` and `python -m lottery_sparse build`."""
+"""`python -m lottery_sparse doctor [--json]`, `… plan 784x300 --density 0.05` and `… build`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lottery_sparse import doctor
+from lottery_sparse.convert import set_masks_
+from lottery_sparse.modules import MaskedLinear
+from lottery_sparse.plan import plan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +34,57 @@ def main(argv: list[str] | None = None) -> int:
         help="build the kernels against the installed torch (in a checkout)",
         description="Builds csrc/ in place against the installed torch and says what came of it.",
     )
+    measure = commands.add_parser(
+        "plan",
+        help="which form of a masked linear layer is fastest on this machine",
+        description="Times one masked nn.Linear as ls.plan does, with a random mask.",
+    )
+    measure.add_argument("shape", type=_shape, help="inputs x outputs, such as 784x300")
+    measure.add_argument("--batch", type=int, default=60)
+    measure.add_argument("--density", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05, 0.02])
+    measure.add_argument("--threads", type=int, help="default: as torch chooses")
+    measure.add_argument("--inference", action="store_true", help="forward only")
     arguments = parser.parse_args(argv)
+    if arguments.command == "plan":
+        for density in arguments.density:
+            if not 0 <= density <= 1:
+                measure.error(f"--density is a fraction in [0, 1], got {density:g}")
+        return _plan(arguments)
     return _doctor(arguments.json) if arguments.command == "doctor" else _build()
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not inputs x outputs, such as 784x300")
+    return int(sizes[0]), int(sizes[1])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    generator = torch.Generator().manual_seed(0)
+    inputs, outputs = arguments.shape
+    layers = nn.ModuleDict()
+    for density in arguments.density:
+        layer = MaskedLinear(inputs, outputs)
+        mask = torch.rand(outputs, inputs, generator=generator) < density
+        layers[str(len(layers))] = set_masks_(layer, {"weight": mask})
+    x = torch.rand(arguments.batch, inputs, generator=generator)
+    plan(_Each(layers), x, training=not arguments.inference, apply=False)
+    return 0
+
+
+class _Each(nn.Module):
+    """Gives one input to many layers."""
+
+    def __init__(self, layers: nn.ModuleDict):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor) -> None:
+        for layer in self.layers.values():
+            layer(x)
 
 
 def _doctor(as_json: bool) -> int:

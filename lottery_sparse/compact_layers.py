@@ -37,6 +37,7 @@ class Compact(Masked):
     masked_type: type[Masked]
     weight: nn.Parameter
     weight_effective: Tensor
+    products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
     _known: int  # id of the Parameter that the registry has for this layer
 
@@ -311,6 +312,7 @@ class CompactLinear(Compact, nn.Linear):
             buffers["weight_effective"],
             parameters["bias"],
             buffers["weight_frozen"] is None,
+            self.products,
         )
 
 

@@ -52,8 +52,8 @@ _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
-MAX_DENSITY_COMPACT = 0.4
-MAX_DENSITY_SAMPLED = 0.5
+MAX_DENSITY_COMPACT = 0.5
+MAX_DENSITY_SAMPLED = 0.45
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 

@@ -202,8 +202,10 @@ def test_runs_repeat_exactly_and_pruned_weights_hold(criterion, mask1, mask0, ti
     last = rounds[-1]
     assert (last.row["criterion"], last.row["mask1"]) == (criterion, mask1)
     for name, mask in last.start.masks.items():
-        moved = last.w_final[name] != last.start.weights[name]
-        assert moved[mask].any()
+        assert (last.w_final[name] != last.start.weights[name])[mask].any()
+        held = last.start.frozen[name]
+        held = torch.zeros_like(last.w_final[name]) if held is None else held
+        moved = last.w_final[name] != held
         assert moved[~mask].any() == (mask0 == "original")
         assert not (mask & ~rounds[1].start.masks[name]).any()  # what is pruned stays pruned
 

@@ -45,10 +45,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
     },
     "compacting": {"reference", "compact_layers", "convert"},
+    "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},
-    "__main__": {"doctor"},
+    "__main__": {"doctor", "convert", "modules", "plan"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version
 

@@ -82,27 +82,38 @@ def linear(
     effective: Tensor,
     bias: Tensor | None,
     zero: bool,
+    products: str = "auto",
 ) -> Tensor:
     """`compact_linear` without checks, for layers that hold what fits together."""
     args = (values, bias, effective, *kept, zero)
     if effective.dim() == 3 or x.dim() == 2:
-        return _any_linear(x, *args)
+        return _any_linear(products, x, *args)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return _any_linear(rows, *args).view(x.shape[:-1] + (effective.shape[0],))
+    return _any_linear(products, rows, *args).view(x.shape[:-1] + (effective.shape[0],))
 
 
-def _any_linear(x: Tensor, values: Tensor, *args: Any) -> Tensor:
+def _any_linear(products: str, x: Tensor, values: Tensor, *args: Any) -> Tensor:
     """By one C++ autograd node where that is the same, else by the op."""
     if not torch.compiler.is_compiling():
         node = _node()
         if node is not None and _plain_call(x, values):
-            return node(x, values, *args)
+            op, limits = node
+            return op(x, values, *args, *limits[products])
     return _linear(x, values, *args)
 
 
+def has_node() -> bool:
+    """Whether the C++ autograd node is here, which follows a layer's `products`."""
+    return _node() is not None
+
+
 @cache
-def _node() -> Callable | None:
-    """The compact linear layer of csrc/eager.cpp, if it was built for this very torch."""
+def _node() -> tuple[Callable, dict[str, tuple[float, float]]] | None:
+    """The compact linear layer of csrc/eager.cpp, if it was built for this very torch.
+
+    With it, by what a layer wants: up to which density the forward and dx, and the dvalues, run on
+    sparse kernels.
+    """
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     try:
         importlib.import_module(f"lottery_sparse._eager_{version}")
@@ -110,8 +121,8 @@ def _node() -> Callable | None:
     except ImportError:
         return None
     op = torch.ops.lottery_sparse_eager.compact_linear.default
-    limits = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_SAMPLED
-    return lambda *args: op(*args, *limits)
+    table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_SAMPLED
+    return op, {"auto": table, "sparse": (1.0, 1.0), "dense": (-1.0, -1.0)}
 
 
 def _plain_call(x: Tensor, values: Tensor) -> bool:

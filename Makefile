@@ -47,8 +47,9 @@ bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
 	$(PY) -m benchmarks cpu
 
 bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares with, where it can
-	@$(PIP) install -c constraints.txt --no-deps sparselab torchao || echo "no wheel: see above"
-	@$(PIP) install -c constraints.txt --no-deps --no-build-isolation --no-binary sparseprop sparseprop || echo "sparseprop did not build: see above"
+	@for peer in sparselab torchao sparseprop; do \
+	  $(PIP) install -c constraints.txt --no-deps --no-build-isolation $$peer || echo "$$peer was not installed"; \
+	done
 	@$(PY) -m benchmarks.peers
 
 instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     out = arguments.out or (HERE.parent / "out" / "benchmarks" if quick else HERE / "results")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of peers, which do not ask torch
     rows = Rows(out / "cpu.json", arguments.resume)
     status = pytest.main(
         [

@@ -66,7 +66,7 @@ def eager(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
 # ---- one network ---------------------------------------------------------------------------------
 
 
-def dense(density: float, **options: bool) -> Callable:
+def dense(density: float, **options: Any) -> Callable:
     model = lenet()
     return eager(model, torch.optim.Adam(model.parameters(), RATE, **options))
 

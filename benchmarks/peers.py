@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,7 @@ def checked(
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)  # torchao tells at length which GPU kernels it lacks
     for name, version in versions().items():
         try:
             module(name)

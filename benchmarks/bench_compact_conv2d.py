@@ -6,16 +6,15 @@ Contenders, all float32 and without bias, x requiring grad:
     F.conv2d channels_last  dense, oneDNN's other layout
     prune                   torch.nn.utils.prune on nn.Conv2d, contiguous
     sparseprop batch, sparseprop width   the peer's two ways to vectorise, see peers.py
-    ls cpu                  ls.CompactConv2d, on our kernel
-    ls compact              … as it dispatches by itself
+    ls kernels, ls kernels channels_last   our two kernel calls, no module, no autograd
+    ls compact, ls compact channels_last   ls.CompactConv2d, as it dispatches by itself
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -92,11 +91,37 @@ def sparseprop(p: Problem, over_width: bool) -> Callable:
     return steps.of_layer(layer, layer.values, p)
 
 
-def compact(p: Problem) -> Callable:
+def layer_of(p: Problem) -> Any:
     model = ls.sparsify_(nn.Sequential(convolution(p)))
     ls.set_masks_(model, {"0.weight": p.mask})
-    layer = ls.compact_(model)[0]
-    return steps.of_layer(layer, layer.weight, p)
+    return ls.compact_(model)[0]
+
+
+def compact(p: Problem, layout: torch.memory_format = torch.contiguous_format) -> Callable:
+    layer = layer_of(p)
+    x = p.x.detach().contiguous(memory_format=layout).requires_grad_()
+    dy = p.dy.contiguous(memory_format=layout)
+    return steps.of_layer(layer, layer.weight, p._replace(x=x, dy=dy))
+
+
+def kernels(p: Problem, channels_last: bool = False) -> Callable:
+    if not backends.built("cpu"):
+        pytest.skip("lottery_sparse._C is not built")
+    ops = torch.ops.lottery_sparse_native
+    if not hasattr(ops, "compact_conv2d"):
+        pytest.skip("there is no sparse convolution kernel yet")
+    layer = layer_of(p)
+    values, kept = layer.weight.detach(), layer.kept
+    x, dy = p.x.detach(), p.dy
+    if channels_last:  # the ops take [B, H, W, C] then
+        x, dy = (t.movedim(1, -1).contiguous() for t in (x, dy))
+    how = ([3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last)
+
+    def step():
+        _, packed = ops.compact_conv2d(x, values, kept.starts, kept.columns, None, *how)
+        ops.compact_conv2d_backward(dy, x, packed, values, *kept, *how, True, True, False)
+
+    return step
 
 
 ANY_DENSITY = {
@@ -107,22 +132,15 @@ ANY_DENSITY = {
 SPARSE = {
     "sparseprop batch": partial(sparseprop, over_width=False),
     "sparseprop width": partial(sparseprop, over_width=True),
-    "ls cpu": compact,
+    "ls kernels": kernels,
+    "ls kernels channels_last": partial(kernels, channels_last=True),
     "ls compact": compact,
+    "ls compact channels_last": partial(compact, layout=torch.channels_last),
 }
 
 
 def bench_compact_conv2d(benchmark, quick, case):
-    if case.contender == "ls cpu" and not backends.built("cpu"):
-        pytest.skip("lottery_sparse._C is not built")
     step = (ANY_DENSITY | SPARSE)[case.contender](problem(case))
     benchmark.extra_info.update(case._asdict())
     benchmark.group = f"{case.layer}, batch {case.batch}"
-    forced = case.contender == "ls cpu"
-    with ls.use_backend("cpu") if forced else contextlib.nullcontext():
-        try:
-            steps.measure(benchmark, step, quick)
-        except RuntimeError as error:
-            if not forced:
-                raise
-            pytest.skip(f"{error}")
+    steps.measure(benchmark, step, quick)

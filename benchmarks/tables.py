@@ -156,7 +156,10 @@ def compact_conv2d(rows: list[Row]) -> str:
         "## One step of a compact 3x3 convolution: forward, dx, dvalues",
         "Ratio to `F.conv2d` in the faster of its two layouts, by density. Contenders: "
         "benchmarks/bench_compact_conv2d.py.",
-        _summary(rows, place, dense, "F.conv2d", "ls compact"),
+        *(
+            _summary(rows, place, dense, "F.conv2d", ours)
+            for ours in ("ls compact", "ls compact channels_last")
+        ),
         _contenders(rows, place, dense, "faster F.conv2d", (*dense, "prune")),
     ])  # fmt: skip
 

@@ -118,8 +118,8 @@ def kernels(p: Problem, channels_last: bool = False) -> Callable:
     how = ([3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last)
 
     def step():
-        _, packed = ops.compact_conv2d(x, values, kept.starts, kept.columns, None, *how)
-        ops.compact_conv2d_backward(dy, x, packed, values, *kept, *how, True, True, False)
+        ops.compact_conv2d(x, values, kept.starts, kept.columns, None, *how)
+        ops.compact_conv2d_backward(dy, x, values, *kept, *how, True, True, False)
 
     return step
 

@@ -30,13 +30,32 @@ OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
-KERNELS = ["keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu"]
+KERNELS = [
+    "bitmap_linear_cpu",
+    "keep_top_cpu",
+    "mask_bits_cpu",
+    "masked_optim_cpu",
+    "packed_linear_cpu",
+    "random_fill_cpu",
+    "sparse_conv2d_cpu",
+    "sparse_linear_cpu",
+    "ternary_linear_cpu",
+]
 DRIVERS = [
     "bindings",
+    "bindings_conv2d",
     "bindings_linear",
+    "bindings_optim",
+    "bindings_packed",
+    "bindings_step",
     "compact_linear",
     "keep_top",
+    "masked_optim",
+    "packed_linear",
+    "sparse_conv2d",
     "sparse_linear",
+    "ternary_linear",
+    "train_step",
     "variants",
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

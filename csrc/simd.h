@@ -70,6 +70,18 @@ inline Vec broadcast(float v) {
 inline Vec add(Vec a, Vec b) {
     return _mm512_add_ps(a, b);
 }
+inline Vec sub(Vec a, Vec b) {
+    return _mm512_sub_ps(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+    return _mm512_mul_ps(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+    return _mm512_div_ps(a, b);
+}
+inline Vec sqrt(Vec a) {
+    return _mm512_sqrt_ps(a);
+}
 inline Vec fma(Vec a, Vec b, Vec c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -90,6 +102,18 @@ inline Vec broadcast(float v) {
 }
 inline Vec add(Vec a, Vec b) {
     return _mm256_add_ps(a, b);
+}
+inline Vec sub(Vec a, Vec b) {
+    return _mm256_sub_ps(a, b);
+}
+inline Vec mul(Vec a, Vec b) {
+    return _mm256_mul_ps(a, b);
+}
+inline Vec div(Vec a, Vec b) {
+    return _mm256_div_ps(a, b);
+}
+inline Vec sqrt(Vec a) {
+    return _mm256_sqrt_ps(a);
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
     return _mm256_fmadd_ps(a, b, c);
@@ -113,6 +137,19 @@ inline Vec broadcast(float v) {
 }
 inline Vec add(Vec a, Vec b) {
     return a + b;
+}
+inline Vec sub(Vec a, Vec b) {
+    return a - b;
+}
+inline Vec mul(Vec a, Vec b) {
+    return a * b;
+}
+inline Vec div(Vec a, Vec b) {
+    return a / b;
+}
+inline Vec sqrt(Vec a) {
+    for (int i = 0; i < kWidth; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
     return a * b + c;

@@ -1,6 +1,6 @@
 """Lottery tickets and supermasks in PyTorch: masks that hold, from the science to the kernel."""
 
-from lottery_sparse import ops, random
+from lottery_sparse import ops, optim, random
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS
 from lottery_sparse.backends import use_backend
 from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
@@ -10,6 +10,7 @@ from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
 from lottery_sparse.frozen import Constant, Seeded
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
+from lottery_sparse.packed import PackedLinear, pack_
 from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
 from lottery_sparse.ticket import Ticket, find_ticket
@@ -27,6 +28,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "Masks",
+    "PackedLinear",
     "Seeded",
     "Ticket",
     "compact_",
@@ -36,6 +38,8 @@ __all__ = [
     "find_ticket",
     "masks_of",
     "ops",
+    "optim",
+    "pack_",
     "plan",
     "prune",
     "random",

@@ -39,12 +39,15 @@ class KeptLists(NamedTuple):
             capacity: slots C per network; None = as many as the fullest network needs.
 
         Raises:
-            ValueError: not bool, not two or three dimensions, or more kept entries than slots.
+            ValueError: not bool, not two or three dimensions, on the meta device, or more kept
+                entries than slots.
         """
         if mask.dtype != torch.bool or mask.dim() not in (2, 3):
             raise ValueError(
                 f"mask must be bool [N, K] or [E, N, K], got {mask.dtype} {tuple(mask.shape)}."
             )
+        if mask.is_meta:
+            raise ValueError("mask is on the meta device, which holds no values to list; load it.")
         most = int(mask.flatten(-2).sum(-1).max()) if mask.numel() else 0
         slots = most if capacity is None else capacity
         if slots < most:
@@ -101,6 +104,7 @@ class Holder(Protocol):
     weight: Parameter
     weight_effective: Tensor
     fresh_version: int
+    marked_fresh: bool
 
     @property
     def kept(self) -> KeptLists: ...
@@ -110,12 +114,20 @@ class Holder(Protocol):
 # Weak on both sides: neither a parameter nor what holds it lives longer for being listed.
 _holders: Any = WeakIdKeyDictionary()
 _optimizers: Any = WeakIdKeyDictionary()
+_registrations = 0
 
 
 def register(layer: Holder) -> None:
     """Make the layer known as a holder of its `weight`."""
+    global _registrations
+    _registrations += 1
     _refresh_after_steps()
     _holders.setdefault(layer.weight, WeakSet()).add(layer)
+
+
+def registrations() -> int:
+    """Grows whenever `holders_of` may have more to say."""
+    return _registrations
 
 
 def holders_of(parameter: Tensor) -> list[Holder]:
@@ -134,11 +146,17 @@ def mark_fresh(parameter: Tensor) -> None:
     """Say that all targets hold the parameter's values; after writing both."""
     for holder in holders_of(parameter):
         holder.fresh_version = parameter._version
+        holder.marked_fresh = True
 
 
 def optimizers_of(parameter: Tensor) -> list[Optimizer]:
-    """The optimizers that have stepped a compact Parameter and still live."""
+    """The optimizers that have stepped a compact Parameter, or were given it, and still live."""
     return list(_optimizers.get(parameter, ()))
+
+
+def note_optimizer(parameter: Tensor, optimizer: Optimizer) -> None:
+    """Say that the optimizer may hold state for a compact Parameter."""
+    _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
 
 
 @cache
@@ -147,14 +165,18 @@ def _refresh_after_steps() -> None:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Runs after every step of any torch optimizer, once a compact layer exists."""
+    """Runs after every step of any torch optimizer, once a compact layer exists.
+
+    It does not ask the version counter: torch's fused optimizers write without raising it.
+    """
     if not _holders:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             holders = holders_of(parameter)
             if holders:
-                _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+                note_optimizer(parameter, optimizer)
             for holder in holders:
-                if holder.fresh_version != parameter._version:
+                if not (holder.marked_fresh and holder.fresh_version == parameter._version):
                     holder.refresh_()
+                holder.marked_fresh = False

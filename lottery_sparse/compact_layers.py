@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of, register
-from lottery_sparse.frozen import Held, decode, remake
+from lottery_sparse.frozen import Held, decode, hold, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.ops import compact as products
@@ -39,7 +41,9 @@ class Compact(Masked):
     weight_effective: Tensor
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
-    _known: int  # id of the Parameter that the registry has for this layer
+    marked_fresh: bool = False  # by an optimizer that has just written both
+    _listed: int  # version of `kept_starts` when the lists were last written
+    _known: weakref.ref | None  # the Parameter that the registry has for this layer
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -58,6 +62,8 @@ class Compact(Masked):
             values = self._gather(effective)
             parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         self.weight = parameter
+        for name in ("weight_frozen", "weight_signs"):  # torch.export wants what may be None last
+            self._buffers[name] = self._buffers.pop(name)
         self._mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
@@ -68,7 +74,8 @@ class Compact(Masked):
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        del self.fresh_version, self._known
+        for name in ("fresh_version", "marked_fresh", "_known", "_listed"):
+            self.__dict__.pop(name, None)
         self.weight = parameter
 
     def _list(self, kept: KeptLists) -> None:
@@ -78,6 +85,7 @@ class Compact(Masked):
                 held.copy_(numbers)  # the same tensors: a compiled model runs on
             else:
                 self.register_buffer(f"kept_{name}", numbers, persistent=False)
+        self._listed = self.kept.starts._version
 
     def _matrix(self, dense: Tensor) -> Tensor:
         """[..., O, I, kh, kw] as [..., O, I kh kw]."""
@@ -106,6 +114,8 @@ class Compact(Masked):
     @property
     def effective_weight(self) -> Tensor:
         """The dense weight the layer computes with; differentiable in `weight`."""
+        if not torch.compiler.is_compiling():
+            self._keep_lists()
         kept = self.kept
         return reference.kept_weight(self.weight, self.weight_effective, kept.starts, kept.columns)
 
@@ -120,14 +130,44 @@ class Compact(Masked):
     def _mark_fresh(self) -> None:
         weight = self.weight
         self.fresh_version = weight._version
-        if self.__dict__.get("_known") != id(weight):
+        known = self.__dict__.get("_known")
+        if known is None or known() is not weight:
             register(self)
-            self._known = id(weight)
+            self._known = weakref.ref(weight)
 
-    def _keep_fresh(self) -> None:
-        weight = self._parameters["weight"]
-        if weight._version != self.fresh_version or id(weight) != self._known:  # pyright: ignore
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The kept weights, and `weight_effective` as it must be for them."""
+        # the dicts of nn.Module, which are quicker than its attributes
+        weight = self._parameters.get("weight")
+        effective: Any = self._buffers["weight_effective"]
+        if weight is None:
+            raise RuntimeError(
+                "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
+                "call ls.expand_ and parametrize the masked layer."
+            )
+        if not isinstance(weight, nn.Parameter):  # torch.func.functional_call: not ours to keep
+            kept = self.kept
+            args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
+            return weight, reference.kept_weight(*args)
+        if not torch.compiler.is_compiling():
+            self._keep_fresh(weight)
+        return weight, effective
+
+    def _keep_fresh(self, weight: nn.Parameter) -> None:
+        if weight._version != self.fresh_version or self._known() is not weight:  # pyright: ignore
             self.refresh_()
+        self._keep_lists()
+
+    def _keep_lists(self) -> None:
+        """Make lists and signs anew if buffers were averaged, which rounds integers down."""
+        starts: Any = self._buffers["kept_starts"]
+        if starts._version == self._listed:
+            return
+        held = self._held()
+        if held.signs is not None and held.descriptor is not None:
+            self._hold(hold("weight", held.descriptor, self.weight_effective))
+        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        self._refill()
 
     @torch.no_grad()
     def _refill(self) -> None:
@@ -144,11 +184,22 @@ class Compact(Masked):
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         self._check_capacity(name, mask)
-        others = [o for o in optimizers_of(self.weight) if o is not optimizer]
-        if any(_elementwise(o.state.get(self.weight, {}), self.weight) for o in others):
+        self._check_optimizers(name, optimizer)
+
+    def _check_optimizers(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        def others() -> list[str]:
+            return [
+                type(o).__name__
+                for o in optimizers_of(self.weight)
+                if o is not optimizer and _elementwise(o.state.get(self.weight, {}), self.weight)
+            ]
+
+        if others():
+            gc.collect()  # one that nobody uses any more may wait for it
+        for kind in others():
             raise ValueError(
-                f"{type(others[0]).__name__} holds state for the kept weights of {name}, which a "
-                "new mask would misplace; pass it: set_masks_(..., optimizer=optimizer)."
+                f"{kind} holds state for the kept weights of {name}, which a new mask would "
+                "misplace; pass it: set_masks_(..., optimizer=optimizer)."
             )
 
     def _check_capacity(self, name: str, mask: Tensor) -> None:
@@ -184,13 +235,15 @@ class Compact(Masked):
     # ---- moving, saving, loading -----------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        was_meta, was_dtype = self.weight_mask.is_meta, self.weight.dtype
+        # not the dtype of `weight`: a layer that shares it may have converted it already
+        was_meta, was_dtype = self.weight_mask.is_meta, self.weight_effective.dtype
         nn.Module._apply(self, fn, recurse)
         if was_meta and not self.weight_mask.is_meta:
             raise RuntimeError(
                 "a compact layer on the meta device has lost which weights it keeps; move the "
                 "masked model with to_empty, load it, then call ls.compact_."
             )
+        self._listed = self.kept.starts._version
         if self.weight.dtype != was_dtype:
             self._hold(remake(self._held(), self.weight_effective))
             self._refill()
@@ -198,10 +251,13 @@ class Compact(Masked):
             self._mark_fresh()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
-            self._known = 0
+            self._listed = self.kept.starts._version
             self._mark_fresh()
             self.fresh_version = -1
 
@@ -225,6 +281,7 @@ class Compact(Masked):
         weight, mask, frozen = (state.pop(name, None) for name in names)
         if weight is None and mask is not None:  # a new mask for the weight that is here
             weight = self.effective_weight.detach()
+            missing_keys.append(names[0])
         if weight is None:  # "weight" is then reported as missing
             nn.Module._load_from_state_dict(
                 self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys,
@@ -232,6 +289,11 @@ class Compact(Masked):
             )  # fmt: skip
             return
         try:  # check all of it before anything is written
+            if self.weight_mask.is_meta:
+                raise ValueError(
+                    f"{names[0]} is compact and on the meta device, where it has lost which "
+                    "weights it keeps; load the masked model, then call ls.compact_."
+                )
             if weight.shape != self.weight_effective.shape:
                 raise ValueError(
                     f"size mismatch for {names[0]}: the checkpoint has {tuple(weight.shape)}, "
@@ -245,11 +307,16 @@ class Compact(Masked):
                     f"the model needs {tuple(self.weight_mask.shape)}."
                 )
             self._check_capacity(names[0], mask)
+            other_mask = not torch.equal(mask, self.weight_mask)
+            if other_mask:
+                self._check_optimizers(names[0])
             held = decode(names[0], frozen, weight)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
         like = self.weight_effective
+        if other_mask:
+            self.weight.grad = None  # of weights that were kept
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
@@ -295,24 +362,14 @@ class CompactLinear(Compact, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._keep_fresh()
-        # the dicts of nn.Module, which are quicker than its attributes
-        parameters: Any = self._parameters
-        buffers: Any = self._buffers
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
             )
+        weight, effective = self._weights()
         return products.linear(
-            input,
-            parameters["weight"],
-            self.kept,
-            buffers["weight_effective"],
-            parameters["bias"],
-            buffers["weight_frozen"] is None,
-            self.products,
+            input, weight, self.kept, effective, self._parameters["bias"], self.zero, self.products
         )
 
 
@@ -327,8 +384,7 @@ class CompactConv2d(Compact, nn.Conv2d):
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._keep_fresh()
+        weight, effective = self._weights()
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -341,9 +397,9 @@ class CompactConv2d(Compact, nn.Conv2d):
                 padding = (around[2], around[0])
         return products.compact_conv2d(
             input,
-            self.weight,
+            weight,
             self.kept,
-            self.weight_effective,
+            effective,
             self.bias,
             self.zero,
             self.stride,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import reference
+from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_layers import COMPACT_TYPES, Compact, most_kept
 from lottery_sparse.convert import _become, _by_parameter
 
@@ -119,5 +120,6 @@ def _replace(optimizer: torch.optim.Optimizer, old: Tensor, new: nn.Parameter, m
             key: move(v) if isinstance(v, Tensor) and v.dim() and v.shape == old.shape else v
             for key, v in state.items()
         }
+        note_optimizer(new, optimizer)
     if old.grad is not None:
         new.grad = move(old.grad)

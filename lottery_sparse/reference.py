@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse import formats
+
 # ---- masks as bits -------------------------------------------------------------------------
 
 WORDS_PER_CHUNK = 4  # rows are padded to 128 bits, one vector load
@@ -135,7 +137,8 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     """The flat index into one weight of every slot [C]; that of a spare slot is numel."""
     slots = torch.arange(len(columns), device=columns.device)
-    row = torch.searchsorted(starts, slots, right=True) - 1
+    ends = slots.new_zeros(len(columns) + 1).index_add(0, starts[1:], torch.ones_like(starts[1:]))
+    row = ends.cumsum(0)[:-1]  # as many as rows that end before the slot
     column = columns.to(torch.int64)
     column = column & 0xFFFF if columns.dtype == torch.int16 else column
     per_row = weight.numel() // max(weight.shape[0], 1)
@@ -238,6 +241,48 @@ def compact_conv2d_backward(
     w = kept_weight(values, effective, starts, columns)
     dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dv)
     return dx, gather_kept(dw, starts, columns) if need_dv else dw
+
+
+# ---- packed inference --------------------------------------------------------------------------
+
+
+def ternary_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
+) -> Tensor:
+    """x (scale · t)ᵀ + b; with int8, x is rounded to max|x| / 127 · q, q in -127 … 127, by row."""
+    wide = _compute_dtype(x)
+    w = formats.ternary_weight(codes, scale.to(wide), rows, x.shape[1])
+    if not int8:
+        return _rounded(x, w, bias)
+    largest = x.to(wide).abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1)
+    q = (x.to(wide) * torch.where(largest > 1e-36, 127 / largest, 0.0)).round()
+    return _rounded(q * (largest / 127), w, bias).to(x.dtype)
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x wᵀ + b of kept `values` at `columns`, row by row."""
+    w = formats.unpack_csr(values.to(_compute_dtype(x)), starts, columns, x.shape[1])
+    return _rounded(x, w, bias)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x wᵀ + b of kept `values` where `bits` has ones."""
+    kept = unpack_mask(bits, x.shape[1])
+    return _rounded(x, formats.unpack_bitmap(values.to(_compute_dtype(x)), kept), bias)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rounded(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Computed in the dtype of `w`, rounded once to that of `x`."""
+    bias = None if bias is None else bias.to(w.dtype)
+    return F.linear(x.to(w.dtype), w, bias).to(x.dtype)
 
 
 # ---- masked_conv2d -------------------------------------------------------------------------

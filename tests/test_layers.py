@@ -16,7 +16,8 @@ PACKAGE = ROOT / "lottery_sparse"
 # module -> modules of the package it may import. The compiled modules are _C and _host.
 MAY_IMPORT: dict[str, set[str]] = {
     # ways to compute
-    "reference": set(),
+    "formats": set(),
+    "reference": {"formats"},
     "dense": {"reference"},
     "native": {"_C", "reference"},
     # which one runs
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # kept weights as lists
     "compact": set(),
     # contract of the ops
-    "ops": {"backends", "random", "reference", "compact"},
+    "ops": {"backends", "random", "reference", "compact", "formats"},
     # the ideas of the paper
     "masks": set(),
     "criteria": {"random"},
@@ -44,8 +45,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "modules",
         "ops",
     },
-    "compacting": {"reference", "compact_layers", "convert"},
+    "compacting": {"reference", "compact", "compact_layers", "convert"},
     "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
+    "optim": {"backends", "compact"},
+    "step": {"backends", "compact", "compact_layers"},
+    "packed": {
+        "compacting",
+        "convert",
+        "formats",
+        "modules",
+        "ops",
+        "reference",
+    },
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},

@@ -333,8 +333,10 @@ def _one_by_one(call: Callable) -> Callable:
     """vmap as a loop: networks side by side have a dimension of their own."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        pairs = list(zip(args, in_dims, strict=True))
         each = [
-            call(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            # of a list (stride, ...), in_dims has a list of None
+            call(*(a.select(d, i) if type(d) is int else a for a, d in pairs))
             for i in range(info.batch_size)
         ]
         if isinstance(each[0], tuple):

@@ -1,0 +1,472 @@
+// compact_conv2d on the CPU: where things lie and in which order; kernels in sparse_conv2d_cpu.cpp.
+#include "sparse_conv2d.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "sparse_products.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr int64_t kLineFloats = kLanes;
+constexpr int64_t kCacheBytes = 512 << 10;  // of the source that a region reads
+constexpr int64_t kTaskChannels = 32;
+constexpr int64_t kTapGrain = 64;
+
+int64_t round_up(int64_t a, int64_t b) {
+    return divide_up(a, b) * b;
+}
+
+int64_t floor_divide(int64_t a, int64_t b) {
+    return a >= 0 ? a / b : -divide_up(-a, b);
+}
+
+// The output positions of a product, cut into register blocks and regions.
+struct Grid {
+    Pair positions;
+    Pair block;
+    Pair rounded;  // positions, rounded up to whole blocks
+};
+
+Grid grid_of(const Pair& positions) {
+    Grid best{};
+    for (int64_t rows : {1, 2, 4}) {
+        const Pair block = {rows, kBlock / rows};
+        const Pair rounded = {round_up(positions.h, block.h), round_up(positions.w, block.w)};
+        if (rows == 1 || rounded.h * rounded.w < best.rounded.h * best.rounded.w)
+            best = {positions, block, rounded};
+    }
+    return best;
+}
+
+// A part of the planes of an image, [low, low + size), with zeros outside the image.
+struct Window {
+    Pair low;
+    Pair size;
+
+    int64_t plane() const { return size.h * size.w; }  // lines
+};
+
+// How images become planes of this window.
+class Packing {
+  public:
+    Packing(const Pair& image, const Window& window) : window_(window), lines_(image.h * image.w) {
+        std::vector<bool> filled(window.plane());
+        for (int64_t h = 0; h < image.h; ++h)
+            for (int64_t w = 0; w < image.w; ++w) {
+                const int64_t y = h - window.low.h, x = w - window.low.w;
+                const bool inside = 0 <= y && y < window.size.h && 0 <= x && x < window.size.w;
+                lines_[h * image.w + w] = static_cast<int32_t>(inside ? y * window.size.w + x : -1);
+                if (inside) filled[y * window.size.w + x] = true;
+            }
+        for (int64_t i = 0; i < window.plane(); ++i) {
+            if (filled[i]) continue;
+            if (gaps_.empty() || gaps_.back() != i) {
+                gaps_.push_back(static_cast<int32_t>(i));
+                gaps_.push_back(static_cast<int32_t>(i));
+            }
+            gaps_.back() = static_cast<int32_t>(i + 1);
+        }
+    }
+
+    // images [count, B, channels, ...] -> planes [count, tiles, channels, window, lane]
+    void operator()(const float* images, int64_t count, int64_t batch, int64_t channels,
+                    bool channels_last, float* planes, const Parallel& parallel) const {
+        const int64_t pixels = static_cast<int64_t>(lines_.size()), stride = channels * pixels;
+        const int64_t tiles = divide_up(batch, kLanes), blocks = divide_up(channels, kTaskChannels);
+        const auto pack = LS_CHOSEN_KERNELS(sparse_conv2d).pack;
+        parallel(count * tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t tile = i / blocks, c = i % blocks * kTaskChannels;
+                const int64_t first = tile % tiles * kLanes;
+                pack({images + (tile / tiles * batch + first) * stride, stride,
+                      std::min(kLanes, batch - first), channels, pixels, channels_last,
+                      lines_.data(), gaps_.data(), static_cast<int64_t>(gaps_.size()) / 2,
+                      window_.plane(), planes + tile * channels * window_.plane() * kLineFloats},
+                     c, std::min(c + kTaskChannels, channels));
+            }
+        });
+    }
+
+  private:
+    Window window_;
+    std::vector<int32_t> lines_;  // by pixel
+    std::vector<int32_t> gaps_;
+};
+
+Window x_window(const Conv2dShape& s) {
+    const Pair rounded = grid_of(s.output).rounded;
+    const auto size = [](int64_t positions, int64_t stride, int64_t kernel, int64_t dilation) {
+        return (positions - 1) * stride + (kernel - 1) * dilation + 1;
+    };
+    return {{-s.padding.h, -s.padding.w},
+            {size(rounded.h, s.stride.h, s.kernel.h, s.dilation.h),
+             size(rounded.w, s.stride.w, s.kernel.w, s.dilation.w)}};
+}
+
+// dx by phases: pixel = position * stride + phase. Along one axis, entry r of the kernel belongs to
+// one phase and reads dy at position + shift.
+struct Reads {
+    int64_t phase;
+    int64_t shift;
+};
+
+Reads reads_of(int64_t r, int64_t stride, int64_t padding, int64_t dilation) {
+    const int64_t back = padding - r * dilation;  // dy position * stride = pixel + back
+    const int64_t phase = -back - floor_divide(-back, stride) * stride;
+    return {phase, floor_divide(phase + back, stride)};
+}
+
+Pair dx_positions(const Conv2dShape& s) {
+    return {divide_up(s.image.h, s.stride.h), divide_up(s.image.w, s.stride.w)};
+}
+
+// All of dy (for dvalues), and all that dx reads.
+Window dy_window(const Conv2dShape& s) {
+    const Pair rounded = grid_of(dx_positions(s)).rounded;
+    const auto along = [](int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                          int64_t output, int64_t positions) {
+        Pair range = {0, output};
+        for (int64_t r = 0; r < kernel; ++r) {
+            const int64_t shift = reads_of(r, stride, padding, dilation).shift;
+            range = {std::min(range.h, shift), std::max(range.w, shift + positions)};
+        }
+        return range;
+    };
+    const Pair h = along(s.kernel.h, s.stride.h, s.padding.h, s.dilation.h, s.output.h, rounded.h);
+    const Pair w = along(s.kernel.w, s.stride.w, s.padding.w, s.dilation.w, s.output.w, rounded.w);
+    return {{h.h, w.h}, {h.w - h.h, w.w - w.h}};
+}
+
+// Regions of a grid whose source stays in the second-level cache.
+struct Regions {
+    Pair size;
+    Pair count;
+
+    Regions(const Grid& grid, int64_t channels, const Pair& step, const Pair& span,
+            int64_t pixels_a_position, bool channels_last) {
+        const auto fits = [&](const Pair& r) {
+            const int64_t bytes = channels * ((r.h - 1) * step.h + span.h) *
+                                  ((r.w - 1) * step.w + span.w) * kLineFloats *
+                                  static_cast<int64_t>(sizeof(float));
+            const int64_t lines = r.h * r.w * pixels_a_position;
+            return bytes <= kCacheBytes && lines * (channels_last ? kLanes : 1) <= kScratchLines;
+        };
+        size = {grid.block.h, std::max(grid.rounded.w, grid.block.w)};
+        while (size.w > grid.block.w &&
+               (!fits(size) || size.h * size.w * pixels_a_position > kScratchLines))
+            size.w = round_up(size.w / 2, grid.block.w);
+        while (size.h < grid.rounded.h && fits({size.h + grid.block.h, size.w}))
+            size.h += grid.block.h;
+        count = {divide_up(grid.rounded.h, size.h), divide_up(grid.rounded.w, size.w)};
+    }
+
+    int64_t total() const { return count.h * count.w; }
+    Pair first(int64_t i) const { return {i / count.w * size.h, i % count.w * size.w}; }
+};
+
+int64_t number(const void* numbers, bool wide, int64_t i) {
+    return wide ? static_cast<const uint32_t*>(numbers)[i]
+                : static_cast<const uint16_t*>(numbers)[i];
+}
+
+// The taps of all replicates.
+struct Taps {
+    Buffer<Tap> taps;             // [E, C]
+    std::vector<int64_t> starts;  // [E, phases, channels + 1]
+};
+
+class Conv2d {
+  public:
+    Conv2d(const Conv2dShape& shape, const CompactLists& lists, const Parallel& parallel)
+        : s_(shape),
+          lists_(lists),
+          parallel_(parallel),
+          tiles_(divide_up(shape.batch, kLanes)),
+          group_in_(shape.in_channels / shape.groups),
+          group_out_(shape.out_channels / shape.groups),
+          x_window_(x_window(shape)) {}
+
+    int64_t x_count() const { return s_.shared_x ? 1 : s_.replicates; }
+    int64_t x_tile() const { return s_.in_channels * x_window_.plane() * kLineFloats; }
+    void pack_x(const float* x, float* planes) const {
+        Packing(s_.image, x_window_)(x, x_count(), s_.batch, s_.in_channels, s_.channels_last,
+                                     planes, parallel_);
+    }
+    void forward(const CompactConv2dForward& p) const;
+    void backward(const CompactConv2dBackward& p) const;
+
+  private:
+    Taps taps_by_row(const float* values) const;
+    Taps taps_by_column(const float* values, const Window& dy) const;
+    void dx(const CompactConv2dBackward& p, const float* dy, const Window& window) const;
+    void sample(const CompactConv2dBackward& p, const float* dy, const Window& window) const;
+
+    // Slots by column of (group, column).
+    Pair column_range(int64_t e, int64_t group, int64_t column) const {
+        const int64_t k = group_in_ * s_.kernel.h * s_.kernel.w;
+        const int64_t* starts = lists_.column_starts + e * (k + 1) + column;
+        if (s_.groups == 1) return {starts[0], starts[1]};
+        const auto first_of = [&](int64_t row) {
+            int64_t begin = starts[0], end = starts[1];
+            while (begin < end) {
+                const int64_t middle = (begin + end) / 2;
+                if (number(lists_.rows, lists_.wide, e * lists_.capacity + middle) < row)
+                    begin = middle + 1;
+                else
+                    end = middle;
+            }
+            return begin;
+        };
+        return {first_of(group * group_out_), first_of((group + 1) * group_out_)};
+    }
+
+    const Conv2dShape s_;
+    const CompactLists lists_;
+    const Parallel& parallel_;
+    const int64_t tiles_, group_in_, group_out_;
+    const Window x_window_;
+};
+
+// What a kept weight reads of the packed x. Without values, theirs are 0.
+Taps Conv2d::taps_by_row(const float* values) const {
+    const int64_t rows = s_.out_channels, kernel = s_.kernel.h * s_.kernel.w;
+    std::vector<int64_t> line(group_in_ * kernel);
+    for (int64_t c = 0; c < group_in_ * kernel; ++c)
+        line[c] = c / kernel * x_window_.plane() +
+                  c % kernel / s_.kernel.w * s_.dilation.h * x_window_.size.w +
+                  c % s_.kernel.w * s_.dilation.w;
+    const int64_t all = s_.replicates * lists_.capacity;
+    Taps taps{buffer<Tap>(all), {lists_.starts, lists_.starts + s_.replicates * (rows + 1)}};
+    parallel_(s_.replicates * rows, kTapGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            const int64_t e = r / rows, first = e * lists_.capacity,
+                          *starts = lists_.starts + r + e;
+            const int64_t base = r % rows / group_out_ * group_in_ * x_window_.plane();
+            for (int64_t i = first + starts[0]; i < first + starts[1]; ++i)
+                taps.taps[i] = {
+                    values ? values[i] : 0.0f,
+                    static_cast<int32_t>(base + line[number(lists_.columns, lists_.wide, i)])};
+        }
+    });
+    return taps;
+}
+
+// The same for dx: [phase][input channel], what it reads of the packed dy.
+Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
+    const int64_t channels = s_.in_channels, phases = s_.stride.h * s_.stride.w;
+    const int64_t kernel = s_.kernel.h * s_.kernel.w, plane = dy.plane();
+    std::vector<std::vector<Pair>> reads(phases);  // (entry of the kernel, line)
+    for (int64_t r = 0; r < s_.kernel.h; ++r)
+        for (int64_t c = 0; c < s_.kernel.w; ++c) {
+            const Reads h = reads_of(r, s_.stride.h, s_.padding.h, s_.dilation.h);
+            const Reads w = reads_of(c, s_.stride.w, s_.padding.w, s_.dilation.w);
+            reads[h.phase * s_.stride.w + w.phase].push_back(
+                {r * s_.kernel.w + c, (h.shift - dy.low.h) * dy.size.w + w.shift - dy.low.w});
+        }
+    const int64_t runs = s_.replicates * phases;
+    Taps taps{buffer<Tap>(s_.replicates * lists_.capacity),
+              std::vector<int64_t>(runs * (channels + 1))};
+    // Calls f(first slot by column, end, line) for the lists of a channel in a phase.
+    const auto for_lists = [&](int64_t run, int64_t channel, const auto& f) {
+        const int64_t e = run / phases, group = channel / group_in_;
+        for (const Pair& read : reads[run % phases]) {
+            const Pair range = column_range(e, group, channel % group_in_ * kernel + read.h);
+            f(range.h, range.w, read.w);
+        }
+    };
+    for (int64_t run = 0; run < runs; ++run) {
+        int64_t* starts = taps.starts.data() + run * (channels + 1);
+        starts[0] = run % phases ? starts[-1] : 0;
+        for (int64_t c = 0; c < channels; ++c) {
+            starts[c + 1] = starts[c];
+            for_lists(run, c, [&](int64_t i, int64_t end, int64_t) { starts[c + 1] += end - i; });
+        }
+    }
+    parallel_(runs * channels, kTapGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t run = i / channels, c = i % channels;
+            const int64_t first = run / phases * lists_.capacity;
+            Tap* tap = taps.taps.get() + first + taps.starts[run * (channels + 1) + c];
+            for_lists(run, c, [&](int64_t slot, int64_t last, int64_t line) {
+                for (int64_t j = first + slot; j < first + last; ++j)
+                    *tap++ = {
+                        values[first + lists_.positions[j]],
+                        static_cast<int32_t>(number(lists_.rows, lists_.wide, j) * plane + line)};
+            });
+        }
+    });
+    return taps;
+}
+
+void Conv2d::forward(const CompactConv2dForward& p) const {
+    pack_x(p.x, p.packed_x);
+    const Taps taps = taps_by_row(p.values);
+    const Grid grid = grid_of(s_.output);
+    const Pair span = {(s_.kernel.h - 1) * s_.dilation.h + 1,
+                       (s_.kernel.w - 1) * s_.dilation.w + 1};
+    const Regions regions(grid, group_in_, s_.stride, span, 1, s_.channels_last);
+    const int64_t channels = s_.out_channels, blocks = divide_up(channels, kTaskChannels);
+    const int64_t image = channels * s_.output.h * s_.output.w;
+    const auto multiply = LS_CHOSEN_KERNELS(sparse_conv2d).multiply;
+    parallel_(
+        s_.replicates * tiles_ * regions.total() * blocks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t c = i % blocks * kTaskChannels, region = i / blocks % regions.total();
+                const int64_t tile = i / blocks / regions.total(), e = tile / tiles_;
+                const int64_t t = tile % tiles_, first = t * kLanes;
+                const Phase phase = {taps.starts.data() + e * (channels + 1), {0, 0}};
+                multiply({taps.taps.get() + e * lists_.capacity,
+                          &phase,
+                          1,
+                          p.packed_x + ((s_.shared_x ? 0 : e) * tiles_ + t) * x_tile(),
+                          s_.stride.h * x_window_.size.w,
+                          s_.stride.w,
+                          grid.block.h,
+                          regions.first(region),
+                          regions.size,
+                          {1, 1},
+                          c,
+                          std::min(c + kTaskChannels, channels),
+                          p.bias ? p.bias + e * channels : nullptr,
+                          p.y + (e * s_.batch + first) * image,
+                          image,
+                          std::min(kLanes, s_.batch - first),
+                          channels,
+                          s_.output,
+                          s_.channels_last,
+                          /*add=*/false});
+            }
+        });
+}
+
+void Conv2d::dx(const CompactConv2dBackward& p, const float* dy, const Window& window) const {
+    const Taps taps = taps_by_column(p.values, window);
+    const Grid grid = grid_of(dx_positions(s_));
+    const Pair span = {window.size.h - grid.rounded.h + 1, window.size.w - grid.rounded.w + 1};
+    const int64_t phases = s_.stride.h * s_.stride.w;
+    const Regions regions(grid, group_out_, {1, 1}, span, phases, s_.channels_last);
+    const int64_t channels = s_.in_channels, blocks = divide_up(channels, kTaskChannels);
+    const int64_t image = channels * s_.image.h * s_.image.w;
+    const int64_t tile_floats = s_.out_channels * window.plane() * kLineFloats;
+    const auto multiply = LS_CHOSEN_KERNELS(sparse_conv2d).multiply;
+    // replicates that share x add to the same dx, one after the other
+    const int64_t apart = x_count(), added = s_.replicates / std::max<int64_t>(apart, 1);
+    parallel_(apart * tiles_ * regions.total() * blocks, 1, [&](int64_t begin, int64_t end) {
+        Phase phase[kMaxPhases];
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t c = i % blocks * kTaskChannels, region = i / blocks % regions.total();
+            const int64_t tile = i / blocks / regions.total(), t = tile % tiles_;
+            const int64_t first = t * kLanes;
+            for (int64_t k = 0; k < added; ++k) {
+                const int64_t e = s_.shared_x ? k : tile / tiles_;
+                for (int64_t f = 0; f < phases; ++f)
+                    phase[f] = {taps.starts.data() + (e * phases + f) * (channels + 1),
+                                {f / s_.stride.w, f % s_.stride.w}};
+                multiply({taps.taps.get() + e * lists_.capacity,
+                          phase,
+                          phases,
+                          dy + (e * tiles_ + t) * tile_floats,
+                          window.size.w,
+                          1,
+                          grid.block.h,
+                          regions.first(region),
+                          regions.size,
+                          s_.stride,
+                          c,
+                          std::min(c + kTaskChannels, channels),
+                          nullptr,
+                          p.dx + (tile / tiles_ * s_.batch + first) * image,
+                          image,
+                          std::min(kLanes, s_.batch - first),
+                          channels,
+                          s_.image,
+                          s_.channels_last,
+                          /*add=*/k > 0});
+            }
+        }
+    });
+}
+
+void Conv2d::sample(const CompactConv2dBackward& p, const float* dy, const Window& window) const {
+    Buffer<float> repacked;
+    const float* x = p.packed_x;
+    if (p.dvalues && !x) {
+        repacked = buffer<float>(x_count() * tiles_ * x_tile());
+        pack_x(p.x, repacked.get());
+        x = repacked.get();
+    }
+    const int64_t rows = s_.out_channels;
+    if (p.dvalues) std::memset(p.dvalues, 0, s_.replicates * lists_.capacity * sizeof(float));
+    if (p.dbias) std::memset(p.dbias, 0, s_.replicates * rows * sizeof(float));
+    const Taps taps = taps_by_row(nullptr);
+    const Pair span = {(s_.kernel.h - 1) * s_.dilation.h + 1,
+                       (s_.kernel.w - 1) * s_.dilation.w + 1};
+    const Regions regions(grid_of(s_.output), group_in_, s_.stride, span, 1, false);
+    const int64_t tile_floats = rows * window.plane() * kLineFloats;
+    const auto kernel = LS_CHOSEN_KERNELS(sparse_conv2d).sample;
+    const int64_t blocks = divide_up(rows, kTaskChannels);
+    parallel_(s_.replicates * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t e = i / blocks, r = i % blocks * kTaskChannels;
+            for (int64_t t = 0; t < tiles_; ++t)
+                for (int64_t region = 0; region < regions.total(); ++region) {
+                    const Pair at = regions.first(region);
+                    const float* dy_tile = dy + (e * tiles_ + t) * tile_floats;
+                    const float* x_tile_at =
+                        p.dvalues ? x + ((s_.shared_x ? 0 : e) * tiles_ + t) * x_tile() : nullptr;
+                    kernel(
+                        {taps.taps.get() + e * lists_.capacity,
+                         taps.starts.data() + e * (rows + 1),
+                         dy_tile + ((at.h - window.low.h) * window.size.w + at.w - window.low.w) *
+                                       kLineFloats,
+                         window.plane(),
+                         window.size.w,
+                         x_tile_at + (at.h * s_.stride.h * x_window_.size.w + at.w * s_.stride.w) *
+                                         kLineFloats,
+                         s_.stride.h * x_window_.size.w,
+                         s_.stride.w,
+                         {std::min(regions.size.h, s_.output.h - at.h),
+                          std::min(regions.size.w, s_.output.w - at.w)},
+                         p.dvalues ? p.dvalues + e * lists_.capacity : nullptr,
+                         p.dbias ? p.dbias + e * rows : nullptr},
+                        r, std::min(r + kTaskChannels, rows));
+                }
+        }
+    });
+}
+
+void Conv2d::backward(const CompactConv2dBackward& p) const {
+    const Window window = dy_window(s_);
+    Buffer<float> dy =
+        buffer<float>(s_.replicates * tiles_ * s_.out_channels * window.plane() * kLineFloats);
+    Packing(s_.output, window)(p.dy, s_.replicates, s_.batch, s_.out_channels, s_.channels_last,
+                               dy.get(), parallel_);
+    if (p.dx) dx(p, dy.get(), window);
+    if (p.dvalues || p.dbias) sample(p, dy.get(), window);
+}
+
+}  // namespace
+
+bool lines_fit(const Conv2dShape& s) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    return x_window(s).plane() <= kMost / std::max<int64_t>(s.in_channels, 1) &&
+           dy_window(s).plane() <= kMost / std::max<int64_t>(s.out_channels, 1);
+}
+
+int64_t packed_x_floats(const Conv2dShape& s) {
+    return (s.shared_x ? 1 : s.replicates) * divide_up(s.batch, kLanes) * s.in_channels *
+           x_window(s).plane() * kLineFloats;
+}
+
+void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel) {
+    Conv2d(p.shape, p.lists, parallel).forward(p);
+}
+
+void compact_conv2d_backward(const CompactConv2dBackward& p, const Parallel& parallel) {
+    Conv2d(p.shape, p.lists, parallel).backward(p);
+}
+
+}  // namespace lottery_sparse

@@ -8,6 +8,7 @@
 
 #include "../csrc/keep_top.h"
 #include "../csrc/mask_bits.h"
+#include "../csrc/masked_optim.h"
 #include "../csrc/random_fill.h"
 #include "../csrc/sparse_linear.h"
 
@@ -142,6 +143,28 @@ void random_fill() {
     END("random_fill.uniform", kScores);
 }
 
+void adam() {
+    std::vector<float> value = draws(kScores), first = draws(kScores), second(kScores, 0.5f);
+    const std::vector<float> grad = draws(kScores);
+    StepPart part = {};
+    part.value = value.data();
+    part.grad = grad.data();
+    part.state[0] = first.data();
+    part.state[1] = second.data();
+    part.size = kScores;
+    part.step_size = -1e-3f;
+    part.second_scale = 1.0f;
+    AdamRates rates = {};
+    rates.first_weight = 0.1f;
+    rates.beta2 = 0.999f;
+    rates.second_weight = 1e-3f;
+    rates.eps = 1e-8f;
+    rates.shrink = 1.0f;
+    begin();
+    LS_KERNELS(masked_optim).adam(rates, part, 0, kScores);
+    END("masked_optim.adam", kScores);
+}
+
 }  // namespace
 }  // namespace lottery_sparse
 
@@ -158,4 +181,5 @@ int main() {
     keep_top();
     mask_bits();
     random_fill();
+    adam();
 }

@@ -27,7 +27,13 @@ ROOT = HERE.parent
 STORED = HERE / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
 PROGRAM = HERE / "instructions.cpp"
-KERNELS = ("keep_top_cpu", "mask_bits_cpu", "random_fill_cpu", "sparse_linear_cpu")
+KERNELS = (
+    "keep_top_cpu",
+    "mask_bits_cpu",
+    "masked_optim_cpu",
+    "random_fill_cpu",
+    "sparse_linear_cpu",
+)
 SLACK = 0.03
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

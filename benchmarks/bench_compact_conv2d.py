@@ -104,22 +104,23 @@ def compact(p: Problem, layout: torch.memory_format = torch.contiguous_format) -
     return steps.of_layer(layer, layer.weight, p._replace(x=x, dy=dy))
 
 
-def kernels(p: Problem, channels_last: bool = False) -> Callable:
+def kernels(p: Problem, layout: torch.memory_format = torch.contiguous_format) -> Callable:
     if not backends.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
-    ops = torch.ops.lottery_sparse_native
-    if not hasattr(ops, "compact_conv2d"):
+    from lottery_sparse import native
+
+    if not hasattr(native, "compact_conv2d"):
         pytest.skip("there is no sparse convolution kernel yet")
     layer = layer_of(p)
+    x, dy = (t.detach().contiguous(memory_format=layout) for t in (p.x, p.dy))
     values, kept = layer.weight.detach(), layer.kept
-    x, dy = p.x.detach(), p.dy
-    if channels_last:  # the ops take [B, H, W, C] then
-        x, dy = (t.movedim(1, -1).contiguous() for t in (x, dy))
-    how = ([3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last)
+    effective, geometry = layer.weight_effective, ([1, 1], [1, 1], [1, 1], 1)
 
     def step():
-        ops.compact_conv2d(x, values, kept.starts, kept.columns, None, *how)
-        ops.compact_conv2d_backward(dy, x, values, *kept, *how, True, True, False)
+        _, carried = native.compact_conv2d(x, values, None, effective, *kept, True, *geometry)
+        native.compact_conv2d_backward(
+            dy, x, values, effective, *kept, True, *geometry, True, True, carried
+        )
 
     return step
 
@@ -133,7 +134,7 @@ SPARSE = {
     "sparseprop batch": partial(sparseprop, over_width=False),
     "sparseprop width": partial(sparseprop, over_width=True),
     "ls kernels": kernels,
-    "ls kernels channels_last": partial(kernels, channels_last=True),
+    "ls kernels channels_last": partial(kernels, layout=torch.channels_last),
     "ls compact": compact,
     "ls compact channels_last": partial(compact, layout=torch.channels_last),
 }

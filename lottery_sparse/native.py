@@ -65,7 +65,7 @@ _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
 MAX_DENSITY_COMPACT = 0.5
 MAX_DENSITY_SAMPLED = 0.45
-_MAX_DENSITY_CONV = 0.15
+_MAX_DENSITY_CONV = 0.3
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 

@@ -131,7 +131,10 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
         return torch.stack([kept_weight(*args) for args in each])
     at = kept_positions(effective, starts, columns)
     flat = torch.cat([effective.flatten(), effective.new_zeros(1)])
-    return flat.index_put([at], values)[:-1].view(effective.shape)
+    w = flat.index_put([at], values)[:-1].view(effective.shape)
+    if w.dim() == 4 and w.stride() != effective.stride():  # the layout decides on that of results
+        w = w.clone(memory_format=torch.channels_last)
+    return w
 
 
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
                          int64_t rows, bool int8) {
     const bool half = x.scalar_type() == ScalarType::BFloat16 && !int8 && ternary_half_runs() &&
                       x.dim() == 2 && x.size(0) >= kHalfBatch;
-    if (!half && x.scalar_type() == ScalarType::BFloat16) x = torch::stable::to(x, ScalarType::Float);
+    if (!half && x.scalar_type() == ScalarType::BFloat16)
+        x = torch::stable::to(x, ScalarType::Float);
     x = checked("x", x, half ? ScalarType::BFloat16 : ScalarType::Float);
     check_rank("x", x, 2, 2);
     const int64_t k = x.size(1);

@@ -82,8 +82,8 @@ inline Vec row_lanes(const Index* columns, const Value* values, const float* x, 
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
         for (int v = 0; v < kVecs; ++v)
-            sum[v] = fma(numbers(values + i + v * kWidth), gather(x, columns + i + v * kWidth),
-                         sum[v]);
+            sum[v] =
+                fma(numbers(values + i + v * kWidth), gather(x, columns + i + v * kWidth), sum[v]);
     if (i < count) {
         alignas(64) float rest_values[kLanes] = {}, rest_x[kLanes] = {};
         for (int j = 0; i < count; ++i, ++j) {

@@ -52,9 +52,7 @@ struct Tiles {
         return width;
     }
     int64_t rows(int64_t t) const { return std::min(kTernaryBatch, batch - t * kTernaryBatch); }
-    int64_t columns() const {
-        return count ? (count - 1) * kTernaryBatch + width(count - 1) : 0;
-    }
+    int64_t columns() const { return count ? (count - 1) * kTernaryBatch + width(count - 1) : 0; }
 
     const int64_t batch;
     const int64_t count;
@@ -63,9 +61,8 @@ struct Tiles {
 // pack(row of x or nullptr, width, its column of a tile, its number) makes the tiles, `parts` words
 // of each word of codes; multiply(tile, first block, end) takes them.
 template <class Pack, class Multiply>
-void multiply_tiles(const TernaryLinear& p, int64_t parts, const Pack& pack,
-                    const float* scale, const int32_t* sum, const Multiply& multiply,
-                    const Parallel& parallel) {
+void multiply_tiles(const TernaryLinear& p, int64_t parts, const Pack& pack, const float* scale,
+                    const int32_t* sum, const Multiply& multiply, const Parallel& parallel) {
     const Tiles tiles(p.batch);
     const int64_t words = divide_up(p.in_features, kTernaryColumns);
     const int64_t blocks = divide_up(p.out_features, kTernaryRows);

@@ -467,11 +467,16 @@ LS_BF16 void multiply_pairs_all(const TernaryTileX& p, int64_t begin, int64_t en
 
 void multiply_half(const TernaryTileX& p, int64_t begin, int64_t end) {
     switch (p.width) {
-        case 1: return multiply_pairs_all<1, 8>(p, begin, end);
-        case 2: return multiply_pairs_all<2, 4>(p, begin, end);
-        case 4: return multiply_pairs_all<4, 4>(p, begin, end);
-        case 8: return multiply_pairs_all<8, 2>(p, begin, end);
-        default: return multiply_pairs_all<16, 1>(p, begin, end);
+        case 1:
+            return multiply_pairs_all<1, 8>(p, begin, end);
+        case 2:
+            return multiply_pairs_all<2, 4>(p, begin, end);
+        case 4:
+            return multiply_pairs_all<4, 4>(p, begin, end);
+        case 8:
+            return multiply_pairs_all<8, 2>(p, begin, end);
+        default:
+            return multiply_pairs_all<16, 1>(p, begin, end);
     }
 }
 
@@ -482,7 +487,7 @@ constexpr void (*multiply_half)(const TernaryTileX&, int64_t, int64_t) = nullptr
 
 }  // namespace
 
-const TernaryKernels LS_KERNELS(ternary_linear) = {kTableFloats, tables, multiply, quantise,
+const TernaryKernels LS_KERNELS(ternary_linear) = {kTableFloats,  tables,    multiply,     quantise,
                                                    multiply_int8, pack_half, multiply_half};
 
 }  // namespace lottery_sparse

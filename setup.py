@@ -37,6 +37,7 @@ KERNELS = [
     "random_fill_cpu",
     "sparse_linear_cpu",
     "ternary_linear_cpu",
+    "ternary_tiles_cpu",
 ]
 DRIVERS = [
     "bindings",

@@ -21,6 +21,9 @@ from lottery_sparse.ops.packed import check_x
 # and the dense library has twice the products.
 MOST_CSR = {4: 0.25, 2: 0.15}
 MOST_BITMAP = {4: 0.7, 2: 0.0}
+# Smaller weights are in the cache, and a packed call takes 12 µs more than a dense one.
+LEAST_CSR = 2**16
+LEAST_BITMAP = 2**20
 
 # the tensors of a format, in the order that its op takes them
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -189,14 +192,18 @@ class PackedLinear(nn.Module):
 
 
 def choose_format(weight: Tensor) -> str:
-    """Ternary if it holds [N, K] exactly; else by what is not zero: csr, bitmap, dense."""
+    """Ternary if it holds [N, K] exactly, at any size; else by size and density of what is not
+    zero: csr, bitmap or dense, the fastest.
+    """
     if weight.numel() and _scale(weight) is not None:
         return "ternary"
     kept = float((weight != 0).double().mean()) if weight.numel() else 1.0
     size = weight.element_size()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return "dense"
-    return "csr" if kept <= MOST_CSR[size] else "bitmap" if kept <= MOST_BITMAP[size] else "dense"
+    if kept <= MOST_CSR[size]:
+        return "csr" if weight.numel() >= LEAST_CSR else "dense"
+    return "bitmap" if kept <= MOST_BITMAP[size] and weight.numel() >= LEAST_BITMAP else "dense"
 
 
 def _scale(weight: Tensor) -> Tensor | None:

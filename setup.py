@@ -40,6 +40,7 @@ KERNELS = [
     "sparse_conv2d_cpu",
     "sparse_linear_cpu",
     "ternary_linear_cpu",
+    "ternary_tiles_cpu",
 ]
 DRIVERS = [
     "bindings",

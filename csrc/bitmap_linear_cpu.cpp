@@ -44,57 +44,119 @@ inline Group expand(uint32_t kept, const Value* values) {
 }
 #endif
 
-// Rows of w and of x that are in registers together.
-template <int kRows, int kBatch, class Value>
-inline void multiply_rows(const BitmapTile<Value>& p, int64_t row, int64_t first) {
-    Vec sum[kRows][kBatch];
-    for (int r = 0; r < kRows; ++r)
-        for (int m = 0; m < kBatch; ++m) sum[r][m] = zero();
-    const int64_t words = packed_words(p.in_features);
+// The rows of w whose groups are expanded side by side.
+constexpr int kRows = 4;
+
+template <class Value>
+struct Rows {
+    Rows(const BitmapTile<Value>& p, int64_t row, int64_t n) {
+        const int64_t words = packed_words(p.in_features) * 2;  // of 16 bits
+        for (int64_t r = 0; r < kRows; ++r) {  // a row that is not there repeats the first
+            const int64_t from = row + (r < n ? r : 0);
+            bits[r] = p.bits + from * words;
+            values[r] = p.values + p.starts[from];
+        }
+    }
+    Group next(int r, int64_t group) {
+        const uint32_t kept = bits[r][group];
+        const Group expanded = expand(kept, values[r]);
+        values[r] += count_bits(kept);
+        return expanded;
+    }
+
     const uint16_t* bits[kRows];
     const Value* values[kRows];
-    for (int r = 0; r < kRows; ++r) {
-        bits[r] = p.bits + (row + r) * words * 2;
-        values[r] = p.values + p.starts[row + r];
-    }
-    const float* x = p.x + first * p.stride;
-    for (int64_t k = 0; k < p.in_features; k += kBitmapGroup) {
-        for (int r = 0; r < kRows; ++r) {
-            const uint32_t kept = bits[r][k / kBitmapGroup];
-            const Group group = expand(kept, values[r]);
-            values[r] += count_bits(kept);
-            for (int m = 0; m < kBatch; ++m)
-                for (int v = 0; v < kVecs; ++v)
-                    sum[r][m] =
-                        fma(group.part[v], load(x + m * p.stride + k + v * kWidth), sum[r][m]);
-        }
-    }
+};
+
+// Element 0 of the result is the sum of all; the same order for any kernel here.
+inline float sum_of(Vec v) {
     alignas(64) float lanes[kWidth];
-    for (int r = 0; r < kRows; ++r)
-        for (int m = 0; m < kBatch; ++m) {
-            store(lanes, sum[r][m]);
-            for (int width = kWidth / 2; width; width /= 2)
-                for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-            p.y[(first + m) * p.out_features + row + r] =
-                p.bias ? lanes[0] + p.bias[row + r] : lanes[0];
-        }
+    store(lanes, v);
+    for (int width = kWidth / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
 }
 
-template <int kRows, int kBatch, class Value>
-inline void multiply_batch(const BitmapTile<Value>& p, int64_t begin, int64_t end, int64_t first) {
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows) multiply_rows<kRows, kBatch>(p, row, first);
-    for (; row < end; ++row) multiply_rows<1, kBatch>(p, row, first);
+template <class Value>
+inline void write(const BitmapTile<Value>& p, int64_t m, int64_t row, Vec sum) {
+    const float total = sum_of(sum);
+    p.y[m * p.out_features + row] = p.bias ? total + p.bias[row] : total;
+}
+
+// One or two rows of x: a group meets them as it is expanded.
+template <int kBatch, class Value>
+void multiply_few(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t n = end - row < kRows ? end - row : kRows;
+        Rows<Value> rows(p, row, n);
+        Vec sum[kRows][kBatch];
+        for (int r = 0; r < kRows; ++r)
+            for (int m = 0; m < kBatch; ++m) sum[r][m] = zero();
+        for (int64_t k = 0; k < p.in_features; k += kBitmapGroup)
+            for (int r = 0; r < kRows; ++r) {
+                const Group group = rows.next(r, k / kBitmapGroup);
+                for (int m = 0; m < kBatch; ++m)
+                    for (int v = 0; v < kVecs; ++v)
+                        sum[r][m] = fma(group.part[v], load(p.x + m * p.stride + k + v * kWidth),
+                                        sum[r][m]);
+            }
+        for (int r = 0; r < n; ++r)
+            for (int m = 0; m < kBatch; ++m) write(p, m, row + r, sum[r][m]);
+    }
+}
+
+// More: a slab of columns is expanded first, and stays in the first-level cache.
+constexpr int64_t kSlab = 1024;
+constexpr int kSide = kBitmapSide;  // rows of x in registers, with kRows of w
+
+template <class Value>
+void multiply_many(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
+    alignas(64) float slab[kRows][kSlab];
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t n = end - row < kRows ? end - row : kRows;
+        Rows<Value> rows(p, row, n);
+        Vec sums[kBitmapBatch][kRows];
+        for (int64_t m = 0; m < p.batch; ++m)
+            for (int r = 0; r < kRows; ++r) sums[m][r] = zero();
+        for (int64_t k0 = 0; k0 < p.in_features; k0 += kSlab) {
+            const int64_t k1 = p.in_features - k0 < kSlab ? p.in_features : k0 + kSlab;
+            for (int64_t k = k0; k < k1; k += kBitmapGroup)
+                for (int r = 0; r < kRows; ++r) {
+                    const Group group = rows.next(r, k / kBitmapGroup);
+                    for (int v = 0; v < kVecs; ++v)
+                        store(slab[r] + k - k0 + v * kWidth, group.part[v]);
+                }
+            for (int64_t m0 = 0; m0 < p.batch; m0 += kSide) {
+                const float* x = p.x + m0 * p.stride + k0;  // rows beyond the batch are there
+                Vec sum[kSide][kRows];
+                for (int m = 0; m < kSide; ++m)
+                    for (int r = 0; r < kRows; ++r)
+                        sum[m][r] = m0 + m < p.batch ? sums[m0 + m][r] : zero();
+                for (int64_t k = 0; k < k1 - k0; k += kWidth) {
+                    Vec w[kRows];
+                    for (int r = 0; r < kRows; ++r) w[r] = load(slab[r] + k);
+                    for (int m = 0; m < kSide; ++m) {
+                        const Vec x_m = load(x + m * p.stride + k);
+                        for (int r = 0; r < kRows; ++r) sum[m][r] = fma(w[r], x_m, sum[m][r]);
+                    }
+                }
+                for (int m = 0; m < kSide && m0 + m < p.batch; ++m)
+                    for (int r = 0; r < kRows; ++r) sums[m0 + m][r] = sum[m][r];
+            }
+        }
+        for (int64_t m = 0; m < p.batch; ++m)
+            for (int r = 0; r < n; ++r) write(p, m, row + r, sums[m][r]);
+    }
 }
 
 template <class Value>
 void multiply(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (; first + 16 <= p.batch; first += 16) multiply_batch<1, 16>(p, begin, end, first);
-    for (; first + 8 <= p.batch; first += 8) multiply_batch<2, 8>(p, begin, end, first);
-    for (; first + 4 <= p.batch; first += 4) multiply_batch<4, 4>(p, begin, end, first);
-    for (; first + 2 <= p.batch; first += 2) multiply_batch<4, 2>(p, begin, end, first);
-    for (; first < p.batch; ++first) multiply_batch<4, 1>(p, begin, end, first);
+    if (p.batch == 1)
+        multiply_few<1>(p, begin, end);
+    else if (p.batch == 2)
+        multiply_few<2>(p, begin, end);
+    else
+        multiply_many(p, begin, end);
 }
 
 }  // namespace

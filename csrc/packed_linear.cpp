@@ -43,7 +43,9 @@ void run(const BitmapLinear& p, const BitmapLinearKernels<Value>& kernels,
          const Parallel& parallel) {
     // not a power of two: rows of x at such a distance would share few sets of the cache
     const int64_t stride = (divide_up(p.in_features, kBitmapGroup) + 1) * kBitmapGroup;
-    const Buffer<float> x = buffer<float>(p.batch * stride);
+    const int64_t padded = divide_up(p.batch, kBitmapSide) * kBitmapSide;
+    const Buffer<float> x = buffer<float>(padded * stride);
+    std::memset(x.get() + p.batch * stride, 0, (padded - p.batch) * stride * sizeof(float));
     for (int64_t b = 0; b < p.batch; ++b) {
         std::memcpy(x.get() + b * stride, p.x + b * p.in_features, p.in_features * sizeof(float));
         std::memset(x.get() + b * stride + p.in_features, 0,

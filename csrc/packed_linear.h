@@ -84,10 +84,12 @@ LS_DECLARE_KERNELS(PackedKernels32, packed_linear_32);
 LS_DECLARE_KERNELS(PackedKernels16Half, packed_linear_16_half);
 LS_DECLARE_KERNELS(PackedKernels32Half, packed_linear_32_half);
 
-constexpr int64_t kBitmapBatch = 16;  // most rows of x that meet an expanded group together
+constexpr int64_t kBitmapBatch = 32;  // most rows of x in a tile
+constexpr int64_t kBitmapSide = 4;    // rows of x are padded to a multiple of these
 constexpr int64_t kBitmapGroup = 16;  // columns
 
-// Rows of x have a stride of whole groups, with zeros beyond K.
+// Rows of x have a stride of whole groups, with zeros beyond K. Rows up to a multiple of
+// kBitmapSide can be read.
 template <class Value>
 struct BitmapTile {
     const int64_t* starts;

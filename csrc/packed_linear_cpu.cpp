@@ -21,6 +21,7 @@ inline float number(Bfloat16 v) {
 // ---- one row of x -------------------------------------------------------------------------------
 
 constexpr int kLanes = 16;  // entries of a row that are summed side by side
+constexpr int64_t kAhead = 256;  // entries between one that is summed and one that is fetched
 
 #if defined(__AVX2__)
 // Four loads and three shuffles: half the time of a gather instruction on Zen 4.

@@ -98,7 +98,7 @@ void multiply_tiles(const TernaryLinear& p, int64_t parts, const Pack& pack, con
 }  // namespace
 
 void ternary_linear_int8(const TernaryLinear& p, const Parallel& parallel) {
-    const TernaryKernels& kernels = LS_CHOSEN_KERNELS(ternary_linear);
+    const TernaryTileKernels& kernels = LS_CHOSEN_KERNELS(ternary_tiles);
     const int64_t columns = Tiles(p.batch).columns();
     const Buffer<float> scale = buffer<float>(columns);
     const Buffer<int32_t> sum = buffer<int32_t>(columns);
@@ -110,7 +110,7 @@ void ternary_linear_int8(const TernaryLinear& p, const Parallel& parallel) {
 }
 
 void ternary_linear_half(const TernaryLinear& p, const uint16_t* x, const Parallel& parallel) {
-    const TernaryKernels& kernels = LS_CHOSEN_KERNELS(ternary_linear);
+    const TernaryTileKernels& kernels = LS_CHOSEN_KERNELS(ternary_tiles);
     const auto pack = [&](int64_t b, int64_t words, int64_t width, uint32_t* column) {
         kernels.pack_half(b < p.batch ? x + b * p.in_features : nullptr, p.in_features, words,
                           width, column);
@@ -121,7 +121,7 @@ void ternary_linear_half(const TernaryLinear& p, const uint16_t* x, const Parall
 bool ternary_half_runs() {
 #if LS_X86_VARIANTS
     static const bool runs = __builtin_cpu_supports("avx512bf16");
-    return runs && LS_CHOSEN_KERNELS(ternary_linear).multiply_half;
+    return runs && LS_CHOSEN_KERNELS(ternary_tiles).multiply_half;
 #else
     return false;
 #endif

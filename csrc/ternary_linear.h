@@ -86,7 +86,10 @@ struct TernaryKernels {
                    float* tables);
     // Row blocks [begin, end) of kTernaryRows rows.
     void (*multiply)(const TernaryTile& p, int64_t begin, int64_t end);
-    // One row of x -> column m of a tile.
+};
+
+struct TernaryTileKernels {
+    // One row of x, or zeros for nullptr -> column m of a tile.
     void (*quantise)(const float* x, int64_t in_features, int64_t words, int64_t width,
                      uint32_t* column, float* scale, int32_t* sum);
     void (*multiply_int8)(const TernaryTileX& p, int64_t begin, int64_t end);
@@ -97,5 +100,6 @@ struct TernaryKernels {
 };
 
 LS_DECLARE_KERNELS(TernaryKernels, ternary_linear);
+LS_DECLARE_KERNELS(TernaryTileKernels, ternary_tiles);
 
 }  // namespace lottery_sparse

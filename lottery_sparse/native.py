@@ -330,21 +330,25 @@ def ternary_linear(
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _ops.csr_linear(_float(x), _stored(values), starts, columns, _float(bias)).to(x.dtype)
+    y = _ops.csr_linear(_float(x), _stored(values), starts, columns, _float(bias))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _ops.bitmap_linear(_float(x), _stored(values), starts, bits, _float(bias)).to(x.dtype)
+    y = _ops.bitmap_linear(_float(x), _stored(values), starts, bits, _float(bias))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _float(values: Any) -> Any:
-    return None if values is None else values.to(torch.float32)
+    if values is None or values.dtype == torch.float32:  # half a microsecond less than .to
+        return values
+    return values.to(torch.float32)
 
 
 def _stored(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.bfloat16 else values.to(torch.float32)
+    return values if values.dtype == torch.bfloat16 else _float(values)
 
 
 # ---- selection and masks -----------------------------------------------------------------------

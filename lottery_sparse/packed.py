@@ -16,10 +16,14 @@ from lottery_sparse.modules import Masked
 from lottery_sparse.ops import bitmap_linear, csr_linear, pack_mask, ternary_linear
 from lottery_sparse.ops.packed import check_x
 
-# Up to these densities a format beats the dense library at batches 1 to 32; measured at 4096 x 4096
-# and 11008 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes.
-MOST_CSR = {4: 0.3, 2: 0.15}
-MOST_BITMAP = {4: 0.6, 2: 0.15}
+# Up to these densities a format beats the dense library at every batch from 1 to 32, by element
+# size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
+# and the dense library has twice the products.
+MOST_CSR = {4: 0.25, 2: 0.15}
+MOST_BITMAP = {4: 0.7, 2: 0.0}
+# Smaller weights are in the cache, and a packed call takes 12 µs more than a dense one.
+LEAST_CSR = 2**16
+LEAST_BITMAP = 2**20
 
 # the tensors of a format, in the order that its op takes them
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -93,25 +97,32 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but the layer needs [..., {self.in_features}]."
             )
-        tensors = [self._buffers[name] for name in FORMATS[self.format]]
+        bias, parts = self.bias, self._parts()
         if self.format == "ternary":
-            codes, scale = tensors
-            return ternary_linear(x, codes, scale, self.out_features, self.bias, activations)  # pyright: ignore[reportArgumentType]
+            codes, scale = parts
+            return ternary_linear(x, codes, scale, self.out_features, bias, activations)
         if self.format == "csr":
-            return csr_linear(x, *tensors, self.bias)  # pyright: ignore[reportArgumentType]
+            values, starts, columns = parts
+            return csr_linear(x, values, starts, columns, bias)
         if self.format == "bitmap":
-            return bitmap_linear(x, *tensors, self.bias)  # pyright: ignore[reportArgumentType]
-        return F.linear(x, tensors[0], self.bias)  # pyright: ignore[reportArgumentType]
+            values, starts, bits = parts
+            return bitmap_linear(x, values, starts, bits, bias)
+        return F.linear(x, parts[0], bias)
+
+    def _parts(self) -> list[Tensor]:
+        """The tensors of the format."""
+        parts = [self._buffers[name] for name in FORMATS[self.format]]
+        return [part for part in parts if part is not None]
 
     def activation_error(self, x: Tensor) -> float:
         """‖y(int8) − y(exact)‖ / ‖y(exact)‖ of x wᵀ, without the bias; 0 if not ternary."""
         if self.format != "ternary":
             return 0.0
-        bias, self.bias = self.bias, None
+        bias, self.bias, x = self.bias, None, x.detach().to(torch.float32)
         try:
             with torch.no_grad():
-                exact = self._multiply(x.detach(), "exact").double()
-                rounded = self._multiply(x.detach(), "int8").double()
+                exact = self._multiply(x, "exact").double()
+                rounded = self._multiply(x, "int8").double()
         finally:
             self.bias = bias
         return float((rounded - exact).norm() / exact.norm().clamp(min=1e-300))
@@ -119,21 +130,22 @@ class PackedLinear(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """The weight, unpacked: [N, K]."""
-        rows, columns, b = self.out_features, self.in_features, self._buffers
+        parts, columns = self._parts(), self.in_features
         if self.format == "ternary":
-            return formats.ternary_weight(b["codes"], b["scale"], rows, columns)  # pyright: ignore[reportArgumentType]
+            codes, scale = parts
+            return formats.ternary_weight(codes, scale, self.out_features, columns)
         if self.format == "csr":
-            return formats.unpack_csr(b["values"], b["starts"], b["columns"], columns)  # pyright: ignore[reportArgumentType]
+            values, starts, numbers = parts
+            return formats.unpack_csr(values, starts, numbers, columns)
         if self.format == "bitmap":
-            kept = reference.unpack_mask(b["bits"], columns)  # pyright: ignore[reportArgumentType]
-            return formats.unpack_bitmap(b["values"], kept)  # pyright: ignore[reportArgumentType]
-        return b["weight"]  # pyright: ignore[reportReturnType]
+            values, _, bits = parts
+            return formats.unpack_bitmap(values, reference.unpack_mask(bits, columns))
+        return parts[0]
 
     @property
     def bytes(self) -> int:
         """What the packed weight takes, without the bias."""
-        tensors = (self._buffers[name] for name in FORMATS[self.format])
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(part.numel() * part.element_size() for part in self._parts())
 
     @property
     def dense_bytes(self) -> int:
@@ -168,7 +180,7 @@ class PackedLinear(nn.Module):
             if why:
                 error_msgs.append(f"{prefix}{why}")
                 return
-            device = self._buffers[FORMATS[self.format][0]].device  # pyright: ignore[reportOptionalMemberAccess]
+            device = self._parts()[0].device
             for name in FORMATS[self.format]:
                 del self._buffers[name]
             self.format = found[0]
@@ -180,14 +192,18 @@ class PackedLinear(nn.Module):
 
 
 def choose_format(weight: Tensor) -> str:
-    """Ternary if it holds [N, K] exactly; else by what is not zero: csr, bitmap, dense."""
+    """Ternary if it holds [N, K] exactly, at any size; else by size and density of what is not
+    zero: csr, bitmap or dense, the fastest.
+    """
     if weight.numel() and _scale(weight) is not None:
         return "ternary"
     kept = float((weight != 0).double().mean()) if weight.numel() else 1.0
     size = weight.element_size()
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return "dense"
-    return "csr" if kept <= MOST_CSR[size] else "bitmap" if kept <= MOST_BITMAP[size] else "dense"
+    if kept <= MOST_CSR[size]:
+        return "csr" if weight.numel() >= LEAST_CSR else "dense"
+    return "bitmap" if kept <= MOST_BITMAP[size] and weight.numel() >= LEAST_BITMAP else "dense"
 
 
 def _scale(weight: Tensor) -> Tensor | None:
@@ -329,4 +345,4 @@ def _replace(layer: Masked, activations: str) -> PackedLinear:
 def _error_of_normal(layer: PackedLinear) -> float:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, layer.in_features, generator=generator)
-    return layer.activation_error(x.to(layer._buffers["codes"].device))  # pyright: ignore[reportOptionalMemberAccess]
+    return layer.activation_error(x.to(layer._parts()[0].device))

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
-    "doctor": {"backends", "reference", "_C", "_host"},
+    "doctor": {"backends", "formats", "reference", "_C", "_host"},
     "__main__": {"doctor", "convert", "modules", "plan"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version

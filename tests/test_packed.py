@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
+from lottery_sparse import packed
 from lottery_sparse.packed import FORMATS, choose_format
 
 WEIGHTS = {
@@ -18,6 +19,21 @@ WEIGHTS = {
     "bitmap": lambda: torch.randn(20, 30) * (torch.rand(20, 30) < 0.45),
     "dense": lambda: torch.randn(20, 30),
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_are_packed_too(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_CSR", 0)
+    monkeypatch.setattr(packed, "LEAST_BITMAP", 0)
+
+
+def test_small_weights_stay_dense(monkeypatch):
+    for name, format in (("LEAST_CSR", "csr"), ("LEAST_BITMAP", "bitmap")):
+        weight = WEIGHTS[format]()
+        monkeypatch.setattr(packed, name, weight.numel())
+        assert choose_format(weight) == format
+        monkeypatch.setattr(packed, name, weight.numel() + 1)
+        assert choose_format(weight) == "dense"
 
 
 def net():
@@ -178,14 +194,14 @@ def test_signed_constants_with_their_frozen_values_become_ternary():
     with torch.no_grad():
         layer.weight.copy_(0.1 * layer.weight.sign())
     for frozen in ("zero", ls.Constant(0.1)):
-        packed = copy.deepcopy(layer)
-        ls.set_masks_(packed, {"weight": torch.rand(20, 50) < 0.3}, frozen)
+        copied = copy.deepcopy(layer)
+        ls.set_masks_(copied, {"weight": torch.rand(20, 50) < 0.3}, frozen)
         x = torch.randn(4, 50)
-        y = packed(x).detach()
-        ls.pack_(packed, report=None)
-        assert packed.format == "ternary"
-        assert packed.bytes == 4 * 2 * 4 * 16 + 4
-        torch.testing.assert_close(packed(x), y)
+        y = copied(x).detach()
+        ls.pack_(copied, report=None)
+        assert copied.format == "ternary"
+        assert copied.bytes == 4 * 2 * 4 * 16 + 4
+        torch.testing.assert_close(copied(x), y)
 
 
 def test_other_frozen_values_are_weights_like_the_others():

@@ -296,6 +296,32 @@ def test_backends_can_be_forced():
             train(other, [complex_one], 1)
 
 
+@needs_kernel
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_the_stable_ops_give_the_same_bits(name, options, monkeypatch):
+    """Those of _C, which _eager repeats for the torch that it was built with."""
+    mine, theirs = compact_model(), compact_model()
+    train_model(mine, PAIRS[name][0](mine.parameters(), **options), 3)
+    monkeypatch.setattr(ls.optim, "_op", lambda op: getattr(backends.load("cpu"), op))
+    train_model(theirs, PAIRS[name][0](theirs.parameters(), **options), 3)
+    assert all(
+        torch.equal(*pair) for pair in zip(mine.parameters(), theirs.parameters(), strict=True)
+    )
+    assert_fresh(theirs)
+
+
+@needs_kernel
+def test_lists_that_do_not_fit_are_an_error():
+    one = [torch.ones(3)]
+    for op in (ls.optim._op("sgd_step"), backends.load("cpu").sgd_step):
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            op(one, [], [], [], [], [], [], 0.1, 0.0, 0.0, 0.0, False, False, False)
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            op(one, one, [], one, one, one, [5], 0.1, 0.0, 0.0, 0.0, False, False, False)
+        assert op(one, [torch.ones(4)], [], [], [], [], [], 0.1, 0, 0, 0, False, False, False) == 0
+    assert torch.equal(one[0], torch.ones(3))
+
+
 # ---- compact layers ------------------------------------------------------------------------------
 
 

@@ -1,0 +1,194 @@
+"""ls.optim on compact layers: kept values, spare slots and effective weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from optim_problems import CASES, PAIRS, by_kernel, needs_kernel, train
+from torch import nn
+
+import lottery_sparse as ls
+from lottery_sparse import backends, compact
+
+
+def compact_model(frozen="zero", networks=None, shared=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(30, 17), nn.ReLU(), nn.Linear(17, 17), nn.Linear(17, 17), nn.Linear(17, 4)
+    )
+    if shared:
+        model[3].weight = model[2].weight
+    ls.sparsify_(model)
+    names = [n for n, p in model.named_parameters() if p.dim() == 2]
+    masks = {n: torch.rand(dict(model.named_parameters())[n].shape) < 0.3 for n in names}
+    masks["0.weight"][5] = False  # an empty row
+    held = ls.Constant(0.25) if frozen == "constant" else "zero"
+    ls.set_masks_(model, ls.Masks(masks), frozen=held)
+    return ls.compact_(model, spare=3)
+
+
+def compact_layers(model):
+    return [m for m in model.modules() if isinstance(m, ls.CompactLinear)]
+
+
+def assert_fresh(model):
+    """Effective weights hold the kept values and else what they froze; spare slots hold 0."""
+    for layer in compact_layers(model):
+        got = layer.weight_effective.clone()
+        assert layer.fresh_version == layer.weight._version
+        layer._refill()
+        assert torch.equal(got, layer.weight_effective)
+        kept = int(layer.kept.kept)
+        assert kept < layer.capacity
+        assert (layer.weight[kept:] == 0).all()
+
+
+def train_model(model, optimizer, steps):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 30, generator=generator)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@pytest.mark.parametrize("frozen", ["zero", "constant"])
+def test_compact_layers(name, options, frozen):
+    mine, theirs = compact_model(frozen), compact_model(frozen)
+    options = options | {"lr": 1e-3}
+    train_model(mine, PAIRS[name][0](mine.parameters(), **options), 4)
+    train_model(theirs, PAIRS[name][1](theirs.parameters(), **options), 4)
+    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert_fresh(mine)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
+    """Without a gradient that flows, a hook or a refresh: also for a weight two layers share."""
+    by_kernel(monkeypatch)
+    for cls in (ls.CompactLinear,):
+        monkeypatch.setattr(cls, "refresh_", lambda self: pytest.fail("refreshed"))
+    model = compact_model(shared=True)
+    assert len(compact.holders_of(model[2].weight)) == 2
+    params = list(model.parameters())
+    optimizer = PAIRS[name][0](params, lr=0.1)
+    before = [layer.weight_effective._version for layer in compact_layers(model)]
+    train(optimizer, params, 2)
+    after = [layer.weight_effective._version for layer in compact_layers(model)]
+    assert all(a > b for a, b in zip(after, before, strict=True))
+    monkeypatch.undo()
+    for layer in compact_layers(model):
+        kept = int(layer.kept.kept)
+        got = layer.weight_effective.clone()
+        assert (layer.weight[kept:] == 0).all()  # whose gradient was not 0
+        layer._refill()
+        assert torch.equal(got, layer.weight_effective)
+
+
+@needs_kernel
+def test_spare_slots_stay_zero_with_eps_zero(monkeypatch):
+    by_kernel(monkeypatch)
+    model = compact_model()
+    train_model(model, ls.optim.Adam(model.parameters(), lr=0.01, eps=0.0, weight_decay=0.1), 3)
+    assert_fresh(model)
+
+
+@pytest.mark.parametrize("networks", [1, 3])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_networks_side_by_side(name, networks, wide, monkeypatch):
+    """A compact Parameter [E, C] of ragged networks, one of them empty, in more than one chunk."""
+    rows, columns = 5, 2**16 + 3 if wide else 4000
+    mask = torch.rand(networks, rows, columns) < 0.2
+    mask[-1] &= torch.rand(rows, columns) < (0.5 if networks == 1 else 0.0)
+    kept = compact.KeptLists.of(mask, int(mask.flatten(1).sum(1).max()) + 2)
+    layer = Holder(kept, torch.full(mask.shape, 7.0))
+    params = [layer.weight]
+    train(PAIRS[name][0](params, lr=0.1), params, 3)
+    used = torch.arange(kept.columns.shape[1]) < kept.kept.unsqueeze(1)
+    assert (layer.weight[~used] == 0).all() or not backends.built("cpu")
+    expected = torch.full(mask.shape, 7.0).masked_scatter(mask, layer.weight.detach()[used])
+    assert torch.equal(layer.weight_effective, expected)
+    assert layer.weight[used].abs().sum() > 0 or not mask.any()
+
+
+class Holder(nn.Module):
+    """A compact layer, as far as an optimizer sees one."""
+
+    def __init__(self, kept, effective):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(kept.columns.shape))
+        self.register_buffer("weight_effective", effective)
+        self.register_buffer("kept_starts", kept.starts)
+        self.register_buffer("kept_columns", kept.columns)
+        self.kept, self.fresh_version = kept, 0
+        compact.register(self)
+
+    def refresh_(self):
+        arguments = self.weight_effective, self.weight.detach(), self.kept_starts, self.kept_columns
+        ls.reference.scatter_kept_(*arguments)
+        self.fresh_version = self.weight._version
+
+
+@needs_kernel
+def test_compact_and_expand_under_a_running_optimizer(monkeypatch):
+    by_kernel(monkeypatch)
+    model = ls.expand_(compact_model())
+    optimizer = ls.optim.Adam(model.parameters(), lr=0.01)
+    train_model(model, optimizer, 2)
+    ls.compact_(model, optimizer, spare=2)
+    train_model(model, optimizer, 2)
+    assert_fresh(model)
+    masks = ls.masks_of(model)
+    smaller = {n: m & (torch.rand(m.shape) < 0.7) for n, m in masks.items()}
+    ls.set_masks_(model, ls.Masks(smaller), optimizer=optimizer)
+    train_model(model, optimizer, 2)
+    assert_fresh(model)
+    other = torch.rand(17, 30) < 0.2
+    with pytest.raises(ValueError, match="pass it: set_masks_"):
+        ls.set_masks_(model, ls.Masks(smaller | {"0.weight": other}))
+    ls.expand_(model, optimizer)
+    train_model(model, optimizer, 2)
+
+
+def test_fallback_keeps_effective_weights_fresh():
+    model = compact_model()
+    optimizer = ls.optim.Adam(model.parameters(), lr=0.01, amsgrad=True)
+    train_model(model, optimizer, 2)
+    assert_fresh(model)
+    with ls.use_backend("reference"):
+        train_model(model, ls.optim.SGD(model.parameters(), lr=0.01), 2)
+    assert_fresh(model)
+    with ls.use_backend("reference"):
+        train_model(model, ls.optim.Adam(model.parameters(), lr=0.01, fused=True), 2)
+    assert_fresh(model)
+
+
+def test_an_optimizer_does_not_keep_layers_alive():
+    model = compact_model()
+    layer = model[0]
+    params = list(model.parameters())
+    optimizer = ls.optim.SGD(params, lr=0.1)
+    train(optimizer, params, 1)
+    effective = layer.weight_effective
+    before = effective.clone()
+    del model, layer
+    train(optimizer, params, 1, first=1)
+    assert torch.equal(effective, before)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_the_stable_ops_give_the_same_bits(name, options, monkeypatch):
+    """Those of _C, which _eager repeats for the torch that it was built with."""
+    mine, theirs = compact_model(), compact_model()
+    train_model(mine, PAIRS[name][0](mine.parameters(), **options), 3)
+    monkeypatch.setattr(ls.optim, "_op", lambda op: getattr(backends.load("cpu"), op))
+    train_model(theirs, PAIRS[name][0](theirs.parameters(), **options), 3)
+    assert all(
+        torch.equal(*pair) for pair in zip(mine.parameters(), theirs.parameters(), strict=True)
+    )
+    assert_fresh(theirs)

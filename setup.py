@@ -43,11 +43,13 @@ DRIVERS = [
     "bindings_conv2d",
     "bindings_linear",
     "bindings_optim",
+    "bindings_step",
     "compact_linear",
     "keep_top",
     "masked_optim",
     "sparse_conv2d",
     "sparse_linear",
+    "train_step",
     "variants",
 ]
 X86 = platform.machine().lower() in ("x86_64", "amd64")

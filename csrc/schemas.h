@@ -20,6 +20,9 @@ constexpr const char* kSchemas[] = {
     "compact_linear_backward(Tensor dy, Tensor packed_x, Tensor values, Tensor starts, "
     "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, bool shared_x, "
     "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    "train_step(Tensor x, Tensor labels, Tensor(a!)[] parameters, Tensor(b!)[] first, "
+    "Tensor(c!)[] second, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] lists, "
+    "float[] rates, bool adam, int networks, int threads) -> Tensor",
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",

@@ -153,6 +153,17 @@ struct SampledProduct {
     bool add;  // add to what is there; if not, whole rows of dw are written
 };
 
+// The same tile product with its result as a tile: out[r][b], rows [begin, end) of it.
+template <class Index>
+struct PackedProduct {
+    KeptRows<Index> rows;
+    const float* tile;  // [columns of the matrix][kTileBatch]
+    const float* bias;  // by row, or nullptr
+    const float* gate;  // [rows][kTileBatch]: results are 0 where it is not positive; or nullptr
+    float* out;         // [rows][kTileBatch]
+    bool relu;
+};
+
 template <class Index>
 struct SparseLinearKernels {
     // Lists rows [begin, end) of mask and weight [rows, columns] at starts[begin].
@@ -162,6 +173,7 @@ struct SparseLinearKernels {
     void (*pack_tile)(const float* source, int64_t batch, int64_t features, float* tile);
     // Rows [begin, end); begin is a multiple of kRowBlock.
     void (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
+    void (*multiply_packed)(const PackedProduct<Index>& p, int64_t begin, int64_t end);
     void (*scatter)(const ScatterProduct<Index>& p);
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
     // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.

@@ -100,6 +100,20 @@ void multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
     }
 }
 
+template <class Index>
+void multiply_packed(const PackedProduct<Index>& p, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+        float* out = p.out + r * kTileBatch;
+        multiply_row(p.rows, p.rows.starts[r], p.rows.starts[r + 1], p.tile,
+                     p.bias ? p.bias[r] : 0.0f, out);
+        if (p.relu)  // keeps NaN, as torch.relu does
+            for (int b = 0; b < kTileBatch; ++b) out[b] = out[b] < 0.0f ? 0.0f : out[b];
+        if (p.gate)
+            for (int b = 0; b < kTileBatch; ++b)
+                out[b] = p.gate[r * kTileBatch + b] > 0.0f ? out[b] : 0.0f;
+    }
+}
+
 // First of [begin, end) whose column is not below `column`.
 template <class Index>
 inline int64_t lower_bound(const Index* columns, int64_t begin, int64_t end, int64_t column) {
@@ -186,9 +200,9 @@ float sum_row(const float* row, int64_t tiles, int64_t stride) {
 
 }  // namespace
 
-const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows, pack_tile, multiply,
-                                                                    scatter,   sample,    sum_row};
-const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows, pack_tile, multiply,
-                                                                    scatter,   sample,    sum_row};
+const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
 
 }  // namespace lottery_sparse

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compacting": {"reference", "compact", "compact_layers", "convert"},
     "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
     "optim": {"backends", "compact"},
+    "step": {"backends", "compact", "compact_layers"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},

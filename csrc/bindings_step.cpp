@@ -1,0 +1,145 @@
+// The rim of train_step: a stack of compact layers and their optimizer's state, as lists of
+// tensors.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "rim.h"
+#include "train_step.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr size_t kRates = 7;  // numbers per parameter, see rule()
+
+// Adam: lr, beta1, beta2, eps, weight_decay, decoupled, maximize.
+// SGD: lr, momentum, dampening, weight_decay, nesterov, maximize, first.
+StepRule rule(bool adam, const double* r, double t) {
+    StepRule found = {};
+    found.adam = adam;
+    if (adam) {
+        const bool decoupled = r[5] != 0;
+        found.rates = {static_cast<float>(1 - r[1]),
+                       static_cast<float>(r[2]),
+                       static_cast<float>(1 - r[2]),
+                       static_cast<float>(r[3]),
+                       decoupled ? 0.0f : static_cast<float>(r[4]),
+                       decoupled ? static_cast<float>(1 - r[0] * r[4]) : 1.0f,
+                       r[6] != 0};
+        found.step_size = static_cast<float>(-(r[0] / (1 - std::pow(r[1], t))));
+        found.second_scale = static_cast<float>(std::sqrt(1 - std::pow(r[2], t)));
+    } else {
+        found.sgd = {static_cast<float>(-r[0]),
+                     static_cast<float>(r[1]),
+                     static_cast<float>(1 - r[2]),
+                     static_cast<float>(r[3]),
+                     r[4] != 0,
+                     r[5] != 0,
+                     r[6] != 0};
+    }
+    return found;
+}
+
+// A tensor of `count` elements that kernels write in place, or nullptr where there is none.
+template <class T>
+T* in_place(const char* name, const Tensor& t, ScalarType dtype, int64_t count) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous(), name,
+                    " must be a contiguous ", toString(dtype), " CPU tensor.");
+    if (t.numel() == 0 && count > 0) return nullptr;
+    STD_TORCH_CHECK(t.numel() == count, name, " has ", t.numel(), " elements, expected ", count,
+                    ".");
+    return output<T>(t);
+}
+
+// Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
+// (empty: none), in `steps` their counters; starts, columns, column_starts, rows and positions in
+// `lists`. `rates` has kRates numbers per parameter.
+Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
+                     std::vector<Tensor> first, std::vector<Tensor> second,
+                     std::vector<Tensor> steps, std::vector<Tensor> effective,
+                     std::vector<Tensor> lists, std::vector<double> rates, bool adam,
+                     int64_t networks, int64_t threads) {
+    x = checked("x", x, ScalarType::Float);
+    labels = checked("labels", labels, ScalarType::Long);
+    const size_t layers = effective.size();
+    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers && lists.size() == 5 * layers &&
+                        first.size() == 2 * layers && second.size() == 2 * layers &&
+                        steps.size() == 2 * layers && rates.size() == 2 * layers * kRates,
+                    "the lists of tensors do not fit each other.");
+    check_rank("x", x, 2, 3);
+    check_rank("labels", labels, 1, 2);
+    TrainStep p = {networks,
+                   x.size(x.dim() - 2),
+                   floats(x),
+                   x.dim() == 2,
+                   static_cast<const int64_t*>(labels.const_data_ptr()),
+                   labels.dim() == 1,
+                   {},
+                   nullptr,
+                   threads};
+    STD_TORCH_CHECK(networks > 0 && (x.dim() == 2 || x.size(0) == networks) &&
+                        (labels.dim() == 1 || labels.size(0) == networks) &&
+                        labels.size(labels.dim() - 1) == p.batch && p.batch > 0,
+                    "x ", shape_text(x), " and labels ", shape_text(labels), " do not fit ",
+                    networks, " networks with a batch of at least 1.");
+    int64_t features = x.size(x.dim() - 1);
+    for (size_t l = 0; l < layers; ++l) {
+        const Tensor* list = &lists[5 * l];
+        const bool wide = list[1].scalar_type() == ScalarType::Int;
+        const ScalarType numbers = wide ? ScalarType::Int : ScalarType::Short;
+        const int64_t slots = parameters[2 * l].numel(), bounds = list[0].numel() / networks;
+        StepLayer layer = {};
+        layer.in_features = features;
+        layer.out_features = bounds - 1;
+        STD_TORCH_CHECK(bounds > 0, "starts are missing.");
+        layer.values = in_place<float>("values", parameters[2 * l], ScalarType::Float, slots);
+        layer.effective = in_place<float>("effective", effective[l], ScalarType::Float,
+                                          networks * layer.out_features * features);
+        const int64_t outputs = networks * layer.out_features;
+        layer.bias = in_place<float>("bias", parameters[2 * l + 1], ScalarType::Float, outputs);
+        layer.lists = {
+            in_place<int64_t>("starts", list[0], ScalarType::Long, networks * bounds),
+            wide ? static_cast<void*>(in_place<int32_t>("columns", list[1], numbers, slots))
+                 : in_place<int16_t>("columns", list[1], numbers, slots),
+            in_place<int64_t>("column_starts", list[2], ScalarType::Long,
+                              networks * (features + 1)),
+            wide ? static_cast<void*>(in_place<int32_t>("rows", list[3], numbers, slots))
+                 : in_place<int16_t>("rows", list[3], numbers, slots),
+            in_place<int32_t>("positions", list[4], ScalarType::Int, slots),
+            slots / networks,
+            wide};
+        for (size_t i = 2 * l; i < 2 * l + 2; ++i) {
+            const int64_t count = parameters[i].numel();
+            float** state = i == 2 * l ? layer.values_state : layer.bias_state;
+            state[0] = in_place<float>("a state", first[i], ScalarType::Float, count);
+            state[1] = in_place<float>("a state", second[i], ScalarType::Float, count);
+            STD_TORCH_CHECK(!adam || count == 0 || (state[0] && state[1]),
+                            "Adam needs two states per parameter.");
+            in_place<float>("step", steps[i], ScalarType::Float, 1);
+        }
+        p.layers.push_back(layer);
+        features = layer.out_features;
+    }
+    for (int64_t i = 0; i < labels.numel(); ++i)
+        STD_TORCH_CHECK(0 <= p.labels[i] && p.labels[i] < features, "labels must be in [0, ",
+                        features, "), got ", p.labels[i], ".");
+    for (size_t i = 0; i < steps.size(); ++i) {
+        double t = 0;
+        if (float* counter = in_place<float>("step", steps[i], ScalarType::Float, 1))
+            t = *counter += 1;
+        StepLayer& layer = p.layers[i / 2];
+        (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
+    }
+    Tensor loss = empty({networks}, ScalarType::Float);
+    p.loss = output<float>(loss);
+    train_step(p, kParallel);
+    return loss;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
+    m.impl("train_step", TORCH_BOX(&train_step_op));
+}
+
+}  // namespace lottery_sparse

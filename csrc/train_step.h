@@ -1,0 +1,55 @@
+// train_step: forward, loss, backward and optimizer step of a stack of compact linear layers, for
+// one network or many, in one call.
+//
+// A network is computed from end to end by one thread, and nothing in it depends on which others
+// there are: same bits alone or in company, for any thread count. Between layers activations stay
+// in tiles [features][kTileBatch], so nothing is transposed but x.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "masked_optim.h"
+#include "sparse_linear.h"
+
+namespace lottery_sparse {
+
+// What the optimizer does to one parameter.
+struct StepRule {
+    bool adam;  // else SGD
+    SgdRates sgd;
+    AdamRates rates;
+    float step_size;     // of Adam, see StepPart
+    float second_scale;  // the same
+};
+
+struct StepLayer {
+    int64_t in_features;
+    int64_t out_features;
+    CompactLists lists;
+    float* values;           // [E, C]
+    float* bias;             // [E, N], or nullptr
+    float* effective;        // [E, N, K]: gets the new values
+    float* values_state[2];  // [E, C], as StepPart's
+    float* bias_state[2];    // [E, N]
+    StepRule values_rule;
+    StepRule bias_rule;
+};
+
+// relu between layers; the last one gives logits, whose cross-entropy is averaged over the batch.
+struct TrainStep {
+    int64_t networks;  // E
+    int64_t batch;     // B, at least 1
+    const float* x;    // [E, B, K], or [B, K] for all
+    bool shared_x;
+    const int64_t* labels;  // [E, B] or [B], each in [0, classes)
+    bool shared_labels;
+    std::vector<StepLayer> layers;
+    float* loss;  // [E]
+    int64_t threads;
+};
+
+// Throws std::bad_alloc where there is no memory for the activations, before anything is changed.
+void train_step(const TrainStep& p, const Parallel& parallel);
+
+}  // namespace lottery_sparse

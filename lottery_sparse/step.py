@@ -1,0 +1,227 @@
+"""train_step: forward, loss, backward and optimizer step of a small network in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse import backends
+from lottery_sparse.compact import KeptLists, mark_fresh, note_optimizer
+from lottery_sparse.compact_layers import CompactLinear
+
+OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A whole training step of a stack of compact linear layers as one call.
+
+    The model is an nn.Sequential of an optional nn.Flatten and CompactLinear layers with nn.ReLU
+    between them, float32 on the CPU, pruned weights zero; the loss is softmax cross-entropy,
+    averaged over the batch. The result is that of
+
+        loss = F.cross_entropy(model(x), y); loss.backward(); optimizer.step()
+
+    within float32 rounding: parameters, optimizer state and effective weights are updated in place.
+    For E networks side by side (`ls.replicate`) it is E such steps; a network gets the same bits
+    alone, in company, and with any number of threads. At small sizes most of a step by modules is
+    the time of their calls, which this does without.
+
+    Args:
+        model: the network; forward hooks are not run.
+        optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim` over exactly the model's
+            parameters. Its options are read in every call, so schedulers work; its state stays its
+            own, so that steps by modules can follow.
+
+    Returns:
+        (x, y) -> loss: x [B, ...], or [E, B, ...] with inputs of each network's own; y int64 [B],
+        or [E, B]; loss [], or [E].
+
+    Raises:
+        ValueError, TypeError: something in the model or the optimizer that the op does not do.
+    """
+    return _Step(model, optimizer)
+
+
+class _Step:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        if not backends.built("cpu"):
+            raise ValueError(f"train_step needs the native kernels; build them, or {OTHERWISE}.")
+        self.optimizer = optimizer
+        self.layers = _stack(model)
+        self.adam = _is_adam(optimizer)
+        self.parameters: list[Tensor | None] = []
+        for layer in self.layers:
+            self.parameters += [layer.weight, layer.bias]
+        self._check_parameters(model)
+        weight = self.layers[0].weight
+        self.networks = weight.shape[0] if weight.dim() == 2 else None
+        self.empty = torch.empty(0)
+        for parameter in self.parameters[::2]:
+            assert parameter is not None
+            note_optimizer(parameter, optimizer)
+
+    def _check_parameters(self, model: nn.Module) -> None:
+        held = [p for p in self.parameters if p is not None]
+        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in held} != {id(p) for p in stepped} or len(held) != len(stepped):
+            raise ValueError(
+                f"optimizer holds {len(stepped)} parameters, which are not the {len(held)} of the "
+                f"model; build it from model.parameters() after ls.compact_, or {OTHERWISE}."
+            )
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.float32 or not parameter.is_cpu:
+                raise ValueError(
+                    f"{name} is {parameter.dtype} on {parameter.device}, train_step takes float32 "
+                    f"on the CPU; {OTHERWISE}."
+                )
+            if not parameter.requires_grad:
+                raise ValueError(f"{name} does not require a gradient; {OTHERWISE}.")
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self._input(x)
+        single = self.networks is None
+        if y.dtype != torch.int64 or y.dim() not in ((1,) if single else (1, 2)):
+            raise ValueError(
+                f"y must be int64 class numbers, [B]{'' if single else ' or [E, B]'}, got "
+                f"{y.dtype} {tuple(y.shape)}."
+            )
+        first, second, steps, rates = self._state()
+        buffers = [layer._buffers for layer in self.layers]
+        effective: Any = [b["weight_effective"] for b in buffers]
+        lists: Any = [b[f"kept_{name}"] for b in buffers for name in KeptLists._fields]
+        parameters = [self.empty if p is None else p.detach() for p in self.parameters]
+        loss = torch.ops.lottery_sparse_native.train_step(
+            x.detach(), y, parameters, first, second, steps, effective, lists, rates, self.adam,
+            self.networks or 1, torch.get_num_threads(),
+        )  # fmt: skip
+        held = [p for p in self.parameters if p is not None]
+        torch.autograd.graph.increment_version([*held, *effective])
+        for layer in self.layers:
+            mark_fresh(layer.weight)
+        return loss.squeeze(0) if single else loss
+
+    def _input(self, x: Tensor) -> Tensor:
+        """x as [B, K] or [E, B, K]."""
+        features = self.layers[0].in_features
+        own = self.networks is not None and x.dim() > 2 and x.shape[0] == self.networks
+        for leading in (2, 1) if own else (1,):
+            if x.dim() > leading and x.shape[leading:].numel() == features:
+                return x.flatten(leading)
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but the first layer has {features} inputs: expected "
+            f"[B, ...]{'' if self.networks is None else ' or [E, B, ...]'} with as many elements."
+        )
+
+    def _state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
+        """The optimizer's state, made where it is missing, and its options per parameter."""
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        first, second, steps, rates = [], [], [], []
+        for parameter in self.parameters:
+            if parameter is None:
+                first.append(self.empty)
+                second.append(self.empty)
+                steps.append(torch.zeros(1))
+                rates += [0.0] * 7
+                continue
+            group = groups[id(parameter)]
+            _check_options(group)
+            state = self.optimizer.state[parameter]
+            if self.adam:
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                first.append(state["exp_avg"])
+                second.append(state["exp_avg_sq"])
+                steps.append(state["step"])
+                rates += [
+                    group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                    _decoupled(self.optimizer, group), group["maximize"],
+                ]  # fmt: skip
+                continue
+            momentum = state.get("momentum_buffer") if group["momentum"] else self.empty
+            fresh = momentum is None
+            if momentum is None:
+                momentum = state["momentum_buffer"] = torch.zeros_like(parameter)
+            first.append(momentum)
+            second.append(self.empty)
+            steps.append(torch.zeros(1))
+            rates += [
+                group["lr"], group["momentum"], group["dampening"], group["weight_decay"],
+                group["nesterov"], group["maximize"], fresh,
+            ]  # fmt: skip
+        return first, second, steps, [float(rate) for rate in rates]
+
+
+def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    return group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return True
+    if isinstance(optimizer, torch.optim.SGD):
+        return False
+    raise TypeError(
+        f"optimizer must be SGD, Adam or AdamW for train_step, got {type(optimizer).__name__}; "
+        f"{OTHERWISE}."
+    )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for option in ("amsgrad", "capturable", "differentiable"):
+        if group.get(option):
+            raise ValueError(
+                f"optimizer has {option}=True, which train_step does not do; {OTHERWISE}."
+            )
+
+
+def _stack(model: nn.Module) -> list[CompactLinear]:
+    """The layers of a Sequential of Flatten, then CompactLinear with ReLU between."""
+    named = list(_flat(model, ""))
+    layers: list[CompactLinear] = []
+    relu = True  # whether a layer may come next
+    for i, (name, module) in enumerate(named):
+        if isinstance(module, nn.Flatten) and i == 0 and module.start_dim == 1:
+            continue
+        if isinstance(module, nn.ReLU) and layers and not relu:
+            relu = True
+        elif type(module) is CompactLinear and relu:
+            if not module.zero:
+                raise ValueError(
+                    f"{name}: pruned weights hold other values than zero; {OTHERWISE}."
+                )
+            layers.append(module)
+            relu = False
+        else:
+            hint = (
+                "call ls.sparsify_ and ls.compact_ first, or " if "Linear" in _kind(module) else ""
+            )
+            raise ValueError(
+                f"{name or 'the model'} is a {_kind(module)}, but train_step takes an "
+                f"nn.Sequential of Flatten and CompactLinear layers with ReLU between them; "
+                f"{hint}{OTHERWISE}."
+            )
+    if not layers or relu:
+        raise ValueError(f"the model must end in a CompactLinear layer; {OTHERWISE}.")
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError(f"a layer stands twice in the model; {OTHERWISE}.")
+    return layers
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if type(module) is not nn.Sequential:
+        yield name, module
+        return
+    for child_name, child in module._modules.items():
+        assert child is not None
+        yield from _flat(child, f"{name}.{child_name}" if name else child_name)

@@ -47,7 +47,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compacting": {"reference", "compact", "compact_layers", "convert"},
     "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
     "optim": {"backends", "compact"},
-    "step": {"backends", "compact", "compact_layers"},
+    "replicate": {
+        "reference",
+        "frozen",
+        "modules",
+        "compact_layers",
+        "convert",
+        "compacting",
+    },
+    "step": {"backends", "compact", "compact_layers", "replicate"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "reference", "_C", "_host"},

@@ -28,7 +28,7 @@ PER_IMAGE: tuple[type[nn.Module], ...] = (
 
 def replicate(
     model: nn.Module | Sequence[nn.Module],
-    E: int | None = None,  # noqa: N803  # the letter of the shapes
+    E: int | None = None,
     seeds: Sequence[int] | None = None,
 ) -> nn.Module:
     """E networks side by side as one module: x [B, ...], shared, or [E, B, ...] -> [E, B, out].
@@ -163,9 +163,9 @@ def as_rows(x: Tensor, networks: int | None, features: int) -> Tensor:
     if x.dim() == 3 and x.shape[0] == networks and x.shape[2] == features:
         return x
     for leading in (1, 2):
-        if x.dim() > leading and x.shape[leading:].numel() == features:
-            if leading == 1 or x.shape[0] == networks:
-                return x.flatten(leading)
+        fits = x.dim() > leading and x.shape[leading:].numel() == features
+        if fits and (leading == 1 or x.shape[0] == networks):
+            return x.flatten(leading)
     raise ValueError(
         f"x has shape {tuple(x.shape)}, but the first layer has {features} inputs: expected "
         f"[B, ...]{'' if networks is None else f' or [{networks}, B, ...]'} with as many elements."
@@ -181,7 +181,7 @@ def _models(model: Any, count: int | None, seeds: Sequence[int] | None) -> list[
             raise ValueError(f"E is {count}, but there are {len(seeds)} seeds; they must be equal.")
         number = len(seeds) if seeds is not None else count
         if number is None or number < 1:
-            raise ValueError(f"E must be at least 1 copy of the model, or seeds given; got {count}.")
+            raise ValueError(f"E must be at least 1, or seeds given; got {count}.")
         return [model] * (number if seeds is not None else 1)
     models = list(model)
     if not models or not all(isinstance(m, nn.Module) for m in models):
@@ -208,7 +208,7 @@ def _check(name: str, module: nn.Module) -> None:
             f"{hint}write the model as an nn.Sequential of masked layers, pooling and activations."
         )
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
-        raise TypeError(f"{name} is a {module}; replicate takes nn.Flatten() of dimensions 1 to -1.")
+        raise TypeError(f"{name} is a {module}; replicate takes one of dimensions 1 to -1.")
     if _networks(module) is not None:
         raise TypeError(f"{name} holds networks side by side already; select one first.")
     if isinstance(module, nn.Linear | Masked) and "weight" not in module._parameters:
@@ -239,7 +239,9 @@ def _map(module: nn.Module, change: Any) -> nn.Module:
 def _bare(module: nn.Module) -> nn.Module:
     """A new module that holds the same tensors, in dicts of its own."""
     new = type(module).__new__(type(module))
-    new.__dict__ = {k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()}
+    new.__dict__ = {
+        k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()
+    }
     return new
 
 

@@ -56,6 +56,8 @@ class _Step:
         self.optimizer = optimizer
         self.layers = _stack(model)
         self.adam = _is_adam(optimizer)
+        for group in optimizer.param_groups:
+            _check_options(group)
         self.parameters: list[Tensor | None] = []
         for layer in self.layers:
             self.parameters += [layer.weight, layer.bias]
@@ -102,6 +104,10 @@ class _Step:
             self.networks or 1, torch.get_num_threads(),
         )  # fmt: skip
         held = [p for p in self.parameters if p is not None]
+        if not self.adam:  # only now, or a call that failed would have been the first step
+            for parameter, momentum in zip(self.parameters, first, strict=True):
+                if parameter is not None and momentum is not self.empty:
+                    self.optimizer.state[parameter]["momentum_buffer"] = momentum
         torch.autograd.graph.increment_version([*held, *effective])
         for layer in self.layers:
             mark_fresh(layer.weight)
@@ -137,7 +143,7 @@ class _Step:
             momentum = state.get("momentum_buffer") if group["momentum"] else self.empty
             fresh = momentum is None
             if momentum is None:
-                momentum = state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = torch.zeros_like(parameter)
             first.append(momentum)
             second.append(self.empty)
             steps.append(torch.zeros(1))
@@ -177,7 +183,12 @@ def _stack(model: nn.Module) -> list[CompactLinear]:
     layers: list[CompactLinear] = []
     relu = True  # whether a layer may come next
     for i, (name, module) in enumerate(named):
-        if isinstance(module, nn.Flatten) and i == 0 and module.start_dim == 1 and module.end_dim == -1:
+        if (
+            isinstance(module, nn.Flatten)
+            and i == 0
+            and module.start_dim == 1
+            and module.end_dim == -1
+        ):
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True

@@ -263,7 +263,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _reset(model: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for _, module in _named(model):
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:

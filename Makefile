@@ -13,15 +13,15 @@ COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
 CSRC         := $(wildcard csrc/*)
-SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench build clean distclean
+.PHONY: help venv quickstart test lint format bench bench-peers instructions build clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@echo "lottery_sparse: make TARGET"
-	@sed -n 's/^\([a-z]*\):.*##  */  \1 /p' Makefile | awk '{n = $$1; $$1 = ""; printf "  %-12s%s\n", n, $$0}'
+	@sed -n 's/^\([a-z-]*\):.*##  */  \1 /p' Makefile | awk '{n = $$1; $$1 = ""; printf "  %-14s%s\n", n, $$0}'
 
 venv: $(PACKAGE)  ## create .venv: tested versions, this package, and its kernels where a compiler is found
 
@@ -45,6 +45,15 @@ format: $(PACKAGE)  ## rewrite the sources in the house style
 
 bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
 	$(PY) -m benchmarks cpu
+
+bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares with, where it can
+	@for peer in sparselab torchao sparseprop; do \
+	  $(PIP) install -c constraints.txt --no-deps --no-build-isolation $$peer || echo "$$peer was not installed"; \
+	done
+	@$(PY) -m benchmarks.peers
+
+instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%
+	$(PY) -m benchmarks.instructions
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build

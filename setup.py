@@ -31,24 +31,31 @@ BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
 KERNELS = [
+    "bitmap_linear_cpu",
     "keep_top_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",
+    "packed_linear_cpu",
     "random_fill_cpu",
     "sparse_conv2d_cpu",
     "sparse_linear_cpu",
+    "ternary_linear_cpu",
+    "ternary_tiles_cpu",
 ]
 DRIVERS = [
     "bindings",
     "bindings_conv2d",
     "bindings_linear",
     "bindings_optim",
+    "bindings_packed",
     "bindings_step",
     "compact_linear",
     "keep_top",
     "masked_optim",
+    "packed_linear",
     "sparse_conv2d",
     "sparse_linear",
+    "ternary_linear",
     "train_step",
     "variants",
 ]
@@ -176,7 +183,7 @@ def native(required):
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     eager = CppExtension(
         f"lottery_sparse._eager_{version}",
-        sources(["eager", "compact_linear", "variants"]),
+        sources(["eager", "eager_optim", "compact_linear", "masked_optim", "variants"]),
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
         extra_compile_args={"cxx": FLAGS},
         optional=True,

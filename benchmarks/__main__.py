@@ -1,17 +1,15 @@
-"""`python -m benchmarks cpu [--quick] [--only FILE] [--out FOLDER]`: measure, print, store."""
+"""`python -m benchmarks cpu [--quick] [--only FILE] [--resume] [--out FOLDER]`: measure, store."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks.collect import Rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,12 +17,14 @@ HERE = Path(__file__).resolve().parent
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("suite", choices=["cpu"])
-    parser.add_argument("--quick", action="store_true", help="few layers and rounds, a minute")
+    parser.add_argument("--quick", action="store_true", help="few layers and rounds, two minutes")
     parser.add_argument(
         "--only",
         choices=sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")),
-        help="run one file and keep the stored rows of the others",
+        help="run one file; the stored rows of the others stay",
     )
+    parser.add_argument("--resume", action="store_true", help="leave out rows of this commit")
+    parser.add_argument("-k", help="run only what this pytest expression names")
     parser.add_argument(
         "--out",
         type=Path,
@@ -34,32 +34,24 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     quick = arguments.quick
     out = arguments.out or (HERE.parent / "out" / "benchmarks" if quick else HERE / "results")
-    machine, run = report.machine(), report.run(os.getloadavg()[0])
-    with tempfile.TemporaryDirectory() as folder:
-        measured = Path(folder) / "benchmark.json"
-        status = pytest.main(
-            [
-                str(HERE / f"bench_{arguments.only}.py" if arguments.only else HERE),
-                *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
-                *("-o", "addopts=", "-p", "no:cacheprovider", "-q"),
-                *("--benchmark-only", "--benchmark-disable-gc", f"--benchmark-json={measured}"),
-                "--benchmark-columns=min,median",
-                *(["--quick"] if quick else []),
-            ]
-        )
-        if status != pytest.ExitCode.OK:
-            return int(status)
-        rows = report.rows(json.loads(measured.read_text()), run)
-    stored = out / "cpu.json"
-    if arguments.only and stored.is_file():
-        fresh = {row["bench"] for row in rows}
-        rows += [r for r in json.loads(stored.read_text())["rows"] if r["bench"] not in fresh]
-    out.mkdir(parents=True, exist_ok=True)
-    text = report.as_markdown(machine, rows)
-    stored.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    (out / "cpu.md").write_text(text)
-    print(text)
-    return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of peers, which do not ask torch
+    rows = Rows(out / "cpu.json", arguments.resume)
+    status = pytest.main(
+        [
+            str(HERE / f"bench_{arguments.only}.py" if arguments.only else HERE),
+            *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
+            *("-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider", "-q"),
+            *("--benchmark-only", "--benchmark-disable-gc", "--benchmark-quiet"),
+            *(["-k", arguments.k] if arguments.k else []),
+            *(["--quick"] if quick else []),
+        ],
+        plugins=[rows],
+    )
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        rows.save()
+        return int(status)
+    print(rows.save() if arguments.k else rows.finish())
+    return int(status)
 
 
 if __name__ == "__main__":

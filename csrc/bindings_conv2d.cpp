@@ -107,10 +107,10 @@ std::vector<int64_t> images_size(const Conv2dShape& s, bool networks, int64_t ch
     return size;
 }
 
-std::tuple<Tensor, Tensor> compact_conv2d_op(
-    Tensor x, Tensor values, Tensor starts, Tensor columns, std::optional<Tensor> bias,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, int64_t groups, bool channels_last) {
+Tensor compact_conv2d_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
+                         std::optional<Tensor> bias, std::vector<int64_t> kernel_size,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                         std::vector<int64_t> dilation, int64_t groups, bool channels_last) {
     const Options options =
         checked_options(kernel_size, stride, padding, dilation, groups, channels_last);
     const auto [shape, lists] = checked_conv2d(x, values, starts, columns, options);
@@ -121,19 +121,17 @@ std::tuple<Tensor, Tensor> compact_conv2d_op(
     }
     Tensor y = empty(images_size(shape, values.dim() == 2, shape.out_channels, shape.output),
                      ScalarType::Float);
-    Tensor packed = empty({packed_x_floats(shape)}, ScalarType::Float);
-    compact_conv2d_forward({shape, lists, floats(x), floats(values), bias ? floats(*bias) : nullptr,
-                            output<float>(y), output<float>(packed)},
-                           kParallel);
-    return {y, packed};
+    compact_conv2d_forward(
+        {shape, lists, floats(x), floats(values), bias ? floats(*bias) : nullptr, output<float>(y)},
+        kParallel);
+    return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
-    Tensor dy, Tensor x, std::optional<Tensor> packed_x, Tensor values, Tensor starts,
-    Tensor columns, Tensor column_starts, Tensor rows, Tensor positions,
-    std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, int64_t groups, bool channels_last, bool need_dx,
-    bool need_dvalues, bool need_dbias) {
+    Tensor dy, Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor column_starts,
+    Tensor rows, Tensor positions, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, bool channels_last,
+    bool need_dx, bool need_dvalues, bool need_dbias) {
     const Options options =
         checked_options(kernel_size, stride, padding, dilation, groups, channels_last);
     auto [shape, lists] = checked_conv2d(x, values, starts, columns, options);
@@ -143,11 +141,6 @@ std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
     for (int64_t d = 0; fits && d < dy.dim(); ++d) fits = dy.size(d) == dy_size[d];
     STD_TORCH_CHECK(fits, "dy has shape ", shape_text(dy), ", which does not fit x ", shape_text(x),
                     ".");
-    if (packed_x) {
-        packed_x = checked("packed_x", *packed_x, ScalarType::Float);
-        STD_TORCH_CHECK(packed_x->numel() == packed_x_floats(shape), "packed_x has shape ",
-                        shape_text(*packed_x), ", which does not fit x ", shape_text(x), ".");
-    }
     column_starts = checked("column_starts", column_starts, ScalarType::Long);
     rows = checked("rows", rows, lists.wide ? ScalarType::Int : ScalarType::Short);
     positions = checked("positions", positions, ScalarType::Int);
@@ -167,8 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
         dbias = values.dim() == 2 ? empty({shape.replicates, shape.out_channels}, ScalarType::Float)
                                   : empty({shape.out_channels}, ScalarType::Float);
     compact_conv2d_backward(
-        {shape, lists, floats(dy), floats(x), packed_x ? floats(*packed_x) : nullptr,
-         floats(values), need_dx ? output<float>(dx) : nullptr,
+        {shape, lists, floats(dy), floats(x), floats(values), need_dx ? output<float>(dx) : nullptr,
          need_dvalues ? output<float>(dvalues) : nullptr,
          need_dbias ? output<float>(dbias) : nullptr},
         kParallel);

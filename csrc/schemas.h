@@ -3,6 +3,17 @@
 
 namespace lottery_sparse {
 
+// These two are in torch.ops.lottery_sparse_eager as well.
+constexpr const char* kSgdStep =
+    "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] effective, "
+    "Tensor[] starts, Tensor[] columns, int[] owners, float lr, float momentum, float dampening, "
+    "float weight_decay, bool nesterov, bool maximize, bool first) -> int";
+constexpr const char* kAdamStep =
+    "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] starts, "
+    "Tensor[] columns, int[] owners, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled, bool maximize) -> int";
+
 constexpr const char* kSchemas[] = {
     "keep_top(Tensor[] scores, Tensor[] masks, int count, int seed, int[] streams) -> Tensor[]",
     "count_kept(Tensor mask) -> int",
@@ -26,20 +37,19 @@ constexpr const char* kSchemas[] = {
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",
-    "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] effective, "
-    "Tensor[] starts, Tensor[] columns, int[] owners, float lr, float momentum, float dampening, "
-    "float weight_decay, bool nesterov, bool maximize, bool first) -> int",
-    "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] starts, "
-    "Tensor[] columns, int[] owners, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decoupled, bool maximize) -> int",
+    kSgdStep,
+    kAdamStep,
     "compact_conv2d(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool channels_last) -> (Tensor, Tensor)",
-    "compact_conv2d_backward(Tensor dy, Tensor x, Tensor? packed_x, Tensor values, Tensor starts, "
+    "bool channels_last) -> Tensor",
+    "compact_conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor starts, "
     "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, int[] kernel_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, bool need_dx, "
     "bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    "ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows, bool int8) "
+    "-> Tensor",
+    "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) -> Tensor",
+    "bitmap_linear(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias) -> Tensor",
 };
 
 }  // namespace lottery_sparse

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kLineFloats = kLanes;
 constexpr int64_t kCacheBytes = 512 << 10;  // of the source that a region reads
+constexpr int64_t kGroupBytes = 8 << 20;    // packed at a time: in the last-level cache
 constexpr int64_t kTaskChannels = 32;
 constexpr int64_t kTapGrain = 64;
 
@@ -40,6 +41,12 @@ Grid grid_of(const Pair& positions) {
     }
     return best;
 }
+
+// One tile of the batch of one replicate.
+struct Unit {
+    int64_t tile;
+    int64_t replicate;
+};
 
 // A part of the planes of an image, [low, low + size), with zeros outside the image.
 struct Window {
@@ -71,20 +78,25 @@ class Packing {
         }
     }
 
-    // images [count, B, channels, ...] -> planes [count, tiles, channels, window, lane]
-    void operator()(const float* images, int64_t count, int64_t batch, int64_t channels,
-                    bool channels_last, float* planes, const Parallel& parallel) const {
+    // Tile `tile(i)` = (replicate, tile of its batch) of images [E, B, channels, ...] to
+    // planes [i][channels][window][lane], for i < count.
+    template <class F>
+    void operator()(const float* images, int64_t count, const F& tile, int64_t batch,
+                    int64_t channels, bool channels_last, float* planes,
+                    const Parallel& parallel) const {
         const int64_t pixels = static_cast<int64_t>(lines_.size()), stride = channels * pixels;
-        const int64_t tiles = divide_up(batch, kLanes), blocks = divide_up(channels, kTaskChannels);
+        const int64_t blocks = divide_up(channels, kTaskChannels);
         const auto pack = LS_CHOSEN_KERNELS(sparse_conv2d).pack;
-        parallel(count * tiles * blocks, 1, [&](int64_t begin, int64_t end) {
+        parallel(count * blocks, 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
-                const int64_t tile = i / blocks, c = i % blocks * kTaskChannels;
-                const int64_t first = tile % tiles * kLanes;
-                pack({images + (tile / tiles * batch + first) * stride, stride,
+                const int64_t c = i % blocks * kTaskChannels;
+                const Unit unit = tile(i / blocks);
+                const int64_t first = unit.tile * kLanes;
+                pack({images + (unit.replicate * batch + first) * stride, stride,
                       std::min(kLanes, batch - first), channels, pixels, channels_last,
                       lines_.data(), gaps_.data(), static_cast<int64_t>(gaps_.size()) / 2,
-                      window_.plane(), planes + tile * channels * window_.plane() * kLineFloats},
+                      window_.plane(),
+                      planes + i / blocks * channels * window_.plane() * kLineFloats},
                      c, std::min(c + kTaskChannels, channels));
             }
         });
@@ -178,6 +190,22 @@ struct Taps {
     std::vector<int64_t> starts;  // [E, phases, channels + 1]
 };
 
+// Units are worked on in groups: those of one tile follow each other, replicates ascending.
+struct Group {
+    int64_t begin;
+    int64_t end;
+    int64_t replicates;
+
+    Unit unit(int64_t i) const { return {i / replicates, i % replicates}; }
+    int64_t first_tile() const { return begin / replicates; }
+    int64_t tiles() const { return (end - 1) / replicates + 1 - first_tile(); }
+    // Replicates of a tile that are in this group.
+    Pair of_tile(int64_t tile) const {
+        return {std::max(begin - tile * replicates, int64_t{0}),
+                std::min(end - tile * replicates, replicates)};
+    }
+};
+
 class Conv2d {
   public:
     Conv2d(const Conv2dShape& shape, const CompactLists& lists, const Parallel& parallel)
@@ -187,22 +215,46 @@ class Conv2d {
           tiles_(divide_up(shape.batch, kLanes)),
           group_in_(shape.in_channels / shape.groups),
           group_out_(shape.out_channels / shape.groups),
-          x_window_(x_window(shape)) {}
+          x_window_(x_window(shape)),
+          x_tile_(shape.in_channels * x_window_.plane() * kLineFloats) {}
 
-    int64_t x_count() const { return s_.shared_x ? 1 : s_.replicates; }
-    int64_t x_tile() const { return s_.in_channels * x_window_.plane() * kLineFloats; }
-    void pack_x(const float* x, float* planes) const {
-        Packing(s_.image, x_window_)(x, x_count(), s_.batch, s_.in_channels, s_.channels_last,
-                                     planes, parallel_);
-    }
     void forward(const CompactConv2dForward& p) const;
     void backward(const CompactConv2dBackward& p) const;
 
   private:
+    int64_t most_units(int64_t floats) const {
+        const int64_t bytes = floats * static_cast<int64_t>(sizeof(float));
+        const int64_t fit = std::max<int64_t>(kGroupBytes / std::max<int64_t>(bytes, 1), 1);
+        return std::min(fit, std::max<int64_t>(tiles_ * s_.replicates, 1));
+    }
+    Pair span() const {
+        return {(s_.kernel.h - 1) * s_.dilation.h + 1, (s_.kernel.w - 1) * s_.dilation.w + 1};
+    }
+    // Calls f(group) for all units, as many at a time as `floats` a unit allow.
+    template <class F>
+    void for_groups(int64_t floats, const F& f) const {
+        const int64_t units = tiles_ * s_.replicates, size = most_units(floats);
+        for (int64_t u = 0; u < units; u += size)
+            f(Group{u, std::min(u + size, units), s_.replicates});
+    }
+    // Packs the x of a group; where of a unit it lies says x_at.
+    void pack_x(const Packing& packing, const float* x, const Group& group, float* planes) const {
+        packing(
+            x, s_.shared_x ? group.tiles() : group.end - group.begin,
+            [&](int64_t i) {
+                return s_.shared_x ? Unit{group.first_tile() + i, 0} : group.unit(group.begin + i);
+            },
+            s_.batch, s_.in_channels, s_.channels_last, planes, parallel_);
+    }
+    int64_t x_at(const Group& group, int64_t i) const {
+        return (s_.shared_x ? group.unit(i).tile - group.first_tile() : i - group.begin) * x_tile_;
+    }
     Taps taps_by_row(const float* values) const;
     Taps taps_by_column(const float* values, const Window& dy) const;
-    void dx(const CompactConv2dBackward& p, const float* dy, const Window& window) const;
-    void sample(const CompactConv2dBackward& p, const float* dy, const Window& window) const;
+    void dx(const CompactConv2dBackward& p, const Group& group, const Taps& taps, const float* dy,
+            const Window& window) const;
+    void sample(const CompactConv2dBackward& p, const Group& group, const Taps& taps,
+                const float* dy, const Window& window, const float* x) const;
 
     // Slots by column of (group, column).
     Pair column_range(int64_t e, int64_t group, int64_t column) const {
@@ -228,6 +280,7 @@ class Conv2d {
     const Parallel& parallel_;
     const int64_t tiles_, group_in_, group_out_;
     const Window x_window_;
+    const int64_t x_tile_;  // floats
 };
 
 // What a kept weight reads of the packed x. Without values, theirs are 0.
@@ -302,26 +355,28 @@ Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
 }
 
 void Conv2d::forward(const CompactConv2dForward& p) const {
-    pack_x(p.x, p.packed_x);
     const Taps taps = taps_by_row(p.values);
+    const Packing packing(s_.image, x_window_);
     const Grid grid = grid_of(s_.output);
-    const Pair span = {(s_.kernel.h - 1) * s_.dilation.h + 1,
-                       (s_.kernel.w - 1) * s_.dilation.w + 1};
-    const Regions regions(grid, group_in_, s_.stride, span, 1, s_.channels_last);
+    const Regions regions(grid, group_in_, s_.stride, span(), 1, s_.channels_last);
     const int64_t channels = s_.out_channels, blocks = divide_up(channels, kTaskChannels);
     const int64_t image = channels * s_.output.h * s_.output.w;
     const auto multiply = LS_CHOSEN_KERNELS(sparse_conv2d).multiply;
-    parallel_(
-        s_.replicates * tiles_ * regions.total() * blocks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> x = buffer<float>(most_units(x_tile_) * x_tile_);
+    for_groups(x_tile_, [&](const Group& group) {
+        pack_x(packing, p.x, group, x.get());
+        const int64_t tasks = (group.end - group.begin) * regions.total() * blocks;
+        parallel_(tasks, 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t c = i % blocks * kTaskChannels, region = i / blocks % regions.total();
-                const int64_t tile = i / blocks / regions.total(), e = tile / tiles_;
-                const int64_t t = tile % tiles_, first = t * kLanes;
+                const int64_t u = group.begin + i / blocks / regions.total();
+                const auto [tile, e] = group.unit(u);
+                const int64_t first = tile * kLanes;
                 const Phase phase = {taps.starts.data() + e * (channels + 1), {0, 0}};
                 multiply({taps.taps.get() + e * lists_.capacity,
                           &phase,
                           1,
-                          p.packed_x + ((s_.shared_x ? 0 : e) * tiles_ + t) * x_tile(),
+                          x.get() + x_at(group, u),
                           s_.stride.h * x_window_.size.w,
                           s_.stride.w,
                           grid.block.h,
@@ -340,35 +395,35 @@ void Conv2d::forward(const CompactConv2dForward& p) const {
                           /*add=*/false});
             }
         });
+    });
 }
 
-void Conv2d::dx(const CompactConv2dBackward& p, const float* dy, const Window& window) const {
-    const Taps taps = taps_by_column(p.values, window);
+void Conv2d::dx(const CompactConv2dBackward& p, const Group& group, const Taps& taps,
+                const float* dy, const Window& window) const {
     const Grid grid = grid_of(dx_positions(s_));
     const Pair span = {window.size.h - grid.rounded.h + 1, window.size.w - grid.rounded.w + 1};
     const int64_t phases = s_.stride.h * s_.stride.w;
     const Regions regions(grid, group_out_, {1, 1}, span, phases, s_.channels_last);
     const int64_t channels = s_.in_channels, blocks = divide_up(channels, kTaskChannels);
     const int64_t image = channels * s_.image.h * s_.image.w;
-    const int64_t tile_floats = s_.out_channels * window.plane() * kLineFloats;
+    const int64_t dy_tile = s_.out_channels * window.plane() * kLineFloats;
     const auto multiply = LS_CHOSEN_KERNELS(sparse_conv2d).multiply;
-    // replicates that share x add to the same dx, one after the other
-    const int64_t apart = x_count(), added = s_.replicates / std::max<int64_t>(apart, 1);
-    parallel_(apart * tiles_ * regions.total() * blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_(group.tiles() * regions.total() * blocks, 1, [&](int64_t begin, int64_t end) {
         Phase phase[kMaxPhases];
         for (int64_t i = begin; i < end; ++i) {
             const int64_t c = i % blocks * kTaskChannels, region = i / blocks % regions.total();
-            const int64_t tile = i / blocks / regions.total(), t = tile % tiles_;
-            const int64_t first = t * kLanes;
-            for (int64_t k = 0; k < added; ++k) {
-                const int64_t e = s_.shared_x ? k : tile / tiles_;
+            const int64_t tile = group.first_tile() + i / blocks / regions.total();
+            const int64_t first = tile * kLanes;
+            const Pair replicates = group.of_tile(tile);
+            // those that share x add to the same dx, one after the other
+            for (int64_t e = replicates.h; e < replicates.w; ++e) {
                 for (int64_t f = 0; f < phases; ++f)
                     phase[f] = {taps.starts.data() + (e * phases + f) * (channels + 1),
                                 {f / s_.stride.w, f % s_.stride.w}};
                 multiply({taps.taps.get() + e * lists_.capacity,
                           phase,
                           phases,
-                          dy + (e * tiles_ + t) * tile_floats,
+                          dy + (tile * s_.replicates + e - group.begin) * dy_tile,
                           window.size.w,
                           1,
                           grid.block.h,
@@ -378,74 +433,78 @@ void Conv2d::dx(const CompactConv2dBackward& p, const float* dy, const Window& w
                           c,
                           std::min(c + kTaskChannels, channels),
                           nullptr,
-                          p.dx + (tile / tiles_ * s_.batch + first) * image,
+                          p.dx + ((s_.shared_x ? 0 : e) * s_.batch + first) * image,
                           image,
                           std::min(kLanes, s_.batch - first),
                           channels,
                           s_.image,
                           s_.channels_last,
-                          /*add=*/k > 0});
+                          /*add=*/s_.shared_x && e > 0});
             }
         }
     });
 }
 
-void Conv2d::sample(const CompactConv2dBackward& p, const float* dy, const Window& window) const {
-    Buffer<float> repacked;
-    const float* x = p.packed_x;
-    if (p.dvalues && !x) {
-        repacked = buffer<float>(x_count() * tiles_ * x_tile());
-        pack_x(p.x, repacked.get());
-        x = repacked.get();
-    }
-    const int64_t rows = s_.out_channels;
-    if (p.dvalues) std::memset(p.dvalues, 0, s_.replicates * lists_.capacity * sizeof(float));
-    if (p.dbias) std::memset(p.dbias, 0, s_.replicates * rows * sizeof(float));
-    const Taps taps = taps_by_row(nullptr);
-    const Pair span = {(s_.kernel.h - 1) * s_.dilation.h + 1,
-                       (s_.kernel.w - 1) * s_.dilation.w + 1};
-    const Regions regions(grid_of(s_.output), group_in_, s_.stride, span, 1, false);
-    const int64_t tile_floats = rows * window.plane() * kLineFloats;
-    const auto kernel = LS_CHOSEN_KERNELS(sparse_conv2d).sample;
-    const int64_t blocks = divide_up(rows, kTaskChannels);
-    parallel_(s_.replicates * blocks, 1, [&](int64_t begin, int64_t end) {
+void Conv2d::sample(const CompactConv2dBackward& p, const Group& group, const Taps& taps,
+                    const float* dy, const Window& window, const float* x) const {
+    const int64_t rows = s_.out_channels, blocks = divide_up(rows, kTaskChannels);
+    const Regions regions(grid_of(s_.output), group_in_, s_.stride, span(), 1, false);
+    const int64_t dy_tile = rows * window.plane() * kLineFloats;
+    const auto sample = LS_CHOSEN_KERNELS(sparse_conv2d).sample;
+    // the first replicates' worth of units holds every replicate of the group
+    const int64_t networks = std::min(group.end - group.begin, s_.replicates);
+    parallel_(networks * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t e = i / blocks, r = i % blocks * kTaskChannels;
-            for (int64_t t = 0; t < tiles_; ++t)
+            const int64_t r = i % blocks * kTaskChannels;
+            for (int64_t u = group.begin + i / blocks; u < group.end; u += s_.replicates) {
+                const int64_t e = group.unit(u).replicate;
                 for (int64_t region = 0; region < regions.total(); ++region) {
                     const Pair at = regions.first(region);
-                    const float* dy_tile = dy + (e * tiles_ + t) * tile_floats;
-                    const float* x_tile_at =
-                        p.dvalues ? x + ((s_.shared_x ? 0 : e) * tiles_ + t) * x_tile() : nullptr;
-                    kernel(
-                        {taps.taps.get() + e * lists_.capacity,
-                         taps.starts.data() + e * (rows + 1),
-                         dy_tile + ((at.h - window.low.h) * window.size.w + at.w - window.low.w) *
-                                       kLineFloats,
-                         window.plane(),
-                         window.size.w,
-                         x_tile_at + (at.h * s_.stride.h * x_window_.size.w + at.w * s_.stride.w) *
-                                         kLineFloats,
-                         s_.stride.h * x_window_.size.w,
-                         s_.stride.w,
-                         {std::min(regions.size.h, s_.output.h - at.h),
-                          std::min(regions.size.w, s_.output.w - at.w)},
-                         p.dvalues ? p.dvalues + e * lists_.capacity : nullptr,
-                         p.dbias ? p.dbias + e * rows : nullptr},
-                        r, std::min(r + kTaskChannels, rows));
+                    const int64_t dy_line =
+                        (at.h - window.low.h) * window.size.w + at.w - window.low.w;
+                    const int64_t x_line =
+                        at.h * s_.stride.h * x_window_.size.w + at.w * s_.stride.w;
+                    sample({taps.taps.get() + e * lists_.capacity,
+                            taps.starts.data() + e * (rows + 1),
+                            dy + (u - group.begin) * dy_tile + dy_line * kLineFloats,
+                            window.plane(),
+                            window.size.w,
+                            x ? x + x_at(group, u) + x_line * kLineFloats : nullptr,
+                            s_.stride.h * x_window_.size.w,
+                            s_.stride.w,
+                            {std::min(regions.size.h, s_.output.h - at.h),
+                             std::min(regions.size.w, s_.output.w - at.w)},
+                            p.dvalues ? p.dvalues + e * lists_.capacity : nullptr,
+                            p.dbias ? p.dbias + e * rows : nullptr},
+                           r, std::min(r + kTaskChannels, rows));
                 }
+            }
         }
     });
 }
 
 void Conv2d::backward(const CompactConv2dBackward& p) const {
+    const int64_t rows = s_.out_channels;
     const Window window = dy_window(s_);
-    Buffer<float> dy =
-        buffer<float>(s_.replicates * tiles_ * s_.out_channels * window.plane() * kLineFloats);
-    Packing(s_.output, window)(p.dy, s_.replicates, s_.batch, s_.out_channels, s_.channels_last,
-                               dy.get(), parallel_);
-    if (p.dx) dx(p, dy.get(), window);
-    if (p.dvalues || p.dbias) sample(p, dy.get(), window);
+    const Packing pack_dy(s_.output, window), x_packing(s_.image, x_window_);
+    Taps for_dx, for_dvalues;
+    if (p.dx) for_dx = taps_by_column(p.values, window);
+    if (p.dvalues || p.dbias) for_dvalues = taps_by_row(nullptr);
+    if (p.dvalues) std::memset(p.dvalues, 0, s_.replicates * lists_.capacity * sizeof(float));
+    if (p.dbias) std::memset(p.dbias, 0, s_.replicates * rows * sizeof(float));
+    const int64_t dy_tile = rows * window.plane() * kLineFloats;
+    const int64_t unit_floats = dy_tile + (p.dvalues ? x_tile_ : 0);
+    const Buffer<float> dy = buffer<float>(most_units(unit_floats) * dy_tile);
+    const Buffer<float> x = buffer<float>(p.dvalues ? most_units(unit_floats) * x_tile_ : 0);
+    for_groups(unit_floats, [&](const Group& group) {
+        pack_dy(
+            p.dy, group.end - group.begin, [&](int64_t i) { return group.unit(group.begin + i); },
+            s_.batch, rows, s_.channels_last, dy.get(), parallel_);
+        if (p.dx) dx(p, group, for_dx, dy.get(), window);
+        if (p.dvalues) pack_x(x_packing, p.x, group, x.get());
+        if (p.dvalues || p.dbias)
+            sample(p, group, for_dvalues, dy.get(), window, p.dvalues ? x.get() : nullptr);
+    });
 }
 
 }  // namespace
@@ -454,11 +513,6 @@ bool lines_fit(const Conv2dShape& s) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     return x_window(s).plane() <= kMost / std::max<int64_t>(s.in_channels, 1) &&
            dy_window(s).plane() <= kMost / std::max<int64_t>(s.out_channels, 1);
-}
-
-int64_t packed_x_floats(const Conv2dShape& s) {
-    return (s.shared_x ? 1 : s.replicates) * divide_up(s.batch, kLanes) * s.in_channels *
-           x_window(s).plane() * kLineFloats;
 }
 
 void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel) {

@@ -49,24 +49,21 @@ struct CompactConv2dForward {
     const float* values;  // [E, C]
     const float* bias;    // [E, O], or nullptr
     float* y;             // [E, B, O, Ho, Wo], every element is written
-    float* packed_x;      // packed_x_floats(shape) floats: for the backward
 };
 
 struct CompactConv2dBackward {
     Conv2dShape shape;
     CompactLists lists;
-    const float* dy;        // as y
-    const float* x;         // as above; unused if packed_x is given
-    const float* packed_x;  // of the forward, or nullptr
-    const float* values;    // unused if dx is nullptr
-    float* dx;              // as x (the sum over replicates, in order, if shared_x), or nullptr
-    float* dvalues;         // [E, C], 0 in unused slots, or nullptr
-    float* dbias;           // [E, O], or nullptr
+    const float* dy;      // as y
+    const float* x;       // as above; unused if dvalues is nullptr
+    const float* values;  // unused if dx is nullptr
+    float* dx;            // as x (the sum over replicates, in order, if shared_x), or nullptr
+    float* dvalues;       // [E, C], 0 in unused slots, or nullptr
+    float* dbias;         // [E, O], or nullptr
 };
 
 // Whether kernels can number the lines of a tile in 32 bits.
 bool lines_fit(const Conv2dShape& shape);
-int64_t packed_x_floats(const Conv2dShape& shape);
 void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel);
 void compact_conv2d_backward(const CompactConv2dBackward& p, const Parallel& parallel);
 

@@ -10,6 +10,7 @@ from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
 from lottery_sparse.frozen import Constant, Seeded
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
+from lottery_sparse.packed import PackedLinear, pack_
 from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
 from lottery_sparse.replicate import replicate, select
@@ -29,6 +30,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "Masks",
+    "PackedLinear",
     "Seeded",
     "Ticket",
     "compact_",
@@ -39,6 +41,7 @@ __all__ = [
     "masks_of",
     "ops",
     "optim",
+    "pack_",
     "plan",
     "prune",
     "random",

@@ -104,7 +104,6 @@ class Holder(Protocol):
     weight: Parameter
     weight_effective: Tensor
     fresh_version: int
-    marked_fresh: bool
 
     @property
     def kept(self) -> KeptLists: ...
@@ -146,7 +145,6 @@ def mark_fresh(parameter: Tensor) -> None:
     """Say that all targets hold the parameter's values; after writing both."""
     for holder in holders_of(parameter):
         holder.fresh_version = parameter._version
-        holder.marked_fresh = True
 
 
 def optimizers_of(parameter: Tensor) -> list[Optimizer]:
@@ -177,6 +175,4 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if holders:
                 note_optimizer(parameter, optimizer)
             for holder in holders:
-                if not (holder.marked_fresh and holder.fresh_version == parameter._version):
-                    holder.refresh_()
-                holder.marked_fresh = False
+                holder.refresh_()

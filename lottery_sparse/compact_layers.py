@@ -41,7 +41,6 @@ class Compact(Masked):
     weight_effective: Tensor
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
-    marked_fresh: bool = False  # by an optimizer that has just written both
     _listed: int  # version of `kept_starts` when the lists were last written
     _known: weakref.ref | None  # the Parameter that the registry has for this layer
 
@@ -74,7 +73,7 @@ class Compact(Masked):
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        for name in ("fresh_version", "marked_fresh", "_known", "_listed"):
+        for name in ("fresh_version", "_known", "_listed"):
             self.__dict__.pop(name, None)
         self.weight = parameter
 

@@ -141,3 +141,7 @@ def compact_conv2d_backward(
     need_dv = kept_and_geometry[-2]
     dx, dw = reference.conv2d_backward(dy, x, effective, *kept_and_geometry[6:-1])
     return dx, reference.gather_kept(dw, *kept_and_geometry[:2]) if need_dv else dw
+
+
+def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
+    reference.scatter_kept_(effective, values, starts, columns)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse
-from lottery_sparse import backends, reference
+from lottery_sparse import backends, formats, reference
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
 HOW_TO_BUILD = (
@@ -224,6 +224,22 @@ def _linear_backward() -> tuple:
     return _values(_BATCH, _OUT, stream=4), x, weight, mask, frozen, signs, True, True
 
 
+def _packed_ternary() -> tuple:
+    weight, mask = _linear()
+    codes = formats.pack_ternary(torch.where(mask, weight.sign(), 0.0))
+    return _values(_BATCH, _IN, stream=2), codes, torch.full((1,), 0.5), None, _OUT, False
+
+
+def _packed_csr() -> tuple:
+    weight, mask = _linear()
+    return _values(_BATCH, _IN, stream=2), *formats.pack_csr(weight, mask), None
+
+
+def _packed_bitmap() -> tuple:
+    x, values, starts, _, bias = _packed_csr()
+    return x, values, starts, reference.pack_mask(_linear()[1]), bias
+
+
 _CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
 
 
@@ -248,6 +264,9 @@ CASES: dict[str, Callable[[], tuple]] = {
     "masked_linear_backward": _linear_backward,
     "masked_conv2d": _conv_forward,
     "masked_conv2d_backward": _conv_backward,
+    "ternary_linear": _packed_ternary,
+    "csr_linear": _packed_csr,
+    "bitmap_linear": _packed_bitmap,
     "keep_top": _selection,
     "pack_mask": lambda: (_mask(_OUT, _IN),),
     "unpack_mask": lambda: (reference.pack_mask(_mask(_OUT, _IN)), _IN),

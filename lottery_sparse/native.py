@@ -18,6 +18,9 @@ _ops = torch.ops.lottery_sparse_native
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
 
+_PACKED = ("ternary_linear", "csr_linear", "bitmap_linear")
+_MOST_COLUMNS_INT8 = 2**18  # kTernaryMostColumns
+
 
 # ---- which calls these kernels take ------------------------------------------------------------
 
@@ -26,7 +29,7 @@ def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
     if op.startswith("masked_linear"):
         return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
-    if op.startswith("compact_linear"):
+    if op.startswith("compact_"):
         dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
         if dtypes != {torch.float32}:
             return f"its kernels run float32, got {' and '.join(sorted(map(str, dtypes)))}."
@@ -34,6 +37,10 @@ def refuses(op: str, *args: Any) -> str | None:
         args[0].dtype == args[1].dtype == torch.float32 and args[0].is_contiguous()
     ):
         return f"its kernel writes a contiguous float32 tensor, got {args[0].dtype}."
+    if op in _PACKED and any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        return "its kernels run float32, got float64."
+    if op == "ternary_linear" and args[5] and args[0].shape[1] > _MOST_COLUMNS_INT8:
+        return f"its int8 sums hold up to {_MOST_COLUMNS_INT8} columns, got {args[0].shape[1]}."
     if op == "keep_top":
         dtypes = {score.dtype for score in args[0]} - set(_EXACT_SCORES)
         if dtypes:
@@ -58,6 +65,7 @@ _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
 MAX_DENSITY_COMPACT = 0.5
 MAX_DENSITY_SAMPLED = 0.45
+_MAX_DENSITY_CONV = 0.3
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 
@@ -66,6 +74,8 @@ def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
     if op == "compact_linear":
         return kept_share(args[4], args[3]) <= MAX_DENSITY_COMPACT
+    if op.startswith("compact_conv2d"):
+        return kept_share(args[4], args[3]) <= _MAX_DENSITY_CONV
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
@@ -182,7 +192,7 @@ adam_step = _ops.adam_step.default
 # ---- compact convolutions ------------------------------------------------------------------------
 
 
-def compact_conv2d(
+def kept_conv2d(
     x: Tensor,
     values: Tensor,
     starts: Tensor,
@@ -193,23 +203,22 @@ def compact_conv2d(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> tuple[Tensor, Tensor]:
-    """(y, packed x) of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
+) -> Tensor:
+    """y of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
 
     x: [B, I, H, W] (shared by the networks) or [E, B, I, H, W]; y is channels_last where x is.
     """
     last = _channels_last(x)
-    y, packed = _ops.compact_conv2d(
+    y = _ops.compact_conv2d(
         _inner(x, last), values, starts, columns, bias,
         kernel_size, stride, padding, dilation, groups, last,
     )  # fmt: skip
-    return _outer(y, last), packed
+    return _outer(y, last)
 
 
-def compact_conv2d_backward(
+def kept_conv2d_backward(
     dy: Tensor,
     x: Tensor,
-    packed_x: Tensor | None,
     values: Tensor,
     starts: Tensor,
     columns: Tensor,
@@ -225,18 +234,73 @@ def compact_conv2d_backward(
     need_dvalues: bool,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x.
-
-    Without the packed x of the forward, x is packed again.
-    """
+    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
     last = _channels_last(x)
     dx, dvalues, dbias = _ops.compact_conv2d_backward(
-        _inner(dy, last), _inner(x, last), packed_x, values,
+        _inner(dy, last), _inner(x, last), values,
         starts, columns, column_starts, rows, positions,
         kernel_size, stride, padding, dilation, groups, last,
         need_dx, need_dvalues, need_dbias,
     )  # fmt: skip
     return _outer(dx, last) if need_dx else dx, dvalues, dbias
+
+
+def compact_conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    effective: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    zero: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """y, and nothing to carry. With frozen values other than zero nothing can be skipped: dense."""
+    geometry = stride, padding, dilation, groups
+    if zero:
+        kernel_size = list(effective.shape[-2:])
+        y = kept_conv2d(x, values, starts, columns, bias, kernel_size, *geometry)
+    else:
+        y = reference.conv2d(x, effective, bias, *geometry)
+    return y, x.new_empty(0)
+
+
+def compact_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    effective: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    zero: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dv: bool,
+    carried: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    geometry = stride, padding, dilation, groups
+    sparse_dx = need_dx and zero
+    dx, dv = x.new_empty(0), x.new_empty(0)
+    if sparse_dx or need_dv:
+        dx, dv, _ = kept_conv2d_backward(
+            dy, x, values, starts, columns, column_starts, rows, positions,
+            list(effective.shape[-2:]), *geometry, sparse_dx, need_dv, False,
+        )  # fmt: skip
+    if need_dx and not zero:
+        dx, _ = reference.conv2d_backward(dy, x, effective, *geometry, True, False)
+    return dx, dv
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -250,6 +314,41 @@ def _inner(x: Tensor, last: bool) -> Tensor:
 
 def _outer(x: Tensor, last: bool) -> Tensor:
     return x.movedim(-1, -3) if last else x
+
+
+# ---- packed inference --------------------------------------------------------------------------
+
+
+def ternary_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
+) -> Tensor:
+    return _ops.ternary_linear(_float(x), codes, _float(scale), _float(bias), rows, int8).to(
+        x.dtype
+    )
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = _ops.csr_linear(_float(x), _stored(values), starts, columns, _float(bias))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = _ops.bitmap_linear(_float(x), _stored(values), starts, bits, _float(bias))
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def _float(values: Any) -> Any:
+    if values is None or values.dtype == torch.float32:  # half a microsecond less than .to
+        return values
+    return values.to(torch.float32)
+
+
+def _stored(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.bfloat16 else _float(values)
 
 
 # ---- selection and masks -----------------------------------------------------------------------

@@ -32,6 +32,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact
+from lottery_sparse.ops import compact as products
 
 
 def _unhooked(step: Any) -> Callable:
@@ -63,7 +64,7 @@ def _hooked(step: Callable) -> Callable:
         )
         if quiet and all(
             hook is compact._after_step for hook in _global_optimizer_post_hooks.values()
-        ):  # it would find all effective weights fresh
+        ):  # which has nothing to do: the step itself refreshes
             return step(self, *args, **kwargs)
         return full(self, *args, **kwargs)
 
@@ -255,8 +256,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in compact.holders_of(parameter):
-                    if holder.fresh_version != parameter._version:
-                        holder.refresh_()
+                    holder.refresh_()  # a fused step of torch raises no version: never ask it
 
 
 def _numbers(*values: Any) -> bool:
@@ -388,5 +388,7 @@ class AdamW(_AdamStep, torch.optim.AdamW):
 
 @functools.cache
 def _op(name: str) -> Callable:
-    """An op of the kernel library, which is loaded when the first step needs it."""
+    """An op of the kernel library, in the quickest form that was built."""
+    if products.has_node():  # then _eager is loaded
+        return getattr(torch.ops.lottery_sparse_eager, name).default
     return getattr(backends.load("cpu"), name)

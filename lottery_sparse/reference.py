@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse import formats
+
 # ---- masks as bits -------------------------------------------------------------------------
 
 WORDS_PER_CHUNK = 4  # rows are padded to 128 bits, one vector load
@@ -129,7 +131,10 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
         return torch.stack([kept_weight(*args) for args in each])
     at = kept_positions(effective, starts, columns)
     flat = torch.cat([effective.flatten(), effective.new_zeros(1)])
-    return flat.index_put([at], values)[:-1].view(effective.shape)
+    w = flat.index_put([at], values)[:-1].view(effective.shape)
+    if w.dim() == 4 and w.stride() != effective.stride():  # the layout decides on that of results
+        w = w.clone(memory_format=torch.channels_last)
+    return w
 
 
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
@@ -239,6 +244,48 @@ def compact_conv2d_backward(
     w = kept_weight(values, effective, starts, columns)
     dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dv)
     return dx, gather_kept(dw, starts, columns) if need_dv else dw
+
+
+# ---- packed inference --------------------------------------------------------------------------
+
+
+def ternary_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
+) -> Tensor:
+    """x (scale · t)ᵀ + b; with int8, x is rounded to max|x| / 127 · q, q in -127 … 127, by row."""
+    wide = _compute_dtype(x)
+    w = formats.ternary_weight(codes, scale.to(wide), rows, x.shape[1])
+    if not int8:
+        return _rounded(x, w, bias)
+    largest = x.to(wide).abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1)
+    q = (x.to(wide) * torch.where(largest > 1e-36, 127 / largest, 0.0)).round()
+    return _rounded(q * (largest / 127), w, bias).to(x.dtype)
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x wᵀ + b of kept `values` at `columns`, row by row."""
+    w = formats.unpack_csr(values.to(_compute_dtype(x)), starts, columns, x.shape[1])
+    return _rounded(x, w, bias)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x wᵀ + b of kept `values` where `bits` has ones."""
+    kept = unpack_mask(bits, x.shape[1])
+    return _rounded(x, formats.unpack_bitmap(values.to(_compute_dtype(x)), kept), bias)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rounded(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Computed in the dtype of `w`, rounded once to that of `x`."""
+    bias = None if bias is None else bias.to(w.dtype)
+    return F.linear(x.to(w.dtype), w, bias).to(x.dtype)
 
 
 # ---- masked_conv2d -------------------------------------------------------------------------

@@ -65,13 +65,12 @@ def problem(case, density, networks=None, shared=False, last=False, spare=3):
     return x, values, lists, bias, dy, kernel, options, mask
 
 
-def run(p, keep=True, needs=(True, True, True)):
+def run(p, needs=(True, True, True)):
     x, values, lists, bias, dy, kernel, options, _ = p
     geometry = [kernel, options["stride"], options["padding"], options["dilation"]]
     geometry.append(options["groups"])
-    y, packed = native.compact_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
-    packed = packed if keep else None
-    return [y, *native.compact_conv2d_backward(dy, x, packed, values, *lists, *geometry, *needs)]
+    y = native.kept_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
+    return [y, *native.kept_conv2d_backward(dy, x, values, *lists, *geometry, *needs)]
 
 
 def scattered(values, mask):
@@ -149,7 +148,7 @@ def test_random_geometry():
         case = (channels, kernel, tuple(image), draw(1, 20), options | {"groups": groups})
         networks = [None, 2][draw(0, 1)]
         p = problem(case, 0.4, networks, bool(networks and draw(0, 1)), bool(draw(0, 1)))
-        check(p, run(p, keep=bool(draw(0, 1))))
+        check(p, run(p))
 
 
 def test_wide_numbers():
@@ -179,7 +178,6 @@ def test_the_same_bits_for_any_threads_and_beside_other_networks(shared):
         assert all(torch.equal(a, b) for a, b in zip(one, run(p), strict=True))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, run(p, keep=False), strict=True))
     x, values, lists, bias, dy, kernel, options, mask = p
     alone = (x if shared else x[1], values[1], KeptLists(*(t[1] for t in lists)), bias[1], dy[1])
     got = run((*alone, kernel, options, mask[1]))

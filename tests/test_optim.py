@@ -450,6 +450,9 @@ def test_fallback_keeps_effective_weights_fresh():
     with ls.use_backend("reference"):
         train_model(model, ls.optim.SGD(model.parameters(), lr=0.01), 2)
     assert_fresh(model)
+    with ls.use_backend("reference"):
+        train_model(model, ls.optim.Adam(model.parameters(), lr=0.01, fused=True), 2)
+    assert_fresh(model)
 
 
 def test_an_optimizer_does_not_keep_layers_alive():

@@ -5,17 +5,21 @@ from lottery_sparse.ops.checks import SignConstant
 from lottery_sparse.ops.compact import compact_conv2d, compact_linear
 from lottery_sparse.ops.conv2d import masked_conv2d
 from lottery_sparse.ops.linear import masked_linear
+from lottery_sparse.ops.packed import bitmap_linear, csr_linear, ternary_linear
 from lottery_sparse.ops.sampling import sample_mask
 from lottery_sparse.ops.selection import keep_top
 
 __all__ = [
     "SignConstant",
+    "bitmap_linear",
     "compact_conv2d",
     "compact_linear",
+    "csr_linear",
     "keep_top",
     "masked_conv2d",
     "masked_linear",
     "pack_mask",
     "sample_mask",
+    "ternary_linear",
     "unpack_mask",
 ]

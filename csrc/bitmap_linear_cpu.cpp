@@ -1,0 +1,167 @@
+#include <cstring>
+
+#include "bits.h"
+#include "packed_linear.h"
+#include "simd.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr int kVecs = kBitmapGroup / kWidth;
+
+// The 16 columns of a group: kept values in their places, zeros elsewhere.
+struct Group {
+    Vec part[kVecs];
+};
+
+#if defined(__AVX512F__)
+inline Group expand(uint32_t kept, const float* values) {
+    return {{_mm512_maskz_expand_ps(static_cast<__mmask16>(kept), _mm512_loadu_ps(values))}};
+}
+inline Group expand(uint32_t kept, const Bfloat16* values) {
+    const __mmask16 lanes = static_cast<__mmask16>((1u << count_bits(kept)) - 1);
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
+    return {{_mm512_maskz_expand_ps(static_cast<__mmask16>(kept),
+                                    _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)))}};
+}
+#else
+inline float number(float v) {
+    return v;
+}
+inline float number(Bfloat16 v) {
+    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+template <class Value>
+inline Group expand(uint32_t kept, const Value* values) {
+    alignas(64) float columns[kBitmapGroup] = {};
+    for (; kept; kept &= kept - 1) columns[__builtin_ctz(kept)] = number(*values++);
+    Group group;
+    for (int v = 0; v < kVecs; ++v) group.part[v] = load(columns + v * kWidth);
+    return group;
+}
+#endif
+
+// The rows of w whose groups are expanded side by side.
+constexpr int kRows = 4;
+
+template <class Value>
+struct Rows {
+    Rows(const BitmapTile<Value>& p, int64_t row, int64_t n) {
+        const int64_t words = packed_words(p.in_features) * 2;  // of 16 bits
+        for (int64_t r = 0; r < kRows; ++r) {  // a row that is not there repeats the first
+            const int64_t from = row + (r < n ? r : 0);
+            bits[r] = p.bits + from * words;
+            values[r] = p.values + p.starts[from];
+        }
+    }
+    Group next(int r, int64_t group) {
+        const uint32_t kept = bits[r][group];
+        const Group expanded = expand(kept, values[r]);
+        values[r] += count_bits(kept);
+        return expanded;
+    }
+
+    const uint16_t* bits[kRows];
+    const Value* values[kRows];
+};
+
+// Element 0 of the result is the sum of all; the same order for any kernel here.
+inline float sum_of(Vec v) {
+    alignas(64) float lanes[kWidth];
+    store(lanes, v);
+    for (int width = kWidth / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+template <class Value>
+inline void write(const BitmapTile<Value>& p, int64_t m, int64_t row, Vec sum) {
+    const float total = sum_of(sum);
+    p.y[m * p.out_features + row] = p.bias ? total + p.bias[row] : total;
+}
+
+// One or two rows of x: a group meets them as it is expanded.
+template <int kBatch, class Value>
+void multiply_few(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t n = end - row < kRows ? end - row : kRows;
+        Rows<Value> rows(p, row, n);
+        Vec sum[kRows][kBatch];
+        for (int r = 0; r < kRows; ++r)
+            for (int m = 0; m < kBatch; ++m) sum[r][m] = zero();
+        for (int64_t k = 0; k < p.in_features; k += kBitmapGroup)
+            for (int r = 0; r < kRows; ++r) {
+                const Group group = rows.next(r, k / kBitmapGroup);
+                for (int m = 0; m < kBatch; ++m)
+                    for (int v = 0; v < kVecs; ++v)
+                        sum[r][m] = fma(group.part[v], load(p.x + m * p.stride + k + v * kWidth),
+                                        sum[r][m]);
+            }
+        for (int r = 0; r < n; ++r)
+            for (int m = 0; m < kBatch; ++m) write(p, m, row + r, sum[r][m]);
+    }
+}
+
+// More: a slab of columns is expanded first, and stays in the first-level cache.
+constexpr int64_t kSlab = 1024;
+constexpr int kSide = kBitmapSide;  // rows of x in registers, with kRows of w
+
+template <class Value>
+void multiply_many(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
+    alignas(64) float slab[kRows][kSlab];
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t n = end - row < kRows ? end - row : kRows;
+        Rows<Value> rows(p, row, n);
+        Vec sums[kBitmapBatch][kRows];
+        for (int64_t m = 0; m < p.batch; ++m)
+            for (int r = 0; r < kRows; ++r) sums[m][r] = zero();
+        for (int64_t k0 = 0; k0 < p.in_features; k0 += kSlab) {
+            const int64_t k1 = p.in_features - k0 < kSlab ? p.in_features : k0 + kSlab;
+            for (int64_t k = k0; k < k1; k += kBitmapGroup)
+                for (int r = 0; r < kRows; ++r) {
+                    const Group group = rows.next(r, k / kBitmapGroup);
+                    for (int v = 0; v < kVecs; ++v)
+                        store(slab[r] + k - k0 + v * kWidth, group.part[v]);
+                }
+            for (int64_t m0 = 0; m0 < p.batch; m0 += kSide) {
+                const float* x = p.x + m0 * p.stride + k0;  // rows beyond the batch are there
+                Vec sum[kSide][kRows];
+                for (int m = 0; m < kSide; ++m)
+                    for (int r = 0; r < kRows; ++r)
+                        sum[m][r] = m0 + m < p.batch ? sums[m0 + m][r] : zero();
+                for (int64_t k = 0; k < k1 - k0; k += kWidth) {
+                    Vec w[kRows];
+                    for (int r = 0; r < kRows; ++r) w[r] = load(slab[r] + k);
+                    for (int m = 0; m < kSide; ++m) {
+                        const Vec x_m = load(x + m * p.stride + k);
+                        for (int r = 0; r < kRows; ++r) sum[m][r] = fma(w[r], x_m, sum[m][r]);
+                    }
+                }
+                for (int m = 0; m < kSide && m0 + m < p.batch; ++m)
+                    for (int r = 0; r < kRows; ++r) sums[m0 + m][r] = sum[m][r];
+            }
+        }
+        for (int64_t m = 0; m < p.batch; ++m)
+            for (int r = 0; r < n; ++r) write(p, m, row + r, sums[m][r]);
+    }
+}
+
+template <class Value>
+void multiply(const BitmapTile<Value>& p, int64_t begin, int64_t end) {
+    if (p.batch == 1)
+        multiply_few<1>(p, begin, end);
+    else if (p.batch == 2)
+        multiply_few<2>(p, begin, end);
+    else
+        multiply_many(p, begin, end);
+}
+
+}  // namespace
+
+const BitmapKernels LS_KERNELS(bitmap_linear_float) = {multiply};
+const BitmapKernelsHalf LS_KERNELS(bitmap_linear_half) = {multiply};
+
+}  // namespace lottery_sparse

@@ -1,0 +1,189 @@
+"""ternary_linear, csr_linear and bitmap_linear: products with packed weights, for inference.
+
+They have no gradients. Sums run in float32 (float64 for a float64 `x`) and are rounded once to the
+dtype of `x`, whatever that of the weight is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lottery_sparse import backends, reference
+from lottery_sparse.formats import BLOCK
+from lottery_sparse.ops.differentiable import _plain
+
+
+def ternary_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+    activations: str = "exact",
+) -> Tensor:
+    """Linear layer on weights of -c, 0 and +c: y = c · (x tᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        codes: int32 [ceil(N / 16), ceil(K / 16), 16], see `formats.pack_ternary`.
+        scale: c: [1], or one for each row, [N].
+        rows: N.
+        bias: [N], or None.
+        activations: "exact", or "int8": each row of x is rounded to 255 steps between plus and
+            minus its largest magnitude.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        RuntimeError: x requires grad while gradients are recorded.
+    """
+    if activations not in ("exact", "int8"):
+        raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
+    check_x(x)
+    expected = (-(-rows // BLOCK), -(-x.shape[-1] // BLOCK), BLOCK)
+    if codes.dtype != torch.int32 or tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes must be int32 {expected} for {rows} rows of {x.shape[-1]} columns, got "
+            f"{codes.dtype} {tuple(codes.shape)}; use formats.pack_ternary."
+        )
+    if tuple(scale.shape) not in ((1,), (rows,)) or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be one floating number or one per row, [1] or [{rows}], got "
+            f"{scale.dtype} {tuple(scale.shape)}."
+        )
+    _check_bias(bias, rows)
+    _check_devices(x, codes=codes, scale=scale, bias=bias)
+    return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with their columns: y = x wᵀ + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        values: [C], floating; bfloat16 values are read as such.
+        starts: int64 [N + 1]: row r has entries starts[r] … starts[r + 1] - 1. Ascending, at most
+            C: not checked, because that would cost as much as the product.
+        columns: [C], int32, or int16 holding the bits of uint16; below K: not checked either.
+        bias: [N], or None.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    if columns.dtype not in (torch.int16, torch.int32) or columns.shape != values.shape:
+        raise ValueError(
+            f"columns must be int16 or int32 {tuple(values.shape)} like values, got "
+            f"{columns.dtype} {tuple(columns.shape)}."
+        )
+    rows = starts.shape[0] - 1
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
+    return _by_rows(_csr, x, rows, values, starts, columns, bias)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with their mask as bits: y = x wᵀ + b.
+
+    Args:
+        x, values, starts, bias: as in `csr_linear`.
+        bits: the mask, int32 [N, W], see `pack_mask`; row r has starts[r + 1] - starts[r] ones:
+            not checked.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    rows = starts.shape[0] - 1
+    expected = (rows, reference.words_per_row(x.shape[-1]))
+    if bits.dtype != torch.int32 or tuple(bits.shape) != expected:
+        raise ValueError(
+            f"bits must be int32 {expected} for {x.shape[-1]} columns, got {bits.dtype} "
+            f"{tuple(bits.shape)}; use ops.pack_mask."
+        )
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
+    return _by_rows(_bitmap, x, rows, values, starts, bits, bias)
+
+
+def check_x(x: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be a floating tensor [..., K], got {x.dtype} of shape {tuple(x.shape)}."
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "x requires grad, but packed layers are for inference and have no gradients; use "
+            "torch.inference_mode(), or train the model that was packed."
+        )
+
+
+def _check_entries(values: Tensor, starts: Tensor) -> None:
+    if values.dim() != 1 or not values.is_floating_point():
+        raise ValueError(f"values must be floating [C], got {values.dtype} {tuple(values.shape)}.")
+    if starts.dtype != torch.int64 or starts.dim() != 1 or starts.shape[0] == 0:
+        raise ValueError(f"starts must be int64 [N + 1], got {starts.dtype} {tuple(starts.shape)}.")
+
+
+def _check_bias(bias: Tensor | None, rows: int) -> None:
+    if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must be floating [{rows}], got {bias.dtype} of shape {tuple(bias.shape)}."
+        )
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    for name, value in tensors.items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+
+
+def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:
+    """The op on [B, K], for x of any number of dimensions."""
+    if x.dim() == 2:
+        return op(x, *args)
+    flat = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    return op(flat, *args).view(x.shape[:-1] + (rows,))
+
+
+SCHEMAS = {
+    "ternary_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, SymInt rows, "
+    "bool int8)",
+    "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
+    "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
+}
+
+
+def _register(name: str):
+    qualified = f"lottery_sparse::{name}"
+    torch.library.define(qualified, f"{SCHEMAS[name]} -> Tensor")
+
+    def run(*args) -> Tensor:
+        return backends.kernel(name, args[0].device, args)(*args)
+
+    def fake(x: Tensor, *args) -> Tensor:
+        rows = args[3] if name == "ternary_linear" else args[1].shape[0] - 1
+        return x.new_empty(x.shape[0], rows)
+
+    torch.library.impl(qualified, "default", run)
+    torch.library.register_fake(qualified, fake)
+    op = getattr(torch.ops.lottery_sparse, name).default
+
+    def call(*args) -> Tensor:
+        """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
+        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if watched or not _plain([a for a in args if isinstance(a, Tensor)]):
+            return op(*args)
+        return run(*args)
+
+    return call
+
+
+_ternary, _csr, _bitmap = map(_register, SCHEMAS)

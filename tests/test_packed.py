@@ -1,0 +1,288 @@
+"""PackedLinear and pack_."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import lottery_sparse as ls
+from lottery_sparse import packed
+from lottery_sparse.packed import FORMATS, choose_format
+
+WEIGHTS = {
+    "ternary": lambda: 0.3 * torch.randint(-1, 2, (20, 30)),
+    "csr": lambda: torch.randn(20, 30) * (torch.rand(20, 30) < 0.1),
+    "bitmap": lambda: torch.randn(20, 30) * (torch.rand(20, 30) < 0.45),
+    "dense": lambda: torch.randn(20, 30),
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_weights_are_packed_too(monkeypatch):
+    monkeypatch.setattr(packed, "LEAST_CSR", 0)
+    monkeypatch.setattr(packed, "LEAST_BITMAP", 0)
+
+
+def test_small_weights_stay_dense(monkeypatch):
+    for name, format in (("LEAST_CSR", "csr"), ("LEAST_BITMAP", "bitmap")):
+        weight = WEIGHTS[format]()
+        monkeypatch.setattr(packed, name, weight.numel())
+        assert choose_format(weight) == format
+        monkeypatch.setattr(packed, name, weight.numel() + 1)
+        assert choose_format(weight) == "dense"
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10)
+    )
+    ls.sparsify_(model)
+    masks = {n: torch.rand(m.shape) < 0.2 for n, m in ls.masks_of(model).items()}
+    return ls.set_masks_(model, masks)
+
+
+@pytest.mark.parametrize("format", WEIGHTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_computes_what_its_weight_says(format, bias):
+    weight, b = WEIGHTS[format](), torch.randn(20) if bias else None
+    layer = ls.PackedLinear(weight, b)
+    assert layer.format == format
+    assert torch.equal(layer.effective_weight, weight)
+    x = torch.randn(2, 5, 30)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, b))
+    assert not list(layer.parameters())
+    assert sum(layer._buffers[n].nbytes for n in FORMATS[format]) == layer.bytes
+    assert f"format={format}, bytes={layer.bytes}" in repr(layer)
+
+
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_a_forced_format_holds_the_weight(format):
+    weight = WEIGHTS["ternary"]()
+    layer = ls.PackedLinear(weight, format=format)
+    assert layer.format == format
+    assert torch.equal(layer.effective_weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "format"),
+    [
+        (torch.tensor([[1.0, -1.0], [0.0, 1.0]]), "ternary"),
+        (torch.tensor([[1.0, -1.0], [0.0, 2.0]]), "ternary"),  # one magnitude per row
+        (torch.zeros(3, 4), "ternary"),
+        (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "dense"),
+        (torch.tensor([[1.0, float("nan")]]), "dense"),
+        (torch.zeros(0, 4), "dense"),
+        (torch.zeros(4, 0), "dense"),
+        (torch.eye(9).bfloat16() * torch.arange(9) + torch.eye(9).roll(1, 0) / 3, "csr"),
+    ],
+)
+def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
+    assert choose_format(weight) == format
+    layer = ls.PackedLinear(weight)
+    torch.testing.assert_close(layer.effective_weight, weight, equal_nan=True)
+    assert layer(torch.ones(2, weight.shape[1], dtype=weight.dtype)).shape == (2, len(weight))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "zip"}, "format must be one of ternary, csr, bitmap, dense, got 'zip'"),
+        ({"format": "ternary"}, "holds weights of one magnitude"),
+        ({"activations": "int4"}, 'activations must be "exact" or "int8"'),
+        ({"weight": torch.ones(3)}, "weight must be floating"),
+    ],
+)
+def test_bad_layers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ls.PackedLinear(**{"weight": torch.randn(3, 4), **arguments})
+
+
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_no_gradient_flows_and_it_is_said(format):
+    layer = ls.PackedLinear(WEIGHTS[format]())
+    with pytest.raises(RuntimeError, match="packed layers are for inference"):
+        layer(torch.randn(2, 30, requires_grad=True))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 29\), but the layer needs"):
+        layer(torch.randn(2, 29))
+
+
+@pytest.mark.parametrize("before", WEIGHTS)
+@pytest.mark.parametrize("after", WEIGHTS)
+def test_a_state_brings_its_format(before, after):
+    a, b = (ls.PackedLinear(WEIGHTS[f](), torch.randn(20)) for f in (before, after))
+    file = io.BytesIO()
+    torch.save(a.state_dict(), file)
+    file.seek(0)
+    b.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(3, 30)
+    assert b.format == before
+    assert torch.equal(a(x), b(x))
+    assert set(b.state_dict()) == set(a.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "change"),
+    [
+        ("csr", "columns", lambda t: t + 30),
+        ("csr", "columns", lambda t: t - 31),
+        ("csr", "starts", lambda t: t + 1),
+        ("csr", "starts", lambda t: t.flip(0)),
+        ("bitmap", "bits", lambda t: t ^ 1),
+        ("ternary", "codes", lambda t: t[:1]),
+        ("dense", "weight", lambda t: t.T),
+    ],
+)
+def test_a_state_that_kernels_could_not_trust_is_refused(format, name, change):
+    layer = ls.PackedLinear(WEIGHTS[format]())
+    state = layer.state_dict()
+    state[name] = change(state[name])
+    x = torch.randn(3, 30)
+    y = layer(x)
+    with pytest.raises(RuntimeError, match=f"is no {format} weight of 20 x 30"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer(x), y)
+
+
+def test_activation_error():
+    layer = ls.PackedLinear(WEIGHTS["ternary"](), torch.full((20,), 1e6), activations="int8")
+    error = layer.activation_error(torch.randn(8, 30))
+    assert 1e-4 < error < 0.05
+    assert torch.equal(layer.bias, torch.full((20,), 1e6))
+    x = torch.tensor([127.0, -5.0, 3.0] * 10)
+    assert layer.activation_error(x) < 1e-6  # whole numbers up to 127 stay what they are
+    assert ls.PackedLinear(WEIGHTS["csr"]()).activation_error(torch.randn(8, 30)) == 0.0
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_pack_keeps_what_a_model_computes(compact):
+    model, x, lines = net(), torch.randn(3, 1, 6, 6), []
+    y = model(x).detach()
+    if compact:
+        ls.compact_(model)
+    layers = list(model)
+    assert ls.pack_(model, report=lines.append) is model
+    assert list(model) == layers  # the same modules
+    torch.testing.assert_close(model(x), y)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert [type(m) for m in model[::2]] == [nn.Conv2d, ls.PackedLinear, ls.PackedLinear]
+    assert len(list(model.parameters())) == 2  # those of the convolution
+    (text,) = lines
+    assert [line.split()[:2] for line in text.splitlines()] == [
+        ["0", "dense"],
+        ["2", "csr"],
+        ["4", "csr"],
+    ]
+    assert "convolutions have no packed form" in text
+
+
+def test_pack_prints_its_table(capsys):
+    ls.pack_(ls.sparsify_(nn.Linear(3, 4)))
+    assert "dense" in capsys.readouterr().out
+
+
+def test_signed_constants_with_their_frozen_values_become_ternary():
+    layer = ls.sparsify_(nn.Linear(50, 20))
+    with torch.no_grad():
+        layer.weight.copy_(0.1 * layer.weight.sign())
+    for frozen in ("zero", ls.Constant(0.1)):
+        copied = copy.deepcopy(layer)
+        ls.set_masks_(copied, {"weight": torch.rand(20, 50) < 0.3}, frozen)
+        x = torch.randn(4, 50)
+        y = copied(x).detach()
+        ls.pack_(copied, report=None)
+        assert copied.format == "ternary"
+        assert copied.bytes == 4 * 2 * 4 * 16 + 4
+        torch.testing.assert_close(copied(x), y)
+
+
+def test_other_frozen_values_are_weights_like_the_others():
+    layer = ls.sparsify_(nn.Linear(50, 20))
+    ls.set_masks_(layer, {"weight": torch.rand(20, 50) < 0.1}, torch.randn(20, 50))
+    x = torch.randn(4, 50)
+    y = layer(x).detach()
+    ls.pack_(layer, report=None)
+    assert layer.format == "dense"
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_int8_is_chosen_by_the_caller_and_its_error_shown():
+    layer, lines = ls.sparsify_(nn.Linear(200, 20)), []
+    with torch.no_grad():
+        layer.weight.copy_(0.1 * layer.weight.sign())
+    x = torch.randn(4, 200)
+    y = layer(x).detach()
+    ls.pack_(layer, activations="int8", report=lines.append)
+    assert "activations=int8" in repr(layer)
+    assert "int8 activations: error 0." in lines[0]
+    error = (layer(x) - y).norm() / y.norm()
+    assert 0 < error < 0.05
+
+
+def test_a_shared_layer_is_packed_once():
+    layer = ls.sparsify_(nn.Linear(6, 6))
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    x = torch.randn(2, 6)
+    y = model(x).detach()
+    ls.pack_(model, report=None)
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), y)
+
+
+def test_tied_weights_are_packed_each():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    ls.sparsify_(model)
+    ls.set_masks_(model, {"0.weight": torch.rand(6, 6) < 0.3})
+    x = torch.randn(2, 6)
+    y = model(x).detach()
+    for m in (copy.deepcopy(model), ls.compact_(copy.deepcopy(model))):
+        ls.pack_(m, report=None)
+        torch.testing.assert_close(m(x), y)
+
+
+def test_half_precision_layers_keep_their_dtype():
+    layer = ls.sparsify_(nn.Linear(50, 20, dtype=torch.bfloat16))
+    ls.set_masks_(layer, {"weight": torch.rand(20, 50) < 0.1})
+    x = torch.randn(4, 50, dtype=torch.bfloat16)
+    y = layer(x).detach()
+    ls.pack_(layer, report=None)
+    assert (layer.format, layer.values.dtype) == ("csr", torch.bfloat16)
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), y, atol=2e-2, rtol=2e-2)
+
+
+class Louder(ls.MaskedLinear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_what_cannot_be_packed_is_named_and_nothing_changes():
+    model = nn.Sequential(ls.MaskedLinear(3, 3), Louder(3, 3))
+    with pytest.raises(TypeError, match="1 is a Louder, which has no packed form"):
+        ls.pack_(model)
+    assert type(model[0]) is ls.MaskedLinear
+    with pytest.raises(ValueError, match="activations must be"):
+        ls.pack_(model[0], activations="int4")
+
+
+def test_a_packed_model_compiles_whole():
+    model, x = net(), torch.randn(3, 1, 6, 6)
+    ls.pack_(model, report=None)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_copies_and_pickles():
+    layer, x = ls.PackedLinear(WEIGHTS["csr"](), torch.randn(20)), torch.randn(2, 30)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    moved = copy.deepcopy(layer).to(torch.bfloat16)
+    assert moved(x.bfloat16()).dtype == torch.bfloat16

@@ -13,6 +13,8 @@ from lottery_sparse.modules import MaskedConv2d, MaskedLinear
 from lottery_sparse.packed import PackedLinear, pack_
 from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
+from lottery_sparse.replicate import replicate, select
+from lottery_sparse.step import train_step
 from lottery_sparse.ticket import Ticket, find_ticket
 
 __version__ = "0.1.0"
@@ -44,7 +46,10 @@ __all__ = [
     "prune",
     "random",
     "refresh_",
+    "replicate",
+    "select",
     "set_masks_",
     "sparsify_",
+    "train_step",
     "use_backend",
 ]

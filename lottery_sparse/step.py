@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists, mark_fresh, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
+from lottery_sparse.replicate import as_rows
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
 
@@ -51,9 +52,12 @@ class _Step:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         if not backends.built("cpu"):
             raise ValueError(f"train_step needs the native kernels; build them, or {OTHERWISE}.")
+        backends.load("cpu")
         self.optimizer = optimizer
         self.layers = _stack(model)
         self.adam = _is_adam(optimizer)
+        for group in optimizer.param_groups:
+            _check_options(group)
         self.parameters: list[Tensor | None] = []
         for layer in self.layers:
             self.parameters += [layer.weight, layer.bias]
@@ -83,8 +87,8 @@ class _Step:
                 raise ValueError(f"{name} does not require a gradient; {OTHERWISE}.")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self._input(x)
         single = self.networks is None
+        x = as_rows(x, self.networks, self.layers[0].in_features)
         if y.dtype != torch.int64 or y.dim() not in ((1,) if single else (1, 2)):
             raise ValueError(
                 f"y must be int64 class numbers, [B]{'' if single else ' or [E, B]'}, got "
@@ -100,22 +104,14 @@ class _Step:
             self.networks or 1, torch.get_num_threads(),
         )  # fmt: skip
         held = [p for p in self.parameters if p is not None]
+        if not self.adam:  # only now, or a call that failed would have been the first step
+            for parameter, momentum in zip(self.parameters, first, strict=True):
+                if parameter is not None and momentum is not self.empty:
+                    self.optimizer.state[parameter]["momentum_buffer"] = momentum
         torch.autograd.graph.increment_version([*held, *effective])
         for layer in self.layers:
             mark_fresh(layer.weight)
         return loss.squeeze(0) if single else loss
-
-    def _input(self, x: Tensor) -> Tensor:
-        """x as [B, K] or [E, B, K]."""
-        features = self.layers[0].in_features
-        own = self.networks is not None and x.dim() > 2 and x.shape[0] == self.networks
-        for leading in (2, 1) if own else (1,):
-            if x.dim() > leading and x.shape[leading:].numel() == features:
-                return x.flatten(leading)
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but the first layer has {features} inputs: expected "
-            f"[B, ...]{'' if self.networks is None else ' or [E, B, ...]'} with as many elements."
-        )
 
     def _state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
         """The optimizer's state, made where it is missing, and its options per parameter."""
@@ -147,7 +143,7 @@ class _Step:
             momentum = state.get("momentum_buffer") if group["momentum"] else self.empty
             fresh = momentum is None
             if momentum is None:
-                momentum = state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = torch.zeros_like(parameter)
             first.append(momentum)
             second.append(self.empty)
             steps.append(torch.zeros(1))
@@ -187,7 +183,12 @@ def _stack(model: nn.Module) -> list[CompactLinear]:
     layers: list[CompactLinear] = []
     relu = True  # whether a layer may come next
     for i, (name, module) in enumerate(named):
-        if isinstance(module, nn.Flatten) and i == 0 and module.start_dim == 1:
+        if (
+            isinstance(module, nn.Flatten)
+            and i == 0
+            and module.start_dim == 1
+            and module.end_dim == -1
+        ):
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True

@@ -48,7 +48,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compacting": {"reference", "compact", "compact_layers", "convert"},
     "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
     "optim": {"backends", "compact", "ops"},
-    "step": {"backends", "compact", "compact_layers"},
+    "replicate": {
+        "reference",
+        "frozen",
+        "modules",
+        "compact_layers",
+        "convert",
+        "compacting",
+    },
+    "step": {"backends", "compact", "compact_layers", "replicate"},
     "packed": {
         "compacting",
         "convert",

@@ -1,0 +1,319 @@
+"""train_step against autograd and torch's optimizers in float64, step by step."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lottery_sparse as ls
+from lottery_sparse import backends
+
+if not backends.built("cpu"):
+    pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*layer collapse")
+
+STEPS = 20
+# rounding of 20 steps, with an eps that keeps Adam from magnifying that of tiny gradients
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+# widths around the tile and the blocks of the kernels, and one of everything
+WIDTHS = [(40, 33, 31, 10), (1, 1, 2), (70, 5), (16, 100, 16, 8, 3)]
+BATCHES = [1, 31, 33, 60]
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+    "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.2}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3}),
+    "adam decay": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3, "betas": (0.8, 0.99)}),
+    "ls.adam": (ls.optim.Adam, {"lr": 0.01, "eps": 1e-3, "maximize": True}),
+    "ls.sgd": (ls.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+}
+
+
+def network(widths=WIDTHS[0], density=0.3, seed=0, bias=True, compact=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Flatten()]
+        for k, n in itertools.pairwise(widths):
+            layers += [nn.Linear(k, n, bias=bias), nn.ReLU()]
+        model = ls.sparsify_(nn.Sequential(*layers[:-1]))
+        masks = {name: torch.rand(m.shape) < density for name, m in ls.masks_of(model).items()}
+        ls.set_masks_(model, masks)
+    return ls.compact_(model) if compact else model
+
+
+def batches(widths, batch, steps=STEPS, networks=(), seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(*networks, batch, widths[0], generator=generator)
+        yield x, torch.randint(widths[-1], (*networks, batch), generator=generator)
+
+
+def by_modules(model, optimizer, x, y):
+    """The step that train_step stands for; returns the loss, per network if there are many."""
+    dtype = next(model.parameters()).dtype
+    out = model(x.to(dtype))
+    optimizer.zero_grad()
+    if out.dim() == 3:
+        labels = y if y.dim() == 2 else y.expand(out.shape[0], -1)
+        loss = torch.stack([F.cross_entropy(o, t) for o, t in zip(out, labels, strict=True)])
+    else:
+        loss = F.cross_entropy(out, y)
+    loss.sum().backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def twin(model, kind, options):
+    """The same network in float64, as masked layers, with torch's optimizer."""
+    other = ls.expand_(copy.deepcopy(model)).double()
+    kind = getattr(torch.optim, kind.__name__)
+    return other, kind(other.parameters(), **options)
+
+
+def assert_same(model, other):
+    expected = other.state_dict()
+    for name, value in model.state_dict().items():
+        wanted = expected[name]
+        torch.testing.assert_close(value, wanted.to(value.dtype), **TOLERANCE, msg=name)
+    for layer in model:
+        if isinstance(layer, ls.CompactLinear):
+            stale = layer.weight_effective.clone()
+            layer.refresh_()
+            assert torch.equal(stale, layer.weight_effective), "effective weights were written"
+
+
+def check(model, kind, options, data):
+    other, other_optimizer = twin(model, kind, options)
+    step = ls.train_step(model, optimizer := kind(model.parameters(), **options))
+    for x, y in data:
+        loss, expected = step(x, y), by_modules(other, other_optimizer, x, y)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert_same(model, other)
+    return optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(name):
+    check(network(), *OPTIMIZERS[name], batches(WIDTHS[0], 33))
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.6, 1.0])
+def test_widths_and_densities(widths, density):
+    check(network(widths, density), *OPTIMIZERS["adam"], batches(widths, 33, 5))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_batches(batch, bias):
+    model = network(bias=bias)
+    check(model, *OPTIMIZERS["momentum"], batches(WIDTHS[0], batch, 5))
+
+
+@pytest.mark.parametrize("own_x", [True, False])
+@pytest.mark.parametrize("own_y", [True, False])
+@pytest.mark.parametrize("name", ["adam", "nesterov"])
+def test_networks_side_by_side(own_x, own_y, name):
+    models = [network(density=d, seed=e) for e, d in enumerate((0.05, 0.5, 1.0))]
+    data = [
+        (x if own_x else x[0], y if own_y else y[0]) for x, y in batches(WIDTHS[0], 35, 6, (3,))
+    ]
+    check(ls.replicate(models), *OPTIMIZERS[name], data)
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name):
+    kind, options = OPTIMIZERS[name]
+    models = [network(density=d, seed=e) for e, d in enumerate((0.05, 0.5, 1.0, 0.3, 0.1))]
+    results = []
+    data = list(batches(WIDTHS[0], 35, 3))
+    for threads in (1, 2, 3, 7):
+        many = ls.replicate(models)
+        step = ls.train_step(many, kind(many.parameters(), **options))
+        torch.set_num_threads(threads)
+        losses = [step(x, y) for x, y in data]
+        torch.set_num_threads(1)
+        results.append((many, torch.stack(losses)))
+    first, losses = results[0]
+    for other, other_losses in results[1:]:
+        assert torch.equal(losses, other_losses)
+        assert all(map(torch.equal, first.parameters(), other.parameters()))
+    for e, model in enumerate(models):
+        step = ls.train_step(model, kind(model.parameters(), **options))
+        assert torch.equal(torch.stack([step(x, y) for x, y in data]), losses[:, e])
+        state = ls.select(first, e).state_dict()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, state[key]), key
+
+
+def test_the_optimizer_keeps_its_state_and_modules_may_go_on():
+    kind, options = OPTIMIZERS["adam"]
+    model = network()
+    other, other_optimizer = twin(model, kind, options)
+    optimizer = kind(model.parameters(), **options)
+    step = ls.train_step(model, optimizer)
+    for i, (x, y) in enumerate(batches(WIDTHS[0], 33)):
+        step(x, y) if i % 3 else by_modules(model, optimizer, x, y)
+        by_modules(other, other_optimizer, x, y)
+        if i == 9:  # a checkpoint in between
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer.load_state_dict(saved)
+    assert_same(model, other)
+    assert {float(s["step"]) for s in optimizer.state.values()} == {float(STEPS)}
+    assert len(optimizer.state) == 6
+
+
+def test_options_are_read_in_every_call():
+    kind, options = OPTIMIZERS["momentum"]
+    model = network()
+    other, other_optimizer = twin(model, kind, options)
+    optimizer = kind(model.parameters(), **options)
+    step = ls.train_step(model, optimizer)
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (optimizer, other_optimizer)]
+    for x, y in batches(WIDTHS[0], 33, 8):
+        step(x, y)
+        optimizer.step()  # for the scheduler's order; no gradients, so nothing happens
+        by_modules(other, other_optimizer, x, y)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same(model, other)
+
+
+def test_groups_with_options_of_their_own():
+    model = network()
+    other = ls.expand_(copy.deepcopy(model)).double()
+
+    def groups(m):
+        layers = [layer for layer in m if isinstance(layer, nn.Linear)]
+        weights = [layer.weight for layer in layers]
+        return [
+            {"params": weights, "weight_decay": 0.1},
+            {"params": [layer.bias for layer in layers], "lr": 0.003},
+        ]
+
+    optimizers = [torch.optim.AdamW(groups(m), lr=0.01, eps=1e-3) for m in (model, other)]
+    step = ls.train_step(model, optimizers[0])
+    for x, y in batches(WIDTHS[0], 33, 8):
+        step(x, y)
+        by_modules(other, optimizers[1], x, y)
+    assert_same(model, other)
+
+
+def test_images_nested_stacks_and_names():
+    flat = network((12, 9, 4))
+    model = nn.Sequential(OrderedDict(start=flat[0], body=nn.Sequential(*flat[1:3]), end=flat[3]))
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = torch.randn(7, 3, 2, 2), torch.randint(4, (7,))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(x), y)
+    torch.testing.assert_close(step(x, y), expected)
+
+
+def test_spare_slots_stay_zero_and_masks_may_change():
+    model = network(compact=False)
+    ls.compact_(model, spare=3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    step = ls.train_step(model, optimizer)
+    for x, y in batches(WIDTHS[0], 33, 3):
+        step(x, y)
+    assert all((layer.weight[-3:] == 0).all() for layer in model if hasattr(layer, "kept"))
+    masks = {k: m & (torch.rand(m.shape) < 0.5) for k, m in ls.masks_of(model).items()}
+    ls.set_masks_(model, masks, optimizer=optimizer)
+    other = copy.deepcopy(model)
+    for x, y in batches(WIDTHS[0], 33, 3):
+        step(x, y)
+    for layer, before in zip(model, other, strict=True):
+        if hasattr(layer, "kept"):
+            assert (layer.weight_effective[~layer.weight_mask] == 0).all()
+            assert not torch.equal(layer.weight, before.weight)
+
+
+def test_not_a_number_stays_one():
+    model = network()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = next(batches(WIDTHS[0], 5))
+    x[2, 3] = torch.nan
+    assert step(x, y).isnan()
+
+
+def test_versions_are_raised():
+    model = network()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [p._version for p in model.parameters()]
+    step(*next(batches(WIDTHS[0], 5)))
+    assert all(p._version > b for p, b in zip(model.parameters(), before, strict=True))
+
+
+def _with(optimizer=torch.optim.SGD, model=network, parameters=None, **options):
+    def build():
+        m = model()
+        held = m.parameters() if parameters is None else parameters(m)
+        return m, optimizer(held, **{"lr": 0.1, **options})
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (_with(torch.optim.RMSprop), TypeError, "must be SGD, Adam or AdamW.*RMSprop"),
+        (_with(torch.optim.Adam, amsgrad=True), ValueError, "amsgrad=True"),
+        (_with(torch.optim.Adam, capturable=True), ValueError, "capturable=True"),
+        (_with(parameters=lambda m: list(m.parameters())[:2]), ValueError, "holds 2 parameters"),
+        (_with(model=lambda: network(compact=False)), ValueError, "1 is a MaskedLinear.*compact_"),
+        (_with(model=lambda: nn.Sequential(nn.Linear(2, 2))), ValueError, "0 is a Linear"),
+        (_with(model=lambda: network().append(nn.Tanh())), ValueError, "5 is a Tanh|6 is a Tanh"),
+        (_with(model=lambda: network().append(nn.ReLU())), ValueError, "must end in a Compact"),
+        (_with(model=lambda: network().insert(2, nn.Dropout())), ValueError, "2 is a Dropout"),
+        (_with(model=lambda: network().double()), ValueError, "torch.float64"),
+        (_with(model=lambda: network()[1:2].requires_grad_(False)), ValueError, "not require a gr"),
+    ],
+)
+def test_what_is_not_done_is_refused_at_once(build, error, message):
+    with pytest.raises(error, match=message) as raised:
+        ls.train_step(*build())
+    assert "through the modules" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (torch.randn(5, 41), torch.zeros(5, dtype=torch.int64), ValueError, "x has shape"),
+        (torch.randn(5, 40), torch.zeros(4, dtype=torch.int64), RuntimeError, "fit"),
+        (torch.randn(5, 40), torch.zeros(5), ValueError, "y must be int64"),
+        (torch.randn(5, 40), torch.full((5,), 10), RuntimeError, "in .0, 10."),
+        (torch.randn(5, 40), torch.full((5,), -1), RuntimeError, "in .0, 10."),
+        (torch.randn(0, 40), torch.zeros(0, dtype=torch.int64), RuntimeError, "batch"),
+        (torch.randn(5, 40).double(), torch.zeros(5, dtype=torch.int64), RuntimeError, "x must"),
+    ],
+)  # fmt: skip
+def test_bad_batches_change_nothing(x, y, error, message):
+    model = network()
+    step = ls.train_step(model, torch.optim.Adam(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        step(x, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(float(s["step"]) == 0 for s in step.optimizer.state.values())
+
+
+def test_a_first_step_that_failed_leaves_the_next_one_first():
+    kind, options = OPTIMIZERS["dampening"]
+    model = network()
+    other, other_optimizer = twin(model, kind, options)
+    step = ls.train_step(model, kind(model.parameters(), **options))
+    with pytest.raises(RuntimeError, match="labels must be"):
+        step(torch.randn(5, 40), torch.full((5,), 10))
+    for x, y in batches(WIDTHS[0], 33, 3):
+        step(x, y)
+        by_modules(other, other_optimizer, x, y)
+    assert_same(model, other)

@@ -11,7 +11,7 @@ namespace lottery_sparse {
 namespace {
 
 constexpr int64_t kLineFloats = kLanes;
-constexpr int64_t kCacheBytes = 512 << 10;  // of the source that a region reads
+constexpr int64_t kCacheBytes = 768 << 10;  // of the source that a region reads
 constexpr int64_t kGroupBytes = 8 << 20;    // packed at a time: in the last-level cache
 constexpr int64_t kTaskChannels = 32;
 constexpr int64_t kTapGrain = 64;

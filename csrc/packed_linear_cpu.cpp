@@ -20,7 +20,7 @@ inline float number(Bfloat16 v) {
 
 // ---- one row of x -------------------------------------------------------------------------------
 
-constexpr int kLanes = 16;  // entries of a row that are summed side by side
+constexpr int kLanes = 16;       // entries of a row that are summed side by side
 constexpr int64_t kAhead = 256;  // entries between one that is summed and one that is fetched
 
 #if defined(__AVX2__)

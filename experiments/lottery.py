@@ -234,6 +234,7 @@ def row_of(
         "seconds": round(result.seconds, 3),
         "torch": torch.__version__,
         # auto: the dispatch table chooses per layer, a kernel of ours or the dense library
+        "engine": result.engine,
         "backend": ls.backends.forced() or "auto",
         "kernels_built": ls.backends.built("cpu"),
         "device": str(dataset.train.images.device),

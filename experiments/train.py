@@ -4,17 +4,22 @@ No regularisation, no augmentation, no schedule. Nothing stops early: a run alwa
 number of iterations, and the "early-stop iteration" is where the validation loss was lowest.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
+# Up to this density a step in one call is quicker than one by modules (benchmarks/results/cpu.md).
+MOST_IN_ONE_CALL = 0.55
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -39,6 +44,7 @@ class Result:
     final_validation_accuracy: float
     final_train_accuracy: float | None
     seconds: float
+    engine: str  # how a step was computed: "modules", or "train_step" in one call
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
 
 
@@ -73,6 +79,7 @@ def train(
     start = time.perf_counter()
     parameters = list(model.parameters())
     optimizer = adam(parameters, lr)
+    engine, take_step = stepper(model, optimizer)
     evaluations: list[Evaluation] = []
     best: tuple[Evaluation, list[Tensor]] | None = None
 
@@ -92,7 +99,7 @@ def train(
     for iteration, (images, labels) in enumerate(
         minibatches(dataset.train, iterations, batch_size, seed), start=1
     ):
-        step(model, optimizer, images, labels)
+        take_step(images, labels)
         if iteration % evaluate_every == 0 or iteration == iterations:
             evaluate(iteration)
         on_step(iteration)
@@ -116,13 +123,27 @@ def train(
         final_validation_accuracy=evaluations[-1].validation_accuracy,
         final_train_accuracy=final_train,
         seconds=time.perf_counter() - start,
+        engine=engine,
         evaluations=tuple(evaluations),
     )
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """Adam as the protocol has it; fused, which is the fast form on every device."""
-    return torch.optim.Adam(parameters, lr=lr, eps=EPS, fused=True)
+    """Adam as the protocol has it; fused where our kernel does not run."""
+    return ls.optim.Adam(parameters, lr=lr, eps=EPS, fused=True)
+
+
+def stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[str, Callable[[Tensor, Tensor], object]]:
+    """How steps are computed: by the model and its density alone, so that a run repeats."""
+    layers = [layer for layer in model.modules() if isinstance(layer, ls.CompactLinear)]
+    weights = sum(layer.weight_mask.numel() for layer in layers)
+    kept = sum(int(layer.weight_mask.sum()) for layer in layers)
+    if layers and kept <= MOST_IN_ONE_CALL * weights:
+        with contextlib.suppress(ValueError, TypeError):  # not a stack of such layers
+            return "train_step", ls.train_step(model, optimizer)
+    return "modules", partial(step, model, optimizer)
 
 
 def step(

@@ -90,14 +90,6 @@ def _padded(values: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
 # ---- from a compact Parameter to the layers and optimizers that hold it ------------------------
 
 
-class Target(NamedTuple):
-    """Where the kept values of a Parameter go: entries of a dense effective weight."""
-
-    effective: Tensor  # [N, K] or [E, N, K]; of a convolution [O, I, kh, kw], same order
-    starts: Tensor
-    columns: Tensor
-
-
 class Holder(Protocol):
     """A compact layer, as far as optimizers and hooks need to know it."""
 
@@ -132,19 +124,6 @@ def registrations() -> int:
 def holders_of(parameter: Tensor) -> list[Holder]:
     """The compact layers whose Parameter this is; none for an ordinary one."""
     return [h for h in _holders.get(parameter, ()) if h.weight is parameter]
-
-
-def targets_of(parameter: Tensor) -> list[Target]:
-    """Where a compact Parameter's values go, one target per layer that shares it."""
-    return [
-        Target(h.weight_effective, h.kept.starts, h.kept.columns) for h in holders_of(parameter)
-    ]
-
-
-def mark_fresh(parameter: Tensor) -> None:
-    """Say that all targets hold the parameter's values; after writing both."""
-    for holder in holders_of(parameter):
-        holder.fresh_version = parameter._version
 
 
 def optimizers_of(parameter: Tensor) -> list[Optimizer]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists, mark_fresh, note_optimizer
+from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
 from lottery_sparse.replicate import as_rows
 
@@ -109,8 +109,8 @@ class _Step:
                 if parameter is not None and momentum is not self.empty:
                     self.optimizer.state[parameter]["momentum_buffer"] = momentum
         torch.autograd.graph.increment_version([*held, *effective])
-        for layer in self.layers:
-            mark_fresh(layer.weight)
+        for layer in self.layers:  # past nn.Module's __setattr__, which costs 2 us
+            object.__setattr__(layer, "fresh_version", layer.weight._version)
         return loss.squeeze(0) if single else loss
 
     def _state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:

@@ -12,7 +12,7 @@ from test_compact_layers import CLOSE, is_fresh, pair_of_networks, same_weights,
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.compact import holders_of, optimizers_of, targets_of
+from lottery_sparse.compact import holders_of, optimizers_of
 
 ADAM = {"lr": 0.01, "amsgrad": True}
 
@@ -263,8 +263,8 @@ def test_the_registry_forgets():
     ls.compact_(model)
     weight = model[0].weight
     assert {id(h) for h in holders_of(weight)} == {id(model[0]), id(model[2])}
-    assert [t.effective.shape for t in targets_of(weight)] == [(6, 6), (6, 6)]
-    assert targets_of(model[0].bias) == []
+    assert [h.weight_effective.shape for h in holders_of(weight)] == [(6, 6), (6, 6)]
+    assert holders_of(model[0].bias) == []
     ls.expand_(model)
     assert holders_of(weight) == []
     assert holders_of(model[0].weight) == []

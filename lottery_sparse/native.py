@@ -63,9 +63,9 @@ _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
-MAX_DENSITY_COMPACT = 0.5
+MAX_DENSITY_COMPACT = 0.45
 MAX_DENSITY_SAMPLED = 0.45
-_MAX_DENSITY_CONV = 0.3
+_MAX_DENSITY_CONV, _MAX_DENSITY_CONV_1X1 = 0.4, 0.2
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 
@@ -75,7 +75,9 @@ def wins(op: str, *args: Any) -> bool:
     if op == "compact_linear":
         return kept_share(args[4], args[3]) <= MAX_DENSITY_COMPACT
     if op.startswith("compact_conv2d"):
-        return kept_share(args[4], args[3]) <= _MAX_DENSITY_CONV
+        pointwise = args[3].shape[-2:] == (1, 1)
+        most = _MAX_DENSITY_CONV_1X1 if pointwise else _MAX_DENSITY_CONV
+        return kept_share(args[4], args[3]) <= most
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]

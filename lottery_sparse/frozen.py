@@ -91,7 +91,8 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
         return Held(source.detach().to(weight.device, weight.dtype, copy=True))
     if isinstance(source, Constant):
         constant = _std(weight) if source.constant is None else float(source.constant)
-        signs, value = SignConstant.of(weight.detach(), constant)
+        rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
+        signs, value = SignConstant.of(weight.detach(), constant, rank)
         return Held(value, signs, Constant(constant))
     if isinstance(source, Seeded):
         return _hold_seeded(

@@ -197,3 +197,16 @@ def test_select_needs_a_network_that_is_there(e):
         ls.select(ls.replicate(stack(0), E), e)
     with pytest.raises(ValueError, match="single network"):
         ls.select(stack(0), 0)
+
+
+def test_a_constant_set_on_networks_side_by_side_has_the_signs_of_each():
+    networks = ls.replicate(ls.sparsify_(nn.Sequential(nn.Linear(6, 4))), 3, seeds=[1, 2, 3])
+    before = networks[0].effective_weight.detach().clone()
+    mask = torch.rand(3, 4, 6) < 0.5
+    ls.set_masks_(networks, {"0.weight": mask}, frozen=ls.Constant(0.3))
+    expected = torch.where(mask, before, torch.where(before >= 0, 0.3, -0.3))
+    assert torch.equal(networks[0].effective_weight, expected)
+    x = torch.randn(5, 6)
+    y = networks(x)
+    torch.testing.assert_close(ls.compact_(networks)(x), y)
+    torch.testing.assert_close(ls.select(networks, 1)(x), y[1])

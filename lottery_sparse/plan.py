@@ -22,6 +22,7 @@ from lottery_sparse.compacting import compact_, expand_
 from lottery_sparse.convert import _masked_modules, densify_
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
+from lottery_sparse.packed import pack_
 
 # a layer is timed for at least this long, and this often
 _SECONDS = 0.03
@@ -104,8 +105,8 @@ def plan(
 
     Paths of a training step (forward and backward): the dense layer without a mask, the masked
     layer, the compact layer on sparse kernels, and the compact layer on the dense library ("dense
-    product"). "dense" is the yardstick and cannot be applied, as it has no mask. For inference:
-    the first two, and the compact layer.
+    product"). "dense" is the yardstick and cannot be applied, as it has no mask. For inference the
+    same, forward only, and the packed layer of `ls.pack_` for linear ones, which cannot train.
 
     Args:
         model: a model with masked or compact layers.
@@ -146,6 +147,9 @@ def plan(
 
 
 def _apply(layer: Masked, choice: str, optimizer: torch.optim.Optimizer | None) -> None:
+    if choice == "packed":
+        pack_(layer, report=None)
+        return
     if choice == "masked":
         expand_(layer, optimizer)
         return
@@ -189,14 +193,14 @@ def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) ->
     if found is None:
         found = {
             name: Cost(_milliseconds(module, x, training), _bytes(module))
-            for name, module in _candidates(layer).items()
+            for name, module in _candidates(layer, training).items()
         }
         if store:
             store.put(key, found)
     return found
 
 
-def _candidates(layer: Masked) -> dict[str, nn.Module]:
+def _candidates(layer: Masked, training: bool) -> dict[str, nn.Module]:
     """Copies of the layer, one per path."""
     plain = copy.deepcopy(layer)
     for hooks in (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks):
@@ -211,6 +215,8 @@ def _candidates(layer: Masked) -> dict[str, nn.Module]:
         assert isinstance(by_dense, Compact)
         compact.products, by_dense.products = "sparse", "dense"
         found["dense product"] = by_dense
+    if not training and layer.weight_mask.dim() == layer.rank == 2:
+        found["packed"] = pack_(copy.deepcopy(plain), report=None)
     return found
 
 

@@ -46,7 +46,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ops",
     },
     "compacting": {"reference", "compact", "compact_layers", "convert"},
-    "plan": {"backends", "ops", "modules", "compact_layers", "convert", "compacting"},
+    "plan": {
+        "backends",
+        "ops",
+        "modules",
+        "compact_layers",
+        "convert",
+        "compacting",
+        "packed",
+    },
     "optim": {"backends", "compact", "ops"},
     "replicate": {
         "reference",

@@ -43,13 +43,16 @@ def test_every_layer_is_measured_printed_and_made_what_won(training, capsys):
     for row in found.rows:
         assert {"dense", "masked", "compact"} <= set(row.paths)
         assert ("dense product" in row.paths) == (has_node() and row.name == "3")
+        assert ("packed" in row.paths) == (row.name == "3" and not training)
         least = min((c.ms, n) for n, c in row.paths.items() if n != "dense")
         assert row.choice == least[1]
         assert row.ratio == row.paths["dense"].ms / least[0]
         layer = model.get_submodule(row.name)
-        assert isinstance(layer, Compact) == (row.choice != "masked")
+        assert isinstance(layer, Compact) == (row.choice in ("compact", "dense product"))
+        assert isinstance(layer, ls.PackedLinear) == (row.choice == "packed")
     assert str(found) == capsys.readouterr().out.rstrip("\n")
-    torch.testing.assert_close(model(X), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), expected.detach())
 
 
 def test_where_dense_wins_the_table_says_by_how_much_sparse_would_lose():

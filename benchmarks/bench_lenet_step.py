@@ -24,7 +24,6 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from benchmarks import lenet, steps
@@ -71,13 +70,10 @@ def bench_lenet_step(benchmark, quick, case):
     torch.set_num_threads(case.threads)
     benchmark.extra_info.update(case._asdict())
     benchmark.group = case.network
-    try:
-        if case.threads == 1:
-            step = (DENSE | SPARSE)[case.contender](case.density)
-        else:
-            step = (DENSE_MANY | SPARSE_MANY)[case.contender](case.density, LENET_NETWORKS)
-    except lenet.Absent as reason:
-        pytest.skip(str(reason))
+    if case.threads == 1:
+        step = (DENSE | SPARSE)[case.contender](case.density)
+    else:
+        step = (DENSE_MANY | SPARSE_MANY)[case.contender](case.density, LENET_NETWORKS)
     steps.measure(benchmark, step, quick)
     if isinstance(step, lenet.TwoProcesses):
         step.close()

@@ -29,6 +29,7 @@ from benchmarks.layers import (
     PACKED_LAYERS,
     QUICK_PACKED_BATCHES,
 )
+from lottery_sparse import formats, ops
 
 # contender -> kept shares
 DENSITIES = {
@@ -70,16 +71,6 @@ def _weight(layer: str, density: float, dtype: torch.dtype = torch.float32) -> T
     return (weight * (torch.rand(n, k) < density) if density < 1 else weight).to(dtype)
 
 
-def _formats():
-    try:
-        from lottery_sparse import formats, ops
-
-        ops.csr_linear  # noqa: B018  # what older versions lack
-        return formats, ops
-    except (ImportError, AttributeError):
-        pytest.skip("packed layers do not exist yet")
-
-
 def dense(layer: str, density: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     weight = _weight(layer, density, dtype)
     return lambda x: F.linear(x, weight)
@@ -114,21 +105,18 @@ def torchao_int8(layer: str, density: float) -> Callable[[Tensor], Tensor]:
 
 
 def ternary(layer: str, density: float, activations: str) -> Callable[[Tensor], Tensor]:
-    formats, ops = _formats()
     codes = formats.pack_ternary(_weight(layer, density).sign())
     rows, scale = PACKED_LAYERS[layer].out_features, torch.tensor([0.05])
     return lambda x: ops.ternary_linear(x, codes, scale, rows, None, activations)
 
 
 def csr(layer: str, density: float) -> Callable[[Tensor], Tensor]:
-    formats, ops = _formats()
     weight = _weight(layer, density)
     packed = formats.pack_csr(weight, weight != 0)
     return lambda x: ops.csr_linear(x, *packed)
 
 
 def bitmap(layer: str, density: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    formats, ops = _formats()
     weight = _weight(layer, density)
     kept = weight != 0
     values, starts = weight[kept].to(dtype), formats.row_starts(kept)

@@ -19,19 +19,6 @@ BATCH = 60
 OUTPUT = 0.472  # log(0.9) / log(0.8)
 
 
-class Absent(Exception):
-    """A name that this version of lottery_sparse does not have."""
-
-
-def public(name: str) -> Any:
-    found = ls
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        raise Absent(f"ls.{name} does not exist yet")
-    return found
-
-
 def lenet() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
@@ -91,17 +78,15 @@ def masked(density: float) -> Callable:
 
 def compact(density: float, adam: str) -> Callable:
     """adam: "torch" (fused), or "ls"."""
-    optim = public("optim") if adam == "ls" else None
     model = ls.compact_(masked_model(density))
-    if optim:
-        return eager(model, optim.Adam(model.parameters(), RATE))
+    if adam == "ls":
+        return eager(model, ls.optim.Adam(model.parameters(), RATE))
     return eager(model, torch.optim.Adam(model.parameters(), RATE, fused=True))
 
 
 def whole_step(density: float) -> Callable:
-    train_step, optim = public("train_step"), public("optim")
     model = ls.compact_(masked_model(density))
-    step = train_step(model, optim.Adam(model.parameters(), RATE))
+    step = ls.train_step(model, ls.optim.Adam(model.parameters(), RATE))
     x, labels = data()
     return lambda: step(x, labels)
 
@@ -121,11 +106,10 @@ def one_by_one(density: float, networks: int, **options: bool) -> Callable:
 
 def replicated(density: float, networks: int) -> tuple[nn.Module, Any]:
     """A compact model of `networks` networks with masks of their own, and its optimizer."""
-    replicate, optim = public("replicate"), public("optim")
-    model = replicate(ls.sparsify_(lenet()), networks, list(range(networks)))
+    model = ls.replicate(ls.sparsify_(lenet()), networks, list(range(networks)))
     ls.set_masks_(model, masks_of(model, density))
     model = ls.compact_(model)
-    return model, optim.Adam(model.parameters(), RATE)
+    return model, ls.optim.Adam(model.parameters(), RATE)
 
 
 def together(density: float, networks: int) -> Callable:
@@ -142,8 +126,7 @@ def together(density: float, networks: int) -> Callable:
 
 
 def whole_step_together(density: float, networks: int) -> Callable:
-    train_step = public("train_step")
-    step = train_step(*replicated(density, networks))
+    step = ls.train_step(*replicated(density, networks))
     x, labels = data(networks)
     return lambda: step(x, labels)
 

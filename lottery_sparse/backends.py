@@ -30,10 +30,14 @@ class Backend:
     devices: tuple[str, ...]  # () = every device
 
 
+# Triton chooses the interpreter, in which kernels run on the CPU, as they are imported.
+_TRITON = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("lottery_sparse.reference", needs="torch", devices=()),
     "dense": Backend("lottery_sparse.dense", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
+    "triton": Backend("lottery_sparse.kernels", needs="triton", devices=_TRITON),
 }
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
@@ -81,7 +85,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
-            effective weight) or "cpu" (C++ kernels).
+            effective weight), "cpu" (C++ kernels) or "triton".
 
     Raises:
         ValueError: no such backend.

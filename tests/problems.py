@@ -54,6 +54,16 @@ class Problem:
         """The mask as bits."""
         return ops.pack_mask(self.mask.flatten(1 - self.rank))
 
+    def to(self, device: str) -> Problem:
+        names = ("x", "weight", "mask", "bias", "dy")
+        moved = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
+        held = self.frozen
+        if isinstance(held, ops.SignConstant):
+            held = ops.SignConstant(held.signs.to(device), held.constant.to(device))
+        elif held is not None:
+            held = held.to(device)
+        return replace(self, frozen=held, **moved)
+
     def run(self, mask: Tensor | None = None) -> list[Tensor]:
         """[y, dx, dw, db] of the op under test, on whatever backend is chosen outside."""
         inputs = [t for t in (self.x, self.weight, self.bias) if t is not None]
@@ -222,6 +232,7 @@ def _dense(p: Problem, w: Tensor, bias: Tensor | None) -> list[Tensor]:
 
 def check(p: Problem, got: list[Tensor], note: str = "") -> None:
     """The results of `Problem.run` are those of float64, and gradients of pruned entries are 0."""
+    p, got = p.to("cpu"), [t.cpu() for t in got]
     for name, value, expected, scale in zip(
         ("y", "dx", "dw", "db"), got, exact(p), scales(p), strict=True
     ):

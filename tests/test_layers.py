@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"formats"},
     "dense": {"reference"},
     "native": {"_C", "reference"},
+    "kernels": set(),
     # which one runs
     "backends": set(),
     "random": {"backends"},

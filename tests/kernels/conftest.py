@@ -1,0 +1,18 @@
+"""Tests of the GPU kernels: on a GPU, or else in Triton's interpreter.
+
+Without a GPU they need a process that starts with TRITON_INTERPRET=1: tests/test_triton.py starts
+one, and `TRITON_INTERPRET=1 pytest tests/kernels` is another. Others do not collect them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # problems.py
+
+if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    collect_ignore_glob = ["test_*.py"]

@@ -65,6 +65,13 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
     },
+    "cuda": {
+        "compact_linear": ("dense", "triton"),
+        "compact_linear_backward": ("dense", "triton"),
+        "masked_linear": ("dense", "triton"),
+        "masked_linear_backward": ("dense", "triton"),
+        "scatter_kept_": ("triton", "reference"),
+    },
 }
 
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.

@@ -118,6 +118,12 @@ def load_tile(
 
 
 @triton.jit
+def aligned(number, BY: tl.constexpr):
+    """`number`, and Triton knows that BY divides it: rows of 300 are read 4 numbers at a time."""
+    return number // BY * BY if BY > 1 else number
+
+
+@triton.jit
 def in_order(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The tile of a matrix that program 0 computes: eight rows of tiles at a time, column by column.
 
@@ -194,10 +200,13 @@ def tile(dtype: torch.dtype, batch: int) -> dict[str, int]:
     return next(size for most, size in _sizes(dtype) if batch <= most)
 
 
-def tile_of_grid(dtype: torch.dtype, rows: int, columns: int, networks: int) -> dict[str, int]:
+def tile_of_grid(
+    dtype: torch.dtype, rows: int, columns: int, networks: int, widest: int = 256
+) -> dict[str, int]:
     """The largest tile of which a matrix (of each network) has one for every multiprocessor."""
-    sizes = [size for most, size in _sizes(dtype) if most > 16]
-    return next((s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= 132), sizes[0])
+    sizes = [size for _, size in _sizes(dtype) if 16 < size["BATCH"] <= widest]
+    enough = (s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= MULTIPROCESSORS)
+    return next(enough, sizes[0])
 
 
 def tiles(rows: int, columns: int, size: dict[str, int]) -> int:
@@ -255,6 +264,11 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     """How products of `dtype` are computed: TF32 only where torch's own products may use it."""
     exact = interpreted() or not torch.backends.cuda.matmul.allow_tf32
     return {"PRECISION": "ieee" if exact else "tf32", "WIDEN": interpreted()}
+
+
+def alignment(rows: int, columns: int) -> dict[str, int]:
+    """What `aligned` is told of N and K."""
+    return {"N_BY": math.gcd(rows, 16), "K_BY": math.gcd(columns, 16)}
 
 
 def source(weight: Tensor, frozen: Tensor | None, signs: Tensor | None) -> int:

@@ -94,7 +94,7 @@ def _dvalues(
         ROWS, BATCH, DEPTH, EDGE, PRECISION, WIDEN,
     )  # fmt: skip
     most = 1
-    while most > 0:
+    while most != 0:
         at = slot[:, None] + tl.arange(0, SLOTS)[None, :]
         column = load_columns(columns, at, at < end[:, None]) - k0
         mine = (at < end[:, None]) & (column < BATCH)
@@ -220,9 +220,7 @@ def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Te
         _move(effective, values.contiguous(), starts, columns, gather=False)
 
 
-def _move(
-    dense: Tensor, values: Tensor, starts: Tensor, columns: Tensor, gather: bool
-) -> Tensor:
+def _move(dense: Tensor, values: Tensor, starts: Tensor, columns: Tensor, gather: bool) -> Tensor:
     networks, rows = values.numel() // max(columns.shape[-1], 1), starts.shape[-1] - 1
     if not (rows and values.numel()):
         return values.zero_() if gather else values

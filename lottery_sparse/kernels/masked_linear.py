@@ -98,10 +98,11 @@ def _dx(
         n0 = (i % depth_tiles if SUM else i) * DEPTH
         row = tl.minimum(d, N - 1 - n0) if EDGE else d
         first = (e * N + n0) * K + k0
+        kept = (e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first
+        plus = (e * N + n0) * signs_stride + (k0 >> 5)
         constant = tl.load(frozen + e + tl.zeros((1, 1), tl.int32)) if FROZEN == 2 else 0.0
         w = load_tile(
-            weight + first, mask + ((e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first),
-            frozen + (first if FROZEN == 1 else 0), signs + ((e * N + n0) * signs_stride + (k0 >> 5)),
+            weight + first, mask + kept, frozen + (first if FROZEN == 1 else 0), signs + plus,
             constant, shift, row, K, mask_stride, signs_stride,
             (k < K - k0)[:, None] & (d < N - n0)[None, :], ROWS, PACKED, FROZEN, EDGE, True,
         )  # fmt: skip

@@ -4,6 +4,8 @@ A kernel gets, as constexpr, how the mask and the frozen values come: `PACKED` (
 bool), `FROZEN` (one of ZERO, TENSOR, SIGNS). A tile is loaded with the frozen values substituted by
 selection, so nothing that a pruned entry holds gets further.
 """
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
 
 from __future__ import annotations
 
@@ -89,10 +91,7 @@ def load_tile(
         at = (row * columns_total)[:, None] + column[None, :]
         at_kept = (row * mask_stride)[:, None] + word[None, :]
         at_plus = (row * signs_stride)[:, None] + word[None, :]
-    if EDGE:
-        w = tl.load(weight + at, mask=inside, other=0.0)
-    else:
-        w = tl.load(weight + at)
+    w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
     if PACKED:
         words = tl.load(mask + at_kept)
         kept = spread_down(words, shift) if DOWN else spread(words, shift)
@@ -103,10 +102,7 @@ def load_tile(
     if FROZEN == ZERO_:
         return tl.where(kept, w, 0.0)
     if FROZEN == TENSOR_:
-        if EDGE:
-            held = tl.load(frozen + at, mask=inside, other=0.0)
-        else:
-            held = tl.load(frozen + at)
+        held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
         return tl.where(kept, w, held)
     words = tl.load(signs + at_plus)
     plus = spread_down(words, shift) if DOWN else spread(words, shift)
@@ -125,7 +121,7 @@ def aligned(number, BY: tl.constexpr):
 
 @triton.jit
 def in_order(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile of a matrix that program 0 computes: eight rows of tiles at a time, column by column.
+    """The tile of a matrix that this program computes: eight rows of tiles, column by column.
 
     What programs near each other read, rows of the one operand and columns of the other, is then
     still in the cache.
@@ -220,9 +216,7 @@ class Parts(NamedTuple):
     steps: int
 
     @classmethod
-    def of(
-        cls, rows: int, columns: int, steps: int, networks: int, size: dict[str, int]
-    ) -> Parts:
+    def of(cls, rows: int, columns: int, steps: int, networks: int, size: dict[str, int]) -> Parts:
         """With so many steps in all; a part has at least four."""
         count = tiles(rows, columns, size)
         wanted = MULTIPROCESSORS * 8 // size["num_warps"] // max(count * networks, 1)

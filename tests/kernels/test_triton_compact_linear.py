@@ -30,7 +30,8 @@ def problem(form, n, k, batch, density, dtype, spare):
     effective = torch.randn(mask.shape).to(dtype)
     values = torch.full(lists.columns.shape, torch.nan).to(dtype)  # spare slots are never read
     one = lists.columns.shape[-1]
-    for v, w, m in zip(values.view(-1, one), effective.view(-1, n, k), mask.view(-1, n, k)):
+    each = values.view(-1, one), effective.view(-1, n, k), mask.view(-1, n, k)
+    for v, w, m in zip(*each, strict=True):
         v[: int(m.sum())] = w[m]
     x = torch.randn(*(() if form == "shared x" else networks), batch, k).to(dtype)
     dy = torch.randn(*networks, batch, n).to(dtype)
@@ -46,7 +47,8 @@ def close(got, expected, scale, dtype):
 def kept_entries(dense, mask, slots):
     """[.., C] of a dense [.., N, K]: entries in row-major order, then zeros."""
     rows = []
-    for d, m in zip(dense.view(-1, *dense.shape[-2:]), mask.view(-1, *mask.shape[-2:])):
+    each = (t.view(-1, *t.shape[-2:]) for t in (dense, mask))
+    for d, m in zip(*each, strict=True):
         rows.append(torch.cat([d[m], d.new_zeros(slots - int(m.sum()))]))
     return torch.stack(rows).view(*mask.shape[:-2], slots)
 

@@ -172,12 +172,14 @@ def finish(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
 # wide tile reads less from the cache per product.
 _SIZES: dict[str, tuple[tuple[float, tuple[int, int, int], int, int], ...]] = {
     "half": (
-        (16, (64, 16, 128), 4, 4),
         (64, (64, 64, 128), 4, 3),
         (128, (128, 128, 64), 8, 3),
         (math.inf, (128, 256, 32), 8, 5),
     ),
-    "tf32": ((math.inf, (128, 64, 32), 4, 4),),
+    "tf32": (
+        (64, (64, 64, 64), 4, 3),
+        (math.inf, (128, 128, 32), 8, 3),
+    ),
     "ieee": ((math.inf, (64, 64, 32), 8, 3),),
 }
 MULTIPROCESSORS = 132  # of an H100. Not of this card: the same sums on every one
@@ -200,7 +202,7 @@ def tile_of_grid(
     dtype: torch.dtype, rows: int, columns: int, networks: int, widest: int = 256
 ) -> dict[str, int]:
     """The largest tile of which a matrix (of each network) has one for every multiprocessor."""
-    sizes = [size for _, size in _sizes(dtype) if 16 < size["BATCH"] <= widest]
+    sizes = [size for _, size in _sizes(dtype) if size["BATCH"] <= widest]
     enough = (s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= MULTIPROCESSORS)
     return next(enough, sizes[0])
 

@@ -124,6 +124,19 @@ def test_gather_and_scatter(networks, density, dtype):
     assert torch.equal(target.cpu(), torch.where(mask, dense.cpu(), 5.0))
 
 
+def test_the_weight_of_a_convolution_in_either_layout():
+    mask = torch.rand(5, 2, 3, 3) < 0.4
+    lists = KeptLists.of(mask.flatten(1))
+    starts, columns = lists.starts.to(DEVICE), lists.columns.to(DEVICE)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        dense = torch.randn(mask.shape).to(DEVICE, memory_format=layout)
+        values = kernels.gather_kept(dense, starts, columns)
+        assert torch.equal(values.cpu(), dense.cpu()[mask])
+        target = torch.full_like(dense, 5.0)
+        kernels.scatter_kept_(target, values, starts, columns)
+        assert torch.equal(target.cpu(), torch.where(mask, dense.cpu(), 5.0))
+
+
 def test_a_layer_with_another_mask():
     torch.manual_seed(0)
     masked = ls.MaskedLinear(40, 6).to(DEVICE)

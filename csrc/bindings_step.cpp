@@ -10,6 +10,7 @@
 namespace lottery_sparse {
 namespace {
 
+constexpr size_t kLists = 6;  // tensors in `lists` per layer
 constexpr size_t kRates = 7;  // numbers per parameter, see rule()
 
 // Adam: lr, beta1, beta2, eps, weight_decay, decoupled, maximize.
@@ -52,9 +53,9 @@ T* in_place(const char* name, const Tensor& t, ScalarType dtype, int64_t count) 
 }
 
 // Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
-// (empty: none), in `steps` their counters; starts, columns, column_starts, rows and positions in
-// `lists`, empty for a plain layer, whose values are `effective` too; `zero`: whether pruned
-// weights hold zero. `rates` has kRates numbers per parameter.
+// (empty: none), in `steps` their counters; starts, columns, column_starts, rows, positions and
+// mask in `lists`, empty for a plain layer, whose values are `effective` too; `zero`: whether
+// pruned weights hold zero. `rates` has kRates numbers per parameter.
 Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                      std::vector<Tensor> first, std::vector<Tensor> second,
                      std::vector<Tensor> steps, std::vector<Tensor> effective,
@@ -64,11 +65,11 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
     x = checked("x", x, ScalarType::Float);
     labels = checked("labels", labels, ScalarType::Long);
     const size_t layers = effective.size();
-    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers && lists.size() == 5 * layers &&
-                        first.size() == 2 * layers && second.size() == 2 * layers &&
-                        steps.size() == 2 * layers && zero.size() == layers &&
-                        keep_effective.size() == layers && limits.size() == 2 &&
-                        rates.size() == 2 * layers * kRates,
+    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers &&
+                        lists.size() == kLists * layers && first.size() == 2 * layers &&
+                        second.size() == 2 * layers && steps.size() == 2 * layers &&
+                        zero.size() == layers && keep_effective.size() == layers &&
+                        limits.size() == 2 && rates.size() == 2 * layers * kRates,
                     "the lists of tensors do not fit each other.");
     check_rank("x", x, 2, 3);
     check_rank("labels", labels, 1, 2);
@@ -80,7 +81,9 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                    labels.dim() == 1,
                    {},
                    nullptr,
-                   threads};
+                   threads,
+                   limits[0],
+                   limits[1]};
     STD_TORCH_CHECK(networks > 0 && (x.dim() == 2 || x.size(0) == networks) &&
                         (labels.dim() == 1 || labels.size(0) == networks) &&
                         labels.size(labels.dim() - 1) == p.batch && p.batch > 0,
@@ -88,7 +91,7 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                     networks, " networks with a batch of at least 1.");
     int64_t features = x.size(x.dim() - 1);
     for (size_t l = 0; l < layers; ++l) {
-        const Tensor* list = &lists[5 * l];
+        const Tensor* list = &lists[kLists * l];
         check_rank("effective", effective[l], 2, 3);
         const int64_t k = features, n = effective[l].size(effective[l].dim() - 2);
         const int64_t slots = parameters[2 * l].numel();
@@ -119,6 +122,7 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                 in_place<int32_t>("positions", list[4], ScalarType::Int, slots),
                 /*capacity=*/0,
                 wide};
+            layer.mask = in_place<uint8_t>("mask", list[5], ScalarType::Bool, networks * n * k);
         }
         layer.lists.capacity = slots / networks;
         for (size_t i = 2 * l; i < 2 * l + 2; ++i) {

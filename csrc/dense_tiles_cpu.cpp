@@ -69,8 +69,51 @@ void transpose(const float* tile, int64_t features, int64_t batch, float* out, i
             out[b * stride + f] = tile[f * kTileBatch + b];
 }
 
+#if defined(__AVX512F__)
+// Calls f(c, inside, bits, n) for 16 columns from c on at a time: those that exist, those kept, and
+// how many were kept before. Ends when these are `count`.
+template <class F>
+inline void for_sixteens(const uint8_t* mask, int64_t columns, int64_t count, const F& f) {
+    for (int64_t c = 0, n = 0; c < columns && n < count; c += 16) {
+        const __mmask16 inside = columns - c < 16 ? (1u << (columns - c)) - 1 : 0xFFFF;
+        const __m128i bytes = _mm_maskz_loadu_epi8(inside, mask + c);
+        const __mmask16 bits = _mm_test_epi8_mask(bytes, bytes);
+        f(c, inside, bits, n);
+        n += count_bits(bits);
+    }
+}
+#endif
+
+void pick(const uint8_t* mask, const float* dense, int64_t columns, int64_t count, float* kept) {
+#if defined(__AVX512F__)
+    for_sixteens(mask, columns, count, [&](int64_t c, __mmask16 inside, __mmask16 bits, int64_t n) {
+        const Vec row = _mm512_maskz_loadu_ps(inside, dense + c);
+        _mm512_storeu_ps(kept + n, _mm512_maskz_compress_ps(bits, row));
+    });
+#else
+    for (int64_t c = 0, n = 0; c < columns; c += 64)
+        for (uint64_t bits = kept_bits(mask + c, columns - c); bits && n < count; bits &= bits - 1)
+            kept[n++] = dense[c + __builtin_ctzll(bits)];
+#endif
+}
+
+void place(const uint8_t* mask, const float* kept, int64_t columns, int64_t count, float* dense) {
+#if defined(__AVX512F__)
+    for_sixteens(mask, columns, count, [&](int64_t c, __mmask16 inside, __mmask16 bits, int64_t n) {
+        const __mmask16 listed = count - n < 16 ? (1u << (count - n)) - 1 : 0xFFFF;
+        const Vec row = _mm512_maskz_loadu_ps(inside, dense + c);
+        const Vec values = _mm512_maskz_loadu_ps(listed, kept + n);
+        _mm512_mask_storeu_ps(dense + c, inside, _mm512_mask_expand_ps(row, bits, values));
+    });
+#else
+    for (int64_t c = 0, n = 0; c < columns; c += 64)
+        for (uint64_t bits = kept_bits(mask + c, columns - c); bits && n < count; bits &= bits - 1)
+            dense[c + __builtin_ctzll(bits)] = kept[n++];
+#endif
+}
+
 }  // namespace
 
-const DenseTilesKernels LS_KERNELS(dense_tiles) = {multiply, transpose};
+const DenseTilesKernels LS_KERNELS(dense_tiles) = {multiply, transpose, pick, place};
 
 }  // namespace lottery_sparse

@@ -11,6 +11,9 @@
 namespace lottery_sparse {
 namespace {
 
+// Kept share of a row above which whole vectors of it are written.
+constexpr double kPlaceShare = 0.2;
+
 int64_t padded(int64_t features) {
     return divide_up(features, kTileBatch) * kTileBatch;
 }
@@ -39,7 +42,7 @@ struct Workspace {
         dy = buffer<float>(tiles * widest * kTileBatch);
         dx = buffer<float>(tiles * widest * kTileBatch);
         by_column = buffer<float>(capacity);
-        values_grad = buffer<float>(capacity);
+        values_grad = buffer<float>(capacity + kPickSlack);
         bias_grad = buffer<float>(widest);
         panels = buffer<float>(p.batch * padded(widest));
         dy_rows = buffer<float>(p.batch * widest);
@@ -259,28 +262,31 @@ class Network {
                            : layer.lists.starts[e_ * (layer.out_features + 1) + row];
     }
 
+    const uint8_t* mask(const StepLayer& layer, int64_t row) const {
+        return layer.mask + (e_ * layer.out_features + row) * layer.in_features;
+    }
+
     void gather(const StepLayer& layer, int64_t row, const float* dense, float* kept) const {
-        const int64_t begin = slot(layer, row), count = slot(layer, row + 1) - begin;
-        if (count == layer.in_features) {
-            std::memcpy(kept, dense, count * sizeof(float));
-            return;
-        }
-        with_lists(layer, [&](auto index) {
-            const auto* columns = rows<decltype(index)>(layer).columns + begin;
-            for (int64_t i = 0; i < count; ++i) kept[i] = dense[columns[i]];
-        });
+        const int64_t k = layer.in_features, count = slot(layer, row + 1) - slot(layer, row);
+        if (count == k)
+            std::memcpy(kept, dense, k * sizeof(float));
+        else
+            LS_CHOSEN_KERNELS(dense_tiles).pick(mask(layer, row), dense, k, count, kept);
     }
 
     void scatter(const StepLayer& layer, int64_t row, const float* kept, float* dense) const {
         const int64_t begin = slot(layer, row), count = slot(layer, row + 1) - begin;
-        if (count == layer.in_features) {
-            std::memcpy(dense, kept, count * sizeof(float));
-            return;
+        const int64_t k = layer.in_features;
+        if (count == k) {
+            std::memcpy(dense, kept, k * sizeof(float));
+        } else if (count > kPlaceShare * k) {
+            LS_CHOSEN_KERNELS(dense_tiles).place(mask(layer, row), kept, k, count, dense);
+        } else {
+            with_lists(layer, [&](auto index) {
+                const auto* columns = rows<decltype(index)>(layer).columns + begin;
+                for (int64_t i = 0; i < count; ++i) dense[columns[i]] = kept[i];
+            });
         }
-        with_lists(layer, [&](auto index) {
-            const auto* columns = rows<decltype(index)>(layer).columns + begin;
-            for (int64_t i = 0; i < count; ++i) dense[columns[i]] = kept[i];
-        });
     }
 
     // The step of the kept weights of rows [first, last), whose gradients are in w_.values_grad.

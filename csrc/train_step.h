@@ -30,7 +30,8 @@ struct StepRule {
 struct StepLayer {
     int64_t in_features;
     int64_t out_features;
-    CompactLists lists;  // of a plain layer, only the capacity
+    CompactLists lists;   // of a plain layer, only the capacity
+    const uint8_t* mask;  // [E, N, K], not 0 = kept; the lists say the same
     bool plain;
     bool zero;               // pruned weights hold zero
     float* values;           // [E, C]

@@ -17,12 +17,12 @@ from lottery_sparse.replicate import _Linear, as_rows
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
 # Shares of a layer's weights above which dense products are quicker than those over kept weights:
 # for its output and its input's gradient, and for the gradients of its weights.
-DENSE_MULTIPLY, DENSE_SAMPLE = 0.5, 0.3
+DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
 # Whether the effective weights of all compact layers get the new values in every step. If not, only
 # those that the step itself reads; the others are stale for `Compact._keep_fresh` to see.
 KEEP_EFFECTIVE = True
 
-_LISTS = tuple(f"kept_{name}" for name in KeptLists._fields)
+_LISTS = (*(f"kept_{name}" for name in KeptLists._fields), "weight_mask")
 
 
 def train_step(
@@ -79,7 +79,7 @@ class _Layer:
         buffers = layer._buffers
         addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         held = weight, bias, buffers.get("weight_effective"), buffers.get("kept_starts")
-        held += (buffers.get("weight_frozen"),)
+        held += buffers.get("weight_frozen"), buffers.get("weight_mask")
         same = (
             len(self.held) == len(held)
             and all(map(is_, self.held, held))

@@ -62,6 +62,7 @@ class _Layer:
 
     def __init__(self, layer: nn.Linear):
         self.layer: Any = layer
+        self.weight = layer.weight
         self.compact = isinstance(layer, CompactLinear)
         self.held: tuple[Any, ...] = ()
         self.addresses: tuple[int, ...] = ()
@@ -87,6 +88,11 @@ class _Layer:
             and (not self.compact or held[3]._version == self.version)
         )
         if not same:
+            if weight is not self.weight:
+                raise ValueError(
+                    "the weight of a layer was replaced after train_step was called; call it anew, "
+                    "with an optimizer of the new parameters."
+                )
             if self.compact:
                 layer._keep_lists()
                 self.version = held[3]._version

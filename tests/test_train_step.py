@@ -13,6 +13,7 @@ from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse import backends
+from lottery_sparse import step as step_module
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
@@ -38,15 +39,39 @@ OPTIMIZERS = {
 }
 
 
-def network(widths=WIDTHS[0], density=0.3, seed=0, bias=True, compact=True):
+# which products are dense: (for outputs and inputs' gradients, for weights' gradients)
+PRODUCTS = {"sparse": (2, 2), "dense": (-1, -1), "multiply": (-1, 2), "sample": (2, -1)}
+FROZEN = {"tensor": None, "constant": ls.Constant(), "seeded": ls.Seeded("normal", seed=3)}
+
+
+@pytest.fixture
+def products(request, monkeypatch):
+    """Dense or sparse products, whatever the density."""
+    for name, limit in zip(("DENSE_MULTIPLY", "DENSE_SAMPLE"), PRODUCTS[request.param], strict=True):
+        monkeypatch.setattr(step_module, name, limit)
+
+
+every_product = pytest.mark.parametrize("products", PRODUCTS, indirect=True)
+
+
+def network(
+    widths=WIDTHS[0], density=0.3, seed=0, bias=True, compact=True, frozen="zero", plain=()
+):
+    """`frozen`: of every layer; `plain`: numbers of the layers that stay nn.Linear."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Flatten()]
         for k, n in itertools.pairwise(widths):
             layers += [nn.Linear(k, n, bias=bias), nn.ReLU()]
         model = ls.sparsify_(nn.Sequential(*layers[:-1]))
+        for i in plain:
+            model[2 * i + 1] = nn.Linear(widths[i], widths[i + 1], bias=bias)
         masks = {name: torch.rand(m.shape) < density for name, m in ls.masks_of(model).items()}
-        ls.set_masks_(model, masks)
+        sources = {
+            name: torch.randn(mask.shape) / 4 if frozen is None else frozen
+            for name, mask in masks.items()
+        }
+        ls.set_masks_(model, masks, frozen=sources)
     return ls.compact_(model) if compact else model
 
 
@@ -106,15 +131,34 @@ def test_every_optimizer(name):
     check(network(), *OPTIMIZERS[name], batches(WIDTHS[0], 33))
 
 
+@every_product
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.6, 1.0])
-def test_widths_and_densities(widths, density):
-    check(network(widths, density), *OPTIMIZERS["adam"], batches(widths, 33, 5))
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.6, 1.0])
+def test_widths_and_densities(widths, density, products):
+    check(network(widths, density), *OPTIMIZERS["adam"], batches(widths, 33, 4))
 
 
+@every_product
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=list(FROZEN))
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.9])
+def test_frozen_values(frozen, density, products):
+    model = network(density=density, frozen=frozen)
+    check(model, *OPTIMIZERS["momentum"], batches(WIDTHS[0], 33, 4))
+
+
+@pytest.mark.parametrize("plain", [(2,), (0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", ["adam", "nesterov", "sgd"])
+def test_plain_layers(plain, name):
+    model = network(plain=plain)
+    check(model, *OPTIMIZERS[name], batches(WIDTHS[0], 33, 6))
+    models = [network(plain=plain, density=d, seed=e) for e, d in enumerate((0.1, 0.7))]
+    check(ls.replicate(models), *OPTIMIZERS[name], batches(WIDTHS[0], 33, 4, (2,)))
+
+
+@every_product
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_batches(batch, bias):
+def test_batches(batch, bias, products):
     model = network(bias=bias)
     check(model, *OPTIMIZERS["momentum"], batches(WIDTHS[0], batch, 5))
 
@@ -131,9 +175,13 @@ def test_networks_side_by_side(own_x, own_y, name):
 
 
 @pytest.mark.parametrize("name", ["adam", "momentum"])
-def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name):
+@pytest.mark.parametrize("options_of_models", [{}, {"frozen": None}, {"plain": (1,)}], ids=str)
+def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name, options_of_models):
     kind, options = OPTIMIZERS[name]
-    models = [network(density=d, seed=e) for e, d in enumerate((0.05, 0.5, 1.0, 0.3, 0.1))]
+    models = [
+        network(density=d, seed=e, **options_of_models)
+        for e, d in enumerate((0.05, 0.5, 1.0, 0.3, 0.1))
+    ]
     results = []
     data = list(batches(WIDTHS[0], 35, 3))
     for threads in (1, 2, 3, 7):
@@ -170,6 +218,42 @@ def test_the_optimizer_keeps_its_state_and_modules_may_go_on():
     assert_same(model, other)
     assert {float(s["step"]) for s in optimizer.state.values()} == {float(STEPS)}
     assert len(optimizer.state) == 6
+
+
+@pytest.mark.parametrize("density", [0.2, 0.8])
+@pytest.mark.parametrize("keep_effective", [True, False])
+def test_weights_may_be_written_between_steps(density, keep_effective, monkeypatch):
+    monkeypatch.setattr(step_module, "KEEP_EFFECTIVE", keep_effective)
+    kind, options = OPTIMIZERS["momentum"]
+    model = network(density=density)
+    other, other_optimizer = twin(model, kind, options)
+    step = ls.train_step(model, kind(model.parameters(), **options))
+    for i, (x, y) in enumerate(batches(WIDTHS[0], 33, 6)):
+        loss = step(x, y)
+        expected = by_modules(other, other_optimizer, x, y)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).double(), other(x.double()), rtol=1e-4, atol=1e-5)
+            if i == 2:
+                for p in (*model.parameters(), *other.parameters()):
+                    p.mul_(0.5)
+            if i == 4:  # other storage under the same Parameters
+                for p in model.parameters():
+                    p.data = p.data.clone()
+    assert_same(model, other)
+
+
+def test_effective_weights_that_no_product_reads_may_stay_stale(monkeypatch):
+    monkeypatch.setattr(step_module, "KEEP_EFFECTIVE", False)
+    for density, stale in ((0.1, True), (0.9, False)):
+        model = network((40, 10), density)
+        layer = model[1]
+        before = layer.weight_effective.clone()
+        step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        step(*next(batches((40, 10), 5)))
+        assert torch.equal(layer.weight_effective, before) == stale
+        model(torch.randn(2, 40))
+        assert not torch.equal(layer.weight_effective, before)
 
 
 def test_options_are_read_in_every_call():
@@ -235,6 +319,25 @@ def test_spare_slots_stay_zero_and_masks_may_change():
         if hasattr(layer, "kept"):
             assert (layer.weight_effective[~layer.weight_mask] == 0).all()
             assert not torch.equal(layer.weight, before.weight)
+
+
+@every_product
+def test_spare_slots_of_dense_products(products):
+    model = network(compact=False)
+    masks = ls.masks_of(model)
+    ls.compact_(model, spare=40)
+    check(model, *OPTIMIZERS["adam"], batches(WIDTHS[0], 33, 3))
+    assert all((layer.weight[-40:] == 0).all() for layer in model if hasattr(layer, "kept"))
+    ls.set_masks_(model, {k: m | (torch.rand(m.shape) < 0.01) for k, m in masks.items()})
+    check(model, *OPTIMIZERS["adam"], batches(WIDTHS[0], 33, 3))
+
+
+def test_a_replaced_weight_is_an_error():
+    model = network()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    with pytest.raises(ValueError, match="was replaced .* call it anew"):
+        step(*next(batches(WIDTHS[0], 5)))
 
 
 def test_not_a_number_stays_one():

@@ -135,8 +135,9 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[str, Callable[[Tensor, Tensor], object]]:
     """How steps are computed: in one call if the model is a stack of linear layers."""
-    with contextlib.suppress(ValueError, TypeError):  # not such a stack
-        return "train_step", ls.train_step(model, optimizer)
+    if ls.backends.forced() in (None, "cpu"):
+        with contextlib.suppress(ValueError, TypeError):  # not such a stack
+            return "train_step", ls.train_step(model, optimizer)
     return "modules", partial(step, model, optimizer)
 
 

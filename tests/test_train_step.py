@@ -47,8 +47,9 @@ FROZEN = {"tensor": None, "constant": ls.Constant(), "seeded": ls.Seeded("normal
 @pytest.fixture
 def products(request, monkeypatch):
     """Dense or sparse products, whatever the density."""
-    for name, limit in zip(("DENSE_MULTIPLY", "DENSE_SAMPLE"), PRODUCTS[request.param], strict=True):
-        monkeypatch.setattr(step_module, name, limit)
+    multiply, sample = PRODUCTS[request.param]
+    monkeypatch.setattr(step_module, "DENSE_MULTIPLY", multiply)
+    monkeypatch.setattr(step_module, "DENSE_SAMPLE", sample)
 
 
 every_product = pytest.mark.parametrize("products", PRODUCTS, indirect=True)
@@ -336,7 +337,7 @@ def test_a_replaced_weight_is_an_error():
     model = network()
     step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
     model[1].weight = nn.Parameter(model[1].weight.detach().clone())
-    with pytest.raises(ValueError, match="was replaced .* call it anew"):
+    with pytest.raises(ValueError, match=r"was replaced .* call it anew"):
         step(*next(batches(WIDTHS[0], 5)))
 
 

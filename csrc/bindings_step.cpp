@@ -147,7 +147,8 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
         StepLayer& layer = p.layers[i / 2];
         (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
     }
-    Tensor loss = empty({networks}, ScalarType::Float);
+    const bool several = effective[0].dim() == 3;
+    Tensor loss = several ? empty({networks}, ScalarType::Float) : empty({}, ScalarType::Float);
     p.loss = output<float>(loss);
     train_step(p, kParallel);
     return loss;

@@ -23,6 +23,8 @@ DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
 KEEP_EFFECTIVE = True
 
 _LISTS = (*(f"kept_{name}" for name in KeptLists._fields), "weight_mask")
+# of a compact layer: another tensor in one of these means that others may be new, too
+_BUFFERS = ("kept_starts", "weight_effective", "weight_mask", "weight_frozen")
 
 
 def train_step(
@@ -62,11 +64,11 @@ class _Layer:
 
     def __init__(self, layer: nn.Linear):
         self.layer: Any = layer
-        self.weight = layer.weight
+        self.weight, self.bias = layer.weight, layer.bias
         self.compact = isinstance(layer, CompactLinear)
-        self.held: tuple[Any, ...] = ()
-        self.addresses: tuple[int, ...] = ()
-        self.version = -1
+        self.addresses: tuple[int, int] | None = None  # None: not looked up yet
+        self.version = -1  # of the lists
+        self.buffers: list[Tensor | None] = [None] * len(_BUFFERS)
         self.parameters: list[Tensor] = []  # weight and bias, detached
         self.effective = self.empty = torch.empty(0)
         self.lists: list[Tensor] = [self.empty] * len(_LISTS)
@@ -75,41 +77,38 @@ class _Layer:
 
     def look(self) -> bool:
         """Make the effective weight fresh if the op reads it; whether a tensor is another one."""
-        layer = self.layer
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        buffers = layer._buffers
+        # the dicts of nn.Module, which are quicker than its attributes
+        held, buffers = self.layer._parameters, self.layer._buffers
+        weight, bias = self.weight, self.bias
+        if held["weight"] is not weight or held["bias"] is not bias:
+            raise ValueError(
+                "a parameter of a layer was replaced after train_step was called; call it anew, "
+                "with an optimizer of the new parameters."
+            )
         addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        held = weight, bias, buffers.get("weight_effective"), buffers.get("kept_starts")
-        held += buffers.get("weight_frozen"), buffers.get("weight_mask")
-        same = (
-            len(self.held) == len(held)
-            and all(map(is_, self.held, held))
-            and addresses == self.addresses
-            and (not self.compact or held[3]._version == self.version)
-        )
+        same = addresses == self.addresses
+        if self.compact:
+            now = [buffers[name] for name in _BUFFERS]
+            same = same and all(map(is_, now, self.buffers)) and now[0]._version == self.version
+            if not same:
+                self._list(now)
         if not same:
-            if weight is not self.weight:
-                raise ValueError(
-                    "the weight of a layer was replaced after train_step was called; call it anew, "
-                    "with an optimizer of the new parameters."
-                )
-            if self.compact:
-                layer._keep_lists()
-                self.version = held[3]._version
-                self._count(layer)
-            self.held, self.addresses = held, addresses
+            self.addresses = addresses
             self.parameters = [self.empty if p is None else p.detach() for p in (weight, bias)]
-            self.effective = held[2] if self.compact else self.parameters[0]
-        if self.compact and self.dense and weight._version != layer.fresh_version:
-            layer.refresh_()
+            if not self.compact:
+                self.effective = self.parameters[0]
+        if self.compact and self.dense and weight._version != self.layer.fresh_version:
+            self.layer.refresh_()
         return not same
 
-    def _count(self, layer: CompactLinear) -> None:
-        size = layer.in_features * layer.out_features
-        self.lists = [layer._buffers[name] for name in _LISTS]  # pyright: ignore
-        self.zero = layer.zero
+    def _list(self, buffers: list[Any]) -> None:
+        layer = self.layer
+        layer._keep_lists()
+        self.buffers, self.version = buffers, layer.kept.starts._version
+        self.lists = [layer._buffers[name] for name in _LISTS]
+        self.effective, self.zero = layer.weight_effective, layer.zero
         most = int(layer.kept.starts[..., -1].max())
-        self.dense = not self.zero or most > DENSE_MULTIPLY * size
+        self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features
 
 
 class _Step:
@@ -156,14 +155,16 @@ class _Step:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         single = self.networks is None
-        x = as_rows(x, self.networks, self.layers[0].layer.in_features)
+        features = self.layers[0].layer.in_features
+        if x.dim() != 2 or x.shape[1] != features:
+            x = as_rows(x, self.networks, features)
         if y.dtype != torch.int64 or y.dim() not in ((1,) if single else (1, 2)):
             raise ValueError(
                 f"y must be int64 class numbers, [B]{'' if single else ' or [E, B]'}, got "
                 f"{y.dtype} {tuple(y.shape)}."
             )
-        changed = [layer.look() for layer in self.layers]
-        if not self.arguments or any(changed):
+        changed = [layer.look() for layer in self.layers]  # all of them, so no generator
+        if any(changed):
             self._collect()
         parameters, effective, lists, zero, keep, written, raised = self.arguments
         first, second, steps, rates = self._state()
@@ -179,7 +180,7 @@ class _Step:
         torch.autograd.graph.increment_version(raised)
         for layer in written:  # past nn.Module's __setattr__, which costs 2 us
             object.__setattr__(layer, "fresh_version", layer._parameters["weight"]._version)
-        return loss.squeeze(0) if single else loss
+        return loss
 
     def _collect(self) -> None:
         """The arguments of the op that stay from step to step."""
@@ -198,9 +199,10 @@ class _Step:
 
     def _state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
         """The optimizer's state, made where it is missing, and its options per parameter."""
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        options = {}
+        for group in self.optimizer.param_groups:
+            options |= dict.fromkeys(map(id, group["params"]), (group, self._options(group)))
         first, second, steps, rates = [], [], [], []
-        options = {id(group): self._options(group) for group in self.optimizer.param_groups}
         states = self.optimizer.state
         for parameter in self.parameters:
             if parameter is None:
@@ -209,9 +211,9 @@ class _Step:
                 steps.append(self.no_step)
                 rates += [0.0] * 7
                 continue
-            group = groups[id(parameter)]
+            group, numbers = options[id(parameter)]
             state = states[parameter]
-            rates += options[id(group)]
+            rates += numbers
             if self.adam:
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)

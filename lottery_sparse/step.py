@@ -18,9 +18,6 @@ OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
 # Shares of a layer's weights above which dense products are quicker than those over kept weights:
 # for its output and its input's gradient, and for the gradients of its weights.
 DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
-# Whether the effective weights of all compact layers get the new values in every step. If not, only
-# those that the step itself reads; the others are stale for `Compact._keep_fresh` to see.
-KEEP_EFFECTIVE = True
 
 _LISTS = (*(f"kept_{name}" for name in KeptLists._fields), "weight_mask")
 # of a compact layer: another tensor in one of these means that others may be new, too
@@ -68,12 +65,14 @@ class _Layer:
         self.compact = isinstance(layer, CompactLinear)
         self.addresses: tuple[int, int] | None = None  # None: not looked up yet
         self.version = -1  # of the lists
+        self.products: str | None = None  # as `ls.plan` has set it
         self.buffers: list[Tensor | None] = [None] * len(_BUFFERS)
         self.parameters: list[Tensor] = []  # weight and bias, detached
         self.effective = self.empty = torch.empty(0)
         self.lists: list[Tensor] = [self.empty] * len(_LISTS)
         self.zero = True
         self.dense = True  # whether the op reads `effective`
+        self.keep = False  # whether the op writes `effective`
 
     def look(self) -> bool:
         """Make the effective weight fresh if the op reads it; whether a tensor is another one."""
@@ -86,7 +85,7 @@ class _Layer:
                 "with an optimizer of the new parameters."
             )
         addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
-        same = addresses == self.addresses
+        same = addresses == self.addresses and self.layer.__dict__.get("products") is self.products
         if self.compact:
             now = [buffers[name] for name in _BUFFERS]
             same = same and all(map(is_, now, self.buffers)) and now[0]._version == self.version
@@ -106,9 +105,11 @@ class _Layer:
         layer._keep_lists()
         self.buffers, self.version = buffers, layer.kept.starts._version
         self.lists = [layer._buffers[name] for name in _LISTS]
-        self.effective, self.zero = layer.weight_effective, layer.zero
+        self.effective, self.zero = layer._buffers["weight_effective"], layer.zero
+        self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features
+        self.keep = self.dense or not layer.lags  # else written when someone reads it
 
 
 class _Step:
@@ -185,14 +186,13 @@ class _Step:
     def _collect(self) -> None:
         """The arguments of the op that stay from step to step."""
         layers = self.layers
-        keep = [layer.compact and (layer.dense or KEEP_EFFECTIVE) for layer in layers]
-        written = [layer for layer, kept in zip(layers, keep, strict=True) if kept]
+        written = [layer for layer in layers if layer.keep]
         self.arguments = (
             [p for layer in layers for p in layer.parameters],
             [layer.effective for layer in layers],
             [t for layer in layers for t in layer.lists],
             [layer.zero for layer in layers],
-            keep,
+            [layer.keep for layer in layers],
             [layer.layer for layer in written],
             [p for p in self.parameters if p is not None] + [layer.effective for layer in written],
         )

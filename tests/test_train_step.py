@@ -222,9 +222,7 @@ def test_the_optimizer_keeps_its_state_and_modules_may_go_on():
 
 
 @pytest.mark.parametrize("density", [0.2, 0.8])
-@pytest.mark.parametrize("keep_effective", [True, False])
-def test_weights_may_be_written_between_steps(density, keep_effective, monkeypatch):
-    monkeypatch.setattr(step_module, "KEEP_EFFECTIVE", keep_effective)
+def test_weights_may_be_written_between_steps(density):
     kind, options = OPTIMIZERS["momentum"]
     model = network(density=density)
     other, other_optimizer = twin(model, kind, options)
@@ -244,17 +242,21 @@ def test_weights_may_be_written_between_steps(density, keep_effective, monkeypat
     assert_same(model, other)
 
 
-def test_effective_weights_that_no_product_reads_may_stay_stale(monkeypatch):
-    monkeypatch.setattr(step_module, "KEEP_EFFECTIVE", False)
-    for density, stale in ((0.1, True), (0.9, False)):
-        model = network((40, 10), density)
-        layer = model[1]
-        before = layer.weight_effective.clone()
-        step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        step(*next(batches((40, 10), 5)))
-        assert torch.equal(layer.weight_effective, before) == stale
-        model(torch.randn(2, 40))
-        assert not torch.equal(layer.weight_effective, before)
+@pytest.mark.parametrize(
+    ("density", "products", "written"),
+    [(0.1, "auto", False), (0.1, "dense", True), (0.9, "auto", True)],
+)
+def test_effective_weights_are_written_where_something_reads_them(density, products, written):
+    model = network((40, 10), density)
+    layer = model[1]
+    before = layer.weight_effective.clone()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = list(batches((40, 10), 5, 2))
+    step(*data[0])
+    layer.products = products
+    step(*data[1])
+    assert torch.equal(layer._dense, before) != written
+    assert not torch.equal(layer.weight_effective, before)
 
 
 def test_options_are_read_in_every_call():

@@ -131,8 +131,7 @@ void SparseLinear<Index>::forward(const SparseLinearForward<T>& p) const {
     const auto lists = list_by_row(p.mask, p.weight);
     const auto x = products_.packed(p.x, products_.x_count(), shape_.in_features);
     Buffer<float> wide;
-    const float* bias =
-        products_.floats(p.bias, shape_.replicates * shape_.out_features, wide);
+    const float* bias = products_.floats(p.bias, shape_.replicates * shape_.out_features, wide);
     products_.multiply(lists.view(shape_.out_features), shape_.out_features, x.get(),
                        shape_.in_features, shape_.shared_x, bias, /*sum=*/false, p.y);
 }

@@ -110,8 +110,7 @@ void round(const float* source, int64_t count, Bfloat16* target) {
 
 }  // namespace
 
-const Bfloat16Kernels LS_KERNELS(sparse_linear_bf16) = {pack_tile, list_rows<uint16_t, Bfloat16>,
-                                                        list_rows<uint32_t, Bfloat16>, widen,
-                                                        round};
+const Bfloat16Kernels LS_KERNELS(sparse_linear_bf16) = {
+    pack_tile, list_rows<uint16_t, Bfloat16>, list_rows<uint32_t, Bfloat16>, widen, round};
 
 }  // namespace lottery_sparse

@@ -157,7 +157,8 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
     const int64_t blocks = divide_up(rows, kTaskRows);
     parallel_(outputs * tiles_ * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t first = task % blocks * kTaskRows, count = std::min(kTaskRows, rows - first);
+            const int64_t first = task % blocks * kTaskRows,
+                          count = std::min(kTaskRows, rows - first);
             const int64_t t = task / blocks % tiles_, output = task / blocks / tiles_;
             const int64_t b = t * kTileBatch, batch = std::min(kTileBatch, shape_.batch - b);
             T* target = out + (output * shape_.batch + b) * rows + first;

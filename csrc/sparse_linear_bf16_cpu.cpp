@@ -1,3 +1,6 @@
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms inside gcc's AVX-512 headers
+#endif
 #include "list_rows.h"
 #include "sparse_linear.h"
 

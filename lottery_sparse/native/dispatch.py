@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lottery_sparse.native.masks import as_bool, count_kept, kept_share
+from lottery_sparse import reference
+from lottery_sparse.native.masks import as_bool, count_kept
 
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
@@ -23,7 +24,9 @@ def refuses(op: str, *args: Any) -> str | None:
     if op.startswith("masked_linear"):
         return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
     if op.startswith("compact_"):
-        dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+        effective = 4 if op.endswith("_backward") else 3  # converted where it is read
+        read = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i != effective]
+        dtypes = {a.dtype for a in read if a.is_floating_point()}
         linear = op.startswith("compact_linear")
         if len(dtypes) > 1 or not dtypes.issubset(_LINEAR if linear else _LINEAR[:1]):
             runs = "float32 or bfloat16" if linear else "float32"
@@ -58,9 +61,8 @@ _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
-MAX_DENSITY_COMPACT = 0.45
+MAX_DENSITY_COMPACT = reference.MAX_DENSITY_LINEAR
 MAX_DENSITY_SAMPLED = 0.45
-_MAX_DENSITY_CONV, _MAX_DENSITY_CONV_1X1 = 0.4, 0.2
 # bfloat16, both ops, on a processor that multiplies it: 2.2 times as fast dense as float32. From
 # this many rows of x on, up to this density.
 MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
@@ -74,7 +76,7 @@ def _multiplies_bfloat16() -> tuple[bool, bool]:
     return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
 
 
-def most_kept(x: Tensor, most: float) -> float:
+def most_density(x: Tensor, most: float) -> float:
     """Up to which density sparse products of `x` win; `most` is that of float32."""
     if x.dtype != torch.bfloat16:
         return most
@@ -87,19 +89,23 @@ def most_kept(x: Tensor, most: float) -> float:
     return next(density for least, density in MAX_DENSITY_BFLOAT16 if rows >= least)
 
 
+def _fills(x: Tensor, effective: Tensor, starts: Tensor) -> bool:
+    """Whether a lagging float32 weight must become a bfloat16 one, which takes kernels too."""
+    half = x.dtype == torch.bfloat16 and effective.dim() <= 3
+    return half and reference.may_lag(effective, starts, True)
+
+
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
-    if op == "compact_linear":
-        return kept_share(args[4], args[3]) <= most_kept(args[0], MAX_DENSITY_COMPACT)
-    if op.startswith("compact_conv2d"):
-        pointwise = args[3].shape[-2:] == (1, 1)
-        most = _MAX_DENSITY_CONV_1X1 if pointwise else _MAX_DENSITY_CONV
-        return kept_share(args[4], args[3]) <= most
+    if op == "compact_linear" or op.startswith("compact_conv2d"):
+        x, (effective, starts) = args[0], args[3:5]
+        most = most_density(x, reference.max_density(effective))
+        return reference.kept_share(starts, effective) <= most or _fills(x, effective, starts)
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
     if weight.numel() <= _SMALL_WEIGHT:
         return True
     most = _MAX_DENSITY if x.shape[-2] >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
-    most = most_kept(x, most)
+    most = most_density(x, most)
     return count_kept(as_bool(mask, weight)) <= most * weight.numel()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import reference
-from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED, most_kept
-from lottery_sparse.native.masks import as_bool, kept_share
+from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED, most_density
+from lottery_sparse.native.masks import as_bool
 
 _ops = torch.ops.lottery_sparse_native
 
@@ -49,9 +49,10 @@ def compact_linear(
     zero: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
-    if zero:
+    if zero and reference.kept_share(starts, effective) <= most_density(x, 1.0):
         return _ops.compact_linear(x, values, starts, columns, bias)
-    return reference.linear(x, effective, bias), x.new_empty(0)
+    w = _dense(values, effective, starts, columns, zero)
+    return reference.linear(x, w, bias), x.new_empty(0)
 
 
 def compact_linear_backward(
@@ -70,9 +71,9 @@ def compact_linear_backward(
     carried: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
-    share = kept_share(starts, effective)
-    sparse_dx = need_dx and zero and share <= most_kept(x, MAX_DENSITY_COMPACT)
-    sample = need_dv and share <= most_kept(x, MAX_DENSITY_SAMPLED)
+    share = reference.kept_share(starts, effective)
+    sparse_dx = need_dx and zero and share <= most_density(x, MAX_DENSITY_COMPACT)
+    sample = need_dv and share <= most_density(x, MAX_DENSITY_SAMPLED)
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or sample:
         if carried is None or carried.numel() == 0:
@@ -83,11 +84,22 @@ def compact_linear_backward(
             x.dim() == 2, sparse_dx, sample, False,
         )  # fmt: skip
     if need_dx and not sparse_dx:
-        dx, _ = reference.linear_backward(dy, x, effective, True, False)
+        w = _dense(values, effective, starts, columns, zero)
+        dx, _ = reference.linear_backward(dy, x, w, True, False)
     if need_dv and not sample:
         _, dw = reference.linear_backward(dy, x, effective, False, True)
         dv = _ops.gather_kept(dw, starts, columns)
     return dx, dv
+
+
+def _dense(
+    values: Tensor, effective: Tensor, starts: Tensor, columns: Tensor, zero: bool
+) -> Tensor:
+    """The effective weight in the dtype of `values`, which autocast leaves to those who read it."""
+    w = effective.to(values.dtype)
+    if w is not effective and reference.may_lag(effective, starts, zero):
+        _ops.scatter_kept_(w, values, starts, columns)
+    return w
 
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:

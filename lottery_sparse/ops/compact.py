@@ -320,13 +320,19 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
     backward = differentiable(
         name_backward, op_backward, run_backward, save_backward, second_gradients, _one_by_one
     )
-    _register_autocast(name, op)
+    _register_autocast(name, op, _autocast_read)
 
     def forward_autocast(*args: Any) -> Tensor:
         device = args[0].device.type
-        return forward(*(_autocast(args, device) if autocasts(device) else args))
+        return forward(*(_autocast_read(args, device) if autocasts(device) else args))
 
     return forward_autocast
+
+
+def _autocast_read(args: tuple, device: str) -> tuple:
+    """All but `effective`, which most implementations do not read: those that do convert it."""
+    x, values, bias, *rest = args
+    return *_autocast((x, values, bias), device), *rest
 
 
 def _one_by_one(call: Callable) -> Callable:

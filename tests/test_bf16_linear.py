@@ -20,7 +20,6 @@ from lottery_sparse.compact import KeptLists
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse import native
 from lottery_sparse.native import dispatch
 
 kernels = torch.ops.lottery_sparse_native
@@ -86,7 +85,7 @@ def test_more_columns_than_sixteen_bits(networks):
 
 
 def test_results_are_those_of_float32_rounded():
-    p = linear_problem(33, 70, 40, 0.2, "zero", 3, False, BF16)
+    p = linear_problem(33, 70, 40, 0.1, "zero", 3, False, BF16)
     wide = replace(p, **{n: getattr(p, n).float() for n in ("x", "weight", "bias", "dy")})
     with ls.use_backend("cpu"):
         for run in (lambda q: q.run()[:3], lambda q: Arguments.of(q).run()[:3]):
@@ -209,20 +208,23 @@ def test_a_layer_trains_in_bfloat16(density):
         bias = compact.bias.detach().double()
 
 
-def test_autocast_takes_the_sparse_kernels(monkeypatch):
+@pytest.mark.parametrize("density", [0.05, 0.3])
+def test_autocast_gives_what_a_bfloat16_layer_gives(density, monkeypatch):
+    monkeypatch.setattr(dispatch, "_multiplies_bfloat16", lambda: (True, False))
     calls = []
     for name in ("compact_linear", "compact_linear_backward"):
-        kernel = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a, k=kernel, n=name: calls.append(n) or k(*a))
-    compact, x = layer(0.05, torch.float32), torch.randn(40, 130, requires_grad=True)
-    monkeypatch.setattr(dispatch, "_multiplies_bfloat16", lambda: (True, False))
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, k=kernel, n=name: calls.append(n) or k(*a))
+    compact, half = layer(density, torch.float32), layer(density, BF16)
+    with torch.no_grad():  # the dense weight now lags behind
+        compact.weight.add_(0.125)
+        half.weight.copy_(compact.weight)
+    x, dy = torch.randn(40, 130, requires_grad=True), torch.randn(40, 70).bfloat16()
     with torch.autocast("cpu", BF16):
         y = compact(x)
-    dy = torch.randn(40, 70).bfloat16()
     y.backward(dy)
-    assert calls == ["compact_linear", "compact_linear_backward"]
-    assert y.dtype == BF16
-    half, inputs = layer(0.05, BF16), x.detach().bfloat16().requires_grad_()
+    assert calls == (["compact_linear", "compact_linear_backward"] if density < 0.1 else [])
+    inputs = x.detach().bfloat16().requires_grad_()
     expected = half(inputs)
     expected.backward(dy)
     assert torch.equal(y, expected)

@@ -24,9 +24,8 @@ def refuses(op: str, *args: Any) -> str | None:
     if op.startswith("masked_linear"):
         return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
     if op.startswith("compact_"):
-        effective = 4 if op.endswith("_backward") else 3  # converted where it is read
-        read = [a for i, a in enumerate(args) if isinstance(a, Tensor) and i != effective]
-        dtypes = {a.dtype for a in read if a.is_floating_point()}
+        inputs = (*args[:3], *args[4:])  # not `effective`, which is converted where it is read
+        dtypes = {a.dtype for a in inputs if isinstance(a, Tensor) and a.is_floating_point()}
         linear = op.startswith("compact_linear")
         if len(dtypes) > 1 or not dtypes.issubset(_LINEAR if linear else _LINEAR[:1]):
             runs = "float32 or bfloat16" if linear else "float32"
@@ -76,7 +75,7 @@ def _multiplies_bfloat16() -> tuple[bool, bool]:
     return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
 
 
-def most_density(x: Tensor, most: float) -> float:
+def most_density(x: Tensor, most: float = 1.0) -> float:
     """Up to which density sparse products of `x` win; `most` is that of float32."""
     if x.dtype != torch.bfloat16:
         return most

@@ -48,8 +48,12 @@ def compact_linear(
     positions: Tensor,
     zero: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
-    if zero and reference.kept_share(starts, effective) <= most_density(x, 1.0):
+    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x.
+
+    Under autocast too where much is kept, for filling in what `effective` lacks takes kernels.
+    """
+    much = effective.dtype != x.dtype and reference.kept_share(starts, effective) > most_density(x)
+    if zero and not much:
         return _ops.compact_linear(x, values, starts, columns, bias)
     w = _dense(values, effective, starts, columns, zero)
     return reference.linear(x, w, bias), x.new_empty(0)

@@ -75,9 +75,13 @@ def _multiplies_bfloat16() -> tuple[bool, bool]:
     return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
 
 
-def most_density(x: Tensor, most: float = 1.0) -> float:
-    """Up to which density sparse products of `x` win; `most` is that of float32."""
-    if x.dtype != torch.bfloat16:
+def most_density(x: Tensor, most: float, effective: Tensor | None = None) -> float:
+    """Up to which density sparse products of `x` win; `most` is that of float32.
+
+    A float32 `effective` is one under autocast: up to `most` it may lag behind, and the dense
+    product would first have to fill it and convert it.
+    """
+    if x.dtype != torch.bfloat16 or (effective is not None and effective.dtype != x.dtype):
         return most
     vectors, tiles = _multiplies_bfloat16()
     if tiles:
@@ -88,18 +92,12 @@ def most_density(x: Tensor, most: float = 1.0) -> float:
     return next(density for least, density in MAX_DENSITY_BFLOAT16 if rows >= least)
 
 
-def _fills(x: Tensor, effective: Tensor, starts: Tensor) -> bool:
-    """Whether a lagging float32 weight must become a bfloat16 one, which takes kernels too."""
-    half = x.dtype == torch.bfloat16 and effective.dim() <= 3
-    return half and reference.may_lag(effective, starts, True)
-
-
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
     if op == "compact_linear" or op.startswith("compact_conv2d"):
         x, (effective, starts) = args[0], args[3:5]
-        most = most_density(x, reference.max_density(effective))
-        return reference.kept_share(starts, effective) <= most or _fills(x, effective, starts)
+        most = most_density(x, reference.max_density(effective), effective)
+        return reference.kept_share(starts, effective) <= most
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]

@@ -48,15 +48,10 @@ def compact_linear(
     positions: Tensor,
     zero: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x.
-
-    Under autocast too where much is kept, for filling in what `effective` lacks takes kernels.
-    """
-    much = effective.dtype != x.dtype and reference.kept_share(starts, effective) > most_density(x)
-    if zero and not much:
+    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
+    if zero:
         return _ops.compact_linear(x, values, starts, columns, bias)
-    w = _dense(values, effective, starts, columns, zero)
-    return reference.linear(x, w, bias), x.new_empty(0)
+    return reference.linear(x, effective.to(x.dtype), bias), x.new_empty(0)
 
 
 def compact_linear_backward(
@@ -76,7 +71,8 @@ def compact_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
     share = reference.kept_share(starts, effective)
-    sparse_dx = need_dx and zero and share <= most_density(x, MAX_DENSITY_COMPACT)
+    most = most_density(x, MAX_DENSITY_COMPACT, effective)
+    sparse_dx = need_dx and zero and share <= most
     sample = need_dv and share <= most_density(x, MAX_DENSITY_SAMPLED)
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or sample:
@@ -88,22 +84,11 @@ def compact_linear_backward(
             x.dim() == 2, sparse_dx, sample, False,
         )  # fmt: skip
     if need_dx and not sparse_dx:
-        w = _dense(values, effective, starts, columns, zero)
-        dx, _ = reference.linear_backward(dy, x, w, True, False)
+        dx, _ = reference.linear_backward(dy, x, effective.to(x.dtype), True, False)
     if need_dv and not sample:
         _, dw = reference.linear_backward(dy, x, effective, False, True)
         dv = _ops.gather_kept(dw, starts, columns)
     return dx, dv
-
-
-def _dense(
-    values: Tensor, effective: Tensor, starts: Tensor, columns: Tensor, zero: bool
-) -> Tensor:
-    """The effective weight in the dtype of `values`, which autocast leaves to those who read it."""
-    w = effective.to(values.dtype)
-    if w is not effective and reference.may_lag(effective, starts, zero):
-        _ops.scatter_kept_(w, values, starts, columns)
-    return w
 
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:

@@ -7,6 +7,7 @@ two is the faster one. The arguments of the registered ops:
     forward   (x, values, bias, effective, *kept, zero, *rest) -> y
     backward  (dy, x, values, effective, *kept, zero, *rest, need_dx, need_dv) -> (dx, dvalues)
 
+Under autocast `effective` stays in its dtype: kernels do not read it, others convert it.
 `kept` is five tensors (`compact.KeptLists`); `zero` says that effective is 0 wherever no kept entry
 is. Backends have the same functions with one more result, or argument: what the forward carries to
 the backward (the packed x) where autograd calls them directly, empty otherwise.

@@ -39,6 +39,7 @@ KERNELS = [
     "packed_linear_cpu",
     "random_fill_cpu",
     "sparse_conv2d_cpu",
+    "sparse_linear_bf16_cpu",
     "sparse_linear_cpu",
     "ternary_linear_cpu",
     "ternary_tiles_cpu",

@@ -1,4 +1,4 @@
-#include "simd.h"
+#include "list_rows.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -8,25 +8,6 @@ constexpr int kTileVecs = kTileBatch / kWidth;
 // Kept weights in flight: enough independent sums to hide the latency of a multiply-add, few
 // enough for the registers.
 constexpr int kInFlight = kTileVecs <= 4 ? 2 : 1;
-
-template <class Index>
-void list_rows(const uint8_t* mask, const float* weight, int64_t columns, int64_t begin,
-               int64_t end, const int64_t* starts, Index* kept_columns, float* values) {
-    int64_t at = starts[begin];
-    for (int64_t r = begin; r < end; ++r) {
-        const uint8_t* mask_row = mask + r * columns;
-        const float* weight_row = weight + r * columns;
-        for (int64_t c = 0; c < columns; c += 64) {
-            uint64_t bits = kept_bits(mask_row + c, columns - c);
-            while (bits) {
-                const int64_t column = c + __builtin_ctzll(bits);
-                kept_columns[at] = static_cast<Index>(column);
-                values[at++] = weight_row[column];
-                bits &= bits - 1;
-            }
-        }
-    }
-}
 
 void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) {
     if (batch < kTileBatch) std::memset(tile, 0, features * kTileBatch * sizeof(float));
@@ -201,8 +182,8 @@ float sum_row(const float* row, int64_t tiles, int64_t stride) {
 }  // namespace
 
 const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+    list_rows<uint16_t, float>, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
 const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+    list_rows<uint32_t, float>, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
 
 }  // namespace lottery_sparse

@@ -7,6 +7,7 @@ two is the faster one. The arguments of the registered ops:
     forward   (x, values, bias, effective, *kept, zero, *rest) -> y
     backward  (dy, x, values, effective, *kept, zero, *rest, need_dx, need_dv) -> (dx, dvalues)
 
+Under autocast `effective` stays in its dtype: kernels do not read it, others convert it.
 `kept` is five tensors (`compact.KeptLists`); `zero` says that effective is 0 wherever no kept entry
 is. Backends have the same functions with one more result, or argument: what the forward carries to
 the backward (the packed x) where autograd calls them directly, empty otherwise.
@@ -320,13 +321,19 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
     backward = differentiable(
         name_backward, op_backward, run_backward, save_backward, second_gradients, _one_by_one
     )
-    _register_autocast(name, op)
+    _register_autocast(name, op, _autocast_read)
 
     def forward_autocast(*args: Any) -> Tensor:
         device = args[0].device.type
-        return forward(*(_autocast(args, device) if autocasts(device) else args))
+        return forward(*(_autocast_read(args, device) if autocasts(device) else args))
 
     return forward_autocast
+
+
+def _autocast_read(args: tuple, device: str) -> tuple:
+    """All but `effective`, which most implementations do not read: those that do convert it."""
+    x, values, bias, *rest = args
+    return *_autocast((x, values, bias), device), *rest
 
 
 def _one_by_one(call: Callable) -> Callable:

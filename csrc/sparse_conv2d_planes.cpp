@@ -68,13 +68,13 @@ bool planes_fit(const Conv2dShape& s) {
 // output plane. Rows that fill their vectors badly cost products; small planes cost calls.
 bool planes_win(const Conv2dShape& s, int64_t kept, bool backward) {
     constexpr double kMostForward = 8.0, kPixelsBackward = 300.0;
-    constexpr int64_t kSourceFloats = 1 << 16;  // beyond, y waits for x
+    constexpr int64_t kImageFloats = 1 << 16;  // of x: beyond, products wait for it
     const double filled = static_cast<double>(s.output.w) / whole_rows(s.output.w);
     const double pixels = static_cast<double>(s.output.h * s.output.w);
     const double most =
         backward ? pixels * filled / kPixelsBackward : kMostForward * filled * filled;
     return planes_fit(s) && kept <= most * s.out_channels &&
-           (backward || s.in_channels * padded_x(s).floats() <= kSourceFloats);
+           s.in_channels * padded_x(s).floats() <= kImageFloats;
 }
 
 void compact_conv2d_planes_forward(const CompactConv2dForward& p, const Parallel& parallel) {

@@ -29,6 +29,7 @@ STORED = HERE / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
 KERNELS = (  # compiled for each variant
     "bitmap_linear_cpu",
+    "dense_tiles_cpu",
     "keep_top_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",

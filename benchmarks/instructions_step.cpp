@@ -11,13 +11,15 @@ constexpr uint32_t kPercent = 10;
 // A compact layer with Adam's state.
 struct Layer {
     int64_t in, out;
+    std::vector<uint8_t> mask;
     Kept kept;
     std::vector<float> values, bias, effective, first, second, bias_first, bias_second;
 
     Layer(int64_t in, int64_t out)
         : in(in),
           out(out),
-          kept(mask_of(out * in, kPercent), out, in),
+          mask(mask_of(out * in, kPercent)),
+          kept(mask, out, in),
           values(draws(kept.count())),
           bias(draws(out)),
           effective(out * in),
@@ -65,6 +67,8 @@ StepLayer step_layer(Layer& layer) {
     out.in_features = layer.in;
     out.out_features = layer.out;
     out.lists = layer.kept.lists();
+    out.mask = layer.mask.data();
+    out.zero = true;
     out.values = layer.values.data();
     out.bias = layer.bias.data();
     out.effective = layer.effective.data();
@@ -94,6 +98,7 @@ void lenet_step() {
     }
     step.loss = &loss;
     step.threads = 1;
+    step.dense_multiply = step.dense_sample = 1.0;  // sparse products only
     begin();
     train_step(step, kSerial);
     END("train_step 10%", kept * kBatch);

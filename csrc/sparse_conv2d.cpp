@@ -1,4 +1,5 @@
-// compact_conv2d on the CPU: where things lie and in which order; kernels in sparse_conv2d_cpu.cpp.
+// compact_conv2d on lines of images: where things lie and in which order; kernels in
+// sparse_conv2d_cpu.cpp.
 #include "sparse_conv2d.h"
 
 #include <algorithm>
@@ -10,11 +11,6 @@
 
 namespace lottery_sparse {
 namespace {
-
-int64_t number(const void* numbers, bool wide, int64_t i) {
-    return wide ? static_cast<const uint32_t*>(numbers)[i]
-                : static_cast<const uint16_t*>(numbers)[i];
-}
 
 // The taps of all replicates.
 struct Taps {
@@ -271,7 +267,7 @@ void Conv2d::dx(const CompactConv2dBackward& p, const Group& group, const Taps& 
                           channels,
                           s_.image,
                           s_.channels_last,
-                          /*add=*/s_.shared_x && e > 0});
+                          /*add=*/s_.shared_x && (e > 0 || p.add_dx)});
             }
         }
     });
@@ -347,11 +343,11 @@ bool lines_fit(const Conv2dShape& s) {
            dy_window(s).plane() <= kMost / std::max<int64_t>(s.out_channels, 1);
 }
 
-void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel) {
+void compact_conv2d_lanes_forward(const CompactConv2dForward& p, const Parallel& parallel) {
     Conv2d(p.shape, p.lists, parallel).forward(p);
 }
 
-void compact_conv2d_backward(const CompactConv2dBackward& p, const Parallel& parallel) {
+void compact_conv2d_lanes_backward(const CompactConv2dBackward& p, const Parallel& parallel) {
     Conv2d(p.shape, p.lists, parallel).backward(p);
 }
 

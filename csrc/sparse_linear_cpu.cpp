@@ -70,11 +70,18 @@ inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end
 // out[b][i] (+)= sums[i][b] for the first n (<= kRowBlock) rows of sums and the batch.
 inline void store_block(const float* sums, int64_t n, float* out, int64_t out_stride, int64_t batch,
                         bool add_to_out) {
+    if (n == kRowBlock && batch == kTileBatch && !add_to_out) {  // the usual case
+        for (int64_t b = 0; b < kTileBatch; b += 8)
+            for (int64_t i = 0; i < kRowBlock; i += 8)
+                transpose_8x8(sums + i * kTileBatch + b, kTileBatch, out + b * out_stride + i,
+                              out_stride);
+        return;
+    }
     alignas(64) float by_batch[kTileBatch][kRowBlock];
     for (int64_t i = 0; i < n; i += 8)
         for (int64_t b = 0; b < kTileBatch; b += 8)
             transpose_8x8(sums + i * kTileBatch + b, kTileBatch, &by_batch[b][i], kRowBlock);
-    if (n == kRowBlock && !add_to_out) {  // the usual case, at a length the compiler knows
+    if (n == kRowBlock && !add_to_out) {  // at a length the compiler knows
         for (int64_t b = 0; b < batch; ++b)
             std::memcpy(out + b * out_stride, by_batch[b], sizeof(by_batch[b]));
         return;

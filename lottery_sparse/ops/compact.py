@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists
@@ -96,9 +95,11 @@ def _any_linear(products: str, x: Tensor, values: Tensor, *args: Any) -> Tensor:
     """By one C++ autograd node where that is the same, else by the op."""
     if not torch.compiler.is_compiling():
         node = _node()
-        if node is not None and _plain_call(x, values):
-            op, limits = node
-            return op(x, values, *args, *limits[products])
+        if node is not None and not backends.overrides:
+            call, limits = node
+            y = call(x, values, *args, *limits[products])
+            if y is not None:  # float32 CPU tensors in eager mode, and nobody watches what ops do
+                return y
     return _linear(x, values, *args)
 
 
@@ -116,28 +117,12 @@ def _node() -> tuple[Callable, dict[str, tuple[float, float]]] | None:
     """
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     try:
-        importlib.import_module(f"lottery_sparse._eager_{version}")
+        module = importlib.import_module(f"lottery_sparse._eager_{version}")
         native = backends.load("cpu")
     except ImportError:
         return None
-    op = torch.ops.lottery_sparse_eager.compact_linear.default
     table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_SAMPLED
-    return op, {"auto": table, "sparse": (1.0, 1.0), "dense": (-1.0, -1.0)}
-
-
-def _plain_call(x: Tensor, values: Tensor) -> bool:
-    """float32 CPU tensors in eager mode, and nobody changes or watches what ops do."""
-    return (
-        type(x) in (Tensor, Parameter)
-        and x.dtype is torch.float32
-        and values.dtype is torch.float32
-        and x.is_cpu
-        and values.is_cpu
-        and backends.forced() is None
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return module.compact_linear, {"auto": table, "sparse": (1.0, 1.0), "dense": (-1.0, -1.0)}
 
 
 def compact_conv2d(

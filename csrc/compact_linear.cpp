@@ -28,11 +28,15 @@ Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactList
     return ordered;
 }
 
+void clear_spare_slots(const SparseLinearShape& shape, const CompactLists& lists, int64_t matrix,
+                       float* values) {
+    const int64_t used = lists.starts[matrix * (shape.out_features + 1) + shape.out_features];
+    std::memset(values + matrix * lists.capacity + used, 0,
+                (lists.capacity - used) * sizeof(float));
+}
+
 void clear_spare_slots(const SparseLinearShape& shape, const CompactLists& lists, float* values) {
-    for (int64_t e = 0; e < shape.replicates; ++e) {
-        const int64_t used = lists.starts[e * (shape.out_features + 1) + shape.out_features];
-        std::memset(values + e * lists.capacity + used, 0, (lists.capacity - used) * sizeof(float));
-    }
+    for (int64_t e = 0; e < shape.replicates; ++e) clear_spare_slots(shape, lists, e, values);
 }
 
 template <class Index>
@@ -66,25 +70,30 @@ void backward(const CompactLinearBackward& p, const Parallel& parallel) {
     if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
 }
 
-// Calls f(dense entry, value) for every kept entry, rows in parallel.
+// Calls f(dense entry, value) for every kept entry of rows [begin, end) of all E·N, in parallel;
+// p.dense begins with row `begin`.
 template <class Index, class F>
-void for_kept(const KeptEntries& p, const Parallel& parallel, const F& f) {
+void for_kept(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel,
+              const F& f) {
     constexpr int64_t kGrain = 64;
     const int64_t n = p.shape.out_features, k = p.shape.in_features;
     const Index* columns = static_cast<const Index*>(p.lists.columns);
-    parallel(p.shape.replicates * n, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t e = row / n, r = row % n, slots = e * p.lists.capacity;
+    parallel(last - first, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t e = (first + i) / n, r = (first + i) % n, slots = e * p.lists.capacity;
             const int64_t* starts = p.lists.starts + e * (n + 1) + r;
-            for (int64_t i = slots + starts[0]; i < slots + starts[1]; ++i)
-                f(p.dense[row * k + static_cast<int64_t>(columns[i])], p.values[i]);
+            float* row = p.dense + i * k;
+            for (int64_t entry = slots + starts[0]; entry < slots + starts[1]; ++entry)
+                f(row[columns[entry]], p.values[entry]);
         }
     });
 }
 
 template <class F>
-void for_kept(const KeptEntries& p, const Parallel& parallel, const F& f) {
-    p.lists.wide ? for_kept<uint32_t>(p, parallel, f) : for_kept<uint16_t>(p, parallel, f);
+void for_kept(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel,
+              const F& f) {
+    p.lists.wide ? for_kept<uint32_t>(p, first, last, parallel, f)
+                 : for_kept<uint16_t>(p, first, last, parallel, f);
 }
 
 }  // namespace
@@ -96,12 +105,22 @@ void pack_tiles(const float* x, int64_t count, int64_t batch, int64_t features, 
 }
 
 void gather_kept(const KeptEntries& p, const Parallel& parallel) {
-    for_kept(p, parallel, [](const float& dense, float& value) { value = dense; });
+    for_kept(p, 0, p.shape.replicates * p.shape.out_features, parallel,
+             [](const float& dense, float& value) { value = dense; });
     clear_spare_slots(p.shape, p.lists, p.values);
 }
 
+void gather_rows(const KeptEntries& p, int64_t matrix, int64_t begin, int64_t end,
+                 const Parallel& parallel) {
+    const int64_t n = p.shape.out_features;
+    for_kept(p, matrix * n + begin, matrix * n + end, parallel,
+             [](const float& dense, float& value) { value = dense; });
+    if (end == n) clear_spare_slots(p.shape, p.lists, matrix, p.values);
+}
+
 void scatter_kept(const KeptEntries& p, const Parallel& parallel) {
-    for_kept(p, parallel, [](float& dense, const float& value) { dense = value; });
+    for_kept(p, 0, p.shape.replicates * p.shape.out_features, parallel,
+             [](float& dense, const float& value) { dense = value; });
 }
 
 void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel) {

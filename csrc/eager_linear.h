@@ -135,7 +135,6 @@ struct Saved {
         Tensor &dx = found[0], &dv = found[1], &db = found[2];
         const Tensor dy = grad.contiguous(), weights = values.contiguous();
         const Call call(x, weights, kept);
-        const bool shared = call.shape.shared_x;
         const bool sparse_dx = need_dx && options.zero && call.share <= options.most_product;
         const bool sampled = need_dv && call.share <= options.most_sampled;
         if (sparse_dx || sampled) {
@@ -147,7 +146,8 @@ struct Saved {
                            call.shape.in_features, tiles.mutable_data_ptr<float>(), kParallel);
             }
             if (sparse_dx)
-                dx = call.matrix(call.several && !shared, call.shape.batch, call.shape.in_features);
+                dx = call.matrix(call.several && !call.shape.shared_x, call.shape.batch,
+                                 call.shape.in_features);
             if (sampled) dv = Call::empty(weights.sizes());
             if (need_db)
                 db = call.several ? Call::empty({call.shape.replicates, call.shape.out_features})
@@ -164,18 +164,37 @@ struct Saved {
         }
         if (need_dx && !sparse_dx) {
             dx = at::matmul(dy, effective);
-            if (shared) dx = dx.sum(0);
+            if (call.shape.shared_x) dx = dx.sum(0);
         }
         if (need_dv && !sampled) {
-            const Tensor dw = at::matmul(dy.mT(), x).contiguous();
-            if (dw.numel() == weights.numel() && call.share == 1.0) {  // all kept: the same order
-                dv = dw.view(weights.sizes());
+            if (!call.several && call.share == 1.0 && weights.numel() == effective.numel()) {
+                dv = at::mm(dy.t(), x).view(weights.sizes());  // all kept: the same order
             } else {
                 dv = Call::empty(weights.sizes());
-                gather_kept({call.shape, call.lists, const_cast<float*>(dw.const_data_ptr<float>()),
-                             dv.mutable_data_ptr<float>()},
-                            kParallel);
+                dense_gradient(call, dy, dv);
             }
+        }
+    }
+
+    // dvalues from a dense dW, made in blocks of rows that stay in the cache until they are read.
+    void dense_gradient(const Call& call, const Tensor& dy, const Tensor& dv) const {
+        constexpr int64_t kBlockRows = 160;  // as quick as all rows, and small
+        const int64_t n = call.shape.out_features;
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        const Tensor scratch = Call::empty({std::min(kBlockRows, n), call.shape.in_features});
+        for (int64_t e = 0; e < call.shape.replicates; ++e) {
+            const Tensor dy_t = (call.several ? dy.select(0, e) : dy).t();
+            const Tensor source = x.dim() == 3 ? x.select(0, e) : x;
+            int64_t first = 0;
+            do {  // at least once, for spare slots
+                const int64_t rows = std::min(kBlockRows, n - first);
+                Tensor block = scratch.narrow(0, 0, rows);
+                at::mm_out(block, dy_t.narrow(0, first, rows), source);
+                gather_rows({call.shape, call.lists, block.mutable_data_ptr<float>(),
+                             dv.mutable_data_ptr<float>()},
+                            e, first, first + rows, kParallel);
+                first += rows;
+            } while (first < n);
         }
     }
 };

@@ -90,6 +90,10 @@ struct KeptEntries {
     float* values;
 };
 void gather_kept(const KeptEntries& p, const Parallel& parallel);
+// The same for rows [begin, end) of one matrix; `dense` holds nothing else. Spare slots become 0
+// with the last row.
+void gather_rows(const KeptEntries& p, int64_t matrix, int64_t begin, int64_t end,
+                 const Parallel& parallel);
 void scatter_kept(const KeptEntries& p, const Parallel& parallel);
 
 void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel);

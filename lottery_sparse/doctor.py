@@ -153,7 +153,9 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
         module = backends.kernel(op, torch.device(device), args).__module__
     except (RuntimeError, ValueError, ImportError) as error:
         return None, str(error)
-    chosen = next(name for name, b in backends.BACKENDS.items() if b.module == module)
+    # a backend is a module or a package; asking each for its op would import broken ones
+    modules = {b.module: name for name, b in backends.BACKENDS.items()}
+    chosen = next(name for m, name in modules.items() if f"{module}.".startswith(f"{m}."))
     if backends.forced():
         return chosen, "forced"
     wished = backends.PREFERENCE.get(device, {}).get(op, ())

@@ -19,10 +19,11 @@ Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactList
     constexpr int64_t kGrain = 1 << 14;
     Buffer<float> ordered = buffer<float>(shape.replicates * lists.capacity);
     for (int64_t e = 0; e < shape.replicates; ++e) {
-        const int64_t first = e * lists.capacity;
-        parallel(lists.capacity, kGrain, [&](int64_t begin, int64_t end) {
-            for (int64_t i = first + begin; i < first + end; ++i)
-                ordered[i] = values[first + lists.positions[i]];
+        const int32_t* positions = lists.positions + e * lists.capacity;
+        const float* from = values + e * lists.capacity;
+        float* to = ordered.get() + e * lists.capacity;
+        parallel(lists.capacity, kGrain, [=](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) to[i] = from[positions[i]];
         });
     }
     return ordered;
@@ -70,30 +71,44 @@ void backward(const CompactLinearBackward& p, const Parallel& parallel) {
     if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
 }
 
-// Calls f(dense entry, value) for every kept entry of rows [begin, end) of all E·N, in parallel;
-// p.dense begins with row `begin`.
+// Calls f(dense row, columns, values, count) for the kept entries of rows [first, last) of all E N,
+// in parallel; p.dense begins with row `first`.
 template <class Index, class F>
-void for_kept(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel,
+void for_rows(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel,
               const F& f) {
     constexpr int64_t kGrain = 64;
     const int64_t n = p.shape.out_features, k = p.shape.in_features;
     const Index* columns = static_cast<const Index*>(p.lists.columns);
     parallel(last - first, kGrain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t e = (first + i) / n, r = (first + i) % n, slots = e * p.lists.capacity;
+            const int64_t e = (first + i) / n, r = (first + i) % n;
             const int64_t* starts = p.lists.starts + e * (n + 1) + r;
-            float* row = p.dense + i * k;
-            for (int64_t entry = slots + starts[0]; entry < slots + starts[1]; ++entry)
-                f(row[columns[entry]], p.values[entry]);
+            const int64_t slot = e * p.lists.capacity + starts[0];
+            f(p.dense + i * k, columns + slot, p.values + slot, starts[1] - starts[0]);
         }
     });
 }
 
-template <class F>
-void for_kept(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel,
-              const F& f) {
-    p.lists.wide ? for_kept<uint32_t>(p, first, last, parallel, f)
-                 : for_kept<uint16_t>(p, first, last, parallel, f);
+template <class Index>
+void gather(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel) {
+    const auto gather_row = chosen_kernels(Index{}).gather_row;
+    for_rows<Index>(p, first, last, parallel,
+                    [&](const float* row, const Index* columns, float* values, int64_t count) {
+                        gather_row(row, p.shape.in_features, columns, count, values);
+                    });
+}
+
+void gather(const KeptEntries& p, int64_t first, int64_t last, const Parallel& parallel) {
+    p.lists.wide ? gather<uint32_t>(p, first, last, parallel)
+                 : gather<uint16_t>(p, first, last, parallel);
+}
+
+template <class Index>
+void scatter(const KeptEntries& p, const Parallel& parallel) {
+    for_rows<Index>(p, 0, p.shape.replicates * p.shape.out_features, parallel,
+                    [](float* row, const Index* columns, const float* values, int64_t count) {
+                        for (int64_t i = 0; i < count; ++i) row[columns[i]] = values[i];
+                    });
 }
 
 }  // namespace
@@ -105,22 +120,19 @@ void pack_tiles(const float* x, int64_t count, int64_t batch, int64_t features, 
 }
 
 void gather_kept(const KeptEntries& p, const Parallel& parallel) {
-    for_kept(p, 0, p.shape.replicates * p.shape.out_features, parallel,
-             [](const float& dense, float& value) { value = dense; });
+    gather(p, 0, p.shape.replicates * p.shape.out_features, parallel);
     clear_spare_slots(p.shape, p.lists, p.values);
 }
 
 void gather_rows(const KeptEntries& p, int64_t matrix, int64_t begin, int64_t end,
                  const Parallel& parallel) {
     const int64_t n = p.shape.out_features;
-    for_kept(p, matrix * n + begin, matrix * n + end, parallel,
-             [](const float& dense, float& value) { value = dense; });
+    gather(p, matrix * n + begin, matrix * n + end, parallel);
     if (end == n) clear_spare_slots(p.shape, p.lists, matrix, p.values);
 }
 
 void scatter_kept(const KeptEntries& p, const Parallel& parallel) {
-    for_kept(p, 0, p.shape.replicates * p.shape.out_features, parallel,
-             [](float& dense, const float& value) { dense = value; });
+    p.lists.wide ? scatter<uint32_t>(p, parallel) : scatter<uint16_t>(p, parallel);
 }
 
 void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel) {

@@ -28,15 +28,18 @@ namespace {
 
 using torch::autograd::SavedVariable;
 
-// A tensor that saved_tensors_hooks need not see, for it outlives the call; it must not change.
+// A tensor that saved_tensors_hooks need not see, for it outlives the call; it must not change,
+// unless it lags behind the values, unread.
 struct Watched {
     Tensor tensor;
     uint32_t version = 0;
+    bool lags = false;
 
     Watched() = default;
-    explicit Watched(const Tensor& t) : tensor(t), version(t._version()) {}
+    explicit Watched(const Tensor& t, bool lags = false)
+        : tensor(t), version(t._version()), lags(lags) {}
     void check(const char* name) const {
-        TORCH_CHECK(tensor._version() == version,
+        TORCH_CHECK(lags || tensor._version() == version,
                     "one of the variables needed for gradient computation has been modified by an "
                     "inplace operation: ",
                     name, " of a compact layer is at version ", tensor._version(),
@@ -89,6 +92,7 @@ struct CompactLinearNode : torch::autograd::Node {
             args.collect(*tensor);
         args.collect(options.zero);
         args.collect(options.most_product);
+        args.collect(options.most_cached);
         args.collect(options.most_sampled);
     }
 
@@ -106,6 +110,7 @@ struct CompactLinearNode : torch::autograd::Node {
             packer.pack(tensor);
         packer.pack(options.zero);
         packer.pack(options.most_product);
+        packer.pack(options.most_cached);
         packer.pack(options.most_sampled);
         for (int i = 0; i < 3; ++i) packer.pack(task_should_compute_output(i));
         const auto args = std::move(packer).vec();
@@ -135,6 +140,7 @@ struct CompactLinearNode : torch::autograd::Node {
             *tensor = args.unpack<Tensor>();
         saved.options.zero = args.unpack<bool>();
         saved.options.most_product = args.unpack<double>();
+        saved.options.most_cached = args.unpack<double>();
         saved.options.most_sampled = args.unpack<double>();
         for (bool* need : {&saved.need_dx, &saved.need_dv, &saved.need_db})
             *need = args.unpack<bool>();
@@ -157,7 +163,7 @@ Tensor compact_linear(const Tensor& x, const Tensor& values, const Tensor& bias,
         node->x = SavedVariable(x, /*is_output=*/false);
         node->values = SavedVariable(values, /*is_output=*/false);
         if (packed.defined()) node->packed = SavedVariable(packed, /*is_output=*/false);
-        node->effective = Watched(effective);
+        node->effective = Watched(effective, /*lags=*/packed.defined());
         node->starts = Watched(kept.starts);
         node->kept = kept;
         node->options = options;
@@ -191,10 +197,10 @@ bool watched() {
 }
 
 // compact_linear(x, values, bias, effective, starts, columns, column_starts, rows, positions, zero,
-// most_product, most_sampled) -> y, or None: a call for the registered op.
+// most_product, most_cached, most_sampled) -> y, or None: a call for the registered op.
 PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK(count == 12, "compact_linear takes 12 arguments, got ", count, ".");
+    TORCH_CHECK(count == 13, "compact_linear takes 13 arguments, got ", count, ".");
     if (!plain(args[0]) || !plain(args[1]) || watched()) Py_RETURN_NONE;
     std::array<Tensor, 9> tensors;
     for (int i = 0; i < 9; ++i) {
@@ -207,7 +213,7 @@ PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) 
     const Kept kept = {starts, columns, column_starts, rows, positions};
     if (!Call::fits(x, values, kept)) Py_RETURN_NONE;
     const Options options = {args[9] == Py_True, PyFloat_AsDouble(args[10]),
-                             PyFloat_AsDouble(args[11])};
+                             PyFloat_AsDouble(args[11]), PyFloat_AsDouble(args[12])};
     if (PyErr_Occurred()) return nullptr;
     Tensor y;
     {

@@ -182,6 +182,9 @@ struct SparseLinearKernels {
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
     // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.
     float (*sum_row)(const float* row, int64_t tiles, int64_t stride);
+    // values[i] = row[kept[i]], for `count` ascending columns of a row.
+    void (*gather_row)(const float* row, int64_t columns, const Index* kept, int64_t count,
+                       float* values);
 };
 
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);

@@ -181,13 +181,16 @@ void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
                         sum[j] = fma(dy_v, load(x + offset[j] * kTileBatch + v * kWidth), sum[j]);
                 }
             }
-            store(sums, horizontal_sums(sum));
+            const Vec found = horizontal_sums(sum);
+            if (!dw && !p.add) {
+                store_first(p.kept + i, found, n);
+                continue;
+            }
+            store(sums, found);
             if (dw)
                 for (int j = 0; j < n; ++j) dw[offset[j]] += sums[j];
-            else if (p.add)
-                for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
             else
-                std::memcpy(p.kept + i, sums, n * sizeof(float));
+                for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
         }
     }
 }
@@ -205,11 +208,48 @@ float sum_row(const float* row, int64_t tiles, int64_t stride) {
     return total;
 }
 
+#if defined(__AVX512F__)
+inline __m512i load_indices(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512i load_indices(const uint32_t* p) {
+    return _mm512_loadu_si512(p);
+}
+
+// Element i is p[index[i]], of 64 floats.
+inline Vec choose_64(const float* p, __m512i index) {
+    const Vec low = _mm512_permutex2var_ps(load(p), index, load(p + 16));
+    const Vec high = _mm512_permutex2var_ps(load(p + 32), index, load(p + 48));
+    return _mm512_mask_mov_ps(low, _mm512_cmpgt_epi32_mask(index, _mm512_set1_epi32(31)), high);
+}
+#endif
+
+template <class Index>
+void gather_row(const float* row, int64_t columns, const Index* kept, int64_t count,
+                float* values) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    constexpr int64_t kSpan = 64;
+    for (; i + kWidth <= count; i += kWidth) {
+        const int64_t first = kept[i], last = kept[i + kWidth - 1];
+        const int64_t base = first + kSpan <= columns ? first : columns - kSpan;
+        if (base >= 0 && last - base < kSpan) {
+            const __m512i from = _mm512_set1_epi32(static_cast<int>(base));
+            store(values + i,
+                  choose_64(row + base, _mm512_sub_epi32(load_indices(kept + i), from)));
+        } else {
+            for (int64_t j = i; j < i + kWidth; ++j) values[j] = row[kept[j]];
+        }
+    }
+#endif
+    for (; i < count; ++i) values[i] = row[kept[i]];
+}
+
 }  // namespace
 
 const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row, gather_row};
 const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row, gather_row};
 
 }  // namespace lottery_sparse

@@ -388,7 +388,7 @@ class CompactLinear(Compact, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
+        if input.dim() == 0 or input.size(-1) != self.in_features:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."

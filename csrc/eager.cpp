@@ -92,7 +92,7 @@ struct CompactLinearNode : torch::autograd::Node {
             args.collect(*tensor);
         args.collect(options.zero);
         args.collect(options.most_product);
-        args.collect(options.most_cached);
+        args.collect(options.most_quick);
         args.collect(options.most_sampled);
     }
 
@@ -110,7 +110,7 @@ struct CompactLinearNode : torch::autograd::Node {
             packer.pack(tensor);
         packer.pack(options.zero);
         packer.pack(options.most_product);
-        packer.pack(options.most_cached);
+        packer.pack(options.most_quick);
         packer.pack(options.most_sampled);
         for (int i = 0; i < 3; ++i) packer.pack(task_should_compute_output(i));
         const auto args = std::move(packer).vec();
@@ -140,7 +140,7 @@ struct CompactLinearNode : torch::autograd::Node {
             *tensor = args.unpack<Tensor>();
         saved.options.zero = args.unpack<bool>();
         saved.options.most_product = args.unpack<double>();
-        saved.options.most_cached = args.unpack<double>();
+        saved.options.most_quick = args.unpack<double>();
         saved.options.most_sampled = args.unpack<double>();
         for (bool* need : {&saved.need_dx, &saved.need_dv, &saved.need_db})
             *need = args.unpack<bool>();
@@ -197,7 +197,7 @@ bool watched() {
 }
 
 // compact_linear(x, values, bias, effective, starts, columns, column_starts, rows, positions, zero,
-// most_product, most_cached, most_sampled) -> y, or None: a call for the registered op.
+// most_product, most_quick, most_sampled) -> y, or None: a call for the registered op.
 PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     TORCH_CHECK(count == 13, "compact_linear takes 13 arguments, got ", count, ".");

@@ -29,13 +29,14 @@ struct Kept {
 
 struct Options {
     bool zero;  // effective is 0 where nothing is kept
-    // Kept entries per weight up to which kernels skip zeros: in y and dx, where what they read
-    // stays in the first-level cache, and in dvalues.
-    double most_product, most_cached, most_sampled;
+    // Kept entries per weight up to which kernels skip zeros: in y and dx, in these where they are
+    // quick or dense is slow, and in dvalues.
+    double most_product, most_quick, most_sampled;
 };
 
 // Tiles of so many features stay in the first-level cache, beside a product's sums and results.
 constexpr int64_t kCachedFeatures = 320;
+constexpr int64_t kSmallBatch = 64, kSmallFeatures = 1024;
 
 // A call's tensors as the kernels take them. Layers hold float32 CPU tensors that fit together, as
 // ops/compact.py has made sure; what can change between calls is checked: x and the values.
@@ -59,10 +60,17 @@ struct Call {
                 static_cast<double>(std::max<int64_t>(1, shape.replicates * rows * columns));
     }
 
-    // Whether a product that reads tiles of so many features skips zeros.
-    bool skips(const Options& options, int64_t features) const {
-        const bool cached = features <= kCachedFeatures && shape.batch >= kTileBatch;
-        return options.zero && share <= (cached ? options.most_cached : options.most_product);
+    bool skips(const Options& options, bool longer) const {
+        const bool quick = longer && shape.batch >= kTileBatch;
+        return options.zero && share <= (quick ? options.most_quick : options.most_product);
+    }
+    // Whether y, or dx, skips zeros. The dense y of a small batch reads the weight across its rows.
+    bool skips_in_y(const Options& options) const {
+        const bool small = shape.batch <= kSmallBatch && shape.in_features <= kSmallFeatures;
+        return skips(options, shape.in_features <= kCachedFeatures || small);
+    }
+    bool skips_in_dx(const Options& options) const {
+        return skips(options, shape.out_features <= kCachedFeatures);
     }
 
     static bool fits(const Tensor& x, const Tensor& values, const Kept& kept) {
@@ -89,7 +97,7 @@ Tensor forward(const Tensor& x, const Tensor& values, const Tensor& bias, const 
                const Kept& kept, const Options& options, Tensor& packed) {
     const Tensor source = x.contiguous(), weights = values.contiguous();
     const Call call(source, weights, kept);
-    if (call.skips(options, call.shape.in_features)) {
+    if (call.skips_in_y(options)) {
         Tensor y = call.matrix(call.several, call.shape.batch, call.shape.out_features);
         packed = call.tiles();
         compact_linear_forward({call.shape, call.lists, source.const_data_ptr<float>(),
@@ -146,7 +154,7 @@ struct Saved {
         Tensor &dx = found[0], &dv = found[1], &db = found[2];
         const Tensor dy = grad.contiguous(), weights = values.contiguous();
         const Call call(x, weights, kept);
-        const bool sparse_dx = need_dx && call.skips(options, call.shape.out_features);
+        const bool sparse_dx = need_dx && call.skips_in_dx(options);
         const bool sampled = need_dv && call.share <= options.most_sampled;
         if (sparse_dx || sampled) {
             Tensor tiles = packed;

@@ -15,8 +15,8 @@ from lottery_sparse.native.conv2d import (
     kept_conv2d_backward,
 )
 from lottery_sparse.native.dispatch import (
-    MAX_DENSITY_CACHED,
     MAX_DENSITY_COMPACT,
+    MAX_DENSITY_QUICK,
     MAX_DENSITY_SAMPLED,
     refuses,
     wins,
@@ -43,8 +43,8 @@ sgd_step = torch.ops.lottery_sparse_native.sgd_step.default
 adam_step = torch.ops.lottery_sparse_native.adam_step.default
 
 __all__ = [
-    "MAX_DENSITY_CACHED",
     "MAX_DENSITY_COMPACT",
+    "MAX_DENSITY_QUICK",
     "MAX_DENSITY_SAMPLED",
     "adam_step",
     "bitmap_linear",

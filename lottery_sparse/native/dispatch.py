@@ -54,10 +54,10 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
-# A compact layer has its lists already; the limits for forward and dx, for the same where what they
-# read stays in the first-level cache (of layers called through csrc/eager.cpp), and for dvalues.
+# A compact layer has its lists already; the limits for forward and dx, for these where they are
+# quick or dense is slow (csrc/eager_linear.h, whose calls alone use it), and for dvalues.
 MAX_DENSITY_COMPACT = reference.MAX_DENSITY_LINEAR
-MAX_DENSITY_CACHED = 0.55
+MAX_DENSITY_QUICK = 0.52
 MAX_DENSITY_SAMPLED = 0.45
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096

@@ -108,8 +108,8 @@ def has_node() -> bool:
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
     """The compact linear layer of csrc/eager.cpp, if it was built for this very torch.
 
-    With it, by what a layer wants: up to which density the forward and dx, the same where what they
-    read stays in the first-level cache, and the dvalues run on sparse kernels.
+    With it, by what a layer wants: up to which density the forward and dx, the same where they are
+    quick or dense is slow, and the dvalues run on sparse kernels.
     """
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     try:
@@ -117,7 +117,7 @@ def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
         native = backends.load("cpu")
     except ImportError:
         return None
-    table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_CACHED, native.MAX_DENSITY_SAMPLED
+    table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_QUICK, native.MAX_DENSITY_SAMPLED
     return module.compact_linear, {"auto": table, "sparse": (1.0,) * 3, "dense": (-1.0,) * 3}
 
 

@@ -200,26 +200,22 @@ inline Vec horizontal_sums(const Vec v[kWidth]) {
 inline void transpose_8x8(const float* source, int64_t source_stride, float* target,
                           int64_t target_stride) {
 #if defined(__AVX2__)
-    // rows i and i + 4 meet as they are loaded, which spares a third of the shuffles
     __m256 r[8], t[8];
-    for (int i = 0; i < 4; ++i) {
-        const float* low = source + i * source_stride;
-        const float* high = low + 4 * source_stride;
-        for (int half = 0; half < 2; ++half)
-            r[i + 4 * half] =
-                _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4 * half)),
-                                     _mm_loadu_ps(high + 4 * half), 1);
-    }
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(source + i * source_stride);
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
     for (int i = 0; i < 8; i += 4) {
-        float* out = target + i * target_stride;
-        _mm256_storeu_ps(out, _mm256_shuffle_ps(t[i], t[i + 2], 0x44));
-        _mm256_storeu_ps(out + target_stride, _mm256_shuffle_ps(t[i], t[i + 2], 0xEE));
-        _mm256_storeu_ps(out + 2 * target_stride, _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44));
-        _mm256_storeu_ps(out + 3 * target_stride, _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE));
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(target + i * target_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(target + (i + 4) * target_stride,
+                         _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
     }
 #else
     for (int r = 0; r < 8; ++r)

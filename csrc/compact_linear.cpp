@@ -19,21 +19,26 @@ Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactList
                                const T* values, const Parallel& parallel) {
     Buffer<float> ordered = buffer<float>(shape.replicates * lists.capacity);
     for (int64_t e = 0; e < shape.replicates; ++e) {
-        const int64_t first = e * lists.capacity;
-        parallel(lists.capacity, kGrainConvert, [&](int64_t begin, int64_t end) {
-            for (int64_t i = first + begin; i < first + end; ++i)
-                ordered[i] = number(values[first + lists.positions[i]]);
+        const int32_t* positions = lists.positions + e * lists.capacity;
+        const T* from = values + e * lists.capacity;
+        float* to = ordered.get() + e * lists.capacity;
+        parallel(lists.capacity, kGrainConvert, [=](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) to[i] = number(from[positions[i]]);
         });
     }
     return ordered;
 }
 
 template <class T>
+void clear_spare_slots(const SparseLinearShape& shape, const CompactLists& lists, int64_t matrix,
+                       T* values) {
+    const int64_t used = lists.starts[matrix * (shape.out_features + 1) + shape.out_features];
+    std::memset(values + matrix * lists.capacity + used, 0, (lists.capacity - used) * sizeof(T));
+}
+
+template <class T>
 void clear_spare_slots(const SparseLinearShape& shape, const CompactLists& lists, T* values) {
-    for (int64_t e = 0; e < shape.replicates; ++e) {
-        const int64_t used = lists.starts[e * (shape.out_features + 1) + shape.out_features];
-        std::memset(values + e * lists.capacity + used, 0, (lists.capacity - used) * sizeof(T));
-    }
+    for (int64_t e = 0; e < shape.replicates; ++e) clear_spare_slots(shape, lists, e, values);
 }
 
 template <class Index, class T>
@@ -81,36 +86,67 @@ void backward(const CompactLinearBackward<T>& p, const Parallel& parallel) {
     if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
 }
 
-// Calls f(dense entry, value) for every kept entry, rows in parallel.
+// Calls f(dense row, columns, values, count) for the kept entries of rows [first, last) of all E N,
+// in parallel; p.dense begins with row `first`.
 template <class Index, class T, class F>
-void for_kept(const KeptEntries<T>& p, const Parallel& parallel, const F& f) {
+void for_rows(const KeptEntries<T>& p, int64_t first, int64_t last, const Parallel& parallel,
+              const F& f) {
     constexpr int64_t kGrain = 64;
     const int64_t n = p.shape.out_features, k = p.shape.in_features;
     const Index* columns = static_cast<const Index*>(p.lists.columns);
-    parallel(p.shape.replicates * n, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const int64_t e = row / n, r = row % n, slots = e * p.lists.capacity;
+    parallel(last - first, kGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t e = (first + i) / n, r = (first + i) % n;
             const int64_t* starts = p.lists.starts + e * (n + 1) + r;
-            for (int64_t i = slots + starts[0]; i < slots + starts[1]; ++i)
-                f(p.dense[row * k + static_cast<int64_t>(columns[i])], p.values[i]);
+            const int64_t slot = e * p.lists.capacity + starts[0];
+            f(p.dense + i * k, columns + slot, p.values + slot, starts[1] - starts[0]);
         }
     });
 }
 
-template <class T, class F>
-void for_kept(const KeptEntries<T>& p, const Parallel& parallel, const F& f) {
-    p.lists.wide ? for_kept<uint32_t>(p, parallel, f) : for_kept<uint16_t>(p, parallel, f);
+template <class Index>
+void gather_row(const float* row, int64_t width, const Index* columns, int64_t count,
+                float* values) {
+    chosen_kernels(Index{}).gather_row(row, width, columns, count, values);
+}
+
+template <class Index>
+void gather_row(const Bfloat16* row, int64_t, const Index* columns, int64_t count,
+                Bfloat16* values) {
+    for (int64_t i = 0; i < count; ++i) values[i] = row[columns[i]];
+}
+
+template <class Index, class T>
+void gather(const KeptEntries<T>& p, int64_t first, int64_t last, const Parallel& parallel) {
+    for_rows<Index>(p, first, last, parallel,
+                    [&](const T* row, const Index* columns, T* values, int64_t count) {
+                        gather_row(row, p.shape.in_features, columns, count, values);
+                    });
+}
+
+template <class T>
+void gather(const KeptEntries<T>& p, int64_t first, int64_t last, const Parallel& parallel) {
+    p.lists.wide ? gather<uint32_t>(p, first, last, parallel)
+                 : gather<uint16_t>(p, first, last, parallel);
 }
 
 template <class T>
 void gather(const KeptEntries<T>& p, const Parallel& parallel) {
-    for_kept(p, parallel, [](const T& dense, T& value) { value = dense; });
+    gather(p, 0, p.shape.replicates * p.shape.out_features, parallel);
     clear_spare_slots(p.shape, p.lists, p.values);
+}
+
+template <class Index, class T>
+void scatter(const KeptEntries<T>& p, const Parallel& parallel) {
+    for_rows<Index>(p, 0, p.shape.replicates * p.shape.out_features, parallel,
+                    [](T* row, const Index* columns, const T* values, int64_t count) {
+                        for (int64_t i = 0; i < count; ++i) row[columns[i]] = values[i];
+                    });
 }
 
 template <class T>
 void scatter(const KeptEntries<T>& p, const Parallel& parallel) {
-    for_kept(p, parallel, [](T& dense, const T& value) { dense = value; });
+    p.lists.wide ? scatter<uint32_t>(p, parallel) : scatter<uint16_t>(p, parallel);
 }
 
 template <class T>
@@ -136,6 +172,13 @@ void gather_kept(const KeptEntries<float>& p, const Parallel& parallel) {
 }
 void gather_kept(const KeptEntries<Bfloat16>& p, const Parallel& parallel) {
     gather(p, parallel);
+}
+
+void gather_rows(const KeptEntries<float>& p, int64_t matrix, int64_t begin, int64_t end,
+                 const Parallel& parallel) {
+    const int64_t n = p.shape.out_features;
+    gather(p, matrix * n + begin, matrix * n + end, parallel);
+    if (end == n) clear_spare_slots(p.shape, p.lists, matrix, p.values);
 }
 
 void scatter_kept(const KeptEntries<float>& p, const Parallel& parallel) {

@@ -102,6 +102,10 @@ struct KeptEntries {
 };
 void gather_kept(const KeptEntries<float>& p, const Parallel& parallel);
 void gather_kept(const KeptEntries<Bfloat16>& p, const Parallel& parallel);
+// The same for rows [begin, end) of one matrix; `dense` holds nothing else. Spare slots become 0
+// with the last row.
+void gather_rows(const KeptEntries<float>& p, int64_t matrix, int64_t begin, int64_t end,
+                 const Parallel& parallel);
 void scatter_kept(const KeptEntries<float>& p, const Parallel& parallel);
 void scatter_kept(const KeptEntries<Bfloat16>& p, const Parallel& parallel);
 
@@ -195,6 +199,9 @@ struct SparseLinearKernels {
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
     // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.
     float (*sum_row)(const float* row, int64_t tiles, int64_t stride);
+    // values[i] = row[kept[i]], for `count` ascending columns of a row.
+    void (*gather_row)(const float* row, int64_t columns, const Index* kept, int64_t count,
+                       float* values);
 };
 
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);

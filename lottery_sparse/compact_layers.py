@@ -96,8 +96,14 @@ class Compact(Masked):
 
     @property
     def kept(self) -> KeptLists:
-        buffers = self._buffers
-        return KeptLists(*(buffers[name] for name in _KEPT))  # pyright: ignore[reportArgumentType]
+        held: Any = self._buffers  # by name, not in a loop: each forward asks
+        return KeptLists(
+            held["kept_starts"],
+            held["kept_columns"],
+            held["kept_column_starts"],
+            held["kept_rows"],
+            held["kept_positions"],
+        )
 
     @property
     def capacity(self) -> int:
@@ -175,7 +181,8 @@ class Compact(Masked):
                 "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
                 "call ls.expand_ and parametrize the masked layer."
             )
-        if not isinstance(weight, nn.Parameter):  # torch.func.functional_call: not ours to keep
+        is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
+        if not is_parameter:  # torch.func.functional_call: not ours to keep
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
@@ -381,7 +388,7 @@ class CompactLinear(Compact, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
+        if input.dim() == 0 or input.size(-1) != self.in_features:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."

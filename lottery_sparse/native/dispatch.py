@@ -59,8 +59,10 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
-# A compact layer has its lists already; the limits for forward and dx, and for dvalues.
+# A compact layer has its lists already; the limits for forward and dx, for these where they are
+# quick or dense is slow (csrc/eager_linear.h, whose calls alone use it), and for dvalues.
 MAX_DENSITY_COMPACT = reference.MAX_DENSITY_LINEAR
+MAX_DENSITY_QUICK = 0.52
 MAX_DENSITY_SAMPLED = 0.45
 # bfloat16, both ops, on a processor that multiplies it: 2.2 times as fast dense as float32. From
 # this many rows of x on, up to this density.

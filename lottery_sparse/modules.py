@@ -59,11 +59,13 @@ class Masked(nn.Module):
         self._frozen_descriptor = held.descriptor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        was_meta, was_dtype = self.weight_mask.is_meta, self.weight.dtype
+        # not the dtype of `weight`: a layer that shares it may have converted it already
+        was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
         super()._apply(fn, recurse)
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
             self.weight_mask.fill_(True)
-        if self.weight.dtype != was_dtype:  # made again, not rounded: .half().float() loses nothing
+        if frozen is not None and self.weight.dtype != frozen.dtype:
+            # made again, not rounded: .half().float() loses nothing
             self._hold(remake(self._held(), self.weight))
         return self
 

@@ -5,7 +5,7 @@ Contenders, all float32 and without bias:
     F.linear      dense; the gradient is allocated anew each step, torch's default
     bare mm       dense; three torch.mm into memory allocated once, no autograd
     prune         torch.nn.utils.prune on nn.Linear
-    ls reference  ls.ops.masked_linear as reference.py defines it
+    ls reference  ls.ops.masked_linear as reference defines it
     ls dense      … on the dense library, with the effective weight
     ls cpu        … on our kernel
     ls            … as it dispatches by itself

@@ -1,6 +1,6 @@
 """Which implementation of an op runs: one table of backends, one table of preferences.
 
-A backend is a module with functions named like those of `reference.py`, same signatures, and
+A backend is a module with functions named like those of `reference`, same signatures, and
 
     refuses(op, *args)   None if it can run the call, else a sentence that says why not
     wins(op, *args)      whether it should, where it is listed first

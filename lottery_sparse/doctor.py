@@ -153,7 +153,8 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
         module = backends.kernel(op, torch.device(device), args).__module__
     except (RuntimeError, ValueError, ImportError) as error:
         return None, str(error)
-    chosen = next(name for name, b in backends.BACKENDS.items() if b.module == module)
+    # a backend is a module or a package; asking each for its op would import broken ones
+    chosen = next(n for n, b in backends.BACKENDS.items() if f"{module}.".startswith(f"{b.module}."))
     if backends.forced():
         return chosen, "forced"
     wished = backends.PREFERENCE.get(device, {}).get(op, ())

@@ -1,6 +1,6 @@
 """Random problems for the masked products, and their answers from dense float64 products.
 
-The answers share nothing with lottery_sparse/reference.py: NumPy selects the effective weight, a
+The answers share nothing with lottery_sparse/reference: NumPy selects the effective weight, a
 loop runs over the networks, and torch differentiates F.linear and F.conv2d.
 """
 

@@ -1,6 +1,6 @@
 """`pip install` gives a working package whatever the machine lacks: a compiler, or torch in the
 build environment. Each case builds a wheel from a copy of the sources and runs it from a folder of
-its own. The native build is what `make test` itself has made: tests/test_native.py."""
+its own. The native build is what `make test` itself has made: tests/test_native_build.py."""
 
 from __future__ import annotations
 

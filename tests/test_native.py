@@ -1,15 +1,11 @@
 """The compiled CPU kernels against plain oracles: NumPy sorting, float64 products, known answers.
 
-The whole file runs again for every CPU variant (LS_CPU) in a process of its own.
+test_native_build.py runs this file again for every CPU variant (LS_CPU) in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -28,7 +24,6 @@ _host = pytest.importorskip(
 
 ops = torch.ops.lottery_sparse_native
 CHUNK = 1 << 18  # kKeepTopChunk: selection splits tensors at multiples of it
-VARIANT = _host.cpu_variant()
 
 
 def rng(*seed: int) -> np.random.Generator:
@@ -381,68 +376,3 @@ def test_the_rim_checks_what_it_dereferences(wrong, message):
     }
     with pytest.raises(RuntimeError, match=message):
         ops.masked_linear(**arguments | wrong)
-
-
-# ---- the build -----------------------------------------------------------------------------------
-
-
-def test_errors_do_not_say_where_the_kernels_were_built():
-    with pytest.raises(RuntimeError, match="x must be Float") as caught:
-        ops.masked_linear(
-            torch.zeros(2, 4).double(), torch.zeros(3, 4), torch.zeros(3, 4) > 0, None
-        )
-    assert re.search(r"csrc/\w+\.(h|cpp):\d", str(caught.value))
-    assert "/csrc/" not in str(caught.value)
-
-
-def test_host_knows_the_build():
-    info = _host.build_info()
-    assert info["stable_abi_target"] == "0x020b000000000000"
-    assert VARIANT in info["variants_usable"]
-    assert set(info["variants_usable"]) <= set(info["variants_compiled"])
-    assert "-march=native" not in info["flags"]
-    assert "-ffast-math" not in info["flags"]
-    for schema in info["ops"]:
-        assert hasattr(ops, schema.split("(")[0])
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
-def test_host_packs_bits_in_little_endian_order(count):
-    mask = rng(count).random(count) < 0.5
-    bits = _host.pack_bits(mask.astype(np.uint8))
-    assert bits == np.packbits(mask, bitorder="little").tobytes()
-    assert _host.unpack_bits(bits, count) == mask.tobytes()
-
-
-def test_host_refuses_bits_that_do_not_fit():
-    with pytest.raises(ValueError, match="1 bytes, but 9 entries take 2"):
-        _host.unpack_bits(b"\0", 9)
-    with pytest.raises(ValueError, match="ones beyond"):
-        _host.unpack_bits(b"\xff", 3)
-    with pytest.raises(ValueError, match="flat buffer"):
-        _host.pack_bits(np.zeros((2, 2), dtype=np.uint8))
-
-
-def run_again(variant: str, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        env=os.environ | {"LS_CPU": variant},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("LS_CPU" in os.environ, reason="this is the run of one variant")
-@pytest.mark.parametrize("variant", sorted(set(_host.build_info()["variants_usable"]) - {VARIANT}))
-def test_every_variant_passes_this_file(variant):
-    done = run_again(variant, "-m", "pytest", "-q", "--durations=0", __file__)
-    assert done.returncode == 0, done.stdout
-
-
-def test_an_unknown_variant_is_refused():
-    done = run_again("sse9", "-c", "from lottery_sparse import _host; _host.cpu_variant()")
-    assert done.returncode != 0
-    assert "LS_CPU is 'sse9'" in done.stdout
-    assert VARIANT in done.stdout

@@ -1,0 +1,94 @@
+"""masked_linear, and compact_linear: kept weights only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lottery_sparse import reference
+from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED
+from lottery_sparse.native.masks import as_bool, kept_share
+
+_ops = torch.ops.lottery_sparse_native
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    return _ops.masked_linear(x, weight, as_bool(mask, weight), bias)
+
+
+def masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    return _ops.masked_linear_backward(dy, x, weight, as_bool(mask, weight), need_dx, need_dw)
+
+
+def compact_linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    effective: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    zero: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
+    if zero:
+        return _ops.compact_linear(x, values, starts, columns, bias)
+    return reference.linear(x, effective, bias), x.new_empty(0)
+
+
+def compact_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    effective: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    column_starts: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    zero: bool,
+    need_dx: bool,
+    need_dv: bool,
+    carried: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
+    share = kept_share(starts, effective)
+    sparse_dx = need_dx and zero and share <= MAX_DENSITY_COMPACT
+    sample = need_dv and share <= MAX_DENSITY_SAMPLED
+    dx, dv = x.new_empty(0), x.new_empty(0)
+    if sparse_dx or sample:
+        if carried is None or carried.numel() == 0:
+            carried = _ops.pack_tiles(x) if sample else x.new_empty((1, 1, x.shape[-1], 1))
+        dx, dv, _ = _ops.compact_linear_backward(
+            dy, carried, values, starts, columns, column_starts, rows, positions,
+            x.dim() == 2, sparse_dx, sample, False,
+        )  # fmt: skip
+    if need_dx and not sparse_dx:
+        dx, _ = reference.linear_backward(dy, x, effective, True, False)
+    if need_dv and not sample:
+        _, dw = reference.linear_backward(dy, x, effective, False, True)
+        dv = _ops.gather_kept(dw, starts, columns)
+    return dx, dv
+
+
+def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
+    """Write kept values [C] or [E, C] into the effective weight."""
+    _ops.scatter_kept_(effective, values, starts, columns)

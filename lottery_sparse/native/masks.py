@@ -1,0 +1,38 @@
+"""Masks as bits, and what they keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.lottery_sparse_native
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    bits = _ops.pack_mask(_as_rows(mask))
+    return bits.view(mask.shape[:-1] + bits.shape[-1:])
+
+
+def unpack_mask(bits: Tensor, columns: int) -> Tensor:
+    return _ops.unpack_mask(_as_rows(bits), columns).view(bits.shape[:-1] + (columns,))
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """[..., K] -> [rows, K], also where there are no elements."""
+    return values.reshape(values.shape[:-1].numel(), values.shape[-1])
+
+
+def count_kept(mask: Tensor) -> int:
+    """Number of True entries of a bool mask on the CPU."""
+    return _ops.count_kept(mask)
+
+
+def kept_share(starts: Tensor, effective: Tensor) -> float:
+    """Kept entries per weight, over all networks."""
+    last = starts[-1] if starts.dim() == 1 else starts[:, -1].sum()
+    return int(last) / max(effective.numel(), 1)
+
+
+def as_bool(mask: Tensor, weight: Tensor) -> Tensor:
+    """A bool or packed mask as bool."""
+    return mask if mask.dtype == torch.bool else unpack_mask(mask, weight.shape[-1])

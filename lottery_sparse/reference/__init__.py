@@ -1,0 +1,84 @@
+"""What every op means, in plain PyTorch. Tests compare kernels to this package; it is not tuned.
+
+Shapes: weight [N, K] or [E, N, K] (convolution: [O, I, kh, kw] or [E, O, I, kh, kw]), E networks
+side by side; x [B, K], shared by all of them, or [E, B, K]; a mask is bool like the weight, or
+packed int32 [..., N, W] (see `pack_mask`). Frozen values are given by two arguments:
+
+    frozen None,  signs None    zero
+    frozen like weight          a tensor
+    frozen [] or [E], signs     sign x constant; signs are packed like a mask, bit 1 = plus
+"""
+
+from __future__ import annotations
+
+from lottery_sparse.reference.compact import (
+    compact_conv2d,
+    compact_conv2d_backward,
+    compact_linear,
+    compact_linear_backward,
+    gather_kept,
+    kept_positions,
+    kept_weight,
+    scatter_kept_,
+)
+from lottery_sparse.reference.masked import (
+    WORDS_PER_CHUNK,
+    conv2d,
+    conv2d_backward,
+    effective_weight,
+    linear,
+    linear_backward,
+    mask_as_bool,
+    masked_conv2d,
+    masked_conv2d_backward,
+    masked_linear,
+    masked_linear_backward,
+    pack_mask,
+    unpack_mask,
+    words_per_row,
+)
+from lottery_sparse.reference.packed import bitmap_linear, csr_linear, ternary_linear
+from lottery_sparse.reference.random import (
+    keep_top,
+    philox,
+    random_normal,
+    random_signs,
+    random_uniform,
+    random_words,
+    sample_mask,
+)
+
+__all__ = [
+    "WORDS_PER_CHUNK",
+    "bitmap_linear",
+    "compact_conv2d",
+    "compact_conv2d_backward",
+    "compact_linear",
+    "compact_linear_backward",
+    "conv2d",
+    "conv2d_backward",
+    "csr_linear",
+    "effective_weight",
+    "gather_kept",
+    "keep_top",
+    "kept_positions",
+    "kept_weight",
+    "linear",
+    "linear_backward",
+    "mask_as_bool",
+    "masked_conv2d",
+    "masked_conv2d_backward",
+    "masked_linear",
+    "masked_linear_backward",
+    "pack_mask",
+    "philox",
+    "random_normal",
+    "random_signs",
+    "random_uniform",
+    "random_words",
+    "sample_mask",
+    "scatter_kept_",
+    "ternary_linear",
+    "unpack_mask",
+    "words_per_row",
+]

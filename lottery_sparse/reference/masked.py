@@ -1,0 +1,202 @@
+"""Masks as bits, the effective weight, and masked products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- masks as bits -------------------------------------------------------------------------------
+
+WORDS_PER_CHUNK = 4  # rows are padded to 128 bits, one vector load
+
+
+def words_per_row(columns: int) -> int:
+    return WORDS_PER_CHUNK * -(-columns // (32 * WORDS_PER_CHUNK))
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """[..., K] bool -> [..., W] int32: bit j of word w is column 32 w + j; spare bits are 0."""
+    columns = mask.shape[-1]
+    padded = F.pad(mask, (0, 32 * words_per_row(columns) - columns)).unflatten(-1, (-1, 32))
+    bits = padded.to(torch.int64) << torch.arange(32, device=mask.device)
+    return bits.sum(-1).to(torch.int32)  # keeps the low 32 bits
+
+
+def unpack_mask(bits: Tensor, columns: int) -> Tensor:
+    """[..., W] int32 -> [..., columns] bool, the inverse of `pack_mask`."""
+    spread = bits.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (spread & 1).to(torch.bool).flatten(-2)[..., :columns].contiguous()
+
+
+def mask_as_bool(mask: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """A bool or packed mask as bool of the weight's shape; rank = that of one weight."""
+    if mask.dtype == torch.bool:
+        return mask
+    columns = weight.shape[1 - rank :].numel()
+    return unpack_mask(mask, columns).view(weight.shape)
+
+
+# ---- the effective weight ------------------------------------------------------------------------
+
+
+def effective_weight(
+    weight: Tensor, mask: Tensor, frozen: Tensor | None, signs: Tensor | None, rank: int
+) -> Tensor:
+    """where(m, w, f): selection, not arithmetic, so nothing a pruned entry holds can leak."""
+    kept = mask_as_bool(mask, weight, rank)
+    if frozen is None:
+        return torch.where(kept, weight, 0.0)
+    if signs is not None:
+        constant = frozen.to(weight.dtype).view(frozen.shape + (1,) * rank)
+        plus = mask_as_bool(signs, weight, rank)
+        frozen = torch.where(plus, constant, -constant)
+    return torch.where(kept, weight, frozen)
+
+
+# ---- masked_linear -------------------------------------------------------------------------------
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    """y = x where(m, w, f)ᵀ + b -> [B, N] or [E, B, N]."""
+    return linear(x, effective_weight(weight, mask, frozen, signs, rank=2), bias)
+
+
+def masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dy where(m, w, f), summed over E for a shared x; dw = where(m, dyᵀ x, 0)."""
+    w = effective_weight(weight, mask, frozen, signs, rank=2)
+    dx, dw = linear_backward(dy, x, w, need_dx, need_dw)
+    kept = mask_as_bool(mask, weight, rank=2)
+    return dx, torch.where(kept, dw, 0.0).contiguous() if need_dw else dw
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x wᵀ + b of one network or E of them."""
+    if w.dim() == 2:
+        return F.linear(x, w, bias)
+    y = torch.matmul(x, w.mT)
+    return y if bias is None else y + bias.unsqueeze(1)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, w: Tensor, need_dx: bool, need_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """dx and the dense dw; empty where not needed."""
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    if need_dx:
+        dx = torch.matmul(dy, w)
+        dx = dx.sum(0) if dx.dim() > x.dim() else dx
+    if need_dw:
+        dw = torch.matmul(dy.mT, x)
+    return dx, dw
+
+
+# ---- masked_conv2d -------------------------------------------------------------------------------
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolution with where(m, w, f): [B, O, H', W'] or [E, B, O, H', W']."""
+    w = effective_weight(weight, mask, frozen, signs, rank=4)
+    return conv2d(x, w, bias, stride, padding, dilation, groups)
+
+
+def masked_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx through where(m, w, f), summed over E for a shared x; dw zero at pruned entries."""
+    w = effective_weight(weight, mask, frozen, signs, rank=4)
+    dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dw)
+    return dx, torch.where(mask_as_bool(mask, weight, rank=4), dw, 0.0) if need_dw else dw
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """F.conv2d of one network, or of E of them as one grouped convolution."""
+    if w.dim() == 4:
+        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+    networks = w.shape[0]
+    x, bias = _side_by_side(x, networks), None if bias is None else bias.flatten()
+    y = F.conv2d(x, w.flatten(0, 1), bias, stride, padding, dilation, groups * networks)
+    return _one_by_one(y, networks)
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx and the dense dw; empty where not needed."""
+    networks = w.shape[0] if w.dim() == 5 else 0
+    shared, shape = x.dim() == 4, w.shape
+    if networks:
+        dy, x, w = _side_by_side(dy, networks), _side_by_side(x, networks), w.flatten(0, 1)
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, w, None, stride, padding, dilation, False, [0, 0], groups * max(networks, 1),
+        [need_dx, need_dw, False],
+    )  # fmt: skip
+    if need_dx and networks:
+        dx = _one_by_one(dx, networks)
+        dx = dx.sum(0) if shared else dx
+    return dx if need_dx else x.new_empty(0), dw.view(shape) if need_dw else x.new_empty(0)
+
+
+def _side_by_side(x: Tensor, networks: int) -> Tensor:
+    """[E, B, C, H, W] or shared [B, C, H, W] -> [B, E C, H, W], the form of a grouped conv."""
+    x = x if x.dim() == 5 else x.expand(networks, *x.shape)
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _one_by_one(y: Tensor, networks: int) -> Tensor:
+    """[B, E C, H, W] -> [E, B, C, H, W]."""
+    return y.unflatten(1, (networks, -1)).transpose(0, 1).contiguous()

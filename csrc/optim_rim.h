@@ -155,7 +155,7 @@ class OptimRim {
                         rows ? dense / rows : 0,
                         wide};
                     used = std::max(used, std::min(capacity, target.starts[rows]));
-                    step.targets.push_back(target);
+                    if (dense) step.targets.push_back(target);  // else it only says what is kept
                 }
                 const int64_t at = e * capacity;
                 step.parts.push_back(

@@ -94,9 +94,12 @@ class Holder(Protocol):
     """A compact layer, as far as optimizers and hooks need to know it."""
 
     weight: Parameter
-    weight_effective: Tensor
     fresh_version: int
 
+    @property
+    def weight_effective(self) -> Tensor: ...
+    @property
+    def lags(self) -> bool: ...
     @property
     def kept(self) -> KeptLists: ...
     def refresh_(self) -> None: ...
@@ -154,4 +157,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if holders:
                 note_optimizer(parameter, optimizer)
             for holder in holders:
-                holder.refresh_()
+                written(holder)
+
+
+def written(holder: Holder) -> None:
+    """Say that the layer's `weight` was written: it refreshes now, or when someone reads."""
+    if holder.lags:
+        object.__setattr__(holder, "fresh_version", -1)  # past nn.Module's, which costs 2 us
+    else:
+        holder.refresh_()

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists, optimizers_of, register
-from lottery_sparse.frozen import Held, decode, hold, remake
-from lottery_sparse.masks import as_mask
+from lottery_sparse.compact import KeptLists, optimizers_of, register, written
+from lottery_sparse.frozen import Held, hold, remake
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.ops import compact as products
 
@@ -32,15 +31,16 @@ class Compact(Masked):
     Kept weights are copied into `weight_effective` whenever they change: by `ls.optim` as it steps,
     by a hook after any other torch optimizer's step, and by the next forward that finds that
     `weight` was written in between. Writes through `.data` go unnoticed: call `ls.refresh_`.
+    Where kernels skip what is pruned and never read it (`lags`), that waits until someone does.
 
     state_dict and loading are those of `Masked`: the effective weight, the mask, the source.
     """
 
     masked_type: type[Masked]
     weight: nn.Parameter
-    weight_effective: Tensor
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
+    _skips: bool  # the kernels for this layer skip pruned weights
     _listed: int  # version of `kept_starts` when the lists were last written
     _known: weakref.ref | None  # the Parameter that the registry has for this layer
 
@@ -63,6 +63,7 @@ class Compact(Masked):
         self.weight = parameter
         for name in ("weight_frozen", "weight_signs"):  # torch.export wants what may be None last
             self._buffers[name] = self._buffers.pop(name)
+        self._note_kernels()
         self._mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
@@ -73,7 +74,7 @@ class Compact(Masked):
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        for name in ("fresh_version", "_known", "_listed"):
+        for name in ("fresh_version", "_known", "_listed", "_skips"):
             self.__dict__.pop(name, None)
         self.weight = parameter
 
@@ -116,11 +117,41 @@ class Compact(Masked):
         if not torch.compiler.is_compiling():
             self._keep_lists()
         kept = self.kept
-        return reference.kept_weight(self.weight, self.weight_effective, kept.starts, kept.columns)
+        return reference.kept_weight(self.weight, self._dense, kept.starts, kept.columns)
+
+    @property
+    def weight_effective(self) -> Tensor:
+        """The dense weight as a buffer, without a gradient."""
+        if "weight_effective" not in self._buffers:
+            raise AttributeError("weight_effective")  # as long as the layer becomes compact
+        weight = self._parameters.get("weight")
+        if isinstance(weight, nn.Parameter) and not weight.is_meta:
+            self._settle(weight)
+        return self._dense
+
+    @property
+    def _dense(self) -> Tensor:
+        """`weight_effective` as it is, which may lag behind."""
+        return self._buffers["weight_effective"]  # pyright: ignore[reportReturnType]
+
+    @property
+    def lags(self) -> bool:
+        """Whether no kernel reads `weight_effective`, so that it is refreshed for readers only."""
+        return self._skips and self.products != "dense"
+
+    def _note_kernels(self) -> None:
+        effective, zero = self._dense, self.zero
+        self._skips = (
+            effective.dtype == torch.float32
+            and effective.is_contiguous()
+            and backends.built("cpu")
+            and not effective.is_meta
+            and reference.may_lag(effective, self.kept.starts, zero)
+        )
 
     def refresh_(self) -> None:
         """Copy the kept weights into `weight_effective`."""
-        effective, kept = self.weight_effective, self.kept
+        effective, kept = self._dense, self.kept
         args = (effective, self.weight.detach(), kept.starts, kept.columns)
         backends.kernel("scatter_kept_", effective.device, args)(*args)
         torch.autograd.graph.increment_version(effective)
@@ -149,13 +180,14 @@ class Compact(Masked):
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
         if not torch.compiler.is_compiling():
-            self._keep_fresh(weight)
+            if not self.lags:
+                self._settle(weight)
+            self._keep_lists()
         return weight, effective
 
-    def _keep_fresh(self, weight: nn.Parameter) -> None:
+    def _settle(self, weight: nn.Parameter) -> None:
         if weight._version != self.fresh_version or self._known() is not weight:  # pyright: ignore
             self.refresh_()
-        self._keep_lists()
 
     def _keep_lists(self) -> None:
         """Make lists and signs anew if buffers were averaged, which rounds integers down."""
@@ -164,19 +196,20 @@ class Compact(Masked):
             return
         held = self._held()
         if held.signs is not None and held.descriptor is not None:
-            self._hold(hold("weight", held.descriptor, self.weight_effective))
+            self._hold(hold("weight", held.descriptor, self._dense))
         self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
         self._refill()
 
     @torch.no_grad()
     def _refill(self) -> None:
         """Write frozen and kept values into `weight_effective` anew."""
-        blank = torch.zeros_like(self.weight_effective)
-        self.weight_effective.copy_(
+        blank = torch.zeros_like(self._dense)
+        self._dense.copy_(
             reference.effective_weight(
                 blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
             )
         )
+        self._note_kernels()
         self.refresh_()
 
     # ---- a new mask ------------------------------------------------------------------------------
@@ -235,7 +268,8 @@ class Compact(Masked):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
-        was_meta, was_dtype = self.weight_mask.is_meta, self.weight_effective.dtype
+        was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
+        was_fresh = self.fresh_version == self.weight._version
         nn.Module._apply(self, fn, recurse)
         if was_meta and not self.weight_mask.is_meta:
             raise RuntimeError(
@@ -244,10 +278,13 @@ class Compact(Masked):
             )
         self._listed = self.kept.starts._version
         if self.weight.dtype != was_dtype:
-            self._hold(remake(self._held(), self.weight_effective))
+            self._hold(remake(self._held(), self._dense))
             self._refill()
+        self._note_kernels()
         if not self.weight.is_meta:
             self._mark_fresh()
+            if not was_fresh:
+                written(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -293,27 +330,16 @@ class Compact(Masked):
                     f"{names[0]} is compact and on the meta device, where it has lost which "
                     "weights it keeps; load the masked model, then call ls.compact_."
                 )
-            if weight.shape != self.weight_effective.shape:
-                raise ValueError(
-                    f"size mismatch for {names[0]}: the checkpoint has {tuple(weight.shape)}, "
-                    f"the model {tuple(self.weight_effective.shape)}."
-                )
-            mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
-            mask = as_mask(names[0], mask).to(self.weight_mask.device)
-            if mask.shape != self.weight_mask.shape:
-                raise ValueError(
-                    f"mask of {names[0]} has shape {tuple(mask.shape)}, "
-                    f"the model needs {tuple(self.weight_mask.shape)}."
-                )
+            mask, held = self._check_entries(names[0], weight, mask, frozen)
+            mask = mask.to(self.weight_mask.device)
             self._check_capacity(names[0], mask)
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
                 self._check_optimizers(names[0])
-            held = decode(names[0], frozen, weight)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
-        like = self.weight_effective
+        like = self._dense
         if other_mask:
             self.weight.grad = None  # of weights that were kept
         with torch.no_grad():
@@ -323,13 +349,7 @@ class Compact(Masked):
         nn.Module._load_from_state_dict(
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._hold(
-            Held(
-                None if held.frozen is None else held.frozen.to(like.device, like.dtype),
-                None if held.signs is None else held.signs.to(like.device),
-                held.descriptor,
-            )
-        )
+        self._hold(held.like(like))
         self._refill()
 
 

@@ -110,37 +110,47 @@ def masked_conv2d_backward(
     return dx, select(mask_as_bool(mask, weight, rank=4), dw, None) if need_dw else dw
 
 
-# ---- compact products: the effective weight is there, kept values included ----------------------
+# ---- compact products: by the effective weight, which lags only where kernels would have run ----
 
 
 def compact_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_zero: Any
+    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept: Any
 ) -> tuple[Tensor, Tensor]:
-    return reference.linear(x, effective, bias), x.new_empty(0)
+    return reference.linear(x, _filled(values, effective, *kept), bias), x.new_empty(0)
 
 
 def compact_linear_backward(
     dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_needs: Any
 ) -> tuple[Tensor, Tensor]:
-    need_dx, need_dv, _ = kept_and_needs[-3:]
-    dx, dw = reference.linear_backward(dy, x, effective, need_dx, need_dv)
-    return dx, reference.gather_kept(dw, *kept_and_needs[:2]) if need_dv else dw
+    *kept, need_dx, need_dv, _ = kept_and_needs
+    w = _filled(values, effective, *kept) if need_dx else effective
+    dx, dw = reference.linear_backward(dy, x, w, need_dx, need_dv)
+    return dx, reference.gather_kept(dw, *kept[:2]) if need_dv else dw
 
 
 def compact_conv2d(
     x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    stride, padding, dilation, groups = kept_and_geometry[6:]
-    y = reference.conv2d(x, effective, bias, stride, padding, dilation, groups)
+    kept, geometry = kept_and_geometry[:6], kept_and_geometry[6:]
+    y = reference.conv2d(x, _filled(values, effective, *kept), bias, *geometry)
     return y, x.new_empty(0)
 
 
 def compact_conv2d_backward(
     dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    need_dv = kept_and_geometry[-2]
-    dx, dw = reference.conv2d_backward(dy, x, effective, *kept_and_geometry[6:-1])
-    return dx, reference.gather_kept(dw, *kept_and_geometry[:2]) if need_dv else dw
+    kept, (*geometry_and_needs, _) = kept_and_geometry[:6], kept_and_geometry[6:]
+    need_dx, need_dv = geometry_and_needs[-2:]
+    w = _filled(values, effective, *kept) if need_dx else effective
+    dx, dw = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
+    return dx, reference.gather_kept(dw, *kept[:2]) if need_dv else dw
+
+
+def _filled(values: Tensor, effective: Tensor, *kept: Any) -> Tensor:
+    starts, columns, *_, zero = kept
+    if reference.may_lag(effective, starts, zero):
+        return reference.kept_weight(values, effective, starts, columns)
+    return effective
 
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:

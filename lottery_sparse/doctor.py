@@ -154,9 +154,8 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
     except (RuntimeError, ValueError, ImportError) as error:
         return None, str(error)
     # a backend is a module or a package; asking each for its op would import broken ones
-    chosen = next(
-        n for n, b in backends.BACKENDS.items() if f"{module}.".startswith(f"{b.module}.")
-    )
+    modules = {b.module: name for name, b in backends.BACKENDS.items()}
+    chosen = next(name for m, name in modules.items() if f"{module}.".startswith(f"{m}."))
     if backends.forced():
         return chosen, "forced"
     wished = backends.PREFERENCE.get(device, {}).get(op, ())

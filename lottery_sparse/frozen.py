@@ -73,6 +73,14 @@ class Held(NamedTuple):
             return SignConstant(self.signs, self.frozen)
         return self.frozen
 
+    def like(self, weight: Tensor) -> Held:
+        """On the device, and of the dtype, of a weight."""
+        return Held(
+            None if self.frozen is None else self.frozen.to(weight.device, weight.dtype),
+            None if self.signs is None else self.signs.to(weight.device),
+            self.descriptor,
+        )
+
 
 def hold(name: str, source: Source, weight: Tensor) -> Held:
     """Make `source` ready for the parameter `name`, whose value is `weight`.

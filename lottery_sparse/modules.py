@@ -133,20 +133,7 @@ class Masked(nn.Module):
             weight = self.weight.detach()
         try:  # check all of it before anything is written
             if weight is not None:
-                if weight.shape != self.weight.shape:
-                    raise ValueError(
-                        f"size mismatch for {names[0]}: the checkpoint has {tuple(weight.shape)}, "
-                        f"the model {tuple(self.weight.shape)}."
-                    )
-                if mask is None:
-                    mask = torch.ones_like(weight, dtype=torch.bool)
-                mask = as_mask(names[0], mask)
-                if mask.shape != self.weight.shape:
-                    raise ValueError(
-                        f"mask of {names[0]} has shape {tuple(mask.shape)}, "
-                        f"the model needs {tuple(self.weight.shape)}."
-                    )
-                held = decode(names[0], frozen, weight)
+                mask, held = self._check_entries(names[0], weight, mask, frozen)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
@@ -163,13 +150,24 @@ class Masked(nn.Module):
             self.weight_mask = mask
         else:
             self.weight_mask.copy_(mask)
-        self._hold(
-            Held(
-                None if held.frozen is None else held.frozen.to(like.device, like.dtype),
-                None if held.signs is None else held.signs.to(like.device),
-                held.descriptor,
+        self._hold(held.like(like))
+
+    def _check_entries(
+        self, name: str, weight: Tensor, mask: Tensor | None, frozen: Tensor | None
+    ) -> tuple[Tensor, Held]:
+        """The mask and the source that go with the `weight` of a state_dict."""
+        shape = self.weight_mask.shape
+        if weight.shape != shape:
+            raise ValueError(
+                f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
+                f"the model {tuple(shape)}."
             )
-        )
+        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else as_mask(name, mask)
+        if mask.shape != shape:
+            raise ValueError(
+                f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
+            )
+        return mask, decode(name, frozen, weight)
 
 
 class MaskedLinear(Masked, nn.Linear):

@@ -117,6 +117,9 @@ def _may_take(parameter: Tensor) -> bool:
     )
 
 
+_NONE = torch.empty(0)
+
+
 class _Call:
     """The tensors of one call of the kernel, Parameter by Parameter."""
 
@@ -141,7 +144,8 @@ class _Call:
             if layer is None or layer._parameters.get("weight") is not parameter:
                 continue
             buffers = layer._buffers
-            self.effective.append(buffers["weight_effective"])
+            # without an effective weight, a target only says which slots are kept
+            self.effective.append(_NONE if layer.lags else buffers["weight_effective"])
             self.starts.append(buffers["kept_starts"])
             self.columns.append(buffers["kept_columns"])
             self.owners.append(owner)
@@ -170,7 +174,8 @@ class _Call:
             if position < 0:
                 torch.autograd.graph.increment_version(self.params + self.effective)
                 for layer, owner in zip(self.layers, self.owners, strict=True):
-                    object.__setattr__(layer, "fresh_version", self.params[owner]._version)
+                    if not layer.lags:
+                        object.__setattr__(layer, "fresh_version", self.params[owner]._version)
                 break
             refused.append(self.drop(position))
         return refused
@@ -256,7 +261,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in compact.holders_of(parameter):
-                    holder.refresh_()  # a fused step of torch raises no version: never ask it
+                    compact.written(holder)  # a fused step of torch raises no version
 
 
 def _numbers(*values: Any) -> bool:

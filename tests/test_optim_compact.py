@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from optim_problems import CASES, PAIRS, by_kernel, needs_kernel, train
@@ -34,8 +36,9 @@ def compact_layers(model):
 def assert_fresh(model):
     """Effective weights hold the kept values and else what they froze; spare slots hold 0."""
     for layer in compact_layers(model):
+        if not layer.lags:
+            assert layer.fresh_version == layer.weight._version
         got = layer.weight_effective.clone()
-        assert layer.fresh_version == layer.weight._version
         layer._refill()
         assert torch.equal(got, layer.weight_effective)
         kept = int(layer.kept.kept)
@@ -71,7 +74,7 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
     by_kernel(monkeypatch)
     for cls in (ls.CompactLinear,):
         monkeypatch.setattr(cls, "refresh_", lambda self: pytest.fail("refreshed"))
-    model = compact_model(shared=True)
+    model = compact_model("constant", shared=True)
     assert len(compact.holders_of(model[2].weight)) == 2
     params = list(model.parameters())
     optimizer = PAIRS[name][0](params, lr=0.1)
@@ -86,6 +89,45 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
         assert (layer.weight[kept:] == 0).all()  # whose gradient was not 0
         layer._refill()
         assert torch.equal(got, layer.weight_effective)
+
+
+@needs_kernel
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [ls.optim.Adam, torch.optim.Adam])
+def test_what_no_kernel_reads_waits_for_readers(kind, fused):
+    model = compact_model(shared=True)
+    layers = compact_layers(model)
+    assert all(layer.lags for layer in layers)
+    held = [layer._buffers["weight_effective"] for layer in layers]
+    before = [(t.clone(), t._version) for t in held]
+    train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 2)
+    for t, (old, version) in zip(held, before, strict=True):
+        assert torch.equal(t, old), "nobody asked"
+        assert t._version == version
+    for layer in layers:
+        expected = layer.effective_weight
+        assert torch.equal(layer.weight_effective, expected), "now somebody did"
+    train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 1)
+    x = torch.randn(8, 30)
+    y = model(x)
+    for backend in ("dense", "reference"):
+        with ls.use_backend(backend):
+            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), y, rtol=0.05, atol=0.05)
+    layers[0].products = "dense"
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    layers[0].products = "auto"
+    train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 1)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    ls.set_masks_(model, ls.masks_of(model))
+    assert torch.equal(model(x), y)
+    for layer in compact_layers(model.double()):
+        assert not layer.lags
+        assert torch.equal(layer._buffers["weight_effective"], layer.effective_weight)
 
 
 @needs_kernel
@@ -124,7 +166,7 @@ class Holder(nn.Module):
         self.register_buffer("weight_effective", effective)
         self.register_buffer("kept_starts", kept.starts)
         self.register_buffer("kept_columns", kept.columns)
-        self.kept, self.fresh_version = kept, 0
+        self.kept, self.fresh_version, self.lags = kept, 0, False
         compact.register(self)
 
     def refresh_(self):

@@ -22,7 +22,7 @@ from lottery_sparse.native.linear import (
     masked_linear_backward,
     scatter_kept_,
 )
-from lottery_sparse.native.masks import count_kept, kept_share, pack_mask, unpack_mask
+from lottery_sparse.native.masks import count_kept, pack_mask, unpack_mask
 from lottery_sparse.native.packed import bitmap_linear, csr_linear, ternary_linear
 from lottery_sparse.native.random import (
     keep_top,
@@ -50,7 +50,6 @@ __all__ = [
     "keep_top",
     "kept_conv2d",
     "kept_conv2d_backward",
-    "kept_share",
     "masked_linear",
     "masked_linear_backward",
     "pack_mask",

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lottery_sparse.native.masks import as_bool, count_kept, kept_share
+from lottery_sparse import reference
+from lottery_sparse.native.masks import as_bool, count_kept
 
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
@@ -54,21 +55,17 @@ _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 # A compact layer has its lists already; the limits for forward and dx, and for dvalues.
-MAX_DENSITY_COMPACT = 0.45
+MAX_DENSITY_COMPACT = reference.MAX_DENSITY_LINEAR
 MAX_DENSITY_SAMPLED = 0.45
-_MAX_DENSITY_CONV, _MAX_DENSITY_CONV_1X1 = 0.4, 0.2
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
 
 
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
-    if op == "compact_linear":
-        return kept_share(args[4], args[3]) <= MAX_DENSITY_COMPACT
-    if op.startswith("compact_conv2d"):
-        pointwise = args[3].shape[-2:] == (1, 1)
-        most = _MAX_DENSITY_CONV_1X1 if pointwise else _MAX_DENSITY_CONV
-        return kept_share(args[4], args[3]) <= most
+    if op == "compact_linear" or op.startswith("compact_conv2d"):
+        effective, starts = args[3:5]
+        return reference.kept_share(starts, effective) <= reference.max_density(effective)
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]

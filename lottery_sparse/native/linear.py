@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lottery_sparse import reference
 from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED
-from lottery_sparse.native.masks import as_bool, kept_share
+from lottery_sparse.native.masks import as_bool
 
 _ops = torch.ops.lottery_sparse_native
 
@@ -70,7 +70,7 @@ def compact_linear_backward(
     carried: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
-    share = kept_share(starts, effective)
+    share = reference.kept_share(starts, effective)
     sparse_dx = need_dx and zero and share <= MAX_DENSITY_COMPACT
     sample = need_dv and share <= MAX_DENSITY_SAMPLED
     dx, dv = x.new_empty(0), x.new_empty(0)

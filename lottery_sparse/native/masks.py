@@ -27,12 +27,6 @@ def count_kept(mask: Tensor) -> int:
     return _ops.count_kept(mask)
 
 
-def kept_share(starts: Tensor, effective: Tensor) -> float:
-    """Kept entries per weight, over all networks."""
-    last = starts[-1] if starts.dim() == 1 else starts[:, -1].sum()
-    return int(last) / max(effective.numel(), 1)
-
-
 def as_bool(mask: Tensor, weight: Tensor) -> Tensor:
     """A bool or packed mask as bool."""
     return mask if mask.dtype == torch.bool else unpack_mask(mask, weight.shape[-1])

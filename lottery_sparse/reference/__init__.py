@@ -12,13 +12,17 @@ packed int32 [..., N, W] (see `pack_mask`). Frozen values are given by two argum
 from __future__ import annotations
 
 from lottery_sparse.reference.compact import (
+    MAX_DENSITY_LINEAR,
     compact_conv2d,
     compact_conv2d_backward,
     compact_linear,
     compact_linear_backward,
     gather_kept,
     kept_positions,
+    kept_share,
     kept_weight,
+    max_density,
+    may_lag,
     scatter_kept_,
 )
 from lottery_sparse.reference.masked import (
@@ -49,6 +53,7 @@ from lottery_sparse.reference.random import (
 )
 
 __all__ = [
+    "MAX_DENSITY_LINEAR",
     "WORDS_PER_CHUNK",
     "bitmap_linear",
     "compact_conv2d",
@@ -62,6 +67,7 @@ __all__ = [
     "gather_kept",
     "keep_top",
     "kept_positions",
+    "kept_share",
     "kept_weight",
     "linear",
     "linear_backward",
@@ -70,6 +76,8 @@ __all__ = [
     "masked_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
+    "max_density",
+    "may_lag",
     "pack_mask",
     "philox",
     "random_normal",

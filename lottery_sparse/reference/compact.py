@@ -1,4 +1,8 @@
-"""Products whose weight is a vector of kept values, see `compact.KeptLists`."""
+"""Products whose weight is a vector of kept values, see `compact.KeptLists`.
+
+`effective` holds frozen values at pruned entries and `values` at kept ones, except where `may_lag`
+allows the latter to be out of date.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,28 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.reference.masked import conv2d, conv2d_backward, linear, linear_backward
+
+# Up to these densities the CPU kernels, which skip zeros, beat the dense product:
+# benchmarks/results/cpu.md.
+MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+
+
+def max_density(effective: Tensor) -> float:
+    """The one of the limits above for a weight [N, K], [O, I, kh, kw], or E of them."""
+    if effective.dim() <= 3:
+        return MAX_DENSITY_LINEAR
+    return MAX_DENSITY_CONV_1X1 if effective.shape[-2:] == (1, 1) else MAX_DENSITY_CONV
+
+
+def may_lag(effective: Tensor, starts: Tensor, zero: bool) -> bool:
+    """Whether `effective` may lack the newest `values`, since the kernels do not read it."""
+    return zero and effective.is_cpu and kept_share(starts, effective) <= max_density(effective)
+
+
+def kept_share(starts: Tensor, effective: Tensor) -> float:
+    """Kept entries per weight, over all networks."""
+    last = starts[-1] if starts.dim() == 1 else starts[:, -1].sum()
+    return int(last) / max(effective.numel(), 1)
 
 
 def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tensor) -> Tensor:

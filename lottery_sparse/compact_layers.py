@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of, register, written
 from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
 from lottery_sparse.ops import compact as products
 
 
@@ -170,12 +171,14 @@ class Compact(Masked):
         # the dicts of nn.Module, which are quicker than its attributes
         weight = self._parameters.get("weight")
         effective: Any = self._buffers["weight_effective"]
+        if weight is None and "_is_replica" in self.__dict__:  # of nn.DataParallel
+            weight: Any = self.__dict__["weight"]
         if weight is None:
             raise RuntimeError(
                 "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
                 "call ls.expand_ and parametrize the masked layer."
             )
-        if not isinstance(weight, nn.Parameter):  # torch.func.functional_call: not ours to keep
+        if not isinstance(weight, nn.Parameter):  # functional_call, a replica: not ours to keep
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
@@ -381,14 +384,23 @@ class CompactLinear(Compact, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
             )
         weight, effective = self._weights()
+        own = self._parameters  # a replica has none
         return products.linear(
-            input, weight, self.kept, effective, self._parameters["bias"], self.zero, self.products
+            input,
+            weight,
+            self.kept,
+            effective,
+            own["bias"] if own else self.bias,
+            self.zero,
+            self.products,
         )
 
 
@@ -403,6 +415,8 @@ class CompactConv2d(Compact, nn.Conv2d):
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         weight, effective = self._weights()
         padding = self.padding
         if self.padding_mode != "zeros":

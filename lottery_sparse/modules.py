@@ -6,18 +6,31 @@ import inspect
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import Held, decode, encode, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import masked_conv2d, masked_linear
 
-# one node each in a graph of torch.fx.symbolic_trace, which cannot follow their checks
-torch.fx.wrap("masked_linear")
-torch.fx.wrap("masked_conv2d")
+
+def one_node(layer: nn.Module, input: Proxy) -> Any:
+    """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
+
+    The traced module then holds the layer itself: its masks, its state_dict, what it keeps fresh.
+
+    Raises:
+        TypeError: the layer is what is traced, and not a part of it.
+    """
+    path = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    if not path:
+        raise TypeError(
+            f"torch.fx cannot trace a {type(layer).__name__} by itself, only a model that calls "
+            "one; trace nn.Sequential(layer)."
+        )
+    return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
 class Masked(nn.Module):
@@ -182,6 +195,8 @@ class MaskedLinear(Masked, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         return masked_linear(input, self.weight, self.weight_mask, self.bias, self._frozen_source())
 
 
@@ -196,6 +211,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

@@ -1,0 +1,149 @@
+"""Layers under what else torch does with modules: fx, replicas, processes, inference mode, EMA."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from masked_layers import SOURCES
+from torch import nn
+
+import lottery_sparse as ls
+
+kinds = pytest.mark.parametrize("kind", ["masked", "compact"])
+frozen = pytest.mark.parametrize("frozen", SOURCES)
+
+
+def model_of(kind, frozen="zero"):
+    """(a model with a convolution and linear layers, an input)."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding="same"),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 6),
+        nn.Linear(6, 3),
+    )
+    return convert(model, kind, frozen), torch.randn(5, 1, 4, 4)
+
+
+def convert(model, kind, frozen="zero"):
+    ls.sparsify_(model)
+    source = SOURCES[frozen]
+    if callable(source):
+        source = {f"{i}.weight": source(model[i].weight.detach()) for i in (0, 3, 4)}
+    masks = {name: torch.rand(m.shape) < 0.5 for name, m in ls.masks_of(model).items()}
+    ls.set_masks_(model, masks, source)
+    return ls.compact_(model) if kind == "compact" else model
+
+
+def step(model, x, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+def moved(model):
+    """The model's masks, each kept weight moved by one."""
+    return {name: m.flatten().roll(1).view(m.shape) for name, m in ls.masks_of(model).items()}
+
+
+# ---- torch.fx ------------------------------------------------------------------------------------
+
+
+@kinds
+def test_fx_keeps_the_layers(kind):
+    model, x = model_of(kind, "constant")
+    traced = torch.fx.symbolic_trace(model)
+    assert [type(m) for m in traced.children()] == [type(m) for m in model]
+    assert len(traced.graph.nodes) == len(model) + 2
+    assert traced.state_dict().keys() == model.state_dict().keys()
+    for changed in (traced, copy.deepcopy(traced)):
+        step(changed, x)
+        ls.set_masks_(changed, moved(changed))
+        alone, _ = model_of("masked")
+        alone.load_state_dict(changed.state_dict())
+        torch.testing.assert_close(changed(x), alone(x))
+
+
+def test_fx_of_packed_layers():
+    model = nn.Sequential(ls.PackedLinear(torch.randn(4, 5).sign()), nn.ReLU())
+    x = torch.randn(2, 5)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [ls.MaskedLinear(3, 4), ls.CompactConv2d(1, 2, 3)], ids=str)
+def test_fx_of_a_layer_by_itself_says_what_to_do(layer):
+    with pytest.raises(TypeError, match=rf"cannot trace a {type(layer).__name__} by itself.*Seq"):
+        torch.fx.symbolic_trace(layer)
+
+
+# ---- nn.DataParallel -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """torch.nn.parallel.replicate with a broadcast that needs no GPU."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+
+    def broadcast(tensors, devices, detach=False):
+        return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    return lambda model: module.replicate(model, [0, 1])
+
+
+@kinds
+@frozen
+def test_replicas_compute_and_train_the_layer(kind, frozen, replicate):
+    model, x = model_of(kind, frozen)
+    with torch.no_grad():
+        model[3].weight.mul_(1.5)  # which no forward has seen yet
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    ys = [replica(part) for replica, part in zip(replicate(model), x.split(3), strict=True)]
+    torch.cat(ys).square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    y = model(x)
+    torch.testing.assert_close(torch.cat(ys), y)
+    y.square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    for replica in replicate(model):
+        assert torch.equal(replica[3].effective_weight, model[3].effective_weight)
+    held = dict(model.named_buffers())
+    assert held.keys() == before.keys()
+    step(model, x)
+    assert torch.equal(replicate(model)[0](x), model(x))
+
+
+# ---- other processes -----------------------------------------------------------------------------
+
+
+def in_another_process(models, x, results):
+    torch.set_num_threads(1)
+    for model in models:
+        y = model(x)
+        step(model, x)
+        ls.set_masks_(model, moved(model))
+        results.put((y.detach().numpy(), model(x).detach().numpy()))
+
+
+@pytest.mark.slow
+def test_spawned_processes():
+    context = torch.multiprocessing.get_context("spawn")
+    models = [model_of(kind, "constant")[0] for kind in ("masked", "compact")]
+    x, results = torch.randn(5, 1, 4, 4), context.SimpleQueue()
+    process = context.Process(target=in_another_process, args=(copy.deepcopy(models), x, results))
+    process.start()
+    for model in models:
+        got, after = map(torch.from_numpy, results.get())
+        torch.testing.assert_close(got, model(x).detach())
+        step(model, x)
+        ls.set_masks_(model, moved(model))
+        torch.testing.assert_close(after, model(x).detach())
+    process.join()
+    assert process.exitcode == 0

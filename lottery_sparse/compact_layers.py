@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of, register, written
 from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal, one_node
 from lottery_sparse.ops import compact as products
 
 
@@ -56,10 +56,10 @@ class Compact(Masked):
         effective = reference.effective_weight(
             self.weight.detach(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
         ).contiguous()
-        self.register_buffer("weight_effective", effective, persistent=False)
+        self.register_buffer("weight_effective", normal(effective), persistent=False)
         self._list(KeptLists.of(self._matrix(self.weight_mask), capacity))
         if parameter is None:
-            values = self._gather(effective)
+            values = normal(self._gather(effective))
             parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         self.weight = parameter
         for name in ("weight_frozen", "weight_signs"):  # torch.export wants what may be None last
@@ -70,7 +70,7 @@ class Compact(Masked):
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
         """From compact to plain."""
         if parameter is None:
-            dense = self.effective_weight.detach().clone()
+            dense = normal(self.effective_weight.detach().clone())
             parameter = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
@@ -85,7 +85,7 @@ class Compact(Masked):
             if held is not None and held.shape == numbers.shape and held.dtype == numbers.dtype:
                 held.copy_(numbers)  # the same tensors: a compiled model runs on
             else:
-                self.register_buffer(f"kept_{name}", numbers, persistent=False)
+                self.register_buffer(f"kept_{name}", normal(numbers), persistent=False)
         self._listed = self.kept.starts._version
 
     def _matrix(self, dense: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Compact(Masked):
 
     def _mark_fresh(self) -> None:
         weight = self.weight
-        self.fresh_version = weight._version
+        self.fresh_version = _version_of(weight)
         known = self.__dict__.get("_known")
         if known is None or known() is not weight:
             register(self)
@@ -188,8 +188,13 @@ class Compact(Masked):
             self._keep_lists()
         return weight, effective
 
+    def _is_stale(self, weight: nn.Parameter) -> bool:
+        if weight.is_inference():  # it counts no versions, and neither does who writes to it
+            return True
+        return weight._version != self.fresh_version or self._known() is not weight  # pyright: ignore
+
     def _settle(self, weight: nn.Parameter) -> None:
-        if weight._version != self.fresh_version or self._known() is not weight:  # pyright: ignore
+        if self._is_stale(weight):
             self.refresh_()
 
     def _keep_lists(self) -> None:
@@ -272,8 +277,9 @@ class Compact(Masked):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
-        was_fresh = self.fresh_version == self.weight._version
+        was_fresh = self.fresh_version == _version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
+        self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:
             raise RuntimeError(
                 "a compact layer on the meta device has lost which weights it keeps; move the "
@@ -348,12 +354,16 @@ class Compact(Masked):
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
-            state[names[0]] = self._gather(weight.to(like.device, like.dtype))
+            state[names[0]] = normal(self._gather(weight.to(like.device, like.dtype)))
         nn.Module._load_from_state_dict(
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
         self._refill()
+
+
+def _version_of(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
 
 
 def most_kept(mask: Tensor, rank: int) -> int:

@@ -16,6 +16,18 @@ from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import masked_conv2d, masked_linear
 
 
+def normal(tensor: Tensor) -> Tensor:
+    """The tensor; a copy outside inference mode if it was made inside.
+
+    Layers hold none of torch.inference_mode, which autograd cannot save and nobody may write to
+    later. What torch itself makes (Parameters, copies of them) is its own.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
 def one_node(layer: nn.Module, input: Proxy) -> Any:
     """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
 
@@ -63,18 +75,28 @@ class Masked(nn.Module):
     def _add_mask(self) -> None:
         # not persistent: saved and loaded by hand below
         mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
-        self.register_buffer("weight_mask", mask, persistent=False)
+        self.register_buffer("weight_mask", normal(mask), persistent=False)
         self._hold(Held())
 
     def _hold(self, held: Held) -> None:
-        self.register_buffer("weight_frozen", held.frozen, persistent=False)
-        self.register_buffer("weight_signs", held.signs, persistent=False)
+        for name, value in (("weight_frozen", held.frozen), ("weight_signs", held.signs)):
+            self.register_buffer(name, None if value is None else normal(value), persistent=False)
         self._frozen_descriptor = held.descriptor
+
+    def _hold_normal(self) -> None:
+        """What torch made of the buffers, a copy or another dtype, as normal tensors."""
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else normal(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold_normal()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
         super()._apply(fn, recurse)
+        self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
             self.weight_mask.fill_(True)
         if frozen is not None and self.weight.dtype != frozen.dtype:
@@ -160,7 +182,7 @@ class Masked(nn.Module):
             return
         like = self.weight  # its device and dtype after the load, also with assign=True
         if local_metadata.get("assign_to_params_buffers", False):
-            self.weight_mask = mask
+            self.weight_mask = normal(mask)
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))

@@ -147,3 +147,67 @@ def test_spawned_processes():
         torch.testing.assert_close(after, model(x).detach())
     process.join()
     assert process.exitcode == 0
+
+
+# ---- torch.inference_mode -------------------------------------------------------------------------
+
+
+def use_everything(model, x, train=True):
+    """Everything that a layer does, one after the other."""
+    model(x)
+    optimizer = step(model, x) if train else None
+    ls.set_masks_(model, moved(model), ls.Constant(0.1), optimizer)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    y = model(x)
+    torch.testing.assert_close(copy.deepcopy(model)(x), y)
+    torch.testing.assert_close(ls.refresh_(ls.compact_(ls.expand_(model)))(x), y)
+    ls.densify_(ls.expand_(model))
+    torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(model.double()(x.double()).float(), y, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+@frozen
+def test_layers_made_under_inference_mode_train_afterwards(kind, frozen):
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding="same"),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 6),
+        nn.Linear(6, 3),
+    )
+    x = torch.randn(5, 1, 4, 4)
+    with torch.inference_mode():
+        model = convert(model, kind, frozen)
+        model(x)
+        ls.set_masks_(model, moved(model), ls.Constant(0.1))
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+        model(x)
+    assert not any(b.is_inference() for b in model.buffers())
+    use_everything(model, x)
+
+
+@kinds
+def test_everything_under_inference_mode(kind):
+    with torch.inference_mode():
+        model, x = model_of(kind, "constant")
+        use_everything(model, x, train=False)
+
+
+@kinds
+def test_copies_made_under_inference_mode(kind):
+    model, x = model_of(kind, "constant")
+    with torch.inference_mode():
+        other = copy.deepcopy(model)
+        y = other(x)
+        other[4].weight.mul_(2)
+        assert not torch.equal(other(x), y)
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+        twice = other(x)
+        assert torch.equal(copy.deepcopy(other)(x), twice)
+    networks = ls.replicate([ls.sparsify_(nn.Sequential(nn.Linear(3, 4))) for _ in range(2)])
+    with torch.inference_mode():
+        side = ls.replicate([ls.select(networks, e) for e in (1, 0)])
+    assert not any(b.is_inference() for b in side.buffers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -130,13 +131,27 @@ def holders_of(parameter: Tensor) -> list[Holder]:
 
 
 def optimizers_of(parameter: Tensor) -> list[Optimizer]:
-    """The optimizers that have stepped a compact Parameter, or were given it, and still live."""
+    """The optimizers that have stepped a compact Parameter, or were found with state for it."""
     return list(_optimizers.get(parameter, ()))
 
 
 def note_optimizer(parameter: Tensor, optimizer: Optimizer) -> None:
     """Say that the optimizer may hold state for a compact Parameter."""
     _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+
+
+def find_optimizers() -> None:
+    """Note every optimizer of this process that holds state for a compact Parameter.
+
+    One that steps is known; one whose state was loaded, and which has not stepped since, is not.
+    """
+    if not _holders:
+        return
+    for found in gc.get_objects():
+        if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
+            for parameter in list(found.__dict__.get("state", ())):
+                if isinstance(parameter, Tensor) and holders_of(parameter):
+                    note_optimizer(parameter, found)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists, optimizers_of, register, written
+from lottery_sparse.compact import KeptLists, find_optimizers, optimizers_of, register, written
 from lottery_sparse.frozen import Held, hold, remake
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal, one_node
 from lottery_sparse.ops import compact as products
@@ -344,6 +344,7 @@ class Compact(Masked):
             self._check_capacity(names[0], mask)
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
+                find_optimizers()
                 self._check_optimizers(names[0])
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))

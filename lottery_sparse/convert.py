@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lottery_sparse.compact import find_optimizers
 from lottery_sparse.frozen import Held, Source, hold
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -173,6 +174,8 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
+    if optimizer is None or not optimizer.state:  # else it is the one that trains the model
+        find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]
         if mask.shape != layer.weight_mask.shape:

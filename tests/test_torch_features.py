@@ -149,7 +149,7 @@ def test_spawned_processes():
     assert process.exitcode == 0
 
 
-# ---- torch.inference_mode -------------------------------------------------------------------------
+# ---- torch.inference_mode ------------------------------------------------------------------------
 
 
 def use_everything(model, x, train=True):

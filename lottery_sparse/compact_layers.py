@@ -62,7 +62,8 @@ class Compact(Masked):
             values = normal(self._gather(effective))
             parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         self.weight = parameter
-        for name in ("weight_frozen", "weight_signs"):  # torch.export wants what may be None last
+        # torch.export wants what may be None last
+        for name in ("weight_frozen", "weight_signs", "weight_signs_sum"):
             self._buffers[name] = self._buffers.pop(name)
         self._note_kernels()
         self._mark_fresh()
@@ -152,6 +153,7 @@ class Compact(Masked):
 
     def refresh_(self) -> None:
         """Copy the kept weights into `weight_effective`."""
+        self._keep_lists()  # first: wrong lists would write over frozen values
         effective, kept = self._dense, self.kept
         args = (effective, self.weight.detach(), kept.starts, kept.columns)
         backends.kernel("scatter_kept_", effective.device, args)(*args)

@@ -53,7 +53,8 @@ class Masked(nn.Module):
 
         weight_mask    bool, the weight's shape, True = kept
         weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
-        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
+        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen; with
+                       weight_signs_sum, their sum: averages of models keep that, but not the signs
 
     state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
@@ -67,6 +68,8 @@ class Masked(nn.Module):
     weight_mask: Tensor
     weight_frozen: Tensor | None
     weight_signs: Tensor | None
+    weight_signs_sum: Tensor | None
+    _summed: tuple[Tensor | None, int]  # the signs, and their version, that the sum is of
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -82,6 +85,28 @@ class Masked(nn.Module):
         for name, value in (("weight_frozen", held.frozen), ("weight_signs", held.signs)):
             self.register_buffer(name, None if value is None else normal(value), persistent=False)
         self._frozen_descriptor = held.descriptor
+        self._sum_signs()
+
+    def _sum_signs(self) -> None:
+        signs = self.weight_signs
+        total = None if signs is None else normal(_sum_of(signs))
+        self.register_buffer("weight_signs_sum", total, persistent=False)
+        self._summed = signs, 0 if signs is None else signs._version
+
+    def _check_signs(self) -> None:
+        """Signs that were copied into this layer come with their sum; averaged ones do not."""
+        signs, (summed, version) = self._buffers["weight_signs"], self._summed
+        if signs is None or torch.compiler.is_compiling() or signs is not summed:
+            return  # functional_call, replicas: not ours
+        if signs._version == version:
+            return
+        if not torch.equal(_sum_of(signs), self.weight_signs_sum):
+            raise RuntimeError(
+                "weight_signs hold bits, but were averaged as if they were numbers "
+                "(AveragedModel(use_buffers=True)); leave use_buffers out, which copies them, or "
+                "average the model after ls.compact_, which restores them."
+            )
+        self._summed = signs, signs._version
 
     def _hold_normal(self) -> None:
         """What torch made of the buffers, a copy or another dtype, as normal tensors."""
@@ -95,6 +120,7 @@ class Masked(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
+        self._check_signs()
         super()._apply(fn, recurse)
         self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
@@ -102,12 +128,15 @@ class Masked(nn.Module):
         if frozen is not None and self.weight.dtype != frozen.dtype:
             # made again, not rounded: .half().float() loses nothing
             self._hold(remake(self._held(), self.weight))
+        else:
+            self._sum_signs()
         return self
 
     def _held(self) -> Held:
         return Held(self.weight_frozen, self.weight_signs, self._frozen_descriptor)
 
     def _frozen_source(self) -> Tensor | ops.SignConstant | None:
+        self._check_signs()
         return self._held().for_op()
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
@@ -126,6 +155,7 @@ class Masked(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """where(mask, weight, frozen), what the layer computes with; differentiable."""
+        self._check_signs()
         return reference.effective_weight(
             self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
         )
@@ -203,6 +233,10 @@ class Masked(nn.Module):
                 f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
             )
         return mask, decode(name, frozen, weight)
+
+
+def _sum_of(signs: Tensor) -> Tensor:
+    return signs.long().sum().remainder(2**24).float()  # exact, on every device
 
 
 class MaskedLinear(Masked, nn.Linear):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from masked_layers import SOURCES
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lottery_sparse as ls
 
@@ -38,10 +39,10 @@ def convert(model, kind, frozen="zero"):
     return ls.compact_(model) if kind == "compact" else model
 
 
-def step(model, x, **options):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+def step(model, x):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     optimizer.zero_grad()
-    model(x).square().sum().backward()
+    model(x).square().mean().backward()
     optimizer.step()
     return optimizer
 
@@ -211,3 +212,57 @@ def test_copies_made_under_inference_mode(kind):
     with torch.inference_mode():
         side = ls.replicate([ls.select(networks, e) for e in (1, 0)])
     assert not any(b.is_inference() for b in side.buffers())
+
+
+# ---- averages of models --------------------------------------------------------------------------
+
+
+def averaged(model, x, **options):
+    """An average over five steps of a model, and the plain average of what it consists of."""
+    average = AveragedModel(model, **options)
+    parameters = []
+    for _ in range(5):
+        step(model, x)
+        average.update_parameters(model)
+        parameters.append([p.detach().clone() for p in model.parameters()])
+    return average, parameters
+
+
+@kinds
+@frozen
+def test_averages_hold_frozen_values(kind, frozen):
+    model, x = model_of(kind, frozen)
+    average, parameters = averaged(model, x)
+    for got, each in zip(average.module.parameters(), zip(*parameters, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(each).mean(0))
+    for i in (0, 3, 4):
+        pruned = ~model[i].weight_mask
+        held = average.module[i].effective_weight
+        assert torch.equal(held[pruned], model[i].effective_weight[pruned])
+    average(x)
+    ls.set_masks_(model, moved(model), ls.Constant(0.1) if frozen == "constant" else "zero")
+    if frozen in ("constant", "zero"):  # the same buffers as before
+        average.update_parameters(model)
+        average(x)
+        assert torch.equal(average.module[3].weight_mask, model[3].weight_mask)
+
+
+@kinds
+@frozen
+def test_averages_of_buffers_too(kind, frozen):
+    model, x = model_of(kind, frozen)
+    fn = get_ema_multi_avg_fn(0.9)
+    plain, _ = averaged(copy.deepcopy(model), x, multi_avg_fn=fn)
+    average, _ = averaged(model, x, multi_avg_fn=fn, use_buffers=True)
+    if kind == "masked" and frozen == "constant":
+        for use in (average, average.state_dict, average.double):
+            with pytest.raises(
+                RuntimeError, match=r"weight_signs hold bits.*leave use_buffers out"
+            ):
+                use(*([x] if use is average else []))
+        return
+    torch.testing.assert_close(average(x), plain(x))
+    for layer, other in zip(average.module, plain.module, strict=True):
+        if hasattr(layer, "weight"):
+            torch.testing.assert_close(layer.effective_weight, other.effective_weight)
+            assert torch.equal(layer.weight_mask, other.weight_mask)

@@ -100,7 +100,7 @@ class Masked(nn.Module):
             return  # functional_call, replicas: not ours
         if signs._version == version:
             return
-        if not torch.equal(_sum_of(signs), self.weight_signs_sum):
+        if not torch.equal(_sum_of(signs), self.weight_signs_sum):  # pyright: ignore
             raise RuntimeError(
                 "weight_signs hold bits, but were averaged as if they were numbers "
                 "(AveragedModel(use_buffers=True)); leave use_buffers out, which copies them, or "

@@ -266,3 +266,41 @@ def test_averages_of_buffers_too(kind, frozen):
         if hasattr(layer, "weight"):
             torch.testing.assert_close(layer.effective_weight, other.effective_weight)
             assert torch.equal(layer.weight_mask, other.weight_mask)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("optimizer", [ls.optim.SGD, torch.optim.SGD], ids=["ls", "torch"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+def test_a_compiled_training_step_breaks_its_graph_and_is_right(kind, optimizer):
+    model, x = model_of(kind, "constant")
+    twin = copy.deepcopy(model)
+
+    def train(model, optimizer):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(train, backend="aot_eager")
+    ours = optimizer(model.parameters(), lr=0.01, momentum=0.9)
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(3):
+        compiled(model, ours)
+        train(twin, theirs)
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x))
+
+
+def test_a_step_in_a_full_graph_says_that_it_breaks_it():
+    model, x = model_of("compact")
+    optimizer = ls.optim.SGD(model.parameters(), lr=0.01)
+    model(x).sum().backward()
+    torch._dynamo.reset()
+    step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"_KernelStep\.step|disable"):
+        step()

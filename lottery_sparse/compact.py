@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -166,6 +167,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """
     if not _holders:
         return
+    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
+        _outside_graph(optimizer)
+    else:
+        _refresh_holders(optimizer)
+
+
+def _refresh_holders(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             holders = holders_of(parameter)
@@ -173,6 +181,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 note_optimizer(parameter, optimizer)
             for holder in holders:
                 written(holder)
+
+
+_outside_graph: Any = torch._disable_dynamo(_refresh_holders)  # pyright: ignore
 
 
 def written(holder: Holder) -> None:

@@ -33,6 +33,7 @@ BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
 KERNELS = [
     "bitmap_linear_cpu",
+    "dense_tiles_cpu",
     "keep_top_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",

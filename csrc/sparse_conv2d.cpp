@@ -93,7 +93,7 @@ class Conv2d {
             int64_t begin = starts[0], end = starts[1];
             while (begin < end) {
                 const int64_t middle = (begin + end) / 2;
-                if (number(lists_.rows, lists_.wide, e * lists_.capacity + middle) < row)
+                if (number_at(lists_.rows, lists_.wide, e * lists_.capacity + middle) < row)
                     begin = middle + 1;
                 else
                     end = middle;
@@ -129,7 +129,7 @@ Taps Conv2d::taps_by_row(const float* values) const {
             for (int64_t i = first + starts[0]; i < first + starts[1]; ++i)
                 taps.taps[i] = {
                     values ? values[i] : 0.0f,
-                    static_cast<int32_t>(base + line[number(lists_.columns, lists_.wide, i)])};
+                    static_cast<int32_t>(base + line[number_at(lists_.columns, lists_.wide, i)])};
         }
     });
     return taps;
@@ -173,9 +173,9 @@ Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
             Tap* tap = taps.taps.get() + first + taps.starts[run * (channels + 1) + c];
             for_lists(run, c, [&](int64_t slot, int64_t last, int64_t line) {
                 for (int64_t j = first + slot; j < first + last; ++j)
-                    *tap++ = {
-                        values[first + lists_.positions[j]],
-                        static_cast<int32_t>(number(lists_.rows, lists_.wide, j) * plane + line)};
+                    *tap++ = {values[first + lists_.positions[j]],
+                              static_cast<int32_t>(number_at(lists_.rows, lists_.wide, j) * plane +
+                                                   line)};
             });
         }
     });

@@ -15,7 +15,7 @@ constexpr int64_t kGroupBytes = 8 << 20;    // packed at a time: in the last-lev
 constexpr int64_t kTaskChannels = 32;
 constexpr int64_t kTapGrain = 64;
 
-inline int64_t number(const void* numbers, bool wide, int64_t i) {
+inline int64_t number_at(const void* numbers, bool wide, int64_t i) {
     return wide ? static_cast<const uint32_t*>(numbers)[i]
                 : static_cast<const uint16_t*>(numbers)[i];
 }

@@ -42,7 +42,7 @@ Buffer<PlaneTap> taps_of(const Conv2dShape& s, const CompactLists& lists, const 
             const int64_t e = r / rows, first = e * lists.capacity;
             const int64_t* starts = lists.starts + r + e;
             for (int64_t i = first + starts[0]; i < first + starts[1]; ++i) {
-                const int64_t column = number(lists.columns, lists.wide, i);
+                const int64_t column = number_at(lists.columns, lists.wide, i);
                 const int64_t channel = r % rows / out * in + column / kernel;
                 taps[i] = {values ? values[i] : 0.0f,
                            static_cast<int32_t>(channel * plane + within[column % kernel]),

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists, optimizers_of, register, written
+from lottery_sparse.compact import KeptLists, find_optimizers, optimizers_of, register, written
 from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal, one_node
 from lottery_sparse.ops import compact as products
 
 
@@ -55,13 +56,14 @@ class Compact(Masked):
         effective = reference.effective_weight(
             self.weight.detach(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
         ).contiguous()
-        self.register_buffer("weight_effective", effective, persistent=False)
+        self.register_buffer("weight_effective", normal(effective), persistent=False)
         self._list(KeptLists.of(self._matrix(self.weight_mask), capacity))
         if parameter is None:
-            values = self._gather(effective)
+            values = normal(self._gather(effective))
             parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         self.weight = parameter
-        for name in ("weight_frozen", "weight_signs"):  # torch.export wants what may be None last
+        # torch.export wants what may be None last
+        for name in ("weight_frozen", "weight_signs", "weight_signs_sum"):
             self._buffers[name] = self._buffers.pop(name)
         self._note_kernels()
         self._mark_fresh()
@@ -69,7 +71,7 @@ class Compact(Masked):
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
         """From compact to plain."""
         if parameter is None:
-            dense = self.effective_weight.detach().clone()
+            dense = normal(self.effective_weight.detach().clone())
             parameter = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
@@ -84,7 +86,7 @@ class Compact(Masked):
             if held is not None and held.shape == numbers.shape and held.dtype == numbers.dtype:
                 held.copy_(numbers)  # the same tensors: a compiled model runs on
             else:
-                self.register_buffer(f"kept_{name}", numbers, persistent=False)
+                self.register_buffer(f"kept_{name}", normal(numbers), persistent=False)
         self._listed = self.kept.starts._version
 
     def _matrix(self, dense: Tensor) -> Tensor:
@@ -157,6 +159,7 @@ class Compact(Masked):
 
     def refresh_(self) -> None:
         """Copy the kept weights into `weight_effective`."""
+        self._keep_lists()  # first: wrong lists would write over frozen values
         effective, kept = self._dense, self.kept
         args = (effective, self.weight.detach(), kept.starts, kept.columns)
         backends.kernel("scatter_kept_", effective.device, args)(*args)
@@ -165,7 +168,7 @@ class Compact(Masked):
 
     def _mark_fresh(self) -> None:
         weight = self.weight
-        self.fresh_version = weight._version
+        self.fresh_version = _version_of(weight)
         known = self.__dict__.get("_known")
         if known is None or known() is not weight:
             register(self)
@@ -176,13 +179,15 @@ class Compact(Masked):
         # the dicts of nn.Module, which are quicker than its attributes
         weight = self._parameters.get("weight")
         effective: Any = self._buffers["weight_effective"]
+        if weight is None and "_is_replica" in self.__dict__:  # of nn.DataParallel
+            weight: Any = self.__dict__["weight"]
         if weight is None:
             raise RuntimeError(
                 "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
                 "call ls.expand_ and parametrize the masked layer."
             )
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
-        if not is_parameter:  # torch.func.functional_call: not ours to keep
+        if not is_parameter:  # functional_call, a replica: not ours to keep
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
@@ -192,8 +197,13 @@ class Compact(Masked):
             self._keep_lists()
         return weight, effective
 
+    def _is_stale(self, weight: nn.Parameter) -> bool:
+        if weight.is_inference():  # it counts no versions, and neither does who writes to it
+            return True
+        return weight._version != self.fresh_version or self._known() is not weight  # pyright: ignore
+
     def _settle(self, weight: nn.Parameter) -> None:
-        if weight._version != self.fresh_version or self._known() is not weight:  # pyright: ignore
+        if self._is_stale(weight):
             self.refresh_()
 
     def _keep_lists(self) -> None:
@@ -276,8 +286,9 @@ class Compact(Masked):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
-        was_fresh = self.fresh_version == self.weight._version
+        was_fresh = self.fresh_version == _version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
+        self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:
             raise RuntimeError(
                 "a compact layer on the meta device has lost which weights it keeps; move the "
@@ -342,6 +353,7 @@ class Compact(Masked):
             self._check_capacity(names[0], mask)
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
+                find_optimizers()
                 self._check_optimizers(names[0])
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
@@ -352,12 +364,16 @@ class Compact(Masked):
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
-            state[names[0]] = self._gather(weight.to(like.device, like.dtype))
+            state[names[0]] = normal(self._gather(weight.to(like.device, like.dtype)))
         nn.Module._load_from_state_dict(
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
         self._refill()
+
+
+def _version_of(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
 
 
 def most_kept(mask: Tensor, rank: int) -> int:
@@ -388,14 +404,23 @@ class CompactLinear(Compact, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         if input.dim() == 0 or input.size(-1) != self.in_features:
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
             )
         weight, effective = self._weights()
+        own = self._parameters  # a replica has none
         return products.linear(
-            input, weight, self.kept, effective, self._parameters["bias"], self.zero, self.products
+            input,
+            weight,
+            self.kept,
+            effective,
+            own["bias"] if own else self.bias,
+            self.zero,
+            self.products,
         )
 
 
@@ -410,6 +435,8 @@ class CompactConv2d(Compact, nn.Conv2d):
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         weight, effective = self._weights()
         padding = self.padding
         if self.padding_mode != "zeros":

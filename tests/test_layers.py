@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
-    "convert": {"masks", "frozen", "modules"},
+    "convert": {"compact", "masks", "frozen", "modules"},
     "compact_layers": {
         "backends",
         "reference",

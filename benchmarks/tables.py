@@ -180,7 +180,8 @@ def lenet_step(rows: list[Row]) -> str:
     head = ("network", "density", "contender", "µs", *(f"over {name}" for name in dense))
     return "\n\n".join([
         "## One training step of LeNet-300-100 with Adam, batch 60",
-        "By density of the hidden layers; one network on one thread, 45 on two. Contenders: "
+        "By density of the hidden layers; one network on one thread, 45 on two; for 20 rounds of "
+        "pruning the sum of one step in each. Contenders: "
         "benchmarks/bench_lenet_step.py.",
         _table(head, lines),
     ])  # fmt: skip

@@ -37,6 +37,7 @@ KERNELS = (  # compiled for each variant
     "random_fill_cpu",
     "sparse_conv2d_cpu",
     "sparse_conv2d_planes_cpu",
+    "sparse_linear_bf16_cpu",
     "sparse_linear_cpu",
     "ternary_linear_cpu",
     "ternary_tiles_cpu",

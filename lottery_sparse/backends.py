@@ -75,12 +75,12 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.
-_forced: list[str] = []
+overrides: list[str] = []  # what `use_backend` forces, the last one counts
 
 
 def forced() -> str | None:
     """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
-    return _forced[-1] if _forced else os.environ.get("LS_BACKEND") or None
+    return overrides[-1] if overrides else os.environ.get("LS_BACKEND") or None
 
 
 @contextlib.contextmanager
@@ -98,11 +98,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
     """
     _check_name(name)
-    _forced.append(name)
+    overrides.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        overrides.pop()
 
 
 def built(name: str) -> bool:

@@ -165,7 +165,7 @@ def _filled(values: Tensor, effective: Tensor, *kept: Any) -> Tensor:
     starts, columns, *_, zero = kept
     if reference.may_lag(effective, starts, zero):
         return reference.kept_weight(values, effective, starts, columns)
-    return effective
+    return effective.to(values.dtype)
 
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:

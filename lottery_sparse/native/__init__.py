@@ -14,7 +14,13 @@ from lottery_sparse.native.conv2d import (
     kept_conv2d,
     kept_conv2d_backward,
 )
-from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED, refuses, wins
+from lottery_sparse.native.dispatch import (
+    MAX_DENSITY_COMPACT,
+    MAX_DENSITY_QUICK,
+    MAX_DENSITY_SAMPLED,
+    refuses,
+    wins,
+)
 from lottery_sparse.native.linear import (
     compact_linear,
     compact_linear_backward,
@@ -38,6 +44,7 @@ adam_step = torch.ops.lottery_sparse_native.adam_step.default
 
 __all__ = [
     "MAX_DENSITY_COMPACT",
+    "MAX_DENSITY_QUICK",
     "MAX_DENSITY_SAMPLED",
     "adam_step",
     "bitmap_linear",

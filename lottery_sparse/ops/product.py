@@ -106,14 +106,15 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
     return forward_autocast
 
 
-def _register_autocast(name: str, op: Callable) -> None:
+def _register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:
     """Under torch.autocast every floating tensor is cast to the autocast dtype, as F.linear's."""
+    cast_all = cast_all or _autocast
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Any:
             below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(below):
-                return op(*_autocast(args, device))
+                return op(*cast_all(args, device))
 
         torch.library.impl(name, key, cast)
 

@@ -64,6 +64,11 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "bitmap_linear": ("cpu", "reference"),
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
+        "sample_bits": ("cpu", "reference"),
+        "supermask_linear": ("dense",),
+        "supermask_linear_backward": ("dense",),
+        "supermask_conv2d": ("dense",),
+        "supermask_conv2d_backward": ("dense",),
     },
 }
 

@@ -110,6 +110,105 @@ def masked_conv2d_backward(
     return dx, select(mask_as_bool(mask, weight, rank=4), dw, None) if need_dw else dw
 
 
+# ---- learned masks -------------------------------------------------------------------------------
+
+
+def supermask_linear(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    return reference.linear(x, _supermask_weight(2, score, weight, bits, kept, signs), bias)
+
+
+def supermask_linear_backward(
+    dy: Tensor, x: Tensor, *network_and_needs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    network, (need_dx, need_dw, need_dscore) = network_and_needs[:-3], network_and_needs[-3:]
+    w = _supermask_weight(2, *network) if need_dx else network[0]
+    dx, d = reference.linear_backward(dy, x, w, need_dx, need_dw or need_dscore)
+    return dx, *_supermask_gradients(2, need_dw, need_dscore, d, *network)
+
+
+def supermask_conv2d(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    *geometry: Any,
+) -> Tensor:
+    w = _supermask_weight(4, score, weight, bits, kept, signs)
+    return reference.conv2d(x, w, bias, *geometry)
+
+
+def supermask_conv2d_backward(
+    dy: Tensor, x: Tensor, *network_geometry_and_needs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    network, geometry = network_geometry_and_needs[:5], network_geometry_and_needs[5:-3]
+    need_dx, need_dw, need_dscore = network_geometry_and_needs[-3:]
+    # its shape and dtype are asked for where no dx is
+    w = _supermask_weight(4, *network) if need_dx else network[0].to(x.dtype)
+    geometry_and_needs = *geometry, need_dx, need_dw or need_dscore
+    dx, d = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
+    return dx, *_supermask_gradients(4, need_dw, need_dscore, d, *network)
+
+
+def _supermask_weight(
+    rank: int,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    w = _source_weight(score, weight, signs, rank)
+    w = select(mask_as_bool(bits, score, rank), w, None)
+    return w if kept is None else (w * reference.rescaling(score, kept, rank)).to(w.dtype)
+
+
+def _source_weight(score: Tensor, weight: Tensor, signs: Tensor | None, rank: int) -> Tensor:
+    if signs is None:
+        return weight.contiguous()
+    constant = weight.view(weight.shape + (1,) * rank).expand_as(score)
+    return select(mask_as_bool(signs, score, rank), constant, -constant)
+
+
+def _supermask_gradients(
+    rank: int,
+    need_dw: bool,
+    need_dscore: bool,
+    d: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dw, dscore = weight.new_empty(0), score.new_empty(0)
+    mask = mask_as_bool(bits, score, rank)
+    r = None if kept is None else reference.rescaling(score, kept, rank)
+    if need_dw:
+        scaled = d if r is None else (d * r).to(d.dtype)
+        dw = select(mask, scaled.contiguous(), None)
+    if need_dscore:
+        precise = score.to(torch.promote_types(score.dtype, torch.float32))
+        dm = d.to(precise.dtype) * _source_weight(score, weight, signs, rank)
+        if r is not None and kept is not None:
+            own = tuple(range(-rank, 0))
+            through_r = select(mask, dm, None).sum(own, keepdim=True)
+            dm -= through_r / kept.clamp(min=1).view(through_r.shape)
+            dm *= r
+        dscore = torch.ops.aten.sigmoid_backward(dm, torch.sigmoid(precise)).to(score.dtype)
+    return dw, dscore.contiguous()
+
+
 # ---- compact products: by the effective weight, which lags only where kernels would have run ----
 
 

@@ -30,6 +30,7 @@ from lottery_sparse.native.random import (
     random_signs,
     random_uniform,
     random_words,
+    sample_bits,
 )
 
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
@@ -58,6 +59,7 @@ __all__ = [
     "random_uniform",
     "random_words",
     "refuses",
+    "sample_bits",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",

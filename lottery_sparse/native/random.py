@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lottery_sparse.native.masks import count_kept
+from lottery_sparse.native.masks import count_kept, pack_mask
 
 _ops = torch.ops.lottery_sparse_native
 
@@ -48,3 +48,19 @@ def random_normal(
     count: int, seed: int, stream: int, step: int, table: Tensor, device: Any = "cpu"
 ) -> Tensor:
     return _ops.random_normal(count, seed, stream, step, table).to(device)
+
+
+def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Words from the kernel; the threshold as the reference computes it."""
+    networks = score.unsqueeze(0) if score.dim() == 2 else score
+    probability = torch.sigmoid(networks.to(torch.float32))
+    threshold = probability.mul_(2.0**24).nan_to_num_(0.0).to(torch.int32)
+    mask = torch.empty(networks.shape, dtype=torch.bool)
+    for one, limit, (seed, stream, step) in zip(
+        mask, threshold, key.view(-1, 3).tolist(), strict=True
+    ):
+        words = _ops.random_words(limit.numel(), seed, stream, step)
+        draw = words.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+        torch.lt(draw.view(limit.shape), limit, out=one)
+    kept = torch.tensor([count_kept(one) for one in mask])
+    return pack_mask(mask.view(score.shape)), kept.view(score.shape[:-2])

@@ -113,6 +113,10 @@ def masked_conv2d_backward(
 # ---- learned masks -------------------------------------------------------------------------------
 
 
+def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.sample_bits(score, key)
+
+
 def supermask_linear(
     x: Tensor,
     score: Tensor,

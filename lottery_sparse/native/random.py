@@ -62,5 +62,5 @@ def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         words = _ops.random_words(limit.numel(), seed, stream, step)
         draw = words.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
         torch.lt(draw.view(limit.shape), limit, out=one)
-    kept = torch.tensor([count_kept(one) for one in mask])
+    kept = torch.tensor([count_kept(one) for one in mask], dtype=torch.int64)
     return pack_mask(mask.view(score.shape)), kept.view(score.shape[:-2])

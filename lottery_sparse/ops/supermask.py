@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends, reference
-from lottery_sparse.ops.bits import pack_mask, unpack_mask
+from lottery_sparse.ops.bits import pack_mask
 from lottery_sparse.ops.checks import SignConstant, _check_bits, _check_like_x, autocasts
 from lottery_sparse.ops.conv2d import Pair, _pair, _resolve_padding
 from lottery_sparse.ops.differentiable import differentiable, direct
@@ -248,12 +248,10 @@ def _mask(
         bits, kept = _draw(flat, key)
         return bits, kept if rescale else None
     assert mask is not None
-    if mask.dtype == torch.bool:
-        bits = pack_mask(mask.flatten(1 - rank))
-    else:
-        bits = mask
-        mask = unpack_mask(bits, score.shape[1 - rank :].numel()) if rescale else mask
-    return bits, mask.flatten(score.dim() - rank).sum(-1) if rescale else None
+    bits = pack_mask(mask.flatten(1 - rank)) if mask.dtype == torch.bool else mask
+    if not rescale:
+        return bits, None
+    return bits, reference.mask_as_bool(mask, score, rank).flatten(-rank).sum(-1)
 
 
 # ---- sample_bits ---------------------------------------------------------------------------------

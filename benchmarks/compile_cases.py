@@ -47,4 +47,25 @@ def linear_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases()}
+def supermask_cases() -> dict[str, Callable[[], Any]]:
+    shape, batch = (4096, 4096), 256
+    score, key, kept = meta(*shape, dtype=FP32), meta(3, dtype=torch.int64), meta(dtype=torch.int64)
+    cases = {
+        "sample_bits 4096x4096": call("sample_bits", score, key),
+        "sample_bits ragged 27": call("sample_bits", meta(64, 27, dtype=FP32), key),
+    }
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+        x, dy = (meta(batch, 4096, dtype=dtype) for _ in range(2))
+        weights = {"tensor": (meta(*shape, dtype=dtype), None), "signs": (meta(dtype=dtype), True)}
+        for weight, (w, signs) in weights.items():
+            plus = bits(*shape) if signs else None
+            title = f"supermask_linear product {weight} 4096x4096 B256 {name}"
+            network = score, w, bits(*shape), kept
+            cases[title] = call("supermask_linear", x, *network, None, plus)
+            cases[f"{title}, backward"] = call(
+                "supermask_linear_backward", dy, x, *network, plus, True, False, True
+            )
+    return cases
+
+
+CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **supermask_cases()}

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
+from lottery_sparse.kernels.supermask import (
+    sample_bits,
+    supermask_linear,
+    supermask_linear_backward,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,4 +34,12 @@ def wins(op: str, *args: Any) -> bool:
     return True
 
 
-__all__ = ["masked_linear", "masked_linear_backward", "refuses", "wins"]
+__all__ = [
+    "masked_linear",
+    "masked_linear_backward",
+    "refuses",
+    "sample_bits",
+    "supermask_linear",
+    "supermask_linear_backward",
+    "wins",
+]

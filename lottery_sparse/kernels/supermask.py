@@ -19,40 +19,44 @@ from lottery_sparse.kernels.tiles import dot, precision
 # The same for every shape and card until one has measured more.
 TILE = {"ROWS": 128, "BATCH": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
 GRADIENT = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
-SAMPLE = {"WORDS": 128, "num_warps": 4}
+SAMPLE = {"ROWS": 32, "num_warps": 4}
+SAMPLE_RAGGED = {"ROWS": 8, "num_warps": 4}
 
 
 # ---- drawing -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _sigmoid(s):
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-s, 88.0)))  # the exponential stays finite
+def _one_and_exp(s):
+    """1 + exp(-s), finite; for a NaN as for a very low score."""
+    return 1.0 + tl.exp(tl.minimum(-s.to(tl.float32), 88.0))
 
 
 @triton.jit
 def _threshold(score):
-    """floor(sigmoid(score) 2^24) as uint32; a NaN gives 0."""
-    s = score.to(tl.float32)
-    return (_sigmoid(tl.where(s == s, s, -88.0)) * 16777216.0).to(tl.uint32)
+    """floor(sigmoid(score) 2^24); a NaN gives 0."""
+    return (16777216.0 / _one_and_exp(score)).to(tl.uint32)
 
 
 @triton.jit
 def _sample(
     score, key, bits, kept,
-    N, K, words_per_row,
-    WORDS: tl.constexpr, ALIGNED: tl.constexpr,
+    N, K, chunks,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Bits of WORDS words of network program_id(1), and their ones added to kept.
+    """Bits of ROWS rows in a chunk of 128 columns, and their ones added to kept.
 
     ALIGNED: a row is a whole number of blocks, so four columns share one.
     """
+    WORDS: tl.constexpr = 4 * ROWS
     e = tl.program_id(1).to(tl.int64)
     seed, stream, step = tl.load(key + 3 * e), tl.load(key + 3 * e + 1), tl.load(key + 3 * e + 2)
-    at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
-    row, column = at // words_per_row, (at % words_per_row) * 32
-    inside = row < N
-    first = row * K + column
+    chunk = tl.program_id(0) % chunks
+    i = tl.arange(0, WORDS)
+    row = (tl.program_id(0) // chunks) * ROWS + i // 4
+    word = 4 * chunk + i % 4
+    inside, column = row < N, 32 * word
+    first = row.to(tl.int64) * K + column
     lane = tl.arange(0, 32)
     score += e * N * K
     if ALIGNED:
@@ -69,15 +73,16 @@ def _sample(
         b0, b1 = ((c0 >> 8) < limit0).to(tl.int32), ((c1 >> 8) < limit1).to(tl.int32)
         b2, b3 = ((c2 >> 8) < limit2).to(tl.int32), ((c3 >> 8) < limit3).to(tl.int32)
         nibble = b0 | (b1 << 1) | (b2 << 2) | (b3 << 3)
-        word = tl.sum(nibble << (4 * quad)[None, :], 1)
+        held_bits = tl.sum(nibble << (4 * quad)[None, :], 1)
         ones = tl.sum(tl.sum(b0 + b1 + b2 + b3, 1), 0)
     else:
         index = first[:, None] + lane[None, :]
         c0, c1, c2, c3 = philox(index >> 2, seed, stream, step)
         bit = ((pick(c0, c1, c2, c3, index & 3) >> 8) < limit).to(tl.int32)
-        word = tl.sum(bit << lane[None, :], 1)
+        held_bits = tl.sum(bit << lane[None, :], 1)
         ones = tl.sum(tl.sum(bit, 1), 0)
-    tl.store(bits + e * N * words_per_row + at, word, mask=inside)
+    at = (e * N + row) * (4 * chunks) + word
+    tl.store(bits + at, held_bits, mask=inside)
     tl.atomic_add(kept + e, ones.to(tl.int64))  # integers: any order gives the same sum
 
 
@@ -251,8 +256,7 @@ def _dscore(
         else:
             dm = sum * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         dm = scale * (dm - _through_r(parts, kept, e, count, RESCALE))
-        s = tl.load(score + at, mask=inside, other=0.0).to(tl.float32)
-        p = _sigmoid(s)
+        p = 1.0 / _one_and_exp(tl.load(score + at, mask=inside, other=0.0))
         tl.store(dscore + at, (dm * p * (1.0 - p)).to(dscore.dtype.element_ty), mask=inside)
 
 
@@ -262,12 +266,13 @@ def _dscore(
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     score, key = score.contiguous(), key.contiguous()
     (rows, columns), networks = score.shape[-2:], _networks(score)
-    words = 4 * triton.cdiv(columns, 128)
-    bits = score.new_empty((*score.shape[:-1], words), dtype=torch.int32)
+    chunks, aligned = triton.cdiv(columns, 128), columns % 4 == 0
+    bits = score.new_empty((*score.shape[:-1], 4 * chunks), dtype=torch.int32)
     kept = score.new_zeros(score.shape[:-2], dtype=torch.int64)
     if bits.numel():
-        _sample[(triton.cdiv(rows * words, SAMPLE["WORDS"]), networks)](
-            score, key, bits, kept, rows, columns, words, ALIGNED=columns % 4 == 0, **SAMPLE
+        tile = SAMPLE if aligned else SAMPLE_RAGGED
+        _sample[triton.cdiv(rows, tile["ROWS"]) * chunks, networks](
+            score, key, bits, kept, rows, columns, chunks, ALIGNED=aligned, **tile
         )
     return bits, kept
 

@@ -1,7 +1,7 @@
 """Learned masks: drawing the bits, products under them, and dscore straight out of dyᵀ x.
 
-As in masked_linear the weight is the first operand of every product. A sign x constant enters it as
-1, -1 and 0, exact in every dtype; constants and the rescaling factor are applied to the sums.
+As in masked_linear the weight is the first operand of its products. Signs enter them as 1, -1 and
+0, exact in every dtype; constants and the rescaling factor multiply the sums.
 """
 # pyright: reportArgumentType=false
 # ... since a launch takes plain numbers for constexpr
@@ -13,14 +13,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.kernels.masked_linear import dw_tile
 from lottery_sparse.kernels.philox import philox, pick
-from lottery_sparse.kernels.tiles import dot, precision
+from lottery_sparse.kernels.tiles import (
+    Parts,
+    dot,
+    finish,
+    in_order,
+    load_tile,
+    precision,
+    shifts,
+    spread,
+    spread_down,
+    tile,
+)
 
-# The same for every shape and card until one has measured more.
-TILE = {"ROWS": 128, "BATCH": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
-GRADIENT = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
 SAMPLE = {"ROWS": 32, "num_warps": 4}
 SAMPLE_RAGGED = {"ROWS": 8, "num_warps": 4}
+# Tiles of dscore: bytes rule, so several programs share a multiprocessor.
+_GRADIENT = {
+    "half": {"ROWS": 128, "BATCH": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"ROWS": 128, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
+    "ieee": {"ROWS": 64, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
+}
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -90,29 +105,29 @@ def _sample(
 
 
 @triton.jit
-def _spread(words, rows, first, stride, inside, COLUMNS: tl.constexpr):
-    """Bits first ... first + COLUMNS of packed rows, as bool [R, COLUMNS]."""
-    word = (first >> 5) + tl.arange(0, COLUMNS // 32)
-    at = rows[:, None] * stride + word[None, :]
-    held = tl.load(words + at, mask=inside[:, None] & (word < stride)[None, :], other=0)
-    spread = (held[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(spread, (rows.shape[0], COLUMNS)) != 0
-
-
-@triton.jit
 def _masked(
-    weight, bits, signs, rows, first, K, stride, inside,
-    COLUMNS: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr,
+    weight, bits, signs, shift, row, K, stride, inside,
+    COLUMNS: tl.constexpr, SIGNS: tl.constexpr, EDGE: tl.constexpr, DOWN: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """w m at rows × COLUMNS columns from `first`; signs stand for 1 and -1. 0 outside."""
-    kept = _spread(bits, rows, first, stride, inside, COLUMNS)
+    """w m as `load_tile` loads it; with SIGNS, w is 1 or -1."""
     if SIGNS:
-        plus = _spread(signs, rows, first, stride, inside, COLUMNS)
+        word = tl.arange(0, COLUMNS // 32)
+        if DOWN:
+            at = (row * stride)[None, :] + word[:, None]
+            kept = spread_down(tl.load(bits + at), shift)
+            plus = spread_down(tl.load(signs + at), shift)
+        else:
+            at = (row * stride)[:, None] + word[None, :]
+            kept = spread(tl.load(bits + at), shift)
+            plus = spread(tl.load(signs + at), shift)
+        if EDGE:
+            kept = kept & inside
         return tl.where(kept, tl.where(plus, 1.0, -1.0), 0.0).to(DTYPE)
-    columns = first + tl.arange(0, COLUMNS)
-    at = rows[:, None] * K + columns[None, :]
-    held = inside[:, None] & (columns < K)[None, :]
-    return tl.where(kept, tl.load(weight + at, mask=held, other=0.0), 0.0)
+    return load_tile(
+        weight, bits, weight, bits, tl.zeros((1, 1), tl.float32), shift, row, K, stride, stride,
+        inside, COLUMNS, True, 0, EDGE, DOWN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,136 +143,153 @@ def _scale(weight, kept, e, size, SIGNS: tl.constexpr, RESCALE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, weight, bits, kept, bias, signs, y,
-    B, N, K, x_network, stride, size,
+    x, weight, bits, kept, bias, signs, shift, y,
+    B, N, K, x_network, stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    SIGNS: tl.constexpr, RESCALE: tl.constexpr, BIAS: tl.constexpr,
+    SIGNS: tl.constexpr, RESCALE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[e, b, n] = scale[e] sum over k of (w m)[e, n, k] x[e, b, k], + bias[e, n]."""
+    row_tile, batch_tile = in_order(N, B, ROWS, BATCH)
+    n0, b0 = row_tile * ROWS, batch_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b = tl.program_id(0).to(tl.int64) * BATCH + tl.arange(0, BATCH)
+    s = tl.program_id(1)
+    n, b = tl.arange(0, ROWS), tl.arange(0, BATCH)
+    row, batch_row = tl.minimum(n, N - 1 - n0), tl.minimum(b, B - 1 - b0)
     scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
-    weight += 0 if SIGNS else e * N * K
-    bits += e * N * stride
-    signs += e * N * stride
-    x += e * x_network
+    weight += 0 if SIGNS else (e * N + n0) * K
+    bits += (e * N + n0) * stride
+    signs += (e * N + n0) * stride
+    x += e * x_network + b0.to(tl.int64) * K
+    shift = tl.load(shift + tl.arange(0, 32))
+    k = tl.arange(0, DEPTH)
     sum = tl.zeros((ROWS, BATCH), tl.float32)
-    for k0 in range(0, K, DEPTH):
-        w = _masked(weight, bits, signs, n, k0, K, stride, n < N, DEPTH, SIGNS, x.dtype.element_ty)
-        k = k0 + tl.arange(0, DEPTH)
-        inside = (k < K)[:, None] & (b < B)[None, :]
-        xt = tl.load(x + b[None, :] * K + k[:, None], mask=inside, other=0.0)
+    for k0 in range(s * steps * DEPTH, tl.minimum((s + 1) * steps * DEPTH, K), DEPTH):
+        w = _masked(
+            weight + (0 if SIGNS else k0), bits + (k0 >> 5), signs + (k0 >> 5), shift, row, K,
+            stride, (row >= 0)[:, None] & (k < K - k0)[None, :], DEPTH, SIGNS, EDGE, False,
+            x.dtype.element_ty,
+        )  # fmt: skip
+        at = x + k0 + (batch_row * K)[None, :] + k[:, None]
+        xt = tl.load(at, mask=(k < K - k0)[:, None], other=0.0) if EDGE else tl.load(at)
         sum = dot(w, xt, sum, PRECISION, WIDEN)
     sum *= scale
     if BIAS:
-        sum += tl.load(bias + e * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = (e * B + b)[None, :] * N + n[:, None]
-    inside = (n < N)[:, None] & (b < B)[None, :]
-    tl.store(y + at, sum.to(y.dtype.element_ty), mask=inside)
+        sum += tl.load(bias + e * N + n0 + row).to(tl.float32)[:, None]
+    y += s * part + (e * B + b0) * N + n0
+    inside = (n < N - n0)[:, None] & (b < B - b0)[None, :]
+    tl.store(y + n[:, None] + (b * N)[None, :], sum.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _dx(
-    dy, x, weight, bits, kept, signs, dx, parts,
-    B, N, K, networks, stride, size,
+    dy, x, weight, bits, kept, signs, shift, dx, products,
+    B, N, K, x_network, stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    SIGNS: tl.constexpr, RESCALE: tl.constexpr, SHARED: tl.constexpr,
+    SIGNS: tl.constexpr, RESCALE: tl.constexpr, EDGE: tl.constexpr,
+    STORE: tl.constexpr, PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """dx[b, k] = sum over n, and over `networks` that share x, of scale (w m)[n, k] dy[b, n].
+    """dx[e, b, k] = scale[e] sum over n of (w m)[e, n, k] dy[e, b, n].
 
-    With RESCALE also parts[e, program] of ⟨dyᵀ x, w m⟩ = ⟨x, dy (w m)⟩, what r has a gradient by.
+    PRODUCTS: products[e, program] are the parts of ⟨x, dy (w m)⟩ = ⟨dyᵀ x, w m⟩, which is what
+    the rescaling factor has a gradient by.
     """
-    output = tl.program_id(2).to(tl.int64)
-    k0 = tl.program_id(1) * ROWS
-    k = k0 + tl.arange(0, ROWS)
-    b = tl.program_id(0).to(tl.int64) * BATCH + tl.arange(0, BATCH)
-    inside = (k < K)[:, None] & (b < B)[None, :]
-    at = (output * B + b)[None, :] * K + k[:, None]
-    total = tl.zeros((ROWS, BATCH), tl.float32)
-    for i in range(networks):
-        e = output * networks + i
-        sum = tl.zeros((ROWS, BATCH), tl.float32)
-        for n0 in range(0, N, DEPTH):
-            n = n0 + tl.arange(0, DEPTH).to(tl.int64)
-            w = _masked(
-                weight if SIGNS else weight + e * N * K, bits + e * N * stride,
-                signs + e * N * stride, n, k0, K, stride, n < N, ROWS, SIGNS, dy.dtype.element_ty,
-            )  # fmt: skip
-            held = (n < N)[:, None] & (b < B)[None, :]
-            dyt = tl.load(dy + (e * B + b)[None, :] * N + n[:, None], mask=held, other=0.0)
-            sum = dot(tl.trans(w), dyt, sum, PRECISION, WIDEN)
-        if RESCALE:
-            own = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-            part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            count = tl.num_programs(0) * tl.num_programs(1)
-            tl.store(parts + e * count + part, tl.sum(tl.sum(own * sum, 1), 0))
-        scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
-        if SHARED:
-            total += scale * sum
-        else:
-            total = scale * sum
-    tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
+    row_tile, batch_tile = in_order(K, B, ROWS, BATCH)
+    k0, b0 = row_tile * ROWS, batch_tile * BATCH
+    e = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(1)
+    k, b = tl.arange(0, ROWS), tl.arange(0, BATCH)
+    batch_row = tl.minimum(b, B - 1 - b0)
+    shift = tl.load(shift + tl.arange(0, 32))
+    d = tl.arange(0, DEPTH)
+    sum = tl.zeros((ROWS, BATCH), tl.float32)
+    for n0 in range(s * steps * DEPTH, tl.minimum((s + 1) * steps * DEPTH, N), DEPTH):
+        row = tl.minimum(d, N - 1 - n0) if EDGE else d
+        first = e * N + n0
+        w = _masked(
+            weight + (0 if SIGNS else first * K + k0), bits + (first * stride + (k0 >> 5)),
+            signs + (first * stride + (k0 >> 5)), shift, row, K, stride,
+            (k < K - k0)[:, None] & (d < N - n0)[None, :], ROWS, SIGNS, EDGE, True,
+            dy.dtype.element_ty,
+        )  # fmt: skip
+        at = dy + (e * B + b0) * N + n0 + (batch_row * N)[None, :] + d[:, None]
+        dyt = tl.load(at, mask=(d < N - n0)[:, None], other=0.0) if EDGE else tl.load(at)
+        sum = dot(w, dyt, sum, PRECISION, WIDEN)
+    inside = (k < K - k0)[:, None] & (b < B - b0)[None, :]
+    at = k[:, None] + (b * K)[None, :]
+    if PRODUCTS:
+        x += e * x_network + b0.to(tl.int64) * K + k0
+        own = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        to = products + e * programs + s * tl.num_programs(0) + tl.program_id(0)
+        tl.store(to, tl.sum(tl.sum(own * sum, 1), 0))
+    if STORE:
+        sum *= _scale(weight, kept, e, size, SIGNS, RESCALE)
+        dx += s * part + (e * B + b0) * K + k0
+        tl.store(dx + at, sum.to(dx.dtype.element_ty), mask=inside)
 
 
 # ---- gradients of the network --------------------------------------------------------------------
 
 
 @triton.jit
-def _through_r(parts, kept, e, count, RESCALE: tl.constexpr):
+def _through_r(products, kept, e, count, RESCALE: tl.constexpr):
     """⟨dyᵀ x, w m⟩ / ones of network e, its parts added in order; 0 without rescaling."""
     if RESCALE:
         sum = tl.zeros((256,), tl.float32)
         for first in range(0, count, 256):
             i = first + tl.arange(0, 256)
-            sum += tl.load(parts + e * count + i, mask=i < count, other=0.0)
+            sum += tl.load(products + e * count + i, mask=i < count, other=0.0)
         return tl.sum(sum, 0) / tl.maximum(tl.load(kept + e), 1).to(tl.float32)
     return 0.0
 
 
 @triton.jit
 def _dscore(
-    dy, x, score, weight, bits, kept, signs, parts, dw, dscore,
+    dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
     B, N, K, x_network, stride, size, count,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     SIGNS: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EDGE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """From d = dyᵀ x: dw = scale d where kept, else 0; dscore = scale (d w − through r) p (1 − p).
 
-    Nothing else of the size of the weight is written.
+    Nothing else of the size of the weight is written. BATCH: columns, those of the product.
     """
+    row_tile, column_tile = in_order(N, K, ROWS, BATCH)
+    n0, k0 = row_tile * ROWS, column_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k0 = tl.program_id(0) * COLUMNS
-    k = k0 + tl.arange(0, COLUMNS)
-    x += e * x_network
-    sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for b0 in range(0, B, DEPTH):
-        b = b0 + tl.arange(0, DEPTH).to(tl.int64)
-        held = (n < N)[:, None] & (b < B)[None, :]
-        dyt = tl.load(dy + (e * B + b)[None, :] * N + n[:, None], mask=held, other=0.0)
-        held = (b < B)[:, None] & (k < K)[None, :]
-        rows = tl.load(x + b[:, None] * K + k[None, :], mask=held, other=0.0)
-        sum = dot(dyt, rows, sum, PRECISION, WIDEN)
-    scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
-    inside = (n < N)[:, None] & (k < K)[None, :]
-    at = e * N * K + n[:, None] * K + k[None, :]
+    sum = dw_tile(
+        dy + e * B * N, x + e * x_network, B, N, K, n0, k0, tl.zeros((), tl.int32), B,
+        ROWS, BATCH, DEPTH, EDGE, PRECISION, WIDEN,
+    )  # fmt: skip
+    sum *= _scale(weight, kept, e, size, SIGNS, RESCALE)
+    n, k = tl.arange(0, ROWS), tl.arange(0, BATCH)
+    at = (n * K)[:, None] + k[None, :]
+    inside = (n < N - n0)[:, None] & (k < K - k0)[None, :]
+    first = (e * N + n0) * K + k0
+    word = tl.arange(0, BATCH // 32)
+    listed = (n < N - n0)[:, None] & (word < stride - (k0 >> 5))[None, :]
+    first_word = (e * N + n0) * stride + (k0 >> 5)
+    at_word = (n * stride)[:, None] + word[None, :]
+    shift = tl.load(shift + tl.arange(0, 32))
     if DW:
-        mask = _spread(bits + e * N * stride, n, k0, stride, n < N, COLUMNS)
-        value = tl.where(mask, scale * sum, 0.0)
-        tl.store(dw + at, value.to(dw.dtype.element_ty), mask=inside)
+        mask = spread(tl.load(bits + first_word + at_word, mask=listed, other=0), shift)
+        value = tl.where(mask, sum, 0.0).to(dw.dtype.element_ty)
+        tl.store(dw + first + at, value, mask=inside)
     if DSCORE:
         if SIGNS:
-            plus = _spread(signs + e * N * stride, n, k0, stride, n < N, COLUMNS)
+            plus = spread(tl.load(signs + first_word + at_word, mask=listed, other=0), shift)
             dm = tl.where(plus, sum, -sum)
         else:
-            dm = sum * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        dm = scale * (dm - _through_r(parts, kept, e, count, RESCALE))
-        p = 1.0 / _one_and_exp(tl.load(score + at, mask=inside, other=0.0))
-        tl.store(dscore + at, (dm * p * (1.0 - p)).to(dscore.dtype.element_ty), mask=inside)
+            dm = sum * tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+        if RESCALE:
+            scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
+            dm -= scale * _through_r(products, kept, e, count, RESCALE)
+        p = 1.0 / _one_and_exp(tl.load(score + first + at, mask=inside, other=0.0))
+        value = (dm * p * (1.0 - p)).to(dscore.dtype.element_ty)
+        tl.store(dscore + first + at, value, mask=inside)
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -266,14 +298,15 @@ def _dscore(
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     score, key = score.contiguous(), key.contiguous()
     (rows, columns), networks = score.shape[-2:], _networks(score)
-    chunks, aligned = triton.cdiv(columns, 128), columns % 4 == 0
+    chunks, whole = triton.cdiv(columns, 128), columns % 4 == 0
     bits = score.new_empty((*score.shape[:-1], 4 * chunks), dtype=torch.int32)
     kept = score.new_zeros(score.shape[:-2], dtype=torch.int64)
     if bits.numel():
-        tile = SAMPLE if aligned else SAMPLE_RAGGED
-        _sample[triton.cdiv(rows, tile["ROWS"]) * chunks, networks](
-            score, key, bits, kept, rows, columns, chunks, ALIGNED=aligned, **tile
-        )
+        shape = SAMPLE if whole else SAMPLE_RAGGED
+        with torch.cuda.device_of(score):
+            _sample[triton.cdiv(rows, shape["ROWS"]) * chunks, networks](
+                score, key, bits, kept, rows, columns, chunks, ALIGNED=whole, **shape
+            )
     return bits, kept
 
 
@@ -291,13 +324,20 @@ def supermask_linear(
     y = x.new_empty((*score.shape[:-2], batch, rows))
     if y.numel() == 0:
         return y
-    grid = triton.cdiv(batch, TILE["BATCH"]), triton.cdiv(rows, TILE["ROWS"]), networks
-    _forward[grid](
-        x, weight, bits, _or(kept, bits), _or(bias, x), _or(signs, bits), y,
-        batch, rows, columns, 0 if x.dim() == 2 else batch * columns, bits.shape[-1],
-        float(rows * columns), SIGNS=signs is not None, RESCALE=kept is not None,
-        BIAS=bias is not None, **precision(x.dtype), **TILE,
-    )  # fmt: skip
+    shape = tile(x.dtype, batch)
+    parts = Parts.of(rows, batch, triton.cdiv(columns, shape["DEPTH"]), networks, shape)
+    out = parts.workspace(y)
+    with torch.cuda.device_of(x):
+        _forward[parts.grid](
+            x, weight, bits, _or(kept, bits), _or(bias, x), _or(signs, bits), shifts(x.device),
+            out, batch, rows, columns, 0 if x.dim() == 2 else batch * columns, bits.shape[-1],
+            float(rows * columns), parts.steps, y.numel(),
+            SIGNS=signs is not None, RESCALE=kept is not None, BIAS=bias is not None and out is y,
+            EDGE=columns % shape["DEPTH"] != 0,
+            **precision(x.dtype), **shape,
+        )  # fmt: skip
+        if out is not y:
+            finish(out, bias, y)
     return y
 
 
@@ -316,31 +356,42 @@ def supermask_linear_backward(
     dy, x, score, weight, bits = (t.contiguous() for t in (dy, x, score, weight, bits))
     networks, (rows, columns), batch = _networks(score), score.shape[-2:], x.shape[-2]
     shared, size = x.dim() == 2, float(rows * columns)
+    x_network, stride = 0 if shared else batch * columns, bits.shape[-1]
+    network = weight, bits, _or(kept, bits), _or(signs, bits), shifts(x.device)
     options = {"SIGNS": signs is not None, "RESCALE": kept is not None, **precision(x.dtype)}
-    network = weight, bits, _or(kept, bits), _or(signs, bits)
-    dx, dw, dscore = x.new_empty(0), weight.new_empty(0), score.new_empty(0)
-    outputs = 1 if shared else networks
-    grid = triton.cdiv(batch, TILE["BATCH"]), triton.cdiv(columns, TILE["ROWS"]), outputs
-    parts = x.new_empty((networks, grid[0] * grid[1]), dtype=torch.float32)
-    through_r = need_dscore and kept is not None  # its sum comes with dx
-    if need_dx or through_r:
-        dx = torch.empty_like(x)
-        if dx.numel():
-            _dx[grid](
-                dy, x, *network, dx, parts, batch, rows, columns, networks // max(outputs, 1),
-                bits.shape[-1], size, SHARED=shared, **options, **TILE,
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    products = x.new_zeros((networks, 0), dtype=torch.float32)
+    through_r = need_dscore and kept is not None and score.numel() > 0
+    if dx.numel() or through_r:
+        shape = tile(x.dtype, batch)
+        parts = Parts.of(columns, batch, triton.cdiv(rows, shape["DEPTH"]), networks, shape)
+        programs = parts.grid[0] * parts.grid[1]
+        products = products.new_empty((networks, programs if through_r else 0))
+        alone = parts.grid[1] == 1 and (networks == 1 or not shared)
+        count = parts.grid[1] * (networks if shared else 1)
+        out = dx if alone or not need_dx else products.new_empty((count, *x.shape))
+        with torch.cuda.device_of(x):
+            _dx[parts.grid](
+                dy, x, *network, out, products, batch, rows, columns, x_network, stride, size,
+                parts.steps, networks * batch * columns, STORE=need_dx, PRODUCTS=through_r,
+                EDGE=rows % shape["DEPTH"] != 0 or columns % shape["ROWS"] != 0,
+                **options, **shape,
             )  # fmt: skip
-    if need_dw or need_dscore:
-        dw = torch.empty_like(score, dtype=x.dtype) if need_dw else dw
-        dscore = torch.empty_like(score) if need_dscore else dscore
-        if score.numel():
-            across, down = GRADIENT["COLUMNS"], GRADIENT["ROWS"]
-            _dscore[triton.cdiv(columns, across), triton.cdiv(rows, down), networks](
-                dy, x, score, *network, parts, dw, dscore, batch, rows, columns,
-                0 if shared else batch * columns, bits.shape[-1], size, parts.shape[1],
-                DW=need_dw, DSCORE=need_dscore, **options, **GRADIENT,
+            if out is not dx:
+                finish(out, None, dx)
+    dw = torch.empty_like(score, dtype=x.dtype) if need_dw else weight.new_empty(0)
+    dscore = torch.empty_like(score) if need_dscore else score.new_empty(0)
+    if dw.numel() or dscore.numel():
+        shape = _GRADIENT[options["PRECISION"] if x.dtype == torch.float32 else "half"]
+        across, down = triton.cdiv(columns, shape["BATCH"]), triton.cdiv(rows, shape["ROWS"])
+        ragged = rows % shape["ROWS"] or columns % shape["BATCH"] or batch % shape["DEPTH"]
+        with torch.cuda.device_of(x):
+            _dscore[across * down, 1, networks](
+                dy, x, score, *network, products, dw, dscore, batch, rows, columns,
+                x_network, stride, size, products.shape[1], DW=need_dw, DSCORE=need_dscore,
+                EDGE=bool(ragged), **options, **shape,
             )  # fmt: skip
-    return dx if need_dx else x.new_empty(0), dw, dscore
+    return dx, dw, dscore
 
 
 def _networks(score: Tensor) -> int:

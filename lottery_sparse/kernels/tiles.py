@@ -211,9 +211,7 @@ class Parts(NamedTuple):
     steps: int
 
     @classmethod
-    def of(
-        cls, rows: int, columns: int, steps: int, networks: int, size: dict[str, int]
-    ) -> Parts:
+    def of(cls, rows: int, columns: int, steps: int, networks: int, size: dict[str, int]) -> Parts:
         """With so many steps in all; a part has at least four."""
         count = tiles(rows, columns, size)
         wanted = MULTIPROCESSORS * 8 // size["num_warps"] // max(count * networks, 1)

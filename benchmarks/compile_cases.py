@@ -65,6 +65,15 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
             cases[f"{title}, backward"] = call(
                 "supermask_linear_backward", dy, x, *network, plus, True, False, True
             )
+    image, shape = meta(60, 128, 32, 32), (128, 128, 3, 3)
+    network = meta(*shape, dtype=FP32), meta(*shape), bits(128, 1152), kept
+    options = [1, 1], [1, 1], [1, 1], 1
+    cases["supermask_conv2d 128x128x3x3 bf16"] = call(
+        "supermask_conv2d", image, *network, None, None, *options
+    )
+    cases["supermask_conv2d 128x128x3x3 bf16, backward"] = call(
+        "supermask_conv2d_backward", image, image, *network, None, *options, True, False, True
+    )
     return cases
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"formats"},
     "dense": {"reference"},
     "native": {"_C", "reference"},
-    "kernels": set(),
+    "kernels": {"reference"},
     # which one runs
     "backends": set(),
     "random": {"backends"},

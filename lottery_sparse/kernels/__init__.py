@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
-from lottery_sparse.kernels.supermask import (
-    sample_bits,
-    supermask_linear,
-    supermask_linear_backward,
-)
+from lottery_sparse.kernels.sampling import sample_bits
+from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
+from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,6 +37,8 @@ __all__ = [
     "masked_linear_backward",
     "refuses",
     "sample_bits",
+    "supermask_conv2d",
+    "supermask_conv2d_backward",
     "supermask_linear",
     "supermask_linear_backward",
     "wins",

@@ -1,4 +1,4 @@
-"""Learned masks: drawing the bits, products under them, and dscore straight out of dyᵀ x.
+"""Learned masks: products under drawn bits, and dscore straight out of dyᵀ x.
 
 As in masked_linear the weight is the first operand of its products. Signs enter them as 1, -1 and
 0, exact in every dtype; constants and the rescaling factor multiply the sums.
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_sparse.kernels.masked_linear import dw_tile
-from lottery_sparse.kernels.philox import philox, pick
+from lottery_sparse.kernels.sampling import one_and_exp
 from lottery_sparse.kernels.tiles import (
     Parts,
     dot,
@@ -28,77 +28,12 @@ from lottery_sparse.kernels.tiles import (
     tile,
 )
 
-SAMPLE = {"ROWS": 32, "num_warps": 4}
-SAMPLE_RAGGED = {"ROWS": 8, "num_warps": 4}
 # Tiles of dscore: bytes rule, so several programs share a multiprocessor.
 _GRADIENT = {
     "half": {"ROWS": 128, "BATCH": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
     "tf32": {"ROWS": 128, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
     "ieee": {"ROWS": 64, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
 }
-
-
-# ---- drawing -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _one_and_exp(s):
-    """1 + exp(-s), finite; for a NaN as for a very low score."""
-    return 1.0 + tl.exp(tl.minimum(-s.to(tl.float32), 88.0))
-
-
-@triton.jit
-def _threshold(score):
-    """floor(sigmoid(score) 2^24); a NaN gives 0."""
-    return (16777216.0 / _one_and_exp(score)).to(tl.uint32)
-
-
-@triton.jit
-def _sample(
-    score, key, bits, kept,
-    N, K, chunks,
-    ROWS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Bits of ROWS rows in a chunk of 128 columns, and their ones added to kept.
-
-    ALIGNED: a row is a whole number of blocks, so four columns share one.
-    """
-    WORDS: tl.constexpr = 4 * ROWS
-    e = tl.program_id(1).to(tl.int64)
-    seed, stream, step = tl.load(key + 3 * e), tl.load(key + 3 * e + 1), tl.load(key + 3 * e + 2)
-    chunk = tl.program_id(0) % chunks
-    i = tl.arange(0, WORDS)
-    row = (tl.program_id(0) // chunks) * ROWS + i // 4
-    word = 4 * chunk + i % 4
-    inside, column = row < N, 32 * word
-    first = row.to(tl.int64) * K + column
-    lane = tl.arange(0, 32)
-    score += e * N * K
-    if ALIGNED:
-        first = tl.multiple_of(first, 4)
-    held = inside[:, None] & (column[:, None] + lane[None, :] < K)
-    limit = _threshold(tl.load(score + (first[:, None] + lane[None, :]), mask=held, other=0.0))
-    limit = tl.where(held, limit, 0)
-    if ALIGNED:
-        quad = tl.arange(0, 8)
-        c0, c1, c2, c3 = philox((first >> 2)[:, None] + quad[None, :], seed, stream, step)
-        even, odd = tl.split(tl.reshape(limit, (WORDS, 8, 2, 2)))
-        limit0, limit2 = tl.split(even)
-        limit1, limit3 = tl.split(odd)
-        b0, b1 = ((c0 >> 8) < limit0).to(tl.int32), ((c1 >> 8) < limit1).to(tl.int32)
-        b2, b3 = ((c2 >> 8) < limit2).to(tl.int32), ((c3 >> 8) < limit3).to(tl.int32)
-        nibble = b0 | (b1 << 1) | (b2 << 2) | (b3 << 3)
-        held_bits = tl.sum(nibble << (4 * quad)[None, :], 1)
-        ones = tl.sum(tl.sum(b0 + b1 + b2 + b3, 1), 0)
-    else:
-        index = first[:, None] + lane[None, :]
-        c0, c1, c2, c3 = philox(index >> 2, seed, stream, step)
-        bit = ((pick(c0, c1, c2, c3, index & 3) >> 8) < limit).to(tl.int32)
-        held_bits = tl.sum(bit << lane[None, :], 1)
-        ones = tl.sum(tl.sum(bit, 1), 0)
-    at = (e * N + row) * (4 * chunks) + word
-    tl.store(bits + at, held_bits, mask=inside)
-    tl.atomic_add(kept + e, ones.to(tl.int64))  # integers: any order gives the same sum
 
 
 # ---- products ------------------------------------------------------------------------------------
@@ -131,7 +66,7 @@ def _masked(
 
 
 @triton.jit
-def _scale(weight, kept, e, size, SIGNS: tl.constexpr, RESCALE: tl.constexpr):
+def scale_of(weight, kept, e, size, SIGNS: tl.constexpr, RESCALE: tl.constexpr):
     """What the sums of network e are multiplied by: its constant, times r."""
     scale = 1.0
     if SIGNS:
@@ -156,7 +91,7 @@ def _forward(
     s = tl.program_id(1)
     n, b = tl.arange(0, ROWS), tl.arange(0, BATCH)
     row, batch_row = tl.minimum(n, N - 1 - n0), tl.minimum(b, B - 1 - b0)
-    scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
+    scale = scale_of(weight, kept, e, size, SIGNS, RESCALE)
     weight += 0 if SIGNS else (e * N + n0) * K
     bits += (e * N + n0) * stride
     signs += (e * N + n0) * stride
@@ -225,7 +160,7 @@ def _dx(
         to = products + e * programs + s * tl.num_programs(0) + tl.program_id(0)
         tl.store(to, tl.sum(tl.sum(own * sum, 1), 0))
     if STORE:
-        sum *= _scale(weight, kept, e, size, SIGNS, RESCALE)
+        sum *= scale_of(weight, kept, e, size, SIGNS, RESCALE)
         dx += s * part + (e * B + b0) * K + k0
         tl.store(dx + at, sum.to(dx.dtype.element_ty), mask=inside)
 
@@ -234,7 +169,7 @@ def _dx(
 
 
 @triton.jit
-def _through_r(products, kept, e, count, RESCALE: tl.constexpr):
+def through_r(products, kept, e, count, RESCALE: tl.constexpr):
     """⟨dyᵀ x, w m⟩ / ones of network e, its parts added in order; 0 without rescaling."""
     if RESCALE:
         sum = tl.zeros((256,), tl.float32)
@@ -243,6 +178,13 @@ def _through_r(products, kept, e, count, RESCALE: tl.constexpr):
             sum += tl.load(products + e * count + i, mask=i < count, other=0.0)
         return tl.sum(sum, 0) / tl.maximum(tl.load(kept + e), 1).to(tl.float32)
     return 0.0
+
+
+@triton.jit
+def gradient_of_score(dm, score):
+    """dm p (1 − p)"""
+    p = 1.0 / one_and_exp(score)
+    return dm * p * (1.0 - p)
 
 
 @triton.jit
@@ -264,7 +206,7 @@ def _dscore(
         dy + e * B * N, x + e * x_network, B, N, K, n0, k0, tl.zeros((), tl.int32), B,
         ROWS, BATCH, DEPTH, EDGE, PRECISION, WIDEN,
     )  # fmt: skip
-    sum *= _scale(weight, kept, e, size, SIGNS, RESCALE)
+    sum *= scale_of(weight, kept, e, size, SIGNS, RESCALE)
     n, k = tl.arange(0, ROWS), tl.arange(0, BATCH)
     at = (n * K)[:, None] + k[None, :]
     inside = (n < N - n0)[:, None] & (k < K - k0)[None, :]
@@ -285,29 +227,14 @@ def _dscore(
         else:
             dm = sum * tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
         if RESCALE:
-            scale = _scale(weight, kept, e, size, SIGNS, RESCALE)
-            dm -= scale * _through_r(products, kept, e, count, RESCALE)
-        p = 1.0 / _one_and_exp(tl.load(score + first + at, mask=inside, other=0.0))
-        value = (dm * p * (1.0 - p)).to(dscore.dtype.element_ty)
+            scale = scale_of(weight, kept, e, size, SIGNS, RESCALE)
+            dm -= scale * through_r(products, kept, e, count, RESCALE)
+        s = tl.load(score + first + at, mask=inside, other=0.0)
+        value = gradient_of_score(dm, s).to(dscore.dtype.element_ty)
         tl.store(dscore + first + at, value, mask=inside)
 
 
 # ---- launches ------------------------------------------------------------------------------------
-
-
-def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    score, key = score.contiguous(), key.contiguous()
-    (rows, columns), networks = score.shape[-2:], _networks(score)
-    chunks, whole = triton.cdiv(columns, 128), columns % 4 == 0
-    bits = score.new_empty((*score.shape[:-1], 4 * chunks), dtype=torch.int32)
-    kept = score.new_zeros(score.shape[:-2], dtype=torch.int64)
-    if bits.numel():
-        shape = SAMPLE if whole else SAMPLE_RAGGED
-        with torch.cuda.device_of(score):
-            _sample[triton.cdiv(rows, shape["ROWS"]) * chunks, networks](
-                score, key, bits, kept, rows, columns, chunks, ALIGNED=whole, **shape
-            )
-    return bits, kept
 
 
 def supermask_linear(
@@ -329,7 +256,7 @@ def supermask_linear(
     out = parts.workspace(y)
     with torch.cuda.device_of(x):
         _forward[parts.grid](
-            x, weight, bits, _or(kept, bits), _or(bias, x), _or(signs, bits), shifts(x.device),
+            x, weight, bits, or_(kept, bits), or_(bias, x), or_(signs, bits), shifts(x.device),
             out, batch, rows, columns, 0 if x.dim() == 2 else batch * columns, bits.shape[-1],
             float(rows * columns), parts.steps, y.numel(),
             SIGNS=signs is not None, RESCALE=kept is not None, BIAS=bias is not None and out is y,
@@ -357,7 +284,7 @@ def supermask_linear_backward(
     networks, (rows, columns), batch = _networks(score), score.shape[-2:], x.shape[-2]
     shared, size = x.dim() == 2, float(rows * columns)
     x_network, stride = 0 if shared else batch * columns, bits.shape[-1]
-    network = weight, bits, _or(kept, bits), _or(signs, bits), shifts(x.device)
+    network = weight, bits, or_(kept, bits), or_(signs, bits), shifts(x.device)
     options = {"SIGNS": signs is not None, "RESCALE": kept is not None, **precision(x.dtype)}
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     products = x.new_zeros((networks, 0), dtype=torch.float32)
@@ -398,6 +325,6 @@ def _networks(score: Tensor) -> int:
     return score.shape[0] if score.dim() == 3 else 1
 
 
-def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+def or_(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A kernel takes a pointer for every argument, read or not."""
     return stand_in if tensor is None else tensor.contiguous()

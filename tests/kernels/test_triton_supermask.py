@@ -73,6 +73,23 @@ def test_matches_float64(networks, weight):
             verify(supermask_problem((33, 68), (17, 68), *args), f"in {dtype}")
 
 
+CONV = (4, 3, 3, 2), (2, 6, 7, 5)
+GEOMETRY = {"stride": (3, 2), "padding": (1, 0), "groups": 2}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("networks", NETWORKS)
+def test_convolutions_match_float64(networks, weight):
+    for dtype in DTYPES:
+        for rescale in (False, True):
+            args = weight, rescale, *NETWORKS[networks], dtype
+            verify(supermask_problem(*CONV, *args, **GEOMETRY), f"in {dtype}")
+
+
+def test_more_weights_than_a_program_sums():
+    verify(supermask_problem((90, 90, 3, 3), (1, 90, 2, 2), padding=1))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("level", [-40.0, -3.0, 40.0])
 def test_odd_shapes_and_densities(shape, level):
@@ -82,15 +99,16 @@ def test_odd_shapes_and_densities(shape, level):
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (0, 3)], ids=str)
 def test_only_some_inputs_want_gradients(wanted):
-    p = supermask_problem((9, 37), (5, 37)).to(DEVICE)
-    with ls.use_backend("triton"):
-        every = p.run()[1:]
-        tensors = (p.x, p.score, p.bias, p.weight)
-        inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
-        y = ls.ops.supermask_linear(inputs[0], inputs[1], inputs[3], p.key, rescale=True)
-        got = torch.autograd.grad(y, [inputs[i] for i in wanted], p.dy)
-    for a, i in zip(got, wanted, strict=True):
-        assert torch.equal(a, every[i])
+    for p in supermask_problem((9, 37), (5, 37)), supermask_problem(*CONV, **GEOMETRY):
+        p, op = p.to(DEVICE), ls.ops.supermask_conv2d if p.options else ls.ops.supermask_linear
+        with ls.use_backend("triton"):
+            every = p.run()[1:]
+            tensors = (p.x, p.score, p.bias, p.weight)
+            inputs = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+            y = op(inputs[0], inputs[1], inputs[3], p.key, rescale=True, **p.options)
+            got = torch.autograd.grad(y, [inputs[i] for i in wanted], p.dy)
+        for a, i in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, every[i])
 
 
 @settings(max_examples=6)

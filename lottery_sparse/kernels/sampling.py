@@ -1,0 +1,90 @@
+"""Drawing learned masks: scores in, packed bits and their number of ones out, in one pass."""
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lottery_sparse.kernels.philox import philox, pick
+
+WHOLE = {"ROWS": 32, "num_warps": 4}  # rows that are whole blocks of four weights
+RAGGED = {"ROWS": 8, "num_warps": 4}
+
+
+@triton.jit
+def one_and_exp(s):
+    """1 + exp(-s), finite; for a NaN as for a very low score."""
+    return 1.0 + tl.exp(tl.minimum(-s.to(tl.float32), 88.0))
+
+
+@triton.jit
+def _threshold(score):
+    """floor(sigmoid(score) 2^24); a NaN gives 0."""
+    return (16777216.0 / one_and_exp(score)).to(tl.uint32)
+
+
+@triton.jit
+def _sample(
+    score, key, bits, kept,
+    N, K, chunks,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Bits of ROWS rows in a chunk of 128 columns, and their ones added to kept.
+
+    ALIGNED: a row is a whole number of blocks, so four columns share one.
+    """
+    WORDS: tl.constexpr = 4 * ROWS
+    e = tl.program_id(1).to(tl.int64)
+    seed, stream, step = tl.load(key + 3 * e), tl.load(key + 3 * e + 1), tl.load(key + 3 * e + 2)
+    chunk = tl.program_id(0) % chunks
+    i = tl.arange(0, WORDS)
+    row = (tl.program_id(0) // chunks) * ROWS + i // 4
+    word = 4 * chunk + i % 4
+    inside, column = row < N, 32 * word
+    first = row.to(tl.int64) * K + column
+    lane = tl.arange(0, 32)
+    score += e * N * K
+    if ALIGNED:
+        first = tl.multiple_of(first, 4)
+    held = inside[:, None] & (column[:, None] + lane[None, :] < K)
+    limit = _threshold(tl.load(score + (first[:, None] + lane[None, :]), mask=held, other=0.0))
+    limit = tl.where(held, limit, 0)
+    if ALIGNED:
+        quad = tl.arange(0, 8)
+        c0, c1, c2, c3 = philox((first >> 2)[:, None] + quad[None, :], seed, stream, step)
+        even, odd = tl.split(tl.reshape(limit, (WORDS, 8, 2, 2)))
+        limit0, limit2 = tl.split(even)
+        limit1, limit3 = tl.split(odd)
+        b0, b1 = ((c0 >> 8) < limit0).to(tl.int32), ((c1 >> 8) < limit1).to(tl.int32)
+        b2, b3 = ((c2 >> 8) < limit2).to(tl.int32), ((c3 >> 8) < limit3).to(tl.int32)
+        nibble = b0 | (b1 << 1) | (b2 << 2) | (b3 << 3)
+        held_bits = tl.sum(nibble << (4 * quad)[None, :], 1)
+        ones = tl.sum(tl.sum(b0 + b1 + b2 + b3, 1), 0)
+    else:
+        index = first[:, None] + lane[None, :]
+        c0, c1, c2, c3 = philox(index >> 2, seed, stream, step)
+        bit = ((pick(c0, c1, c2, c3, index & 3) >> 8) < limit).to(tl.int32)
+        held_bits = tl.sum(bit << lane[None, :], 1)
+        ones = tl.sum(tl.sum(bit, 1), 0)
+    at = (e * N + row) * (4 * chunks) + word
+    tl.store(bits + at, held_bits, mask=inside)
+    tl.atomic_add(kept + e, ones.to(tl.int64))  # integers: any order gives the same sum
+
+
+def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    score, key = score.contiguous(), key.contiguous()
+    (rows, columns), networks = score.shape[-2:], score.shape[0] if score.dim() == 3 else 1
+    chunks, whole = triton.cdiv(columns, 128), columns % 4 == 0
+    bits = score.new_empty((*score.shape[:-1], 4 * chunks), dtype=torch.int32)
+    kept = score.new_zeros(score.shape[:-2], dtype=torch.int64)
+    if bits.numel():
+        shape = WHOLE if whole else RAGGED
+        with torch.cuda.device_of(score):
+            _sample[triton.cdiv(rows, shape["ROWS"]) * chunks, networks](
+                score, key, bits, kept, rows, columns, chunks, ALIGNED=whole, **shape
+            )
+    return bits, kept

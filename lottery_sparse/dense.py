@@ -159,7 +159,7 @@ def supermask_conv2d_backward(
     need_dx, need_dw, need_dscore = network_geometry_and_needs[-3:]
     # its shape and dtype are asked for where no dx is
     w = _supermask_weight(4, *network) if need_dx else network[0].to(x.dtype)
-    geometry_and_needs = *geometry, need_dx, need_dw or need_dscore
+    geometry_and_needs: Any = *geometry, need_dx, need_dw or need_dscore
     dx, d = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
     return dx, *_supermask_gradients(4, need_dw, need_dscore, d, *network)
 

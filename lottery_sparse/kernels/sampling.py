@@ -22,9 +22,24 @@ def one_and_exp(s):
 
 
 @triton.jit
-def _threshold(score):
-    """floor(sigmoid(score) 2^24); a NaN gives 0."""
-    return (16777216.0 / one_and_exp(score)).to(tl.uint32)
+def _above(draw, score):
+    """draw − floor(sigmoid(score) 2^24) for a draw of 24 bits, up to ±6 (the errors of ex2.approx,
+    of the quotient and of three roundings); negative: kept."""
+    return draw.to(tl.int32) - (16777216.0 / one_and_exp(score)).to(tl.int32)
+
+
+@triton.jit
+def _exactly_above(draw, score):
+    """The same without error, in float64; a NaN keeps nothing."""
+    s = score.to(tl.float32).to(tl.float64)
+    limit = 16777216.0 / (1.0 + tl.exp(tl.minimum(-s, 700.0)))
+    return draw.to(tl.int32) - limit.to(tl.int32)
+
+
+@triton.jit
+def _doubtful(above):
+    """1 where `_above` may have the wrong sign."""
+    return ((above + 8).to(tl.uint32) <= 16).to(tl.int32)
 
 
 @triton.jit
@@ -51,23 +66,32 @@ def _sample(
     if ALIGNED:
         first = tl.multiple_of(first, 4)
     held = inside[:, None] & (column[:, None] + lane[None, :] < K)
-    limit = _threshold(tl.load(score + (first[:, None] + lane[None, :]), mask=held, other=0.0))
-    limit = tl.where(held, limit, 0)
+    scores = tl.load(score + (first[:, None] + lane[None, :]), mask=held, other=-float("inf"))
     if ALIGNED:
         quad = tl.arange(0, 8)
         c0, c1, c2, c3 = philox((first >> 2)[:, None] + quad[None, :], seed, stream, step)
-        even, odd = tl.split(tl.reshape(limit, (WORDS, 8, 2, 2)))
-        limit0, limit2 = tl.split(even)
-        limit1, limit3 = tl.split(odd)
-        b0, b1 = ((c0 >> 8) < limit0).to(tl.int32), ((c1 >> 8) < limit1).to(tl.int32)
-        b2, b3 = ((c2 >> 8) < limit2).to(tl.int32), ((c3 >> 8) < limit3).to(tl.int32)
+        c0, c1, c2, c3 = c0 >> 8, c1 >> 8, c2 >> 8, c3 >> 8
+        even, odd = tl.split(tl.reshape(scores, (WORDS, 8, 2, 2)))
+        s0, s2 = tl.split(even)
+        s1, s3 = tl.split(odd)
+        d0, d1, d2, d3 = _above(c0, s0), _above(c1, s1), _above(c2, s2), _above(c3, s3)
+        doubt = _doubtful(d0) | _doubtful(d1) | _doubtful(d2) | _doubtful(d3)
+        if tl.max(tl.max(doubt, 1), 0) > 0:  # one program in several hundred
+            d0, d1 = _exactly_above(c0, s0), _exactly_above(c1, s1)
+            d2, d3 = _exactly_above(c2, s2), _exactly_above(c3, s3)
+        b0, b1 = (d0 < 0).to(tl.int32), (d1 < 0).to(tl.int32)
+        b2, b3 = (d2 < 0).to(tl.int32), (d3 < 0).to(tl.int32)
         nibble = b0 | (b1 << 1) | (b2 << 2) | (b3 << 3)
         held_bits = tl.sum(nibble << (4 * quad)[None, :], 1)
         ones = tl.sum(tl.sum(b0 + b1 + b2 + b3, 1), 0)
     else:
         index = first[:, None] + lane[None, :]
         c0, c1, c2, c3 = philox(index >> 2, seed, stream, step)
-        bit = ((pick(c0, c1, c2, c3, index & 3) >> 8) < limit).to(tl.int32)
+        draw = pick(c0, c1, c2, c3, index & 3) >> 8
+        d = _above(draw, scores)
+        if tl.max(tl.max(_doubtful(d), 1), 0) > 0:
+            d = _exactly_above(draw, scores)
+        bit = (d < 0).to(tl.int32)
         held_bits = tl.sum(bit << lane[None, :], 1)
         ones = tl.sum(tl.sum(bit, 1), 0)
     at = (e * N + row) * (4 * chunks) + word

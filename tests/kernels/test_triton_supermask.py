@@ -55,6 +55,20 @@ def test_a_key_for_each_network():
     assert torch.equal(kept, expected[1])
 
 
+@pytest.mark.parametrize("columns", [40, 39])
+def test_the_boundary_is_exact(columns):
+    shape, key = (50, columns), ls.random.key(5, 6, 7)
+    draws = (reference.random_words(50 * columns, 5, 6, 7).to(torch.int64) >> 8) & 0xFFFFFF
+    low = (draws < 2**20).view(shape)  # there a float32 score resolves halves of 2^-24
+    for beyond, expected in [(-0.5, False), (0.5, False), (1.5, True)]:  # floor(p 2^24) - draw
+        score = torch.logit((draws.double() + beyond) * 2.0**-24).float().view(shape)
+        bits, _ = sampled(score, key)
+        mask = reference.unpack_mask(bits, columns)
+        assert torch.equal(mask, reference.sample_mask(score, key) != 0)
+        assert (mask[low] == expected).all()
+    assert low.sum() > 50
+
+
 @pytest.mark.parametrize("columns", [4, 5])
 def test_extreme_scores(columns):
     inf = float("inf")

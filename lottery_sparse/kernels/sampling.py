@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lottery_sparse.kernels.philox import philox, pick
 
-WHOLE = {"ROWS": 32, "num_warps": 4}  # rows that are whole blocks of four weights
+WHOLE = {"ROWS": 16, "num_warps": 4}  # rows that are whole blocks of four weights
 RAGGED = {"ROWS": 8, "num_warps": 4}
 
 

@@ -31,6 +31,7 @@ from lottery_sparse.native.random import (
     random_uniform,
     random_words,
     sample_bits,
+    sample_mask,
 )
 
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
@@ -60,6 +61,7 @@ __all__ = [
     "random_words",
     "refuses",
     "sample_bits",
+    "sample_mask",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",

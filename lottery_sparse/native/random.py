@@ -50,17 +50,20 @@ def random_normal(
     return _ops.random_normal(count, seed, stream, step, table).to(device)
 
 
+def sample_mask(score: Tensor, key: Tensor) -> Tensor:
+    networks = score if key.dim() == 2 else score.unsqueeze(0)
+    return _drawn(networks, key).to(score.dtype).view(score.shape)
+
+
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Words from the kernel; the threshold as the reference computes it."""
-    networks = score.unsqueeze(0) if score.dim() == 2 else score
-    probability = torch.sigmoid(networks.to(torch.float32))
-    threshold = probability.mul_(2.0**24).nan_to_num_(0.0).to(torch.int32)
-    mask = torch.empty(networks.shape, dtype=torch.bool)
-    for one, limit, (seed, stream, step) in zip(
-        mask, threshold, key.view(-1, 3).tolist(), strict=True
-    ):
-        words = _ops.random_words(limit.numel(), seed, stream, step)
-        draw = words.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
-        torch.lt(draw.view(limit.shape), limit, out=one)
-    kept = torch.tensor([count_kept(one) for one in mask], dtype=torch.int64)
-    return pack_mask(mask.view(score.shape)), kept.view(score.shape[:-2])
+    masks = _drawn(score if key.dim() == 2 else score.unsqueeze(0), key)
+    kept = torch.tensor([count_kept(mask) for mask in masks], dtype=torch.int64)
+    return pack_mask(masks.view(score.shape)), kept.view(score.shape[:-2])
+
+
+def _drawn(score: Tensor, key: Tensor) -> Tensor:
+    """Masks of [E, ...], each network with its key, as bool."""
+    score = score.to(torch.float32)
+    keys = zip(score, key.view(-1, 3).tolist(), strict=True)
+    masks = [_ops.sample_mask(one, seed, stream, step) for one, (seed, stream, step) in keys]
+    return masks[0].unsqueeze(0) if len(masks) == 1 else torch.stack(masks) if masks else score > 0

@@ -65,6 +65,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
         "sample_bits": ("cpu", "reference"),
+        "sample_mask": ("cpu", "reference"),
         "supermask_linear": ("dense",),
         "supermask_linear_backward": ("dense",),
         "supermask_conv2d": ("dense",),

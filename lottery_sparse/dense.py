@@ -111,6 +111,7 @@ def masked_conv2d_backward(
 
 
 # ---- learned masks -------------------------------------------------------------------------------
+# r multiplies activations in linear layers and weights in convolutions, whichever are fewer.
 
 
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,16 +127,30 @@ def supermask_linear(
     bias: Tensor | None,
     signs: Tensor | None,
 ) -> Tensor:
-    return reference.linear(x, _supermask_weight(2, score, weight, bits, kept, signs), bias)
+    w = _masked_source(2, score, weight, bits, signs)[1]
+    if kept is None:
+        return reference.linear(x, w, bias)
+    y = _rescaled(reference.linear(x, w, None), score, kept, 2)
+    return y if bias is None else y.add_(bias if bias.dim() == 1 else bias.unsqueeze(1))
 
 
 def supermask_linear_backward(
-    dy: Tensor, x: Tensor, *network_and_needs: Any
+    dy: Tensor,
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+    need_dscore: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    network, (need_dx, need_dw, need_dscore) = network_and_needs[:-3], network_and_needs[-3:]
-    w = _supermask_weight(2, *network) if need_dx else network[0]
-    dx, d = reference.linear_backward(dy, x, w, need_dx, need_dw or need_dscore)
-    return dx, *_supermask_gradients(2, need_dw, need_dscore, d, *network)
+    source, masked = _masked_source(2, score, weight, bits, signs)
+    dy = dy if kept is None else _rescaled(dy, score, kept, 2)
+    dx, d = reference.linear_backward(dy, x, masked, need_dx, need_dw or need_dscore)
+    needs = need_dw, need_dscore
+    return dx, *_score_gradients(2, d, score, source, masked, bits, kept, *needs)
 
 
 def supermask_conv2d(
@@ -148,69 +163,91 @@ def supermask_conv2d(
     signs: Tensor | None,
     *geometry: Any,
 ) -> Tensor:
-    w = _supermask_weight(4, score, weight, bits, kept, signs)
+    w = _masked_source(4, score, weight, bits, signs)[1]
+    w = w if kept is None else _rescaled(w, score, kept, 4)
     return reference.conv2d(x, w, bias, *geometry)
 
 
 def supermask_conv2d_backward(
-    dy: Tensor, x: Tensor, *network_geometry_and_needs: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    network, geometry = network_geometry_and_needs[:5], network_geometry_and_needs[5:-3]
-    need_dx, need_dw, need_dscore = network_geometry_and_needs[-3:]
-    # its shape and dtype are asked for where no dx is
-    w = _supermask_weight(4, *network) if need_dx else network[0].to(x.dtype)
-    geometry_and_needs: Any = *geometry, need_dx, need_dw or need_dscore
-    dx, d = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
-    return dx, *_supermask_gradients(4, need_dw, need_dscore, d, *network)
-
-
-def _supermask_weight(
-    rank: int,
+    dy: Tensor,
+    x: Tensor,
     score: Tensor,
     weight: Tensor,
     bits: Tensor,
     kept: Tensor | None,
     signs: Tensor | None,
-) -> Tensor:
-    w = _source_weight(score, weight, signs, rank)
-    w = select(mask_as_bool(bits, score, rank), w, None)
-    return w if kept is None else (w * reference.rescaling(score, kept, rank)).to(w.dtype)
+    *geometry_and_needs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *geometry, need_dx, need_dw, need_dscore = geometry_and_needs
+    source, masked = _masked_source(4, score, weight, bits, signs)
+    w = masked if kept is None else _rescaled(masked, score, kept, 4)
+    geometry_and_needs = *geometry, need_dx, need_dw or need_dscore
+    dx, d = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
+    d = d if kept is None or not d.numel() else _rescaled(d, score, kept, 4)
+    needs = need_dw, need_dscore
+    return dx, *_score_gradients(4, d, score, source, masked, bits, kept, *needs)
 
 
-def _source_weight(score: Tensor, weight: Tensor, signs: Tensor | None, rank: int) -> Tensor:
-    if signs is None:
-        return weight.contiguous()
-    constant = weight.view(weight.shape + (1,) * rank).expand_as(score)
-    return select(mask_as_bool(signs, score, rank), constant, -constant)
-
-
-def _supermask_gradients(
+def _score_gradients(
     rank: int,
-    need_dw: bool,
-    need_dscore: bool,
     d: Tensor,
     score: Tensor,
-    weight: Tensor,
+    source: Tensor,
+    masked: Tensor,
     bits: Tensor,
     kept: Tensor | None,
-    signs: Tensor | None,
+    need_dw: bool,
+    need_dscore: bool,
 ) -> tuple[Tensor, Tensor]:
-    dw, dscore = weight.new_empty(0), score.new_empty(0)
-    mask = mask_as_bool(bits, score, rank)
-    r = None if kept is None else reference.rescaling(score, kept, rank)
+    """dw and dscore from d = r dW, the weight and the masked weight."""
+    dw, dscore = d.new_empty(0), score.new_empty(0)
     if need_dw:
-        scaled = d if r is None else (d * r).to(d.dtype)
-        dw = select(mask, scaled.contiguous(), None)
+        integer = _INTEGERS[d.element_size()]
+        dw = (_spread(bits, score, rank, integer) & d.contiguous().view(integer)).view(d.dtype)
     if need_dscore:
-        precise = score.to(torch.promote_types(score.dtype, torch.float32))
-        dm = d.to(precise.dtype) * _source_weight(score, weight, signs, rank)
-        if r is not None and kept is not None:
+        precise = torch.promote_types(score.dtype, torch.float32)
+        d, source = d.to(precise), source.to(precise)
+        if kept is None:
+            dm = d * source
+        else:
             own = tuple(range(-rank, 0))
-            through_r = select(mask, dm, None).sum(own, keepdim=True)
-            dm -= through_r / kept.clamp(min=1).view(through_r.shape)
-            dm *= r
-        dscore = torch.ops.aten.sigmoid_backward(dm, torch.sigmoid(precise)).to(score.dtype)
-    return dw, dscore.contiguous()
+            through_r = (d * masked.to(precise)).sum(own, keepdim=True)
+            through_r /= kept.clamp(min=1).view(through_r.shape)
+            dm = torch.addcmul(-through_r, d, source)
+        p = torch.sigmoid(score.to(precise))
+        dscore = torch.ops.aten.sigmoid_backward(dm, p).to(score.dtype).contiguous()
+    return dw, dscore
+
+
+def _rescaled(t: Tensor, score: Tensor, kept: Tensor, rank: int) -> Tensor:
+    """t r for t [...] or [E, ...]."""
+    r = reference.rescaling(score, kept, rank).to(torch.promote_types(t.dtype, torch.float32))
+    return (t * r.view(kept.shape + (1,) * (t.dim() - kept.dim()))).to(t.dtype)
+
+
+def _masked_source(
+    rank: int, score: Tensor, weight: Tensor, bits: Tensor, signs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weight before the mask, and after it."""
+    integer = _INTEGERS[weight.element_size()]
+    if signs is None:
+        source = weight.contiguous().view(integer)
+    else:
+        sign_bit = torch.iinfo(integer).min
+        minus = _spread(signs, score, rank, integer).bitwise_not_().bitwise_and_(sign_bit)
+        source = minus.bitwise_xor_(
+            weight.contiguous().view(integer).view(weight.shape + (1,) * rank)
+        )
+    masked = _spread(bits, score, rank, integer).bitwise_and_(source)
+    return source.view(weight.dtype), masked.view(weight.dtype)
+
+
+def _spread(bits: Tensor, score: Tensor, rank: int, integer: torch.dtype) -> Tensor:
+    """Packed bits as integers of the weight's width and shape: all bits set where 1."""
+    columns = score.shape[1 - rank :].numel()
+    up = torch.arange(31, -1, -1, dtype=torch.int32, device=bits.device)
+    filled = (bits.unsqueeze(-1) << up).bitwise_right_shift_(31)  # with the sign, which was the bit
+    return filled.flatten(-2)[..., :columns].to(integer).reshape(score.shape)
 
 
 # ---- compact products: by the effective weight, which lags only where kernels would have run ----

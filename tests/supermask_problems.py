@@ -105,7 +105,7 @@ def supermask_problem(
 def drawn(score: Tensor, key: Tensor) -> Tensor:
     """The mask of one network in float64: 24 bits of NumPy's words below floor(p 2^24)."""
     words = reference.random_words(score.numel(), *key.tolist()).numpy().view(np.uint32)
-    p = torch.sigmoid(score.float()).numpy().reshape(-1).astype(np.float64)
+    p = 1 / (1 + np.exp(-score.float().double().numpy().reshape(-1)))
     return torch.from_numpy((words >> 8) < np.floor(p * 2.0**24)).view(score.shape).double()
 
 

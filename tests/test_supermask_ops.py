@@ -58,6 +58,20 @@ def test_bits_are_those_of_sample_mask(backend):
             assert torch.equal(kept, mask.sum((-2, -1)))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_draws_the_same(threads):
+    score = torch.randn(129, 301, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        bits, kept = sample_bits(score, KEY)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference.sample_bits(score, KEY)
+    assert torch.equal(bits, expected[0])
+    assert torch.equal(kept, expected[1])
+
+
 @pytest.mark.parametrize("backend", backends.available("sample_bits", "cpu"))
 def test_extreme_scores(backend):
     score = torch.tensor([[math.inf, -math.inf, math.nan, 100.0, -110.0]]).repeat(200, 1)

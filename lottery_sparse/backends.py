@@ -71,6 +71,18 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "supermask_conv2d": ("dense",),
         "supermask_conv2d_backward": ("dense",),
     },
+    "cuda": {
+        "compact_linear": ("dense", "triton"),
+        "compact_linear_backward": ("dense", "triton"),
+        "masked_linear": ("dense", "triton"),
+        "masked_linear_backward": ("dense", "triton"),
+        "sample_bits": ("triton", "reference"),
+        "scatter_kept_": ("triton", "reference"),
+        "supermask_linear": ("dense", "triton"),
+        "supermask_linear_backward": ("dense", "triton"),
+        "supermask_conv2d": ("dense", "triton"),
+        "supermask_conv2d_backward": ("dense", "triton"),
+    },
 }
 
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.

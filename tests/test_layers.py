@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # ways to compute
     "formats": set(),
     "reference": {"formats"},
-    "dense": {"reference"},
+    "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
     "kernels": {"reference"},
     # which one runs

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lottery_sparse.kernels.tiles import (
     Parts,
+    aligned,
+    alignment,
     dot,
     finish,
     in_order,
@@ -35,9 +37,10 @@ def _forward(
     B, N, K, x_network, mask_stride, signs_stride, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     PACKED: tl.constexpr, FROZEN: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[e, b, n] = sum over k of w[e, n, k] x[e, b, k], + bias[e, n]."""
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, batch_tile = in_order(N, B, ROWS, BATCH)
     n0, b0 = row_tile * ROWS, batch_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
@@ -76,9 +79,10 @@ def _dx(
     B, N, K, networks, mask_stride, signs_stride, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     PACKED: tl.constexpr, FROZEN: tl.constexpr, EDGE: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dx[b, k] = sum over n, and with SUM over all `networks`, of w[e, n, k] dy[e, b, n]."""
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, batch_tile = in_order(K, B, ROWS, BATCH)
     k0, b0 = row_tile * ROWS, batch_tile * BATCH
     output = tl.program_id(2)
@@ -92,12 +96,13 @@ def _dx(
     for i in range(s * steps, tl.minimum((s + 1) * steps, depth_tiles * networks)):
         e = (i // depth_tiles if SUM else output).to(tl.int64)
         n0 = (i % depth_tiles if SUM else i) * DEPTH
-        row = tl.minimum(d, N - 1 - n0)
+        row = tl.minimum(d, N - 1 - n0) if EDGE else d
         first = (e * N + n0) * K + k0
+        kept = (e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first
+        plus = (e * N + n0) * signs_stride + (k0 >> 5)
         constant = tl.load(frozen + e + tl.zeros((1, 1), tl.int32)) if FROZEN == 2 else 0.0
         w = load_tile(
-            weight + first, mask + ((e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first),
-            frozen + (first if FROZEN == 1 else 0), signs + ((e * N + n0) * signs_stride + (k0 >> 5)),
+            weight + first, mask + kept, frozen + (first if FROZEN == 1 else 0), signs + plus,
             constant, shift, row, K, mask_stride, signs_stride,
             (k < K - k0)[:, None] & (d < N - n0)[None, :], ROWS, PACKED, FROZEN, EDGE, True,
         )  # fmt: skip
@@ -140,9 +145,11 @@ def _dw(
     dy, x, mask, shift, dw,
     B, N, K, x_network, mask_stride, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    PACKED: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PACKED: tl.constexpr, EDGE: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dw[e, n, k] = sum over b of dy[e, b, n] x[e, b, k] where kept, else 0."""
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, column_tile = in_order(N, K, ROWS, BATCH)
     n0, k0 = row_tile * ROWS, column_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
@@ -192,7 +199,7 @@ def masked_linear(
             mask.shape[-1], 0 if signs is None else signs.shape[-1], parts.steps, y.numel(),
             PACKED=mask.dtype == torch.int32, FROZEN=source(weight, frozen, signs),
             BIAS=bias is not None and out is y, EDGE=columns % shape["DEPTH"] != 0,
-            **precision(x.dtype), **shape,
+            **alignment(rows, columns), **precision(x.dtype), **shape,
         )  # fmt: skip
         if out is not y:
             finish(out, bias, y)
@@ -228,7 +235,7 @@ def masked_linear_backward(
                 mask.shape[-1], 0 if signs is None else signs.shape[-1], parts.steps, dx.numel(),
                 PACKED=packed, FROZEN=source(weight, frozen, signs),
                 EDGE=rows % shape["DEPTH"] != 0 or columns % shape["ROWS"] != 0,
-                SUM=together != 1, **precision(x.dtype), **shape,
+                SUM=together != 1, **alignment(rows, columns), **precision(x.dtype), **shape,
             )  # fmt: skip
             if out is not dx:
                 finish(out, None, dx)
@@ -243,7 +250,7 @@ def masked_linear_backward(
                 dy, x, _bytes(mask), shifts(x.device), out, batch, rows, columns,
                 0 if shared else batch * columns, mask.shape[-1], parts.steps, dw.numel(),
                 PACKED=packed, EDGE=_ragged(batch, rows, columns, shape),
-                **precision(x.dtype), **shape,
+                **alignment(rows, columns), **precision(x.dtype), **shape,
             )  # fmt: skip
             if out is not dw:
                 finish(out, None, dw)

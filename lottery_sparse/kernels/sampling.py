@@ -1,6 +1,6 @@
 """Drawing learned masks: scores in, packed bits and their number of ones out, in one pass."""
-# pyright: reportArgumentType=false
-# ... since a launch takes plain numbers for constexpr
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# ... since a launch takes plain numbers for constexpr, and tl.max is annotated as two numbers
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from lottery_sparse.kernels.masked_linear import dw_tile
 from lottery_sparse.kernels.sampling import one_and_exp
 from lottery_sparse.kernels.tiles import (
     Parts,
+    aligned,
+    alignment,
     dot,
     finish,
     in_order,
@@ -82,9 +84,10 @@ def _forward(
     B, N, K, x_network, stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     SIGNS: tl.constexpr, RESCALE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[e, b, n] = scale[e] sum over k of (w m)[e, n, k] x[e, b, k], + bias[e, n]."""
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, batch_tile = in_order(N, B, ROWS, BATCH)
     n0, b0 = row_tile * ROWS, batch_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
@@ -123,13 +126,14 @@ def _dx(
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     SIGNS: tl.constexpr, RESCALE: tl.constexpr, EDGE: tl.constexpr,
     STORE: tl.constexpr, PRODUCTS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dx[e, b, k] = scale[e] sum over n of (w m)[e, n, k] dy[e, b, n].
 
     PRODUCTS: products[e, program] are the parts of ⟨x, dy (w m)⟩ = ⟨dyᵀ x, w m⟩, which is what
     the rescaling factor has a gradient by.
     """
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, batch_tile = in_order(K, B, ROWS, BATCH)
     k0, b0 = row_tile * ROWS, batch_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
@@ -193,12 +197,14 @@ def _dscore(
     B, N, K, x_network, stride, size, count,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     SIGNS: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,
-    EDGE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EDGE: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """From d = dyᵀ x: dw = scale d where kept, else 0; dscore = scale (d w − through r) p (1 − p).
 
     Nothing else of the size of the weight is written. BATCH: columns, those of the product.
     """
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, column_tile = in_order(N, K, ROWS, BATCH)
     n0, k0 = row_tile * ROWS, column_tile * BATCH
     e = tl.program_id(2).to(tl.int64)
@@ -260,7 +266,7 @@ def supermask_linear(
             out, batch, rows, columns, 0 if x.dim() == 2 else batch * columns, bits.shape[-1],
             float(rows * columns), parts.steps, y.numel(),
             SIGNS=signs is not None, RESCALE=kept is not None, BIAS=bias is not None and out is y,
-            EDGE=columns % shape["DEPTH"] != 0,
+            EDGE=columns % shape["DEPTH"] != 0, **alignment(rows, columns),
             **precision(x.dtype), **shape,
         )  # fmt: skip
         if out is not y:
@@ -285,7 +291,8 @@ def supermask_linear_backward(
     shared, size = x.dim() == 2, float(rows * columns)
     x_network, stride = 0 if shared else batch * columns, bits.shape[-1]
     network = weight, bits, or_(kept, bits), or_(signs, bits), shifts(x.device)
-    options = {"SIGNS": signs is not None, "RESCALE": kept is not None, **precision(x.dtype)}
+    options = {"SIGNS": signs is not None, "RESCALE": kept is not None}
+    options |= alignment(rows, columns) | precision(x.dtype)
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     products = x.new_zeros((networks, 0), dtype=torch.float32)
     through_r = need_dscore and kept is not None and score.numel() > 0

@@ -4,6 +4,8 @@ A kernel gets, as constexpr, how the mask and the frozen values come: `PACKED` (
 bool), `FROZEN` (one of ZERO, TENSOR, SIGNS). A tile is loaded with the frozen values substituted by
 selection, so nothing that a pruned entry holds gets further.
 """
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
 
 from __future__ import annotations
 
@@ -89,10 +91,7 @@ def load_tile(
         at = (row * columns_total)[:, None] + column[None, :]
         at_kept = (row * mask_stride)[:, None] + word[None, :]
         at_plus = (row * signs_stride)[:, None] + word[None, :]
-    if EDGE:
-        w = tl.load(weight + at, mask=inside, other=0.0)
-    else:
-        w = tl.load(weight + at)
+    w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
     if PACKED:
         words = tl.load(mask + at_kept)
         kept = spread_down(words, shift) if DOWN else spread(words, shift)
@@ -103,10 +102,7 @@ def load_tile(
     if FROZEN == ZERO_:
         return tl.where(kept, w, 0.0)
     if FROZEN == TENSOR_:
-        if EDGE:
-            held = tl.load(frozen + at, mask=inside, other=0.0)
-        else:
-            held = tl.load(frozen + at)
+        held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
         return tl.where(kept, w, held)
     words = tl.load(signs + at_plus)
     plus = spread_down(words, shift) if DOWN else spread(words, shift)
@@ -118,8 +114,14 @@ def load_tile(
 
 
 @triton.jit
+def aligned(number, BY: tl.constexpr):
+    """`number`, and Triton knows that BY divides it: rows of 300 are read 4 numbers at a time."""
+    return number // BY * BY if BY > 1 else number
+
+
+@triton.jit
 def in_order(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile of a matrix that program 0 computes: eight rows of tiles at a time, column by column.
+    """The tile of a matrix that this program computes: eight rows of tiles, column by column.
 
     What programs near each other read, rows of the one operand and columns of the other, is then
     still in the cache.
@@ -170,12 +172,14 @@ def finish(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
 # wide tile reads less from the cache per product.
 _SIZES: dict[str, tuple[tuple[float, tuple[int, int, int], int, int], ...]] = {
     "half": (
-        (16, (64, 16, 128), 4, 4),
         (64, (64, 64, 128), 4, 3),
         (128, (128, 128, 64), 8, 3),
         (math.inf, (128, 256, 32), 8, 5),
     ),
-    "tf32": ((math.inf, (128, 64, 32), 4, 4),),
+    "tf32": (
+        (64, (64, 64, 64), 4, 3),
+        (math.inf, (128, 128, 32), 8, 3),
+    ),
     "ieee": ((math.inf, (64, 64, 32), 8, 3),),
 }
 MULTIPROCESSORS = 132  # of an H100. Not of this card: the same sums on every one
@@ -194,10 +198,13 @@ def tile(dtype: torch.dtype, batch: int) -> dict[str, int]:
     return next(size for most, size in _sizes(dtype) if batch <= most)
 
 
-def tile_of_grid(dtype: torch.dtype, rows: int, columns: int, networks: int) -> dict[str, int]:
+def tile_of_grid(
+    dtype: torch.dtype, rows: int, columns: int, networks: int, widest: int = 256
+) -> dict[str, int]:
     """The largest tile of which a matrix (of each network) has one for every multiprocessor."""
-    sizes = [size for most, size in _sizes(dtype) if most > 16]
-    return next((s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= 132), sizes[0])
+    sizes = [size for _, size in _sizes(dtype) if size["BATCH"] <= widest]
+    enough = (s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= MULTIPROCESSORS)
+    return next(enough, sizes[0])
 
 
 def tiles(rows: int, columns: int, size: dict[str, int]) -> int:
@@ -253,6 +260,11 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     """How products of `dtype` are computed: TF32 only where torch's own products may use it."""
     exact = interpreted() or not torch.backends.cuda.matmul.allow_tf32
     return {"PRECISION": "ieee" if exact else "tf32", "WIDEN": interpreted()}
+
+
+def alignment(rows: int, columns: int) -> dict[str, int]:
+    """What `aligned` is told of N and K."""
+    return {"N_BY": math.gcd(rows, 16), "K_BY": math.gcd(columns, 16)}
 
 
 def source(weight: Tensor, frozen: Tensor | None, signs: Tensor | None) -> int:

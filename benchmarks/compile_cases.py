@@ -86,6 +86,9 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
             cases[f"{title}, backward"] = call(
                 "supermask_linear_backward", dy, x, *network, plus, True, False, True
             )
+    title = "supermask_linear product tensor 4096x4096 B256"
+    for part in ("", ", backward"):
+        cases[f"{title} tf32{part}"] = with_tf32(cases[f"{title} fp32{part}"])
     image, shape = meta(60, 128, 32, 32), (128, 128, 3, 3)
     network = meta(*shape, dtype=FP32), meta(*shape), bits(128, 1152), kept
     options = [1, 1], [1, 1], [1, 1], 1

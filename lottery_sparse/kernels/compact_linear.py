@@ -67,7 +67,7 @@ def pick(tile, row, column):
     return tl.reshape(flat, (at.shape[0], at.shape[1]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C"])
 def _dvalues(
     dy, x, starts, columns, dvalues,
     B, N, K, C, x_network, steps, part,
@@ -109,7 +109,7 @@ def _dvalues(
             tl.store(dvalues + at, tl.zeros((1024,), dvalues.dtype.element_ty), mask=at < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def _scatter(
     dense, values, starts, columns, N, row_length, C,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, GATHER: tl.constexpr,

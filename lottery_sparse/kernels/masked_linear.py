@@ -31,7 +31,7 @@ from lottery_sparse.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "steps"])
 def _forward(
     x, weight, mask, bias, frozen, signs, shift, y,
     B, N, K, x_network, mask_stride, signs_stride, steps, part,
@@ -73,7 +73,7 @@ def _forward(
     tl.store(y + n[:, None] + (b * N)[None, :], sum.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "steps"])
 def _dx(
     dy, weight, mask, frozen, signs, shift, dx,
     B, N, K, networks, mask_stride, signs_stride, steps, part,
@@ -140,7 +140,7 @@ def dw_tile(
     return sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "steps"])
 def _dw(
     dy, x, mask, shift, dw,
     B, N, K, x_network, mask_stride, steps, part,

@@ -141,7 +141,7 @@ def dot(a, b, sum, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     return tl.dot(a, b, sum, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _finish(parts, bias, out, count, total, N, network, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum over s of parts[s, i], + bias of the row."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

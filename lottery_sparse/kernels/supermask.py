@@ -78,7 +78,7 @@ def scale_of(weight, kept, e, size, SIGNS: tl.constexpr, RESCALE: tl.constexpr):
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "steps"])
 def _forward(
     x, weight, bits, kept, bias, signs, shift, y,
     B, N, K, x_network, stride, size, steps, part,
@@ -119,7 +119,7 @@ def _forward(
     tl.store(y + n[:, None] + (b * N)[None, :], sum.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "steps"])
 def _dx(
     dy, x, weight, bits, kept, signs, shift, dx, products,
     B, N, K, x_network, stride, size, steps, part,
@@ -191,7 +191,7 @@ def gradient_of_score(dm, score):
     return dm * p * (1.0 - p)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "count"])
 def _dscore(
     dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
     B, N, K, x_network, stride, size, count,

@@ -73,7 +73,7 @@ def _inner(
     tl.store(to, tl.sum(sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gradients(
     d, score, weight, bits, kept, signs, products, dw, dscore, size, K, stride, count,
     SIGNS: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,

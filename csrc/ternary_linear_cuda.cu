@@ -1,0 +1,211 @@
+// ternary_linear for few rows of x, see cuda_linear.h and ternary_fragments.h.
+#include "cuda_finish.h"
+#include "cuda_linear.h"
+#include "ternary_fragments.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kBlocks = 2;  // of a multiprocessor
+constexpr int kLoads = 4;   // of 16 bytes that a lane has in flight, and as many in use
+constexpr int kBlockRows = 16;
+constexpr int kWordBytes = 32;          // of 16 columns of x
+constexpr int kMostShared = 80 << 10;   // bytes of x and sums: two blocks fit into 163 KiB
+constexpr int kSide = 8;                // rows of x in an operand
+
+LS_HOST_DEVICE int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+// Rows of x in shared memory are half a bank row apart, so that a warp's reads do not collide.
+LS_HOST_DEVICE int64_t row_bytes(int64_t words) {
+    return words * kWordBytes + 16;
+}
+
+// Columns of x as pairs, in the order in which ternary_pair takes them from a word.
+LS_DEVICE void store_columns(const uint32_t in[8], Words4 out[2]) {
+    LS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const int from = 2 * (3 - i);  // columns 4 (3 - i) to + 3
+        out[0].word[i] = permute_bytes(in[from], in[from + 1], 0x7632);
+        out[1].word[i] = permute_bytes(in[from], in[from + 1], 0x5410);
+    }
+}
+
+// This block's columns of x -> shared memory, zeros beyond K.
+LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int64_t words,
+                      unsigned char* shared) {
+    const uint16_t* x = static_cast<const uint16_t*>(p.x);
+    const bool aligned = p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    for (int64_t i = thread_index(); i < words * p.batch; i += kThreads) {
+        const int64_t row = i / words, word = i % words, column = (first_word + word) * 16;
+        const uint16_t* from = x + row * p.in_features + column;
+        uint32_t in[8];
+        if (aligned && column + 16 <= p.in_features) {
+            const Words4 low = words_at(from), high = words_at(from + 8);
+            LS_UNROLL
+            for (int j = 0; j < 4; ++j) in[j] = low.word[j], in[4 + j] = high.word[j];
+        } else {
+            LS_UNROLL
+            for (int j = 0; j < 8; ++j) {
+                const int64_t at = column + 2 * j;
+                const uint32_t low = at < p.in_features ? from[2 * j] : 0;
+                const uint32_t high = at + 1 < p.in_features ? from[2 * j + 1] : 0;
+                in[j] = low | high << 16;
+            }
+        }
+        store_columns(in, reinterpret_cast<Words4*>(shared + row * row_bytes(words) +
+                                                    word * kWordBytes));
+    }
+}
+
+// Where a warp is in the row tiles of its block.
+struct Cursor {
+    int64_t tile;
+    int64_t batch;  // of kLoads steps
+};
+
+// T: the numbers of x. kSides: operands of 8 rows of x.
+template <class T, int kSides>
+LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
+    const CudaLinear& linear = p.linear;
+    const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
+    const int g = lane / 4, q = lane % 4;
+    const int64_t all_words = (linear.in_features + 15) / 16;
+    const int64_t blocks = (linear.out_features + kBlockRows - 1) / kBlockRows;
+    const int64_t tiles = (linear.out_features + kTileRows - 1) / kTileRows;
+    const int64_t first_word = block_y() * p.split_words;
+    const int64_t words = least(p.split_words, all_words - first_word);
+    const int64_t padded = (words + kTileWords - 1) / kTileWords * kTileWords;
+    const int64_t steps = (padded / kTileWords + kWarps - 1) / kWarps;  // of this warp in a tile
+    const int64_t batches = steps ? (steps + kLoads - 1) / kLoads : 1;
+    unsigned char* shared = shared_memory();
+    float* sums = reinterpret_cast<float*>(shared);
+    unsigned char* x = shared + kWarps * kLanes * kSides * 8 * sizeof(float);
+    const uint64_t policy = evict_first();
+
+    // This lane's 16 bytes of step s: rows ternary_row(lane, 0) to + 3, word ternary_word(lane).
+    const auto read = [&](const Cursor& at, Words4 to[kLoads]) {
+        const int64_t block = at.tile * (kTileRows / kBlockRows) + g / 4;
+        const uint32_t* row =
+            p.codes + (block * all_words + first_word) * kBlockRows + ternary_row(lane, 0) % 16;
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i) {
+            const int64_t word =
+                ((at.batch * kLoads + i) * kWarps + warp) * kTileWords + ternary_word(lane);
+            if (word < words && block < blocks)
+                to[i] = stream(reinterpret_cast<const Words4*>(row + word * kBlockRows), policy);
+            else
+                to[i] = {{kZeroCodes, kZeroCodes, kZeroCodes, kZeroCodes}};
+        }
+    };
+
+    Cursor at = {block_x(), 0};
+    Words4 codes[kLoads], ahead[kLoads];
+    if (at.tile < tiles) read(at, codes);
+    load_x(linear, first_word, padded, x);
+    sync_block();
+
+    float c[2][kSides][4] = {};
+    while (at.tile < tiles) {
+        const bool last = at.batch + 1 == batches;
+        const Cursor next = {last ? at.tile + grid_x() : at.tile, last ? 0 : at.batch + 1};
+        if (next.tile < tiles) read(next, ahead);
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i) {
+            const int64_t word = ((at.batch * kLoads + i) * kWarps + warp) * kTileWords;
+            if (word >= padded) continue;
+            Words4 b[kSides][2];
+            LS_UNROLL
+            for (int side = 0; side < kSides; ++side) {
+                const int64_t row = side * kSide + g;
+                const unsigned char* from = x + row * row_bytes(padded) + (word + q) * kWordBytes;
+                const bool here = row < linear.batch;
+                b[side][0] = here ? words_at(from) : Words4{};
+                b[side][1] = here ? words_at(from + 16) : Words4{};
+            }
+            LS_UNROLL
+            for (int k = 0; k < 4; ++k) {  // a quarter of the 64 columns
+                LS_UNROLL
+                for (int t = 0; t < 2; ++t) {
+                    const uint32_t upper = codes[i].word[2 * t], lower = codes[i].word[2 * t + 1];
+                    const uint32_t a[4] = {ternary_pair(upper, 2 * k), ternary_pair(lower, 2 * k),
+                                           ternary_pair(upper, 2 * k + 1),
+                                           ternary_pair(lower, 2 * k + 1)};
+                    LS_UNROLL
+                    for (int side = 0; side < kSides; ++side)
+                        mma<T>(c[t][side], a, &b[side][k / 2].word[k % 2 * 2]);
+                }
+            }
+        }
+        if (last) {
+            LS_UNROLL
+            for (int t = 0; t < 2; ++t)
+                LS_UNROLL
+                for (int side = 0; side < kSides; ++side)
+                    LS_UNROLL
+                    for (int j = 0; j < 4; ++j) {
+                        const int slot = (t * kSides + side) * 4 + j;
+                        sums[(slot * kWarps + warp) * kLanes + lane] = c[t][side][j];
+                        c[t][side][j] = 0.0f;
+                    }
+            sync_block();
+            for (int i = thread_index(); i < kSides * 8 * kLanes; i += kThreads) {
+                const int slot = i / kLanes, from = i % kLanes, j = slot % 4;
+                float sum = 0.0f;
+                LS_UNROLL
+                for (int w = 0; w < kWarps; ++w) sum += sums[(slot * kWarps + w) * kLanes + from];
+                const int t = slot / 4 / kSides, side = slot / 4 % kSides;
+                const int64_t n =
+                    at.tile * kTileRows + ternary_operand_row(t, from / 4 + 8 * (j / 2));
+                const int64_t m = side * kSide + from % 4 * 2 + j % 2;
+                finish<T>(linear, p.scale, m, n, sum);
+            }
+            sync_block();
+        }
+        at = next;
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i) codes[i] = ahead[i];
+    }
+}
+
+// Bytes for the sums of the warps, and for 16 columns of x.
+int64_t sum_bytes(int64_t batch) {
+    return kWarps * kLanes * (batch > kSide ? 2 : 1) * 8 * sizeof(float);
+}
+
+int64_t most_words(int64_t batch, const Device& device) {
+    const int64_t bytes = least(kMostShared, device.shared) - sum_bytes(batch);
+    return (bytes / batch - 16) / kWordBytes / kTileWords * kTileWords;
+}
+
+}  // namespace
+
+int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& device) {
+    const int64_t words = (in_features + 15) / 16, most = most_words(batch, device);
+    return words ? (words + most - 1) / most : 1;
+}
+
+const char* cuda_ternary_linear(CudaTernary p, const Device& device) {
+    CudaLinear& linear = p.linear;
+    const int64_t words = (linear.in_features + 15) / 16, rows = linear.out_features;
+    // splits of equal size
+    p.split_words = (words + linear.splits - 1) / linear.splits;
+    p.split_words = (p.split_words + kTileWords - 1) / kTileWords * kTileWords;
+    if (!p.split_words) p.split_words = kTileWords;
+    p.scale.factor = kTernaryFactor;
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    const int64_t room = kBlocks * device.processors / linear.splits;
+    const int64_t grid = least(tiles, room < 1 ? 1 : room);
+    const int shared =
+        static_cast<int>(sum_bytes(linear.batch) + linear.batch * row_bytes(p.split_words));
+    const bool two = linear.batch > kSide, half = linear.type == Number::kFloat16;
+    const auto kernel = half ? (two ? ternary_kernel<Float16, 2> : ternary_kernel<Float16, 1>)
+                             : (two ? ternary_kernel<BFloat16, 2> : ternary_kernel<BFloat16, 1>);
+    const char* error = launch(kernel, grid, linear.splits, kThreads, shared, device, p);
+    return error ? error : add_splits(linear, p.scale, device);
+}
+
+}  // namespace lottery_sparse

@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench bench-peers instructions build clean distclean
+.PHONY: help venv quickstart test lint format bench bench-peers instructions build cuda-build clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -57,6 +57,17 @@ instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), f
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build
+
+# A venv of its own, with the CUDA build of torch: it imports without a GPU, and so does what is
+# built against it. Keeps the compiled kernels in build/.
+CUDA_VENV := build/cuda-venv
+
+cuda-build:  ## build _C_cuda against the CUDA build of torch, and import it (downloads several GB)
+	@test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip -qq --disable-pip-version-check install -c constraints.txt torch numpy safetensors setuptools wheel pybind11 ninja
+	LS_BUILD=require $(CUDA_VENV)/bin/python setup.py build_ext --build-lib build/cuda-lib
+	cp -r lottery_sparse/*.py lottery_sparse/*/ build/cuda-lib/lottery_sparse/
+	cd build/cuda-lib && ../../$(CUDA_VENV)/bin/python -c 'from lottery_sparse import doctor; print(doctor.cuda_line()); assert doctor._native("_C_cuda")["state"] == "built"'
 
 clean:  ## remove what builds and runs leave behind (.venv stays)
 	rm -rf build dist *.egg-info lottery_sparse/*.so $(OUT) .pytest_cache .ruff_cache .hypothesis

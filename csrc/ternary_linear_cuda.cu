@@ -20,7 +20,7 @@ LS_HOST_DEVICE int64_t least(int64_t a, int64_t b) {
 }
 
 // Rows of x in shared memory are half a bank row apart, so that a warp's reads do not collide.
-LS_HOST_DEVICE int64_t row_bytes(int64_t words) {
+LS_HOST_DEVICE int row_bytes(int words) {
     return words * kWordBytes + 16;
 }
 
@@ -35,12 +35,12 @@ LS_DEVICE void store_columns(const uint32_t in[8], Words4 out[2]) {
 }
 
 // This block's columns of x -> shared memory, zeros beyond K.
-LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int64_t words,
-                      unsigned char* shared) {
+LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsigned char* shared) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
     const bool aligned = p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    for (int64_t i = thread_index(); i < words * p.batch; i += kThreads) {
-        const int64_t row = i / words, word = i % words, column = (first_word + word) * 16;
+    for (int i = thread_index(); i < words * static_cast<int>(p.batch); i += kThreads) {
+        const int row = i / words, word = i % words;
+        const int64_t column = (first_word + word) * 16;
         const uint16_t* from = x + row * p.in_features + column;
         uint32_t in[8];
         if (aligned && column + 16 <= p.in_features) {
@@ -64,7 +64,7 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int64_t words,
 // Where a warp is in the row tiles of its block.
 struct Cursor {
     int64_t tile;
-    int64_t batch;  // of kLoads steps
+    int batch;  // of kLoads steps
 };
 
 // T: the numbers of x. kSides: operands of 8 rows of x.
@@ -77,10 +77,11 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
     const int64_t blocks = (linear.out_features + kBlockRows - 1) / kBlockRows;
     const int64_t tiles = (linear.out_features + kTileRows - 1) / kTileRows;
     const int64_t first_word = block_y() * p.split_words;
-    const int64_t words = least(p.split_words, all_words - first_word);
-    const int64_t padded = (words + kTileWords - 1) / kTileWords * kTileWords;
-    const int64_t steps = (padded / kTileWords + kWarps - 1) / kWarps;  // of this warp in a tile
-    const int64_t batches = steps ? (steps + kLoads - 1) / kLoads : 1;
+    // what a block has fits in shared memory, and so in 32 bits
+    const int words = static_cast<int>(least(p.split_words, all_words - first_word));
+    const int padded = (words + kTileWords - 1) / kTileWords * kTileWords;
+    const int steps = (padded / kTileWords + kWarps - 1) / kWarps;  // of this warp in a tile
+    const int batches = steps ? (steps + kLoads - 1) / kLoads : 1;
     unsigned char* shared = shared_memory();
     float* sums = reinterpret_cast<float*>(shared);
     unsigned char* x = shared + kWarps * kLanes * kSides * 8 * sizeof(float);
@@ -93,10 +94,10 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
             p.codes + (block * all_words + first_word) * kBlockRows + ternary_row(lane, 0) % 16;
         LS_UNROLL
         for (int i = 0; i < kLoads; ++i) {
-            const int64_t word =
+            const int word =
                 ((at.batch * kLoads + i) * kWarps + warp) * kTileWords + ternary_word(lane);
             if (word < words && block < blocks)
-                to[i] = stream(reinterpret_cast<const Words4*>(row + word * kBlockRows), policy);
+                to[i] = stream(reinterpret_cast<const Words4*>(row + int64_t{word} * kBlockRows), policy);
             else
                 to[i] = {{kZeroCodes, kZeroCodes, kZeroCodes, kZeroCodes}};
         }
@@ -115,12 +116,12 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
         if (next.tile < tiles) read(next, ahead);
         LS_UNROLL
         for (int i = 0; i < kLoads; ++i) {
-            const int64_t word = ((at.batch * kLoads + i) * kWarps + warp) * kTileWords;
+            const int word = ((at.batch * kLoads + i) * kWarps + warp) * kTileWords;
             if (word >= padded) continue;
             Words4 b[kSides][2];
             LS_UNROLL
             for (int side = 0; side < kSides; ++side) {
-                const int64_t row = side * kSide + g;
+                const int row = side * kSide + g;
                 const unsigned char* from = x + row * row_bytes(padded) + (word + q) * kWordBytes;
                 const bool here = row < linear.batch;
                 b[side][0] = here ? words_at(from) : Words4{};

@@ -1,0 +1,151 @@
+// The rim of _C_cuda: packed inference on CUDA tensors, on their device and its current stream.
+#include <Python.h>
+#include <cuda_runtime_api.h>
+
+#include <optional>
+
+#define USE_CUDA  // declares the stream functions of the next header
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda_linear.h"
+#include "rim.h"
+
+namespace lottery_sparse {
+namespace {
+
+constexpr int64_t kAlignment = 16;  // of what is read 16 bytes at a time
+
+// `t`, contiguous, after checking that it is on the device of x.
+Tensor checked_on(const char* name, const Tensor& t, const Tensor& x) {
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name,
+                    " must be on the CUDA device of x.");
+    return torch::stable::contiguous(t);
+}
+
+Number number_of(const char* name, const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::Float:
+            return Number::kFloat;
+        case ScalarType::Half:
+            return Number::kFloat16;
+        case ScalarType::BFloat16:
+            return Number::kBFloat16;
+        default:
+            STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, got ",
+                            toString(t.scalar_type()), ".");
+    }
+}
+
+// Words of 32 bits that are read 16 bytes at a time.
+const uint32_t* checked_words(const char* name, Tensor& t, const Tensor& x) {
+    t = checked_on(name, t, x);
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, " must be int32, got ",
+                    toString(t.scalar_type()), ".");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0, name,
+                    " must start at a multiple of ", kAlignment, " bytes; clone it.");
+    return static_cast<const uint32_t*>(t.const_data_ptr());
+}
+
+Device device_of(const Tensor& x) {
+    const int index = x.get_device_index();
+    Device device = {};
+    const cudaError_t failed[] = {
+        cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index),
+        cudaDeviceGetAttribute(&device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+    for (cudaError_t error : failed)
+        STD_TORCH_CHECK(error == cudaSuccess, "device ", index, ": ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream) == 0,
+                    "device ", index, " has no current stream.");
+    return device;
+}
+
+// A product of x [B, K] with a weight of `rows` rows, and the tensors that its pointers point to.
+struct Product {
+    CudaLinear linear;
+    Tensor x, y;
+    std::optional<Tensor> bias, partial;
+
+    Product(const Tensor& given, std::optional<Tensor> given_bias, int64_t rows)
+        : x(torch::stable::contiguous(given)),
+          y(torch::stable::new_empty(x, {given.size(0), rows})),
+          bias(given_bias) {
+        const Number type = number_of("x", x);
+        STD_TORCH_CHECK(type != Number::kFloat, "x must be float16 or bfloat16, got float32.");
+        linear = {x.size(0), x.size(1),  rows,         x.const_data_ptr(), nullptr,
+                  nullptr,   nullptr,    type,         Number::kFloat,     1};
+        if (y.numel()) linear.y = y.mutable_data_ptr();
+        if (bias) {
+            bias = checked_on("bias", *bias, x);
+            STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, "bias has shape ",
+                            shape_text(*bias), ", but there are ", rows, " rows.");
+            linear.bias = bias->const_data_ptr();
+            linear.bias_type = number_of("bias", *bias);
+        }
+    }
+
+    void split(int64_t splits) {
+        linear.splits = splits;
+        if (splits == 1) return;
+        partial = torch::stable::new_empty(x, {splits, linear.batch, linear.out_features},
+                                           ScalarType::Float);
+        linear.partial = output<float>(*partial);
+    }
+};
+
+void check_x(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda() && x.dim() == 2, "x must be a CUDA tensor [B, K], got shape ",
+                    shape_text(x), ".");
+    STD_TORCH_CHECK(x.size(0) <= kCudaBatch, "x has ", x.size(0), " rows, but the kernel takes ",
+                    kCudaBatch, " at most.");
+}
+
+void check_launch(const char* error) {
+    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error);
+}
+
+Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias,
+                         int64_t rows) {
+    check_x(x);
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const uint32_t* words = checked_words("codes", codes, x);
+    STD_TORCH_CHECK(rows >= 0 && codes.dim() == 3 && codes.size(0) == (rows + 15) / 16 &&
+                        codes.size(1) == (x.size(1) + 15) / 16 && codes.size(2) == 16,
+                    "codes has shape ", shape_text(codes), ", which does not fit ", rows,
+                    " rows of ", x.size(1), " columns.");
+    scale = checked_on("scale", scale, x);
+    STD_TORCH_CHECK(scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
+                    "scale has shape ", shape_text(scale), ", but there are ", rows, " rows.");
+    Product product(x, bias, rows);
+    if (!product.y.numel()) return product.y;
+    const Device device = device_of(x);
+    product.split(cuda_ternary_splits(product.linear.batch, product.linear.in_features, device));
+    const CudaScale by = {scale.const_data_ptr(), number_of("scale", scale), scale.numel() != 1,
+                          1.0f};
+    check_launch(cuda_ternary_linear({product.linear, by, words, 0}, device));
+    return product.y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
+    m.def("ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
+    m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
+}
+
+}  // namespace lottery_sparse
+
+// Importing the module loads the library; `architectures` says what its kernels are compiled for.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda(void) {
+    static PyModuleDef definition = {
+        PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyObject* module = PyModule_Create(&definition);
+    if (module && PyModule_AddStringConstant(module, "architectures", LS_CUDA_ARCHITECTURES)) {
+        Py_DECREF(module);
+        return nullptr;
+    }
+    return module;
+}

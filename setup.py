@@ -67,6 +67,7 @@ DRIVERS = [
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "ternary_linear_cuda",
+    "tiles_linear_cuda",
 ]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"

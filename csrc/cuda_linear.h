@@ -44,9 +44,20 @@ struct CudaTernary {
     int64_t split_words;    // columns / 16 of a split, a multiple of 4
 };
 
+// A sparse weight as tiles of 64 x 64, see tile_fragments.h.
+struct CudaTiles {
+    CudaLinear linear;
+    const uint32_t* starts;  // [row tiles, column tiles] and one more: unit where a tile begins
+    const uint8_t* data;     // [units, kUnit]
+    int64_t split_tiles;     // column tiles of a split
+};
+
 // How many splits a product takes; `partial` above has room for them.
 int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& device);
-// nullptr, or what went wrong. `p.split_words` is the driver's.
+// nullptr, or what went wrong. `split_words` and `split_tiles` are the driver's.
 const char* cuda_ternary_linear(CudaTernary p, const Device& device);
+
+int64_t cuda_tiles_splits(int64_t batch, int64_t in_features, const Device& device);
+const char* cuda_tiles_linear(CudaTiles p, const Device& device);
 
 }  // namespace lottery_sparse

@@ -133,6 +133,23 @@ LS_DEVICE uint32_t stream(const uint32_t* p, uint64_t policy) {
     return v;
 }
 
+LS_DEVICE uint32_t stream(const uint16_t* p, uint64_t policy) {
+    uint16_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
+                 : "=h"(v)
+                 : "l"(p), "l"(policy));
+    return v;
+}
+
+// The value that a lane of the warp has. All lanes call it together.
+LS_DEVICE uint32_t from_lane(uint32_t value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
+LS_DEVICE int count_ones(uint32_t word) {
+    return __popc(word);
+}
+
 // c += a b^T for a of 16 x 16 and b of 8 x 16 (PTX: mma.m16n8k16). Lane 4 g + q holds rows g and
 // g + 8 of a, row g of b, and columns 2 q, 2 q + 1 of c.
 template <class T>

@@ -13,6 +13,7 @@
 #include "cuda_linear.h"
 #include "device.h"
 #include "ternary_fragments.h"
+#include "tile_fragments.h"
 
 namespace lottery_sparse {
 namespace {
@@ -169,6 +170,20 @@ uint32_t stream(const uint32_t* p, uint64_t) {
     return fault.empty() ? *p : 0;
 }
 
+uint32_t stream(const uint16_t* p, uint64_t) {
+    check_read(p, sizeof *p);
+    return fault.empty() ? *p : 0;
+}
+
+uint32_t from_lane(uint32_t value, int lane) {
+    const int first = block.current / kLanes * kLanes;
+    block.operands[block.current].a[0] = value;
+    sync_warp();
+    const uint32_t found = block.operands[first + lane % kLanes].a[0];
+    sync_warp();
+    return found;
+}
+
 template <class T>
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
     const int first = block.current / kLanes * kLanes;
@@ -251,6 +266,20 @@ extern "C" void ls_emulate_readable(const void* begin, int64_t bytes) {
 extern "C" void ls_ternary_weight(int lane, int word, int i, int half, int* row, int* column) {
     *row = ternary_row(lane, word);
     *column = 16 * ternary_word(lane) + ternary_column(i, half);
+}
+
+// Bytes from the start of a tile to the weight at a row and column.
+extern "C" int ls_tile_place(int row, int column) {
+    return tile_place(row, column);
+}
+
+extern "C" int64_t ls_tiles_splits(int64_t batch, int64_t in_features, int shared) {
+    return cuda_tiles_splits(batch, in_features, {1, shared, nullptr});
+}
+
+extern "C" const char* ls_emulate_tiles(const CudaLinear* linear, const uint32_t* starts,
+                                        const uint8_t* data, int processors, int shared) {
+    return cuda_tiles_linear({*linear, starts, data, 0}, {processors, shared, nullptr});
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

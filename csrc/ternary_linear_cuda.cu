@@ -1,6 +1,7 @@
 // ternary_linear for few rows of x, see cuda_linear.h and ternary_fragments.h.
 #include "cuda_finish.h"
 #include "cuda_linear.h"
+#include "cuda_x.h"
 #include "ternary_fragments.h"
 
 namespace lottery_sparse {
@@ -11,55 +12,7 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kLoads = 4;   // of 16 bytes that a lane has in flight, and as many in use
 constexpr int kBlockRows = 16;
-constexpr int kWordBytes = 32;          // of 16 columns of x
 constexpr int kMostShared = 80 << 10;   // bytes of x and sums: two blocks fit into 163 KiB
-constexpr int kSide = 8;                // rows of x in an operand
-
-LS_HOST_DEVICE int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-// Rows of x in shared memory are half a bank row apart, so that a warp's reads do not collide.
-LS_HOST_DEVICE int row_bytes(int words) {
-    return words * kWordBytes + 16;
-}
-
-// Columns of x as pairs, in the order in which ternary_pair takes them from a word.
-LS_DEVICE void store_columns(const uint32_t in[8], Words4 out[2]) {
-    LS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const int from = 2 * (3 - i);  // columns 4 (3 - i) to + 3
-        out[0].word[i] = permute_bytes(in[from], in[from + 1], 0x7632);
-        out[1].word[i] = permute_bytes(in[from], in[from + 1], 0x5410);
-    }
-}
-
-// This block's columns of x -> shared memory, zeros beyond K.
-LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsigned char* shared) {
-    const uint16_t* x = static_cast<const uint16_t*>(p.x);
-    const bool aligned = p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    for (int i = thread_index(); i < words * static_cast<int>(p.batch); i += kThreads) {
-        const int row = i / words, word = i % words;
-        const int64_t column = (first_word + word) * 16;
-        const uint16_t* from = x + row * p.in_features + column;
-        uint32_t in[8];
-        if (aligned && column + 16 <= p.in_features) {
-            const Words4 low = words_at(from), high = words_at(from + 8);
-            LS_UNROLL
-            for (int j = 0; j < 4; ++j) in[j] = low.word[j], in[4 + j] = high.word[j];
-        } else {
-            LS_UNROLL
-            for (int j = 0; j < 8; ++j) {
-                const int64_t at = column + 2 * j;
-                const uint32_t low = at < p.in_features ? from[2 * j] : 0;
-                const uint32_t high = at + 1 < p.in_features ? from[2 * j + 1] : 0;
-                in[j] = low | high << 16;
-            }
-        }
-        store_columns(in, reinterpret_cast<Words4*>(shared + row * row_bytes(words) +
-                                                    word * kWordBytes));
-    }
-}
 
 // Where a warp is in the row tiles of its block.
 struct Cursor {
@@ -72,7 +25,6 @@ template <class T, int kSides>
 LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
     const CudaLinear& linear = p.linear;
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
-    const int g = lane / 4, q = lane % 4;
     const int64_t all_words = (linear.in_features + 15) / 16;
     const int64_t blocks = (linear.out_features + kBlockRows - 1) / kBlockRows;
     const int64_t tiles = (linear.out_features + kTileRows - 1) / kTileRows;
@@ -89,7 +41,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
 
     // This lane's 16 bytes of step s: rows ternary_row(lane, 0) to + 3, word ternary_word(lane).
     const auto read = [&](const Cursor& at, Words4 to[kLoads]) {
-        const int64_t block = at.tile * (kTileRows / kBlockRows) + g / 4;
+        const int64_t block = at.tile * (kTileRows / kBlockRows) + lane / 16;
         const uint32_t* row =
             p.codes + (block * all_words + first_word) * kBlockRows + ternary_row(lane, 0) % 16;
         LS_UNROLL
@@ -106,7 +58,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
     Cursor at = {block_x(), 0};
     Words4 codes[kLoads], ahead[kLoads];
     if (at.tile < tiles) read(at, codes);
-    load_x(linear, first_word, padded, x);
+    load_x<true>(linear, first_word, padded, x, kThreads);
     sync_block();
 
     float c[2][kSides][4] = {};
@@ -119,14 +71,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
             const int word = ((at.batch * kLoads + i) * kWarps + warp) * kTileWords;
             if (word >= padded) continue;
             Words4 b[kSides][2];
-            LS_UNROLL
-            for (int side = 0; side < kSides; ++side) {
-                const int row = side * kSide + g;
-                const unsigned char* from = x + row * row_bytes(padded) + (word + q) * kWordBytes;
-                const bool here = row < linear.batch;
-                b[side][0] = here ? words_at(from) : Words4{};
-                b[side][1] = here ? words_at(from + 16) : Words4{};
-            }
+            read_x<kSides>(x, padded, word, linear.batch, lane, b);
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {  // a quarter of the 64 columns
                 LS_UNROLL

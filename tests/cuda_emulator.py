@@ -68,6 +68,9 @@ def library() -> ctypes.CDLL:
     loaded.ls_ternary_splits.restype = ctypes.c_int64
     loaded.ls_ternary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.ls_emulate_readable.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.ls_tiles_splits.restype = ctypes.c_int64
+    loaded.ls_tiles_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_emulate_tiles.restype = ctypes.c_char_p
     loaded.ls_emulate_ternary.restype = ctypes.c_char_p
     return loaded
 
@@ -111,6 +114,26 @@ def ternary_linear(
     by_row = Scale(pointer(scale), NUMBERS[scale.dtype], scale.numel() > 1, 0.0)
     fault = library().ls_emulate_ternary(
         ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(codes.data_ptr()),
+        processors, shared,
+    )  # fmt: skip
+    assert fault is None, fault.decode()
+    return y
+
+
+def tiles_linear(
+    x: Tensor,
+    starts: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    splits = library().ls_tiles_splits(len(x), x.shape[1], shared)
+    struct, y, _partial = linear(x, rows, bias, splits)
+    readable(data)
+    fault = library().ls_emulate_tiles(
+        ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()), ctypes.c_void_p(data.data_ptr()),
         processors, shared,
     )  # fmt: skip
     assert fault is None, fault.decode()

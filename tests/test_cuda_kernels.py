@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections import Counter
 
 import cuda_emulator as emulator
 import pytest
@@ -26,25 +28,17 @@ def assert_close(y, x, weight, bias):
 
 
 def test_every_weight_of_a_tile_is_one_bit_pair_of_one_lane():
-    """The map lane -> word -> weight is a bijection with the packed format."""
-    signs = torch.arange(32 * 64).reshape(32, 64)
-    found = torch.zeros(32, 64, dtype=torch.int64)
+    """The map lane -> word -> bits -> weight is a bijection with the packed format."""
+    weight = emulator.library().ls_ternary_weight
     row, column = ctypes.c_int(), ctypes.c_int()
-    for lane in range(32):
-        for word in range(4):
-            for pair in range(8):
-                for half in range(2):
-                    emulator.library().ls_ternary_weight(
-                        lane, word, pair, half, ctypes.byref(row), ctypes.byref(column)
-                    )
-                    # the bits that ternary_pair moves to the top of this half
-                    shift = 14 + 16 * half - 2 * pair
-                    n, k = row.value, column.value
-                    slot = 4 * (k % 16 // 4 - 0) // 4 * 2 + 8 * (k % 4)
-                    assert shift == slot, (lane, word, pair, half)
-                    found[n, k] += 1
-    assert (found == 1).all()
-    assert signs.numel() == found.numel()
+    found = set()
+    for lane, word, pair, half in itertools.product(range(32), range(4), range(8), range(2)):
+        weight(lane, word, pair, half, ctypes.byref(row), ctypes.byref(column))
+        k = column.value % 16
+        # ternary_pair moves these bits to the top of this half
+        assert 16 * half + 14 - 2 * pair == 8 * (k % 4) + 2 * (k // 4)
+        found.add((row.value, column.value))
+    assert found == set(itertools.product(range(32), range(64)))
 
 
 # (N, K, B): around words of 16, tiles of 32 x 64, 8 warps, batches of loads, operands of 8 rows
@@ -74,3 +68,69 @@ def test_ternary_linear(shape, dtype):
     assert_close(emulator.ternary_linear(x, codes, scale, bias, n), x, weight, bias)
     y = emulator.ternary_linear(x, codes, scale.float(), None, n, processors=1)
     assert_close(y, x, weight, None)
+
+
+def test_ternary_splits_add_up_in_a_fixed_order():
+    codes, scale, weight = ternary(40, 3000)
+    x, bias = torch.randn(12, 3000).bfloat16(), torch.randn(40)
+    shared = 48 << 10
+    assert emulator.library().ls_ternary_splits(12, 3000, shared) == 3
+    y = emulator.ternary_linear(x, codes, scale, bias, 40, shared=shared)
+    assert_close(y, x, weight, bias)
+    assert torch.equal(
+        y, emulator.ternary_linear(x, codes, scale, bias, 40, processors=9, shared=shared)
+    )
+
+
+SHARED_OF = [163 << 10, 227 << 10]  # bytes of a block: 8 warps and 16
+
+# ---- tiles -------------------------------------------------------------------------------------
+
+DENSITIES = [0.0, 0.004, 0.05, 0.2, 1.0]
+
+
+def tiles(n, k, density, dtype=torch.bfloat16):
+    kept = torch.rand(n, k) < density
+    weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
+    rows, columns = kept.nonzero().unbind(1)
+    return formats.pack_tiles(weight[kept], rows, columns, (n, k)), weight
+
+
+def test_places_of_a_tile_are_a_bijection_and_those_of_the_kernel():
+    grid = torch.arange(64)
+    places = formats.tile_places(*torch.meshgrid(grid, grid, indexing="ij"))
+    assert torch.equal(places.flatten().sort().values, torch.arange(4096))
+    place = emulator.library().ls_tile_place
+    for row, column in itertools.product(range(64), range(64)):
+        assert place(row, column) == 2 * int(places[row, column])
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (64, 64), (65, 130), (200, 70)], ids=str)
+def test_tiles_are_what_was_packed(shape, density):
+    (starts, data), weight = tiles(*shape, density)
+    assert torch.equal(formats.unpack_tiles(starts, data, shape, weight.dtype), weight)
+    assert data.numel() * 8 <= 3.5 * (weight != 0).sum() + (64 * 3.5 + 96) * len(starts)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_entries_of_a_group_rarely_meet_in_a_bank(density):
+    """32 lanes write at once; entries in one bank, other than in one word, wait for each other."""
+    (_, data), _ = tiles(64, 64, density)
+    layout = formats._TileLayout(torch.tensor([len(data) // 14 * 4 + max(len(data) % 14 - 2, 0) // 3]))
+    low = data.flatten()[layout.low].view(torch.uint8).view(-1, 32, 2)
+    words = (low.to(torch.int64).mT.reshape(-1, 32) // 2).tolist()
+    turns = [max(Counter(w % 32 for w in set(row)).values()) for row in words]
+    assert sum(turns) / len(turns) <= {0.05: 2.5, 0.2: 1.8}[density]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 3), (60, 1100, 9), (130, 60, 16)], ids=str)
+def test_tiles_linear(shape, density, dtype):
+    n, k, batch = shape
+    (starts, data), weight = tiles(n, k, density, dtype)
+    x, bias = torch.randn(batch, k).to(dtype), torch.randn(n)
+    shared = SHARED_OF[batch % 2]
+    y = emulator.tiles_linear(x, starts, data, bias, n, shared=shared)
+    assert_close(y, x, weight.double(), bias)

@@ -66,6 +66,7 @@ DRIVERS = [
     "variants",
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
+    "bitmap_linear_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
 ]

@@ -44,11 +44,11 @@ struct CudaTernary {
     int64_t split_words;    // columns / 16 of a split, a multiple of 4
 };
 
-// A sparse weight as tiles of 64 x 64, see tile_fragments.h.
+// A sparse weight as tiles of 64 x 64, see tile_fragments.h and bitmap_fragments.h.
 struct CudaTiles {
     CudaLinear linear;
     const uint32_t* starts;  // [row tiles, column tiles] and one more: unit where a tile begins
-    const uint8_t* data;     // [units, kUnit]
+    const uint8_t* data;     // [units, bytes of a unit of the format]
     int64_t split_tiles;     // column tiles of a split
 };
 
@@ -58,6 +58,8 @@ int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& de
 const char* cuda_ternary_linear(CudaTernary p, const Device& device);
 
 int64_t cuda_tiles_splits(int64_t batch, int64_t in_features, const Device& device);
-const char* cuda_tiles_linear(CudaTiles p, const Device& device);
+const char* cuda_tiles_linear(const CudaTiles& p, const Device& device);
+int64_t cuda_bitmap_splits(int64_t batch, int64_t in_features, const Device& device);
+const char* cuda_bitmap_linear(const CudaTiles& p, const Device& device);
 
 }  // namespace lottery_sparse

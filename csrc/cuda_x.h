@@ -63,16 +63,15 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
     }
 }
 
-// The operands of 64 columns from `word` on; rows beyond the batch are zeros.
+// The operands of half of the 64 columns from `word` on; rows beyond the batch are zeros.
 template <int kSides>
-LS_DEVICE void read_x(const unsigned char* x, int words, int word, int64_t batch, int lane,
-                      Words4 b[kSides][2]) {
+LS_DEVICE void read_x(const unsigned char* x, int words, int word, int half, int64_t batch,
+                      int lane, Words4 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
         const int row = side * kSide + lane / 4;
         const unsigned char* from = x + row * row_bytes(words) + (word + lane % 4) * kWordBytes;
-        b[side][0] = row < batch ? words_at(from) : Words4{};
-        b[side][1] = row < batch ? words_at(from + 16) : Words4{};
+        b[side] = row < batch ? words_at(from + half * 16) : Words4{};
     }
 }
 

@@ -11,12 +11,14 @@
 #include <cuda_runtime.h>
 #define LS_DEVICE __device__ __forceinline__
 #define LS_METHOD static __device__ __forceinline__
+#define LS_MEMBER __device__ __forceinline__
 #define LS_GLOBAL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define LS_UNROLL _Pragma("unroll")
 #else
 #include "emulate_cuda.h"
 #define LS_DEVICE static inline
 #define LS_METHOD static inline
+#define LS_MEMBER inline
 #define LS_GLOBAL(threads, blocks) static void
 #define LS_UNROLL
 #endif

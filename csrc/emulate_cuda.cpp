@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bitmap_fragments.h"
 #include "cuda_linear.h"
 #include "device.h"
 #include "ternary_fragments.h"
@@ -273,13 +274,21 @@ extern "C" int ls_tile_place(int row, int column) {
     return tile_place(row, column);
 }
 
-extern "C" int64_t ls_tiles_splits(int64_t batch, int64_t in_features, int shared) {
-    return cuda_tiles_splits(batch, in_features, {1, shared, nullptr});
+// 32 word + bit of the weight at a place.
+extern "C" int ls_bitmap_bit(int place) { return 32 * bitmap_word(place) + bitmap_bit(place); }
+
+extern "C" int64_t ls_tiles_splits(bool bitmap, int64_t batch, int64_t in_features, int shared) {
+    const Device device = {1, shared, nullptr};
+    return bitmap ? cuda_bitmap_splits(batch, in_features, device)
+                  : cuda_tiles_splits(batch, in_features, device);
 }
 
-extern "C" const char* ls_emulate_tiles(const CudaLinear* linear, const uint32_t* starts,
-                                        const uint8_t* data, int processors, int shared) {
-    return cuda_tiles_linear({*linear, starts, data, 0}, {processors, shared, nullptr});
+extern "C" const char* ls_emulate_tiles(bool bitmap, const CudaLinear* linear,
+                                        const uint32_t* starts, const uint8_t* data, int processors,
+                                        int shared) {
+    const CudaTiles p = {*linear, starts, data, 0};
+    const Device device = {processors, shared, nullptr};
+    return bitmap ? cuda_bitmap_linear(p, device) : cuda_tiles_linear(p, device);
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

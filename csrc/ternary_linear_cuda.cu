@@ -70,10 +70,10 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
         for (int i = 0; i < kLoads; ++i) {
             const int word = ((at.batch * kLoads + i) * kWarps + warp) * kTileWords;
             if (word >= padded) continue;
-            Words4 b[kSides][2];
-            read_x<kSides>(x, padded, word, linear.batch, lane, b);
+            Words4 b[kSides];
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {  // a quarter of the 64 columns
+                if (k % 2 == 0) read_x<kSides>(x, padded, word, k / 2, linear.batch, lane, b);
                 LS_UNROLL
                 for (int t = 0; t < 2; ++t) {
                     const uint32_t upper = codes[i].word[2 * t], lower = codes[i].word[2 * t + 1];
@@ -82,7 +82,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
                                            ternary_pair(lower, 2 * k + 1)};
                     LS_UNROLL
                     for (int side = 0; side < kSides; ++side)
-                        mma<T>(c[t][side], a, &b[side][k / 2].word[k % 2 * 2]);
+                        mma<T>(c[t][side], a, &b[side].word[k % 2 * 2]);
                 }
             }
         }

@@ -184,6 +184,64 @@ class _TileLayout:
         self.high = first.unsqueeze(1) + 4 * torch.arange(32, device=device)
 
 
+# bitmap tiles: the mask of a tile, 128 words, and its values in the order of its bits, padded to 16
+# bytes: csrc/bitmap_fragments.h. `starts` counts units of 16 bytes.
+
+_BITMAP_UNITS = 32
+
+
+def bitmap_places(place: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in a tile -> 32 · word + bit in its mask, and their order among values."""
+    half, register = place // 128 % 2, place // 256 * 4 + place % 8 // 2
+    bit = place // 8 % 16 * 2 + place % 2
+    return (half * 64 + register) * 32 + bit, (register * 2 + half) * 32 + bit
+
+
+def pack_bitmap_tiles(
+    values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """As `pack_tiles` -> (starts int32 [tiles + 1], data int64 [units, 2])."""
+    across = -(-shape[1] // TILE)
+    tiles = -(-shape[0] // TILE) * across
+    tile = rows // TILE * across + columns // TILE
+    bit, order = bitmap_places(tile_places(rows % TILE, columns % TILE))
+    count = torch.bincount(tile, minlength=tiles)
+    units = torch.where(count > 0, _BITMAP_UNITS + (count + 7) // 8, 0)
+    starts = F.pad(units.cumsum(0), (1, 0))
+    data = torch.zeros(int(starts[-1]), 8, dtype=torch.int16, device=values.device)
+
+    sorting = torch.argsort(tile * TILE * TILE + order)
+    tile, bit, bits = tile[sorting], bit[sorting], values.view(torch.int16)[sorting]
+    at = (starts[tile] + _BITMAP_UNITS) * 8 + _position_in_run(tile)
+    data.view(-1)[at] = bits
+    words = torch.zeros(len(data) * 4, dtype=torch.int64, device=values.device)
+    words.index_add_(0, starts[tile] * 4 + bit // 32, 1 << bit % 32)
+    data.view(-1).view(torch.int32).bitwise_or_(words.to(torch.int32))
+    return starts.to(torch.int32), data.view(torch.int64)
+
+
+def unpack_bitmap_tiles(
+    starts: Tensor, data: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The inverse of `pack_bitmap_tiles`: dense [N, K], 0 where nothing is kept."""
+    down, across = -(-shape[0] // TILE), -(-shape[1] // TILE)
+    begins = starts.to(torch.int64)
+    full = (begins.diff() > 0).nonzero().flatten()
+    grid = torch.arange(TILE, device=data.device)
+    bit, order = bitmap_places(tile_places(*torch.meshgrid(grid, grid, indexing="ij")).flatten())
+    words = data.flatten().view(torch.int32)
+    masks = words[(begins[full] * 4).unsqueeze(1) + bit // 32] >> bit % 32 & 1  # by row, column
+    kept = torch.zeros(len(full), TILE * TILE, dtype=torch.bool, device=data.device)
+    kept[:, order] = masks.bool()
+    inside = kept.to(torch.int64).cumsum(1) - 1  # by order
+    at = ((begins[full] + _BITMAP_UNITS) * 8).unsqueeze(1) + inside.clamp(min=0)
+    bits = torch.where(kept, data.flatten().view(torch.int16)[at], 0)[:, order]
+    dense = torch.zeros(down * across, TILE * TILE, dtype=torch.int16, device=data.device)
+    dense[full] = bits
+    dense = dense.view(down, across, TILE, TILE).transpose(1, 2).reshape(down * TILE, across * TILE)
+    return dense[: shape[0], : shape[1]].contiguous().view(dtype)
+
+
 def _by_lane(entries: Tensor) -> Tensor:
     """[groups, 64] -> [groups, 32, 2]: a lane has entries l and 32 + l."""
     return entries.view(-1, 2, GROUP // 2).mT.contiguous()

@@ -69,7 +69,8 @@ def library() -> ctypes.CDLL:
     loaded.ls_ternary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.ls_emulate_readable.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.ls_tiles_splits.restype = ctypes.c_int64
-    loaded.ls_tiles_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    sizes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_tiles_splits.argtypes = sizes
     loaded.ls_emulate_tiles.restype = ctypes.c_char_p
     loaded.ls_emulate_ternary.restype = ctypes.c_char_p
     return loaded
@@ -121,6 +122,7 @@ def ternary_linear(
 
 
 def tiles_linear(
+    bitmap: bool,
     x: Tensor,
     starts: Tensor,
     data: Tensor,
@@ -129,12 +131,12 @@ def tiles_linear(
     processors: int = 2,
     shared: int = SHARED,
 ) -> Tensor:
-    splits = library().ls_tiles_splits(len(x), x.shape[1], shared)
+    splits = library().ls_tiles_splits(bitmap, len(x), x.shape[1], shared)
     struct, y, _partial = linear(x, rows, bias, splits)
     readable(data)
     fault = library().ls_emulate_tiles(
-        ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()), ctypes.c_void_p(data.data_ptr()),
-        processors, shared,
+        ctypes.c_bool(bitmap), ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()),
+        ctypes.c_void_p(data.data_ptr()), processors, shared,
     )  # fmt: skip
     assert fault is None, fault.decode()
     return y

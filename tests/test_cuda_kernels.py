@@ -89,11 +89,17 @@ SHARED_OF = [163 << 10, 227 << 10]  # bytes of a block: 8 warps and 16
 DENSITIES = [0.0, 0.004, 0.05, 0.2, 1.0]
 
 
-def tiles(n, k, density, dtype=torch.bfloat16):
+FORMATS = {
+    "tiles": (formats.pack_tiles, formats.unpack_tiles),
+    "bitmap": (formats.pack_bitmap_tiles, formats.unpack_bitmap_tiles),
+}
+
+
+def tiles(n, k, density, dtype=torch.bfloat16, format="tiles"):
     kept = torch.rand(n, k) < density
     weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
     rows, columns = kept.nonzero().unbind(1)
-    return formats.pack_tiles(weight[kept], rows, columns, (n, k)), weight
+    return FORMATS[format][0](weight[kept], rows, columns, (n, k)), weight
 
 
 def test_places_of_a_tile_are_a_bijection_and_those_of_the_kernel():
@@ -105,12 +111,25 @@ def test_places_of_a_tile_are_a_bijection_and_those_of_the_kernel():
         assert place(row, column) == 2 * int(places[row, column])
 
 
+def test_bits_of_a_bitmap_tile_are_a_bijection_and_those_of_the_kernel():
+    bit, order = formats.bitmap_places(torch.arange(4096))
+    for places in (bit, order):
+        assert torch.equal(places.sort().values, torch.arange(4096))
+    found = [emulator.library().ls_bitmap_bit(place) for place in range(4096)]
+    assert bit.tolist() == found
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (64, 64), (65, 130), (200, 70)], ids=str)
-def test_tiles_are_what_was_packed(shape, density):
-    (starts, data), weight = tiles(*shape, density)
-    assert torch.equal(formats.unpack_tiles(starts, data, shape, weight.dtype), weight)
-    assert data.numel() * 8 <= 3.5 * (weight != 0).sum() + (64 * 3.5 + 96) * len(starts)
+def test_tiles_are_what_was_packed(shape, density, format):
+    (starts, data), weight = tiles(*shape, density, format=format)
+    assert torch.equal(FORMATS[format][1](starts, data, shape, weight.dtype), weight)
+    kept, weights = (weight != 0).sum(), (len(starts) - 1) * 64 * 64
+    if format == "tiles":
+        assert data.numel() * 8 <= 3.5 * kept + (64 * 3.5 + 96) * (len(starts) - 1)
+    else:
+        assert data.numel() * 8 <= 2 * kept + weights / 8 + 16 * (len(starts) - 1)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2])
@@ -125,12 +144,13 @@ def test_entries_of_a_group_rarely_meet_in_a_bank(density):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 3), (60, 1100, 9), (130, 60, 16)], ids=str)
-def test_tiles_linear(shape, density, dtype):
+def test_tiles_linear(shape, density, format, dtype):
     n, k, batch = shape
-    (starts, data), weight = tiles(n, k, density, dtype)
+    (starts, data), weight = tiles(n, k, density, dtype, format)
     x, bias = torch.randn(batch, k).to(dtype), torch.randn(n)
     shared = SHARED_OF[batch % 2]
-    y = emulator.tiles_linear(x, starts, data, bias, n, shared=shared)
+    y = emulator.tiles_linear(format == "bitmap", x, starts, data, bias, n, shared=shared)
     assert_close(y, x, weight.double(), bias)

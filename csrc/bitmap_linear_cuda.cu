@@ -50,25 +50,27 @@ LS_GLOBAL(kWarps* kLanes, 1) bitmap_kernel(CudaTiles p) {
         }
     };
     read_ahead(tile);
-    load_x<false>(linear, at.first_tile * kWordsOfTile, words, x, kWarps * kLanes);
+    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x, kWarps * kLanes);
     sync_block();
 
     // this lane's two bits of a word, and those before
     const uint32_t first = 1u << (lane % 16 * 2), second = first << 1, before = first - 1;
+    // This lane's two weights of a register: the word of bits, bytes of the values before its own.
+    const auto operand = [&](uint32_t word, uint32_t bytes) -> uint32_t {
+        const unsigned char* from = mine + bytes + count_ones(word & before) * 2;
+        uint32_t low = 0, high = 0;
+        if (word & first) {
+            low = *reinterpret_cast<const uint16_t*>(from);
+            from += 2;
+        }
+        if (word & second) high = *reinterpret_cast<const uint16_t*>(from);
+        return low | high << 16;
+    };
     float c[kOperands][kSides][4] = {};
     while (!at.done()) {
         TileWalk<kWarps> next_at = at;
         next_at.advance();
         const Tile next = tile_of(next_at);
-        Words4* const stored = reinterpret_cast<Words4*>(mine);
-        LS_UNROLL
-        for (int i = 0; i < kHeld; ++i) {
-            const uint32_t unit = i * kLanes + lane;
-            if (unit < tile.units) stored[unit] = values[i];
-        }
-        for (uint32_t unit = kHeld * kLanes + lane; unit < tile.units; unit += kLanes)
-            stored[unit] = read_values(tile, unit);  // a dense tile
-
         // Values go by register and then by word, bits by word and then by register: lane l has
         // words 4 (l % 16) to + 3 of half l / 16. Ones of both halves, of this and earlier lanes:
         uint32_t ones[4], sum = 0;
@@ -92,47 +94,49 @@ LS_GLOBAL(kWarps* kLanes, 1) bitmap_kernel(CudaTiles p) {
             table[(4 * lane + i) * 2 + 1] = (running + (lane < 16 ? 0 : other)) * 2;
             running += ones[i] + other;
         }
+        Words4* const stored = reinterpret_cast<Words4*>(mine);
+        LS_UNROLL
+        for (int i = 0; i < kHeld; ++i) {
+            const uint32_t unit = i * kLanes + lane;
+            if (unit < tile.units) stored[unit] = values[i];
+        }
+        LS_ROLLED
+        for (uint32_t unit = kHeld * kLanes + lane; unit < tile.units; unit += kLanes)
+            stored[unit] = read_values(tile, unit);  // a dense tile
+
         read_ahead(next);
         sync_warp();
         if (tile.here) {
-            Words4 b[kSides];
             const Words4* const pairs =
                 reinterpret_cast<const Words4*>(table + lane / 16 * kBitmapRegisters * 2);
-            LS_UNROLL
+            LS_ROLLED
             for (int k = 0; k < 4; ++k) {
-                if (k % 2 == 0)
-                    read_x<kSides>(x, words, at.tile() * kWordsOfTile, k / 2, linear.batch, lane, b);
+                Words2 b[kSides];
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, linear.batch, lane, b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     uint32_t a[4];
                     LS_UNROLL
                     for (int r = 0; r < 4; ++r) {
                         const Words4 pair = pairs[(4 * s + k) * 2 + r / 2];
-                        const uint32_t mask = pair.word[r % 2 * 2];
-                        const unsigned char* from =
-                            mine + pair.word[r % 2 * 2 + 1] + count_ones(mask & before) * 2;
-                        uint32_t low = 0, high = 0;
-                        if (mask & first) {
-                            low = *reinterpret_cast<const uint16_t*>(from);
-                            from += 2;
-                        }
-                        if (mask & second) high = *reinterpret_cast<const uint16_t*>(from);
-                        a[r] = low | high << 16;
+                        a[r] = operand(pair.word[r % 2 * 2], pair.word[r % 2 * 2 + 1]);
                     }
                     LS_UNROLL
-                    for (int side = 0; side < kSides; ++side)
-                        mma<T>(c[s][side], a, &b[side].word[k % 2 * 2]);
+                    for (int side = 0; side < kSides; ++side) mma<T>(c[s][side], a, b[side].word);
                 }
             }
         }
         sync_warp();
-        if (at.last_of_row()) finish_tiles<T, kSides, kWarps>(linear, at.row_tile, kWarpBytes, c);
+        if (at.last_of_row()) {
+            finish_tiles<T, kSides, kWarps>(linear, at.row_tile, kWarpBytes, c);
+            sync_warp();
+        }
         at = next_at;
         tile = next;
     }
 }
 
-constexpr TilesKernels kKernels = LS_TILES_KERNELS(bitmap_kernel, kWarpBytes);
+constexpr TilesKernels kKernels = LS_TILES_KERNELS(bitmap_kernel, kWarpBytes, 12);
 
 }  // namespace
 

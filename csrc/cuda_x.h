@@ -1,5 +1,6 @@
-// Rows of x in shared memory, as the second operand of the matrix unit: lane 4 g + q reads the 16
-// columns of word q of row g, 8 registers, for four products of 16 columns.
+// Rows of x in shared memory, as the second operand of the matrix unit: of 64 columns, lane 4 g + q
+// has the 16 of word q of row g, 8 registers, for four products of 16 columns. Either each word is
+// in ternary_pair's order (kPairs), or the quarters of four words go together (kQuarters).
 #pragma once
 
 #include "cuda_linear.h"
@@ -13,9 +14,11 @@ LS_HOST_DEVICE int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-// Rows of x in shared memory are half a bank row apart, so that a warp's reads do not collide.
+// Bytes of a row: a warp's reads of several rows must not meet in a bank.
+enum class Columns { kPairs, kQuarters };
+template <Columns kOrder>
 LS_HOST_DEVICE int row_bytes(int words) {
-    return words * kWordBytes + 16;
+    return words * kWordBytes + (kOrder == Columns::kPairs ? 16 : 32);
 }
 
 // Columns of x as pairs, in the order in which ternary_pair takes them from a word.
@@ -28,8 +31,8 @@ LS_DEVICE void store_pairs(const uint32_t in[8], Words4 out[2]) {
     }
 }
 
-// This block's columns of x -> shared memory, zeros beyond K. kPairs: in ternary_pair's order.
-template <bool kPairs>
+// This block's columns of x -> shared memory, zeros beyond K.
+template <Columns kOrder>
 LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsigned char* shared,
                       int threads) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
@@ -52,26 +55,41 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
                 in[j] = low | high << 16;
             }
         }
-        Words4* out =
-            reinterpret_cast<Words4*>(shared + row * row_bytes(words) + word * kWordBytes);
-        if (kPairs) {
-            store_pairs(in, out);
+        unsigned char* out = shared + row * row_bytes<kOrder>(words);
+        if (kOrder == Columns::kPairs) {
+            store_pairs(in, reinterpret_cast<Words4*>(out + word * kWordBytes));
         } else {
-            out[0] = {{in[0], in[1], in[2], in[3]}};
-            out[1] = {{in[4], in[5], in[6], in[7]}};
+            LS_UNROLL
+            for (int k = 0; k < 4; ++k)
+                *reinterpret_cast<Words2*>(out + (word / 4 * 16 + k * 4 + word % 4) * 8) = {
+                    {in[2 * k], in[2 * k + 1]}};
         }
     }
 }
 
 // The operands of half of the 64 columns from `word` on; rows beyond the batch are zeros.
 template <int kSides>
-LS_DEVICE void read_x(const unsigned char* x, int words, int word, int half, int64_t batch,
-                      int lane, Words4 b[kSides]) {
+LS_DEVICE void read_pairs(const unsigned char* x, int words, int word, int half, int64_t batch,
+                          int lane, Words4 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
         const int row = side * kSide + lane / 4;
-        const unsigned char* from = x + row * row_bytes(words) + (word + lane % 4) * kWordBytes;
-        b[side] = row < batch ? words_at(from + half * 16) : Words4{};
+        const unsigned char* from = x + row * row_bytes<Columns::kPairs>(words);
+        const int at = (word + lane % 4) * kWordBytes + half * 16;
+        b[side] = row < batch ? *reinterpret_cast<const Words4*>(from + at) : Words4{};
+    }
+}
+
+// The same for quarter `k`.
+template <int kSides>
+LS_DEVICE void read_quarter(const unsigned char* x, int words, int word, int k, int64_t batch,
+                            int lane, Words2 b[kSides]) {
+    LS_UNROLL
+    for (int side = 0; side < kSides; ++side) {
+        const int row = side * kSide + lane / 4;
+        const unsigned char* from = x + row * row_bytes<Columns::kQuarters>(words);
+        const int at = word * kWordBytes + (k * 4 + lane % 4) * 8;
+        b[side] = row < batch ? *reinterpret_cast<const Words2*>(from + at) : Words2{};
     }
 }
 

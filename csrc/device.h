@@ -14,6 +14,7 @@
 #define LS_MEMBER __device__ __forceinline__
 #define LS_GLOBAL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define LS_UNROLL _Pragma("unroll")
+#define LS_ROLLED _Pragma("unroll 1")  // fewer values in registers at a time
 #else
 #include "emulate_cuda.h"
 #define LS_DEVICE static inline
@@ -21,15 +22,18 @@
 #define LS_MEMBER inline
 #define LS_GLOBAL(threads, blocks) static void
 #define LS_UNROLL
+#define LS_ROLLED
 #endif
 
 namespace lottery_sparse {
 
 constexpr int kLanes = 32;
 
-// 16 bytes.
 struct alignas(16) Words4 {
     uint32_t word[4];
+};
+struct alignas(8) Words2 {
+    uint32_t word[2];
 };
 
 // ---- 16-bit numbers -----------------------------------------------------------------------------

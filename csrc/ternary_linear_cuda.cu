@@ -58,7 +58,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
     Cursor at = {block_x(), 0};
     Words4 codes[kLoads], ahead[kLoads];
     if (at.tile < tiles) read(at, codes);
-    load_x<true>(linear, first_word, padded, x, kThreads);
+    load_x<Columns::kPairs>(linear, first_word, padded, x, kThreads);
     sync_block();
 
     float c[2][kSides][4] = {};
@@ -73,7 +73,7 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
             Words4 b[kSides];
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {  // a quarter of the 64 columns
-                if (k % 2 == 0) read_x<kSides>(x, padded, word, k / 2, linear.batch, lane, b);
+                if (k % 2 == 0) read_pairs<kSides>(x, padded, word, k / 2, linear.batch, lane, b);
                 LS_UNROLL
                 for (int t = 0; t < 2; ++t) {
                     const uint32_t upper = codes[i].word[2 * t], lower = codes[i].word[2 * t + 1];
@@ -146,7 +146,7 @@ const char* cuda_ternary_linear(CudaTernary p, const Device& device) {
     const int64_t room = kBlocks * device.processors / linear.splits;
     const int64_t grid = least(tiles, room < 1 ? 1 : room);
     const int shared =
-        static_cast<int>(sum_bytes(linear.batch) + linear.batch * row_bytes(p.split_words));
+        static_cast<int>(sum_bytes(linear.batch) + linear.batch * row_bytes<Columns::kPairs>(static_cast<int>(p.split_words)));
     const bool two = linear.batch > kSide, half = linear.type == Number::kFloat16;
     const auto kernel = half ? (two ? ternary_kernel<Float16, 2> : ternary_kernel<Float16, 1>)
                              : (two ? ternary_kernel<BFloat16, 2> : ternary_kernel<BFloat16, 1>);

@@ -62,7 +62,7 @@ LS_GLOBAL(kWarps* kLanes, 1) tiles_kernel(CudaTiles p) {
     };
     read_ahead(groups);
     clear(kTileBytes);
-    load_x<false>(linear, at.first_tile * kWordsOfTile, words, x, kWarps * kLanes);
+    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x, kWarps * kLanes);
     sync_block();
 
     float c[kOperands][kSides][4] = {};
@@ -83,17 +83,16 @@ LS_GLOBAL(kWarps* kLanes, 1) tiles_kernel(CudaTiles p) {
         read_ahead(next);
         sync_warp();
         if (groups.count) {
-            Words4 b[kSides];
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {
-                if (k % 2 == 0)
-                    read_x<kSides>(x, words, at.tile() * kWordsOfTile, k / 2, linear.batch, lane, b);
+                Words2 b[kSides];
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, linear.batch, lane, b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     const Words4 a = words_at(mine + (4 * s + k) * kFragmentBytes + lane * 16);
                     LS_UNROLL
                     for (int side = 0; side < kSides; ++side)
-                        mma<T>(c[s][side], a.word, &b[side].word[k % 2 * 2]);
+                        mma<T>(c[s][side], a.word, b[side].word);
                 }
             }
         }
@@ -116,7 +115,7 @@ LS_GLOBAL(kWarps* kLanes, 1) tiles_kernel(CudaTiles p) {
     }
 }
 
-constexpr TilesKernels kKernels = LS_TILES_KERNELS(tiles_kernel, kTileBytes);
+constexpr TilesKernels kKernels = LS_TILES_KERNELS(tiles_kernel, kTileBytes, 16);
 
 }  // namespace
 

@@ -55,8 +55,8 @@ Device device_of(const Tensor& x) {
         cudaDeviceGetAttribute(&device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
     for (cudaError_t error : failed)
         STD_TORCH_CHECK(error == cudaSuccess, "device ", index, ": ", cudaGetErrorString(error));
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream) == 0,
-                    "device ", index, " has no current stream.");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream) == 0, "device ",
+                    index, " has no current stream.");
     return device;
 }
 
@@ -72,8 +72,8 @@ struct Product {
           bias(given_bias) {
         const Number type = number_of("x", x);
         STD_TORCH_CHECK(type != Number::kFloat, "x must be float16 or bfloat16, got float32.");
-        linear = {x.size(0), x.size(1),  rows,         x.const_data_ptr(), nullptr,
-                  nullptr,   nullptr,    type,         Number::kFloat,     1};
+        linear = {x.size(0), x.size(1), rows, x.const_data_ptr(), nullptr,
+                  nullptr,   nullptr,   type, Number::kFloat,     1};
         if (y.numel()) linear.y = y.mutable_data_ptr();
         if (bias) {
             bias = checked_on("bias", *bias, x);
@@ -126,14 +126,53 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     return product.y;
 }
 
+// `starts` and what it counts are the packing's to keep right: units of 64 bytes, or of 16 for a
+// bitmap, of values in the dtype of x.
+Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tensor> bias,
+                       int64_t rows, bool bitmap) {
+    check_x(x);
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    constexpr int64_t kSide = 64;
+    const int64_t tiles = (rows + kSide - 1) / kSide * ((x.size(1) + kSide - 1) / kSide);
+    starts = checked_on("starts", starts, x);
+    data = checked_on("data", data, x);
+    STD_TORCH_CHECK(rows >= 0 && starts.scalar_type() == ScalarType::Int && starts.dim() == 1 &&
+                        starts.numel() == tiles + 1,
+                    "starts must be int32 (", tiles + 1, ") for ", rows, " rows of ", x.size(1),
+                    " columns, got shape ", shape_text(starts), ".");
+    STD_TORCH_CHECK(data.scalar_type() == ScalarType::Long && data.dim() == 2 &&
+                        data.size(1) == (bitmap ? 2 : 8),
+                    "data must be int64 [units, ", bitmap ? 2 : 8, "], got shape ",
+                    shape_text(data), ".");
+    const uint8_t* packed = nullptr;
+    if (data.numel()) {
+        packed = bytes(data);
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed) % kAlignment == 0,
+                        "data must start at a multiple of ", kAlignment, " bytes; clone it.");
+    }
+    Product product(x, bias, rows);
+    if (!product.y.numel()) return product.y;
+    const Device device = device_of(x);
+    const auto splits = bitmap ? cuda_bitmap_splits : cuda_tiles_splits;
+    product.split(splits(product.linear.batch, product.linear.in_features, device));
+    const CudaTiles problem = {product.linear,
+                               static_cast<const uint32_t*>(starts.const_data_ptr()), packed, 0};
+    check_launch(bitmap ? cuda_bitmap_linear(problem, device) : cuda_tiles_linear(problem, device));
+    return product.y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
+    m.def(
+        "tiles_linear(Tensor x, Tensor starts, Tensor data, Tensor? bias, int rows, bool bitmap) "
+        "-> Tensor");
     m.def("ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
+    m.impl("tiles_linear", TORCH_BOX(&tiles_linear_op));
 }
 
 }  // namespace lottery_sparse

@@ -19,10 +19,12 @@ struct Tile {
 
 // T: the numbers of x and of the weight. kSides: operands of 8 rows of x. kWarps: of a block.
 template <class T, int kSides, int kWarps>
-LS_GLOBAL(kWarps* kLanes, 1) bitmap_kernel(CudaTiles p) {
+LS_GLOBAL(kWarps* kLanes, 1)
+bitmap_kernel(CudaTiles p) {
     const CudaLinear& linear = p.linear;
     const int lane = thread_index() % kLanes;
-    unsigned char* const mine = shared_memory() + thread_index() / kLanes * kWarpBytes;
+    const int mine_at = thread_index() / kLanes * kWarpBytes;
+    unsigned char* const mine = shared_memory() + mine_at;
     unsigned char* const x = shared_memory() + kWarps * kWarpBytes;
     uint32_t* const table = reinterpret_cast<uint32_t*>(mine + kTileBytes);
     const uint64_t policy = evict_first();
@@ -50,21 +52,22 @@ LS_GLOBAL(kWarps* kLanes, 1) bitmap_kernel(CudaTiles p) {
         }
     };
     read_ahead(tile);
-    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x, kWarps * kLanes);
+    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x,
+                               kWarps * kLanes);
     sync_block();
 
     // this lane's two bits of a word, and those before
     const uint32_t first = 1u << (lane % 16 * 2), second = first << 1, before = first - 1;
-    // This lane's two weights of a register: the word of bits, bytes of the values before its own.
-    const auto operand = [&](uint32_t word, uint32_t bytes) -> uint32_t {
-        const unsigned char* from = mine + bytes + count_ones(word & before) * 2;
+    // This lane's two weights of a register: its word of bits, and where that word's values are.
+    const auto operand = [&](uint32_t word, uint32_t values_at) -> uint32_t {
+        const unsigned char* from = shared_memory() + values_at + count_ones(word & before) * 2;
         uint32_t low = 0, high = 0;
         if (word & first) {
             low = *reinterpret_cast<const uint16_t*>(from);
             from += 2;
         }
         if (word & second) high = *reinterpret_cast<const uint16_t*>(from);
-        return low | high << 16;
+        return high * 65536 + low;  // one instruction, of the multipliers
     };
     float c[kOperands][kSides][4] = {};
     while (!at.done()) {
@@ -91,7 +94,7 @@ LS_GLOBAL(kWarps* kLanes, 1) bitmap_kernel(CudaTiles p) {
         for (int i = 0; i < 4; ++i) {
             const uint32_t other = from_lane(ones[i], lane ^ 16);
             table[(4 * lane + i) * 2] = bits.word[i];
-            table[(4 * lane + i) * 2 + 1] = (running + (lane < 16 ? 0 : other)) * 2;
+            table[(4 * lane + i) * 2 + 1] = mine_at + (running + (lane < 16 ? 0 : other)) * 2;
             running += ones[i] + other;
         }
         Words4* const stored = reinterpret_cast<Words4*>(mine);

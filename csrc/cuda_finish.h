@@ -31,7 +31,8 @@ struct AddSplits {
 };
 
 template <class T>
-LS_GLOBAL(kAddThreads, 1) add_kernel(AddSplits p) {
+LS_GLOBAL(kAddThreads, 1)
+add_kernel(AddSplits p) {
     const int64_t size = p.linear.batch * p.linear.out_features;
     const int64_t i = static_cast<int64_t>(block_x()) * kAddThreads + thread_index();
     if (i >= size) return;
@@ -46,8 +47,7 @@ LS_GLOBAL(kAddThreads, 1) add_kernel(AddSplits p) {
 const char* add_splits(const CudaLinear& p, const CudaScale& s, const Device& device) {
     if (p.splits == 1) return nullptr;
     const int64_t blocks = (p.batch * p.out_features + kAddThreads - 1) / kAddThreads;
-    const auto kernel =
-        p.type == Number::kFloat16 ? add_kernel<Float16> : add_kernel<BFloat16>;
+    const auto kernel = p.type == Number::kFloat16 ? add_kernel<Float16> : add_kernel<BFloat16>;
     return launch(kernel, blocks, 1, kAddThreads, 0, device, AddSplits{p, s});
 }
 

@@ -67,7 +67,8 @@ LS_DEVICE void finish_tiles(const CudaLinear& p, int row_tile, int stride,
         for (int w = 0; w < kWarps; ++w)
             sum += reinterpret_cast<const float*>(shared_memory() + w * stride)[i];
         const int slot = i / kLanes, from = i % kLanes, j = slot % 4;
-        const int64_t n = int64_t{row_tile} * kTileSide + slot / 4 / kSides * 16 + from / 4 + 8 * (j / 2);
+        const int64_t n =
+            int64_t{row_tile} * kTileSide + slot / 4 / kSides * 16 + from / 4 + 8 * (j / 2);
         const int64_t m = slot / 4 % kSides * kSide + from % 4 * 2 + j % 2;
         finish<T>(p, {nullptr, Number::kFloat, false, 1.0f}, m, n, sum);
     }
@@ -101,10 +102,10 @@ const char* tiles_launch(const TilesKernels& kernels, CudaTiles p, const Device&
     const int64_t row_tiles = (linear.out_features + kTileSide - 1) / kTileSide;
     const int64_t room = device.processors / linear.splits;
     const int warps = kernels.warps(device), words = static_cast<int>(p.split_tiles) * kWordsOfTile;
-    const int shared =
-        static_cast<int>(warps * kernels.warp_bytes + linear.batch * row_bytes<Columns::kQuarters>(words));
-    const auto kernel = kernels.kernel[linear.type == Number::kFloat16][linear.batch > kSide]
-                                      [warps != kFewWarps];
+    const int shared = static_cast<int>(warps * kernels.warp_bytes +
+                                        linear.batch * row_bytes<Columns::kQuarters>(words));
+    const auto kernel =
+        kernels.kernel[linear.type == Number::kFloat16][linear.batch > kSide][warps != kFewWarps];
     const char* error = launch(kernel, least(row_tiles, room < 1 ? 1 : room), linear.splits,
                                warps * kLanes, shared, device, p);
     return error ? error : add_splits(linear, {nullptr, Number::kFloat, false, 1.0f}, device);
@@ -114,11 +115,10 @@ const char* tiles_launch(const TilesKernels& kernels, CudaTiles p, const Device&
 }  // namespace lottery_sparse
 
 // name<T, kSides, kWarps> for all of them.
-#define LS_TILES_KERNELS(name, bytes, many)                                             \
-    {                                                                                   \
-        {{{name<BFloat16, 1, kFewWarps>, name<BFloat16, 1, many>},                      \
-          {name<BFloat16, 2, kFewWarps>, name<BFloat16, 2, many>}},                     \
-         {{name<Float16, 1, kFewWarps>, name<Float16, 1, many>},                        \
-          {name<Float16, 2, kFewWarps>, name<Float16, 2, many>}}},                      \
-            bytes, many                                                                 \
-    }
+#define LS_TILES_KERNELS(name, bytes, many)                      \
+    {{{{name<BFloat16, 1, kFewWarps>, name<BFloat16, 1, many>},  \
+       {name<BFloat16, 2, kFewWarps>, name<BFloat16, 2, many>}}, \
+      {{name<Float16, 1, kFewWarps>, name<Float16, 1, many>},    \
+       {name<Float16, 2, kFewWarps>, name<Float16, 2, many>}}},  \
+     bytes,                                                      \
+     many}

@@ -61,8 +61,8 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
         } else {
             LS_UNROLL
             for (int k = 0; k < 4; ++k)
-                *reinterpret_cast<Words2*>(out + (word / 4 * 16 + k * 4 + word % 4) * 8) = {
-                    {in[2 * k], in[2 * k + 1]}};
+                *reinterpret_cast<Words2*>(out + (word / 4 * 16 + k * 4 + word % 4) *
+                                                     8) = {{in[2 * k], in[2 * k + 1]}};
         }
     }
 }

@@ -160,13 +160,13 @@ LS_DEVICE int count_ones(uint32_t word) {
 // g + 8 of a, row g of b, and columns 2 q, 2 q + 1 of c.
 template <class T>
 LS_DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
-#define LS_MMA(T, name)                                                                        \
-    template <>                                                                                \
-    LS_DEVICE void mma<T>(float c[4], const uint32_t a[4], const uint32_t b[2]) {              \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                             \
-            ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                   \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));               \
+#define LS_MMA(T, name)                                                            \
+    template <>                                                                    \
+    LS_DEVICE void mma<T>(float c[4], const uint32_t a[4], const uint32_t b[2]) {  \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                 \
+            ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
     }
 LS_MMA(BFloat16, "bf16")
 LS_MMA(Float16, "f16")

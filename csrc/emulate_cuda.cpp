@@ -59,6 +59,7 @@ struct Block {
 
 std::vector<Range> readable;
 std::string fault;
+bool descending = false;  // threads with the highest numbers go first
 
 void fail(const std::string& message) {
     if (fault.empty())
@@ -66,7 +67,9 @@ void fail(const std::string& message) {
                 ", thread " + std::to_string(block.current) + ")";
 }
 
-void pause() { swapcontext(&block.fibers[block.current].context, &block.scheduler); }
+void pause() {
+    swapcontext(&block.fibers[block.current].context, &block.scheduler);
+}
 
 // Waits until all threads of the meeting are here.
 void meet(Meeting& meeting) {
@@ -136,7 +139,8 @@ void run_block(int threads) {
     }
     for (int left = threads; left && fault.empty();) {
         bool ran = false;
-        for (int i = 0; i < threads && fault.empty(); ++i) {
+        for (int turn = 0; turn < threads && fault.empty(); ++turn) {
+            const int i = descending ? threads - 1 - turn : turn;
             Fiber& fiber = block.fibers[i];
             if (fiber.done || (fiber.waits && fiber.waits->round == fiber.round)) continue;
             block.current = i;
@@ -150,12 +154,24 @@ void run_block(int threads) {
 
 }  // namespace
 
-int thread_index() { return block.current; }
-int block_x() { return static_cast<int>(block.x); }
-int block_y() { return static_cast<int>(block.y); }
-int grid_x() { return static_cast<int>(block.grid); }
-void sync_block() { meet(block.all); }
-void sync_warp() { meet(block.warps[block.current / kLanes]); }
+int thread_index() {
+    return block.current;
+}
+int block_x() {
+    return static_cast<int>(block.x);
+}
+int block_y() {
+    return static_cast<int>(block.y);
+}
+int grid_x() {
+    return static_cast<int>(block.grid);
+}
+void sync_block() {
+    meet(block.all);
+}
+void sync_warp() {
+    meet(block.warps[block.current / kLanes]);
+}
 unsigned char* shared_memory() {
     auto at = reinterpret_cast<uintptr_t>(block.shared.data());
     return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
@@ -242,7 +258,8 @@ const char* emulate_grid(const std::function<void()>& thread, int64_t grid_x, in
             block.shared.assign(shared + 256, 0xFF);  // NaN: memory that nobody has written
             run_block(threads);
             for (int i = 0; i < 128 && fault.empty(); ++i)
-                if (shared_memory()[shared + i] != 0xFF && &shared_memory()[shared + i] <= &block.shared.back())
+                if (shared_memory()[shared + i] != 0xFF &&
+                    &shared_memory()[shared + i] <= &block.shared.back())
                     fail("write beyond shared memory");
         }
     return fault.empty() ? nullptr : fault.c_str();
@@ -263,6 +280,11 @@ extern "C" void ls_emulate_readable(const void* begin, int64_t bytes) {
         readable.clear();
 }
 
+// Threads run one after another up to each barrier, so a missing one shows in one of both orders.
+extern "C" void ls_emulate_descending(bool first) {
+    descending = first;
+}
+
 // Row and column, in a tile, of weight `half` of pair `i` of word `word` of a lane.
 extern "C" void ls_ternary_weight(int lane, int word, int i, int half, int* row, int* column) {
     *row = ternary_row(lane, word);
@@ -275,7 +297,9 @@ extern "C" int ls_tile_place(int row, int column) {
 }
 
 // 32 word + bit of the weight at a place.
-extern "C" int ls_bitmap_bit(int place) { return 32 * bitmap_word(place) + bitmap_bit(place); }
+extern "C" int ls_bitmap_bit(int place) {
+    return 32 * bitmap_word(place) + bitmap_bit(place);
+}
 
 extern "C" int64_t ls_tiles_splits(bool bitmap, int64_t batch, int64_t in_features, int shared) {
     const Device device = {1, shared, nullptr};

@@ -21,13 +21,17 @@ void sync_block();
 void sync_warp();
 unsigned char* shared_memory();
 
-inline uint64_t evict_first() { return 0; }
+inline uint64_t evict_first() {
+    return 0;
+}
 Words4 stream(const Words4* p, uint64_t policy);
 uint32_t stream(const uint32_t* p, uint64_t policy);
 uint32_t stream(const uint16_t* p, uint64_t policy);
 
 uint32_t from_lane(uint32_t value, int lane);
-inline int count_ones(uint32_t word) { return __builtin_popcount(word); }
+inline int count_ones(uint32_t word) {
+    return __builtin_popcount(word);
+}
 
 template <class T>
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);

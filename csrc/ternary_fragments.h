@@ -11,8 +11,8 @@
 namespace lottery_sparse {
 
 constexpr int kTileRows = 32;
-constexpr int kTileWords = 4;            // of 16 columns
-constexpr uint32_t kCodeOfZero = 1;      // a code is t + 1
+constexpr int kTileWords = 4;        // of 16 columns
+constexpr uint32_t kCodeOfZero = 1;  // a code is t + 1
 constexpr uint32_t kZeroCodes = 0x55555555u * kCodeOfZero;
 
 // Row of the tile that word `i` of a lane belongs to, and its word.

@@ -12,7 +12,7 @@ constexpr int kThreads = kWarps * kLanes;
 constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kLoads = 4;   // of 16 bytes that a lane has in flight, and as many in use
 constexpr int kBlockRows = 16;
-constexpr int kMostShared = 80 << 10;   // bytes of x and sums: two blocks fit into 163 KiB
+constexpr int kReserved = 1 << 10;  // bytes of shared memory that a block takes besides
 
 // Where a warp is in the row tiles of its block.
 struct Cursor {
@@ -22,7 +22,8 @@ struct Cursor {
 
 // T: the numbers of x. kSides: operands of 8 rows of x.
 template <class T, int kSides>
-LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
+LS_GLOBAL(kThreads, kBlocks)
+ternary_kernel(CudaTernary p) {
     const CudaLinear& linear = p.linear;
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
     const int64_t all_words = (linear.in_features + 15) / 16;
@@ -49,7 +50,8 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
             const int word =
                 ((at.batch * kLoads + i) * kWarps + warp) * kTileWords + ternary_word(lane);
             if (word < words && block < blocks)
-                to[i] = stream(reinterpret_cast<const Words4*>(row + int64_t{word} * kBlockRows), policy);
+                to[i] = stream(reinterpret_cast<const Words4*>(row + int64_t{word} * kBlockRows),
+                               policy);
             else
                 to[i] = {{kZeroCodes, kZeroCodes, kZeroCodes, kZeroCodes}};
         }
@@ -88,15 +90,13 @@ LS_GLOBAL(kThreads, kBlocks) ternary_kernel(CudaTernary p) {
         }
         if (last) {
             LS_UNROLL
-            for (int t = 0; t < 2; ++t)
-                LS_UNROLL
-                for (int side = 0; side < kSides; ++side)
-                    LS_UNROLL
-                    for (int j = 0; j < 4; ++j) {
-                        const int slot = (t * kSides + side) * 4 + j;
-                        sums[(slot * kWarps + warp) * kLanes + lane] = c[t][side][j];
-                        c[t][side][j] = 0.0f;
-                    }
+            for (int t = 0; t < 2; ++t) LS_UNROLL
+            for (int side = 0; side < kSides; ++side) LS_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                const int slot = (t * kSides + side) * 4 + j;
+                sums[(slot * kWarps + warp) * kLanes + lane] = c[t][side][j];
+                c[t][side][j] = 0.0f;
+            }
             sync_block();
             for (int i = thread_index(); i < kSides * 8 * kLanes; i += kThreads) {
                 const int slot = i / kLanes, from = i % kLanes, j = slot % 4;
@@ -123,7 +123,7 @@ int64_t sum_bytes(int64_t batch) {
 }
 
 int64_t most_words(int64_t batch, const Device& device) {
-    const int64_t bytes = least(kMostShared, device.shared) - sum_bytes(batch);
+    const int64_t bytes = device.shared / kBlocks - kReserved - sum_bytes(batch);
     return (bytes / batch - 16) / kWordBytes / kTileWords * kTileWords;
 }
 
@@ -145,8 +145,9 @@ const char* cuda_ternary_linear(CudaTernary p, const Device& device) {
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const int64_t room = kBlocks * device.processors / linear.splits;
     const int64_t grid = least(tiles, room < 1 ? 1 : room);
-    const int shared =
-        static_cast<int>(sum_bytes(linear.batch) + linear.batch * row_bytes<Columns::kPairs>(static_cast<int>(p.split_words)));
+    const int shared = static_cast<int>(
+        sum_bytes(linear.batch) +
+        linear.batch * row_bytes<Columns::kPairs>(static_cast<int>(p.split_words)));
     const bool two = linear.batch > kSide, half = linear.type == Number::kFloat16;
     const auto kernel = half ? (two ? ternary_kernel<Float16, 2> : ternary_kernel<Float16, 1>)
                              : (two ? ternary_kernel<BFloat16, 2> : ternary_kernel<BFloat16, 1>);

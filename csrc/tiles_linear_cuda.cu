@@ -16,7 +16,8 @@ struct Groups {
 
 // T: the numbers of x and of the weight. kSides: operands of 8 rows of x. kWarps: of a block.
 template <class T, int kSides, int kWarps>
-LS_GLOBAL(kWarps* kLanes, 1) tiles_kernel(CudaTiles p) {
+LS_GLOBAL(kWarps* kLanes, 1)
+tiles_kernel(CudaTiles p) {
     const CudaLinear& linear = p.linear;
     const int lane = thread_index() % kLanes;
     unsigned char* const mine = shared_memory() + thread_index() / kLanes * kTileBytes;
@@ -62,7 +63,8 @@ LS_GLOBAL(kWarps* kLanes, 1) tiles_kernel(CudaTiles p) {
     };
     read_ahead(groups);
     clear(kTileBytes);
-    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x, kWarps * kLanes);
+    load_x<Columns::kQuarters>(linear, int64_t{at.first_tile} * kWordsOfTile, words, x,
+                               kWarps * kLanes);
     sync_block();
 
     float c[kOperands][kSides][4] = {};

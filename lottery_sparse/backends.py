@@ -38,7 +38,9 @@ BACKENDS: dict[str, Backend] = {
     "dense": Backend("lottery_sparse.dense", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
     "triton": Backend("lottery_sparse.kernels", needs="triton", devices=_TRITON),
-    "cuda": Backend("lottery_sparse.native_cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)),
+    "cuda": Backend(
+        "lottery_sparse.native_cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)
+    ),
 }
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.

@@ -8,24 +8,84 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import lottery_sparse._C_cuda as _built  # pyright: ignore[reportMissingImports]
+from lottery_sparse import formats
 
 _ops = torch.ops.lottery_sparse_cuda
 
 MOST_ROWS = 16  # kCudaBatch
 _DTYPES = (torch.float16, torch.bfloat16)
 _SCALARS = (*_DTYPES, torch.float32)  # of scale and bias
+# Up to this density, tiles with places are fewer bytes and instructions than bitmap tiles.
+MOST_PLACES = 0.24
 
 
 def ternary_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
 ) -> Tensor:
     return _ops.ternary_linear(x, codes, scale, bias, rows)
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _tiled("csr", x, values, starts, columns, bias)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _tiled("bitmap", x, values, starts, bits, bias)
+
+
+def _tiled(
+    format: str, x: Tensor, values: Tensor, starts: Tensor, where: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The product on the tiles of a weight, which the first call makes and keeps.
+
+    They live as long as `values`, and are made anew when it or `where` has been written to.
+    """
+    state = (x.shape[1], len(starts), where.data_ptr(), _version(values), _version(where))
+    found = _tiles.get(values)
+    if found is None or found[0] != state:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this weight has no tiles yet, and a CUDA graph is being captured; call the layer "
+                "once before, as warm-up."
+            )
+        found = _tiles[values] = state, tiles_of(format, values, starts, where, x.shape[1])
+    begins, data, bitmap = found[1]
+    return _ops.tiles_linear(x, begins, data, bias, len(starts) - 1, bitmap)
+
+
+_tiles: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
+
+
+def tiles_of(
+    format: str, values: Tensor, starts: Tensor, where: Tensor, in_features: int
+) -> tuple[Tensor, Tensor, bool]:
+    """A weight stored by rows, "csr" or "bitmap", as tiles: (starts, data, whether bitmap)."""
+    shape = (len(starts) - 1, in_features)
+    rows = torch.repeat_interleave(starts.diff())
+    if format == "csr":
+        columns = where.to(torch.int64) & (0xFFFF if where.dtype == torch.int16 else -1)
+    else:
+        bit = torch.arange(32, device=where.device, dtype=torch.int32)
+        columns = ((where.unsqueeze(-1) >> bit & 1).flatten(1)).nonzero()[:, 1]
+    bitmap = len(values) > MOST_PLACES * shape[0] * shape[1]
+    pack = formats.pack_bitmap_tiles if bitmap else formats.pack_tiles
+    return *pack(values, rows, columns, shape), bitmap
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def refuses(op: str, *args: Any) -> str | None:
@@ -41,7 +101,10 @@ def refuses(op: str, *args: Any) -> str | None:
             return "its kernels have no int8 activations."
         others = {"scale": scale, "bias": bias}
     else:
-        others = {"values": args[1], "bias": args[4]}
+        _, values, _, _, bias = args
+        if values.dtype != x.dtype:
+            return f"its kernels take values in the dtype of x, got {values.dtype} and {x.dtype}."
+        others = {"bias": bias}
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype not in _SCALARS:
             return f"its kernels take {name} as float32, float16 or bfloat16, got {tensor.dtype}."
@@ -79,8 +142,8 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
         if found[3]:
             if capability == built:
                 return True
-        elif built[0] == capability[0] and built <= capability:
-            return True
-        elif found[4] and built <= capability:
+        elif (built[0] == capability[0] and built <= capability) or (
+            found[4] and built <= capability
+        ):
             return True
     return False

@@ -76,6 +76,14 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@pytest.fixture(params=[False, True], ids=["first lanes first", "last lanes first"])
+def thread_order(request):
+    """Both orders of the threads between barriers: a barrier that is missing shows in one."""
+    library().ls_emulate_descending(ctypes.c_bool(request.param))
+    yield
+    library().ls_emulate_descending(ctypes.c_bool(False))
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

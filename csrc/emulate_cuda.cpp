@@ -59,7 +59,7 @@ struct Block {
 
 std::vector<Range> readable;
 std::string fault;
-bool descending = false;  // threads with the highest numbers go first
+bool descending = false;  // the first thread is that with the highest number
 
 void fail(const std::string& message) {
     if (fault.empty())
@@ -137,18 +137,22 @@ void run_block(int threads) {
         fiber.context.uc_link = &block.scheduler;
         makecontext(&fiber.context, run_thread, 0);
     }
+    // Always the first thread that can go on, so that warps get as far apart as barriers allow.
     for (int left = threads; left && fault.empty();) {
-        bool ran = false;
-        for (int turn = 0; turn < threads && fault.empty(); ++turn) {
-            const int i = descending ? threads - 1 - turn : turn;
-            Fiber& fiber = block.fibers[i];
-            if (fiber.done || (fiber.waits && fiber.waits->round == fiber.round)) continue;
-            block.current = i;
-            swapcontext(&block.scheduler, &fiber.context);
-            ran = true;
-            left -= fiber.done;
+        int turn = 0;
+        const auto at = [&] { return descending ? threads - 1 - turn : turn; };
+        const auto waits = [&] {
+            const Fiber& fiber = block.fibers[at()];
+            return fiber.done || (fiber.waits && fiber.waits->round == fiber.round);
+        };
+        while (turn < threads && waits()) ++turn;
+        if (turn == threads) {
+            fail("threads wait for others that do not come");
+            break;
         }
-        if (!ran) fail("threads wait for others that do not come");
+        block.current = at();
+        swapcontext(&block.scheduler, &block.fibers[block.current].context);
+        left -= block.fibers[block.current].done;
     }
 }
 

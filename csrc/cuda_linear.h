@@ -52,6 +52,20 @@ struct CudaTiles {
     int64_t split_tiles;     // column tiles of a split
 };
 
+constexpr int64_t kCudaCsrBatch = 4;  // most rows of x
+
+// A sparse weight by rows, see packed_linear.h.
+struct CudaCsr {
+    CudaLinear linear;        // splits: 1
+    const int64_t* starts;    // [N + 1]: entries of row r are [starts[r], starts[r + 1])
+    const uint16_t* columns;  // both at a multiple of 16 bytes
+    const uint16_t* values;   // of the type of x
+};
+
+// Whether x fits in shared memory.
+bool cuda_csr_fits(int64_t batch, int64_t in_features, const Device& device);
+const char* cuda_csr_linear(const CudaCsr& p, const Device& device);
+
 // How many splits a product takes; `partial` above has room for them.
 int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& device);
 // nullptr, or what went wrong. `split_words` and `split_tiles` are the driver's.

@@ -4,6 +4,7 @@
 
 #include "cuda_finish.h"
 #include "cuda_linear.h"
+#include "cuda_splits.h"
 #include "cuda_x.h"
 #include "tile_fragments.h"
 

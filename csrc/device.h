@@ -152,8 +152,16 @@ LS_DEVICE uint32_t from_lane(uint32_t value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
+LS_DEVICE float float_from_lane(float value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
 LS_DEVICE int count_ones(uint32_t word) {
     return __popc(word);
+}
+
+LS_DEVICE float fused(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
 }
 
 // c += a b^T for a of 16 x 16 and b of 8 x 16 (PTX: mma.m16n8k16). Lane 4 g + q holds rows g and

@@ -205,6 +205,14 @@ uint32_t from_lane(uint32_t value, int lane) {
     return found;
 }
 
+float float_from_lane(float value, int lane) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = from_lane(bits, lane);
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
 template <class T>
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
     const int first = block.current / kLanes * kLanes;
@@ -317,6 +325,16 @@ extern "C" const char* ls_emulate_tiles(bool bitmap, const CudaLinear* linear,
     const CudaTiles p = {*linear, starts, data, 0};
     const Device device = {processors, shared, nullptr};
     return bitmap ? cuda_bitmap_linear(p, device) : cuda_tiles_linear(p, device);
+}
+
+extern "C" bool ls_csr_fits(int64_t batch, int64_t in_features, int shared) {
+    return cuda_csr_fits(batch, in_features, {1, shared, nullptr});
+}
+
+extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* starts,
+                                      const uint16_t* columns, const uint16_t* values,
+                                      int processors, int shared) {
+    return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

@@ -3,6 +3,7 @@
 // test has registered, and a barrier that cannot be reached is an error. See emulate_cuda.cpp.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -29,6 +30,10 @@ uint32_t stream(const uint32_t* p, uint64_t policy);
 uint32_t stream(const uint16_t* p, uint64_t policy);
 
 uint32_t from_lane(uint32_t value, int lane);
+float float_from_lane(float value, int lane);
+inline float fused(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
 inline int count_ones(uint32_t word) {
     return __builtin_popcount(word);
 }

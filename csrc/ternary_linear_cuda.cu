@@ -1,6 +1,7 @@
 // ternary_linear for few rows of x, see cuda_linear.h and ternary_fragments.h.
 #include "cuda_finish.h"
 #include "cuda_linear.h"
+#include "cuda_splits.h"
 #include "cuda_x.h"
 #include "ternary_fragments.h"
 

@@ -72,6 +72,9 @@ def library() -> ctypes.CDLL:
     sizes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.ls_tiles_splits.argtypes = sizes
     loaded.ls_emulate_tiles.restype = ctypes.c_char_p
+    loaded.ls_csr_fits.restype = ctypes.c_bool
+    loaded.ls_csr_fits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_emulate_csr.restype = ctypes.c_char_p
     loaded.ls_emulate_ternary.restype = ctypes.c_char_p
     return loaded
 
@@ -146,5 +149,27 @@ def tiles_linear(
         ctypes.c_bool(bitmap), ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()),
         ctypes.c_void_p(data.data_ptr()), processors, shared,
     )  # fmt: skip
+    assert fault is None, fault.decode()
+    return y
+
+
+def csr_linear(
+    x: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    struct, y, _ = linear(x, len(starts) - 1, bias, 1)
+    readable(values, columns)
+    assert library().ls_csr_fits(len(x), x.shape[1], shared)
+    fault = library().ls_emulate_csr(
+        ctypes.byref(struct),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (starts, columns, values)),
+        processors,
+        shared,
+    )
     assert fault is None, fault.decode()
     return y

@@ -159,3 +159,28 @@ def test_tiles_linear(shape, density, format, dtype):
     shared = SHARED_OF[batch % 2]
     y = emulator.tiles_linear(format == "bitmap", x, starts, data, bias, n, shared=shared)
     assert_close(y, x, weight.double(), bias)
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("thread_order")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 2), (40, 900, 4), (37, 40, 3)], ids=str)
+def test_csr_linear(shape, density, dtype):
+    n, k, batch = shape
+    kept = torch.rand(n, k) < density
+    weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
+    x, bias = torch.randn(batch, k).to(dtype), torch.randn(n)
+    y = emulator.csr_linear(x, *formats.pack_csr(weight, kept), bias)
+    assert_close(y, x, weight.double(), bias)
+
+
+def test_rows_beside_an_infinity_are_finite():
+    """A lane reads entries of neighbouring rows too, and must not add them."""
+    kept = torch.eye(9, dtype=torch.bool)
+    x = torch.ones(1, 9).bfloat16()
+    x[0, 4] = torch.inf
+    y = emulator.csr_linear(x, *formats.pack_csr(kept.bfloat16(), kept), None)
+    assert y[0].isinf().tolist() == [i == 4 for i in range(9)]

@@ -67,6 +67,7 @@ DRIVERS = [
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "bitmap_linear_cuda",
+    "csr_linear_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
 ]

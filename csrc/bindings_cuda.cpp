@@ -161,9 +161,49 @@ Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tenso
     return product.y;
 }
 
+// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's.
+Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
+                     std::optional<Tensor> bias) {
+    check_x(x);
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    values = checked_on("values", values, x);
+    starts = checked_on("starts", starts, x);
+    columns = checked_on("columns", columns, x);
+    STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() &&
+                        columns.scalar_type() == ScalarType::Short &&
+                        starts.scalar_type() == ScalarType::Long,
+                    "values must have the dtype of x, columns int16 and starts int64, got ",
+                    toString(values.scalar_type()), ", ", toString(columns.scalar_type()), " and ",
+                    toString(starts.scalar_type()), ".");
+    STD_TORCH_CHECK(
+        values.dim() == 1 && same_shape(values, columns) && starts.dim() == 1 && starts.numel() > 0,
+        "values ", shape_text(values), ", columns ", shape_text(columns), " and starts ",
+        shape_text(starts), " do not fit each other.");
+    Product product(x, bias, starts.numel() - 1);
+    if (!product.y.numel()) return product.y;
+    const Device device = device_of(x);
+    STD_TORCH_CHECK(cuda_csr_fits(x.size(0), x.size(1), device), "x ", shape_text(x),
+                    " does not fit in shared memory; use tiles.");
+    CudaCsr problem = {product.linear, static_cast<const int64_t*>(starts.const_data_ptr()),
+                       nullptr, nullptr};
+    if (values.numel()) {
+        problem.columns = static_cast<const uint16_t*>(columns.const_data_ptr());
+        problem.values = static_cast<const uint16_t*>(values.const_data_ptr());
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(problem.columns) % kAlignment == 0 &&
+                            reinterpret_cast<uintptr_t>(problem.values) % kAlignment == 0,
+                        "values and columns must start at a multiple of ", kAlignment,
+                        " bytes; clone them.");
+    }
+    check_launch(cuda_csr_linear(problem, device));
+    return product.y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
+    m.def(
+        "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) "
+        "-> Tensor");
     m.def(
         "tiles_linear(Tensor x, Tensor starts, Tensor data, Tensor? bias, int rows, bool bitmap) "
         "-> Tensor");
@@ -171,6 +211,7 @@ STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
+    m.impl("csr_linear", TORCH_BOX(&csr_linear_op));
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
     m.impl("tiles_linear", TORCH_BOX(&tiles_linear_op));
 }

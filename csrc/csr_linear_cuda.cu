@@ -104,13 +104,12 @@ csr_kernel(CudaCsr p) {
             for (int i = 0; i < kEach; ++i) {
                 // entries of other rows are read too: their columns are columns, and not used
                 const bool mine = (chunk > 0 || i >= first) && i < end;
-                const float value = T::to_float(half_of(e.values, i));
-                const uint16_t* from = x + half_of(e.columns, i) * kWidth;
+                const float value = T::to_float(mine ? half_of(e.values, i) : 0);
                 uint16_t of_x[kWidth];
-                read_numbers<kWidth>(from, of_x);
+                read_numbers<kWidth>(x + half_of(e.columns, i) * kWidth, of_x);
                 LS_UNROLL
                 for (int m = 0; m < kWidth; ++m)
-                    if (mine) sums[m] = fused(value, T::to_float(of_x[m]), sums[m]);
+                    sums[m] = fused(value, T::to_float(mine ? of_x[m] : 0), sums[m]);
             }
         };
         Entries now[kAhead];

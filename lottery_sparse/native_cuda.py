@@ -23,6 +23,11 @@ _ops = torch.ops.lottery_sparse_cuda
 MOST_ROWS = 16  # kCudaBatch
 _DTYPES = (torch.float16, torch.bfloat16)
 _SCALARS = (*_DTYPES, torch.float32)  # of scale and bias
+# Up to this density, so many rows of x and bytes of them (half of a block's memory on sm_80), a
+# weight by rows needs no tiles.
+MOST_CSR = 0.12
+MOST_ROWS_CSR = 4  # kCudaCsrBatch
+MOST_BYTES_CSR = 80 << 10
 # Up to this density, tiles with places are fewer bytes and instructions than bitmap tiles.
 MOST_PLACES = 0.24
 
@@ -36,13 +41,31 @@ def ternary_linear(
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _tiled("csr", x, values, starts, columns, bias)
+    return (
+        _ops.csr_linear(x, values, starts, columns, bias)
+        if _by_rows(x, values, starts, columns)
+        else _tiled("csr", x, values, starts, columns, bias)
+    )
 
 
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
     return _tiled("bitmap", x, values, starts, bits, bias)
+
+
+def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool:
+    """Whether the entries are read as they are: one to four rows of x, that fit beside them."""
+    rows, in_features = x.shape
+    width = 4 if rows > 2 else rows
+    aligned = values.data_ptr() % 16 == columns.data_ptr() % 16 == 0
+    return (
+        rows <= MOST_ROWS_CSR
+        and columns.dtype == torch.int16
+        and in_features * width * x.element_size() <= MOST_BYTES_CSR
+        and len(values) <= MOST_CSR * (len(starts) - 1) * in_features
+        and aligned
+    )
 
 
 def _tiled(

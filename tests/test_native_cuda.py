@@ -23,6 +23,7 @@ def backend(monkeypatch):
     monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
     module = importlib.import_module("lottery_sparse.native_cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
+        csr_linear=emulator.csr_linear,
         ternary_linear=emulator.ternary_linear,
         tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
             bitmap, x, starts, data, bias, rows
@@ -32,7 +33,7 @@ def backend(monkeypatch):
     sys.modules.pop("lottery_sparse.native_cuda", None)
 
 
-def problem(density=0.3, n=70, k=90, batch=3, dtype=torch.bfloat16):
+def problem(density=0.3, n=70, k=90, batch=5, dtype=torch.bfloat16):
     kept = torch.rand(n, k) < density
     weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
     return torch.randn(batch, k).to(dtype), weight, weight != 0
@@ -51,6 +52,15 @@ def test_sparse_products_are_those_of_the_reference(backend, op, density):
     expected = getattr(reference, op)(*args)
     torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
+    args = arguments("csr_linear", *problem(density, batch=batch))
+    expected = reference.csr_linear(*args)
+    torch.testing.assert_close(backend.csr_linear(*args), expected, rtol=2**-7, atol=1e-2)
+    assert (args[1] in backend._tiles) == (density > backend.MOST_CSR)
 
 
 def test_ternary_products_are_those_of_the_reference(backend):

@@ -1,4 +1,4 @@
-// A sparse weight by rows times 1 to 4 rows of x, see cuda_linear.h: a warp takes a row of the
+// A sparse weight by rows times 1 to 8 rows of x, see cuda_linear.h: a warp takes a row of the
 // weight, gathers x from shared memory and adds up in float.
 #include "cuda_finish.h"
 #include "cuda_linear.h"
@@ -8,7 +8,6 @@ namespace lottery_sparse {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * kLanes;
 constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kReserved = 1 << 10;
 constexpr int kEach = 8;   // entries that a lane reads at once
@@ -36,31 +35,44 @@ LS_DEVICE void read_numbers(const uint16_t* from, uint16_t to[kWidth]) {
     } else if (kWidth == 2) {
         const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
         to[0] = static_cast<uint16_t>(both), to[1] = static_cast<uint16_t>(both >> 16);
-    } else {
+    } else if (kWidth == 4) {
         const Words2 all = *reinterpret_cast<const Words2*>(from);
         LS_UNROLL
         for (int i = 0; i < kWidth; ++i)
             to[i] = static_cast<uint16_t>(all.word[i / 2] >> (i % 2 * 16));
+    } else {
+        const Words4 all = words_at(from);
+        LS_UNROLL
+        for (int i = 0; i < kWidth; ++i) to[i] = static_cast<uint16_t>(half_of(all, i));
     }
 }
 
 // x [batch][K] -> [K][kWidth], zeros beyond the batch.
 template <int kWidth>
-LS_DEVICE void load_columns(const CudaLinear& p, uint16_t* out) {
+LS_DEVICE void load_columns(const CudaLinear& p, uint16_t* out, int threads) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
     LS_ROLLED
     for (int row = 0; row < kWidth; ++row)
-        for (int64_t k = thread_index(); k < p.in_features; k += kThreads)
+        for (int64_t k = thread_index(); k < p.in_features; k += threads)
             out[k * kWidth + row] = row < p.batch ? x[row * p.in_features + k] : 0;
+}
+
+// x of 8 rows is half of a multiprocessor's memory, so one block has it all.
+LS_HOST_DEVICE constexpr int blocks_of(int width) {
+    return width == 8 ? 1 : kBlocks;
+}
+LS_HOST_DEVICE constexpr int warps_of(int width) {
+    return kWarps * kBlocks / blocks_of(width);
 }
 
 // T: the numbers of x and of the weight. kWidth: rows of x, at least its batch.
 template <class T, int kWidth>
-LS_GLOBAL(kThreads, kBlocks)
+LS_GLOBAL(warps_of(kWidth) * kLanes, blocks_of(kWidth))
 csr_kernel(CudaCsr p) {
+    constexpr int kAll = warps_of(kWidth);
     const CudaLinear& linear = p.linear;
     const int lane = thread_index() % kLanes;
-    const int64_t rows = linear.out_features, stride = int64_t{grid_x()} * kWarps;
+    const int64_t rows = linear.out_features, stride = int64_t{grid_x()} * kAll;
     const int64_t total = p.starts[rows];
     uint16_t* const x = reinterpret_cast<uint16_t*>(shared_memory());
     const uint64_t policy = evict_first();
@@ -86,12 +98,12 @@ csr_kernel(CudaCsr p) {
         return e;
     };
 
-    int64_t n = int64_t{block_x()} * kWarps + thread_index() / kLanes;
+    int64_t n = int64_t{block_x()} * kAll + thread_index() / kLanes;
     Row row = row_of(n), next = row_of(n + stride);
     Entries ahead[kAhead];
     LS_UNROLL
     for (int i = 0; i < kAhead; ++i) ahead[i] = read(row, i);
-    load_columns<kWidth>(linear, x);
+    load_columns<kWidth>(linear, x, kAll * kLanes);
     sync_block();
 
     for (; n < rows; n += stride) {
@@ -134,27 +146,34 @@ csr_kernel(CudaCsr p) {
 }
 
 int width_of(int64_t batch) {
-    return batch > 2 ? 4 : static_cast<int>(batch);
+    return batch > 4 ? 8 : batch > 2 ? 4 : static_cast<int>(batch);
+}
+
+template <class T>
+auto chosen(int width) {
+    return width == 1   ? csr_kernel<T, 1>
+           : width == 2 ? csr_kernel<T, 2>
+           : width == 4 ? csr_kernel<T, 4>
+                        : csr_kernel<T, 8>;
 }
 
 }  // namespace
 
 bool cuda_csr_fits(int64_t batch, int64_t in_features, const Device& device) {
+    const int width = width_of(batch);
     return batch <= kCudaCsrBatch &&
-           in_features * width_of(batch) * 2 <= device.shared / kBlocks - kReserved;
+           in_features * width * 2 <= device.shared / blocks_of(width) - kReserved;
 }
 
 const char* cuda_csr_linear(const CudaCsr& p, const Device& device) {
     const CudaLinear& linear = p.linear;
-    const int width = width_of(linear.batch);
-    const bool half = linear.type == Number::kFloat16;
-    const auto kernel = width == 1   ? (half ? csr_kernel<Float16, 1> : csr_kernel<BFloat16, 1>)
-                        : width == 2 ? (half ? csr_kernel<Float16, 2> : csr_kernel<BFloat16, 2>)
-                                     : (half ? csr_kernel<Float16, 4> : csr_kernel<BFloat16, 4>);
-    const int64_t blocks = (linear.out_features + kWarps - 1) / kWarps;
-    const int64_t room = kBlocks * device.processors;
+    const int width = width_of(linear.batch), warps = warps_of(width);
+    const auto kernel =
+        linear.type == Number::kFloat16 ? chosen<Float16>(width) : chosen<BFloat16>(width);
+    const int64_t blocks = (linear.out_features + warps - 1) / warps;
+    const int64_t room = blocks_of(width) * device.processors;
     const int shared = static_cast<int>(linear.in_features) * width * 2;
-    return launch(kernel, blocks < room ? blocks : room, 1, kThreads, shared, device, p);
+    return launch(kernel, least(blocks, room), 1, warps * kLanes, shared, device, p);
 }
 
 }  // namespace lottery_sparse

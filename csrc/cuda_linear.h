@@ -52,7 +52,7 @@ struct CudaTiles {
     int64_t split_tiles;     // column tiles of a split
 };
 
-constexpr int64_t kCudaCsrBatch = 4;  // most rows of x
+constexpr int64_t kCudaCsrBatch = 8;  // most rows of x
 
 // A sparse weight by rows, see packed_linear.h.
 struct CudaCsr {

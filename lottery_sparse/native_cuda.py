@@ -23,11 +23,9 @@ _ops = torch.ops.lottery_sparse_cuda
 MOST_ROWS = 16  # kCudaBatch
 _DTYPES = (torch.float16, torch.bfloat16)
 _SCALARS = (*_DTYPES, torch.float32)  # of scale and bias
-# Up to this density, so many rows of x and bytes of them (half of a block's memory on sm_80), a
-# weight by rows needs no tiles.
-MOST_CSR = 0.12
-MOST_ROWS_CSR = 4  # kCudaCsrBatch
-MOST_BYTES_CSR = 80 << 10
+# A weight by rows needs no tiles where it is sparse enough and x fits in shared memory, that of
+# sm_80: (most rows of x, they are padded to these; most density; most bytes of x).
+BY_ROWS = ((1, 0.12, 80 << 10), (2, 0.12, 80 << 10), (4, 0.12, 80 << 10), (8, 0.08, 160 << 10))
 # Up to this density, tiles with places are fewer bytes and instructions than bitmap tiles.
 MOST_PLACES = 0.24
 
@@ -55,17 +53,16 @@ def bitmap_linear(
 
 
 def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool:
-    """Whether the entries are read as they are: one to four rows of x, that fit beside them."""
-    rows, in_features = x.shape
-    width = 4 if rows > 2 else rows
-    aligned = values.data_ptr() % 16 == columns.data_ptr() % 16 == 0
-    return (
-        rows <= MOST_ROWS_CSR
-        and columns.dtype == torch.int16
-        and in_features * width * x.element_size() <= MOST_BYTES_CSR
-        and len(values) <= MOST_CSR * (len(starts) - 1) * in_features
-        and aligned
-    )
+    """Whether the entries are read as they are, see BY_ROWS."""
+    for rows, density, most in BY_ROWS:
+        if x.shape[0] <= rows:
+            return (
+                columns.dtype == torch.int16
+                and x.shape[1] * rows * x.element_size() <= most
+                and len(values) <= density * (len(starts) - 1) * x.shape[1]
+                and values.data_ptr() % 16 == columns.data_ptr() % 16 == 0
+            )
+    return False
 
 
 def _tiled(

@@ -167,7 +167,9 @@ def test_tiles_linear(shape, density, format, dtype):
 @pytest.mark.usefixtures("thread_order")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 2), (40, 900, 4), (37, 40, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (70, 130, 2), (40, 900, 4), (37, 40, 3), (90, 700, 7)], ids=str
+)
 def test_csr_linear(shape, density, dtype):
     n, k, batch = shape
     kept = torch.rand(n, k) < density

@@ -7,7 +7,7 @@ MAX_JOBS=n        parallel compilations; unset: bounded by processors and free m
 
 The kernels for NVIDIA GPUs (_C_cuda) are built too where nvcc and a CUDA build of torch are found:
 CUDA_HOME             the toolkit; unset: that of the nvcc on the path
-TORCH_CUDA_ARCH_LIST  what to compile for, as torch reads it; unset: 8.0;9.0a;10.0+PTX
+TORCH_CUDA_ARCH_LIST  what to compile for, from 8.0 on; unset: 8.0;9.0a;10.0+PTX
 """
 
 import os
@@ -158,13 +158,7 @@ def cuda_toolkit():
 def cuda_architectures():
     """Compute capabilities to compile for: "8.0", "9.0a", or "10.0+PTX" for newer ones as well."""
     listed = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
-    listed = [name for name in listed if name]
-    for name in listed:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
-            sys.exit(
-                f"TORCH_CUDA_ARCH_LIST names {name!r}; write capabilities such as 9.0a or 10.0+PTX."
-            )
-    return listed
+    return [name for name in listed if re.fullmatch(r"([89]|\d\d)\.\d[af]?(\+PTX)?", name)]
 
 
 def cuda_targets(architectures):
@@ -183,7 +177,11 @@ def why_no_cuda():
 
     if not torch.version.cuda:
         return f"torch {torch.__version__} is no CUDA build"
-    return None if cuda_toolkit() else "nvcc was not found ($CUDA_HOME, or nvcc on the path)"
+    if not cuda_toolkit():
+        return "nvcc was not found ($CUDA_HOME, or nvcc on the path)"
+    if not cuda_architectures():
+        return "TORCH_CUDA_ARCH_LIST names no capability from 8.0 on, such as 8.0, 9.0a or 10.0+PTX"
+    return None
 
 
 def compile_cuda(folder):
@@ -232,7 +230,9 @@ def native(required):
                 if required:
                     raise
                 # setuptools goes on without an optional extension
-                print(f"lottery_sparse: pure Python, {ext.name} failed to build: {error}")
+                print(
+                    f"lottery_sparse: going on without {ext.name}, which failed to build: {error}"
+                )
 
         def compile_kernels(self, ext):
             """torch's ninja files hold one set of flags, so each variant is a run of its own."""

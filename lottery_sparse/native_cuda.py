@@ -23,9 +23,10 @@ _ops = torch.ops.lottery_sparse_cuda
 MOST_ROWS = 16  # kCudaBatch
 _DTYPES = (torch.float16, torch.bfloat16)
 _SCALARS = (*_DTYPES, torch.float32)  # of scale and bias
-# A weight by rows needs no tiles where it is sparse enough and x fits in shared memory, that of
-# sm_80: (most rows of x, they are padded to these; most density; most bytes of x).
-BY_ROWS = ((1, 0.12, 80 << 10), (2, 0.12, 80 << 10), (4, 0.12, 80 << 10), (8, 0.08, 160 << 10))
+# A weight by rows needs no tiles where it is sparse enough and x fits in shared memory: (most rows
+# of x, they are padded to these; most density; blocks that share a multiprocessor's memory).
+BY_ROWS = ((1, 0.12, 2), (2, 0.12, 2), (4, 0.12, 2), (8, 0.08, 1))
+SHARED = 163 << 10  # bytes of shared memory of a block on sm_80
 # Up to this density, tiles with places are fewer bytes and instructions than bitmap tiles.
 MOST_PLACES = 0.24
 
@@ -54,15 +55,22 @@ def bitmap_linear(
 
 def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool:
     """Whether the entries are read as they are, see BY_ROWS."""
-    for rows, density, most in BY_ROWS:
+    for rows, density, blocks in BY_ROWS:
         if x.shape[0] <= rows:
             return (
                 columns.dtype == torch.int16
-                and x.shape[1] * rows * x.element_size() <= most
+                and x.shape[1] * rows * x.element_size() <= _shared(x.device) // blocks - 1024
                 and len(values) <= density * (len(starts) - 1) * x.shape[1]
                 and values.data_ptr() % 16 == columns.data_ptr() % 16 == 0
             )
     return False
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    if device.type != "cuda":  # emulated
+        return SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _tiled(

@@ -30,6 +30,7 @@ FLAGS = [
     "-g0",
     "-Wall",
     "-Wno-maybe-uninitialized",  # false alarms inside gcc's own AVX-512 headers
+    "-Wno-unknown-warning-option",  # clang does not have that one
 ]
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
 OLDEST_TORCH = (2, 11)
@@ -38,12 +39,16 @@ BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 # Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
 KERNELS = [
     "bitmap_linear_cpu",
+    "dense_tiles_cpu",
     "keep_top_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",
     "packed_linear_cpu",
     "random_fill_cpu",
+    "sample_mask_cpu",
     "sparse_conv2d_cpu",
+    "sparse_conv2d_planes_cpu",
+    "sparse_linear_bf16_cpu",
     "sparse_linear_cpu",
     "ternary_linear_cpu",
     "ternary_tiles_cpu",
@@ -54,12 +59,15 @@ DRIVERS = [
     "bindings_linear",
     "bindings_optim",
     "bindings_packed",
+    "bindings_sample",
     "bindings_step",
+    "compact_conv2d",
     "compact_linear",
     "keep_top",
     "masked_optim",
     "packed_linear",
     "sparse_conv2d",
+    "sparse_conv2d_planes",
     "sparse_linear",
     "ternary_linear",
     "train_step",
@@ -252,12 +260,16 @@ def native(required):
     os.environ.setdefault(
         "MAX_JOBS", str(max(1, min(os.cpu_count() or 1, free_memory() // BYTES_PER_JOB)))
     )
+    # torch's checks name the file that they are in: csrc/rim.h, not where it was built
+    root = os.path.dirname(os.path.abspath(__file__))
+    folders = root, os.path.join(os.path.dirname(torch.__file__), "include")
+    cxx = [*FLAGS, *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), ("LS_X86_VARIANTS", str(int(X86)))]
     kernels = CppExtension(
         "lottery_sparse._C",
         sources(DRIVERS),
         define_macros=macros,
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": cxx},
         py_limited_api=True,
         optional=not required,
     )
@@ -267,7 +279,7 @@ def native(required):
         f"lottery_sparse._eager_{version}",
         sources(["eager", "eager_optim", "compact_linear", "masked_optim", "variants"]),
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": cxx},
         optional=True,
     )
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
@@ -276,7 +288,7 @@ def native(required):
         sources(["host", "variants"]),
         include_dirs=pybind_include,
         define_macros=[*macros, ("LS_BUILD_FLAGS", f'"{flags}"')],
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": cxx},
         language="c++",
         optional=not required,
     )

@@ -1,6 +1,6 @@
 """One training step of a compact layer, y = x Wᵀ, dx and dvalues, autograd included.
 
-Contenders, all float32 and without bias, x requiring grad:
+Contenders, without bias, x requiring grad, all float32 but the last:
 
     F.linear           dense; the gradient is allocated anew each step, torch's default
     F.linear kept      … zero_grad(set_to_none=False): gradients are zeroed and added to
@@ -11,6 +11,7 @@ Contenders, all float32 and without bias, x requiring grad:
     ls compact         ls.CompactLinear, as it dispatches by itself
     ls compact frozen  … with nonzero frozen values: forward and dx stay dense
     F.linear forward, CSR forward, ls forward   forward only, no autograd
+    F.linear bf16, ls kernels bf16, ls compact bf16   everything in bfloat16, at two layers
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import nn
 import lottery_sparse as ls
 from benchmarks import peers, steps
 from benchmarks.layers import (
+    BFLOAT16_COMPACT_LAYERS,
+    BFLOAT16_DENSITIES,
     COMPACT_LAYERS,
     DENSITIES,
     LAYERS,
@@ -49,6 +52,9 @@ def cases(quick: bool) -> list[Case]:
     for layer, batch in QUICK_COMPACT_LAYERS if quick else COMPACT_LAYERS:
         found += [Case(layer, batch, densities[0], name) for name in ANY_DENSITY]
         found += [Case(layer, batch, d, name) for d in densities for name in SPARSE]
+    for layer, batch in () if quick else BFLOAT16_COMPACT_LAYERS:
+        found += [Case(layer, batch, densities[0], DENSE_BFLOAT16)]
+        found += [Case(layer, batch, d, name) for d in BFLOAT16_DENSITIES for name in BFLOAT16]
     return found
 
 
@@ -79,7 +85,8 @@ def peer(kind: type) -> Callable[[Problem], Callable]:
 
 
 def compact(p: Problem, frozen="zero") -> Any:
-    layer = nn.Linear(p.weight.shape[1], p.weight.shape[0], bias=False)
+    n, k = p.weight.shape
+    layer = nn.Linear(k, n, bias=False, dtype=p.weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(p.weight)
     model = ls.sparsify_(nn.Sequential(layer))
@@ -119,6 +126,16 @@ def kernels(p: Problem) -> Callable:
     return step
 
 
+def bfloat16(make: Callable) -> Callable:
+    """The same contender with everything in bfloat16."""
+
+    def of(p: Problem) -> Callable:
+        x, weight = (t.detach().bfloat16().requires_grad_() for t in (p.x, p.weight))
+        return make(Problem(x, weight, p.mask, p.dy.bfloat16()))
+
+    return of
+
+
 ANY_DENSITY = {
     "F.linear": steps.dense,
     "F.linear kept": steps.dense_kept_gradients,
@@ -136,11 +153,18 @@ SPARSE = {
     "ls forward": compact_forward,
 }
 
+DENSE_BFLOAT16 = "F.linear bf16"
+BFLOAT16 = {
+    "ls kernels bf16": bfloat16(kernels),
+    "ls compact bf16": bfloat16(compact_step),
+}
+CONTENDERS = ANY_DENSITY | SPARSE | {DENSE_BFLOAT16: bfloat16(steps.dense)} | BFLOAT16
+
 
 def bench_compact_linear(benchmark, quick, case):
     if case.contender.startswith("ls ") and not backends.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
-    step = (ANY_DENSITY | SPARSE)[case.contender](problem(case))
+    step = CONTENDERS[case.contender](problem(case))
     benchmark.extra_info.update(case._asdict())
     benchmark.group = f"{case.layer}, batch {case.batch}"
     steps.measure(benchmark, step, quick)

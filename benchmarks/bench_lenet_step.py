@@ -16,6 +16,7 @@ and 45 networks on two threads:
     ls together              ls.replicate, compact, ls.optim.Adam
     ls.train_step            … as one call
 
+and the same 45 through a chain of pruning, one step in each of its 20 rounds, 100% to 1.4% kept.
 Dense costs the same at every density.
 """
 
@@ -44,6 +45,12 @@ DENSE_MANY = {
     "torch processes": lambda density, networks: lenet.TwoProcesses(networks),
     "torch fused processes": lambda density, networks: lenet.TwoProcesses(networks, **FUSED),
 }
+CHAIN_ROUNDS = 20
+CHAIN = {
+    "torch": partial(lenet.repeated, CHAIN_ROUNDS),
+    "torch fused": partial(lenet.repeated, CHAIN_ROUNDS, **FUSED),
+    "ls.train_step": partial(lenet.chain, CHAIN_ROUNDS),
+}
 SPARSE_MANY = {"ls together": lenet.together, "ls.train_step": lenet.whole_step_together}
 
 
@@ -63,7 +70,8 @@ def cases(quick: bool) -> list[Case]:
     ):
         found += [Case(network, threads, densities[0], name) for name in dense]
         found += [Case(network, threads, d, name) for d in densities for name in sparse]
-    return found
+    chain = f"{LENET_NETWORKS} LeNets, {CHAIN_ROUNDS} rounds"
+    return found + [Case(chain, 2, 1.0, name) for name in CHAIN]
 
 
 def bench_lenet_step(benchmark, quick, case):
@@ -72,6 +80,8 @@ def bench_lenet_step(benchmark, quick, case):
     benchmark.group = case.network
     if case.threads == 1:
         step = (DENSE | SPARSE)[case.contender](case.density)
+    elif "rounds" in case.network:
+        step = CHAIN[case.contender](LENET_NETWORKS)
     else:
         step = (DENSE_MANY | SPARSE_MANY)[case.contender](case.density, LENET_NETWORKS)
     steps.measure(benchmark, step, quick)

@@ -28,23 +28,110 @@ def call(op: str, *args: Any) -> Callable[[], Any]:
     return lambda: getattr(importlib.import_module("lottery_sparse.kernels"), op)(*args)
 
 
+def linear_case(
+    n: int, k: int, batch: int, dtype: torch.dtype, source: str = "zero", networks: int = 0
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """masked_linear and its backward; networks side by side share their x."""
+    lead = (networks,) if networks else ()
+    x, w, dy = (
+        meta(*shape, dtype=dtype) for shape in ((batch, k), (*lead, n, k), (*lead, batch, n))
+    )
+    mask = meta(*w.shape, dtype=torch.bool) if source == "bool" else bits(*w.shape)
+    sources = {"tensor": (w, None), "signs": (meta(*lead, dtype=dtype), bits(*w.shape))}
+    frozen = sources.get(source, (None, None))
+    return (
+        call("masked_linear", x, w, mask, meta(*lead, n, dtype=dtype), *frozen),
+        call("masked_linear_backward", dy, x, w, mask, *frozen, True, True),
+    )
+
+
 def linear_cases() -> dict[str, Callable[[], Any]]:
+    both = {
+        "product zero 4096x4096 B64 bf16": (4096, 4096, 64, BF16),
+        "product tensor 4096x4096 B128 bf16": (4096, 4096, 128, BF16, "tensor"),
+        "product zero 4096x4096 B256 bf16": (4096, 4096, 256, BF16),
+        "product tensor 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "tensor"),
+        "product signs 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "signs"),
+        "product zero, bool mask 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "bool"),
+        "product zero 45 of 300x784 B60 bf16": (300, 784, 60, BF16, "zero", 45),
+        "product zero 45 of 300x784 B60 fp32": (300, 784, 60, FP32, "zero", 45),
+        "product zero 4096x4096 B256 fp32": (4096, 4096, 256, FP32),
+    }
     cases = {}
-    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
-        x, w, dy = (meta(*shape, dtype=dtype) for shape in ((256, 4096), (4096, 4096), (256, 4096)))
-        constant = meta(dtype=dtype)
-        sources = {
-            "zero": (None, None),
-            "tensor": (w, None),
-            "signs": (constant, bits(4096, 4096)),
-        }
-        for source, frozen in sources.items():
-            title = f"masked_linear product {source} 4096x4096 B256 {name}"
-            cases[title] = call("masked_linear", x, w, bits(4096, 4096), None, *frozen)
-            cases[f"{title}, backward"] = call(
-                "masked_linear_backward", dy, x, w, bits(4096, 4096), *frozen, True, True
-            )
+    for title, arguments in both.items():
+        forward, backward = linear_case(*arguments)
+        cases |= {f"masked_linear {title}": forward, f"masked_linear {title}, backward": backward}
+    for batch in (64, 256):
+        title = f"masked_linear product zero 4096x4096 B{batch} tf32"
+        forward, backward = map(with_tf32, linear_case(4096, 4096, batch, FP32))
+        cases |= {title: forward, f"{title}, backward": backward}
     return cases
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases()}
+def supermask_cases() -> dict[str, Callable[[], Any]]:
+    shape, batch = (4096, 4096), 256
+    score, key, kept = meta(*shape, dtype=FP32), meta(3, dtype=torch.int64), meta(dtype=torch.int64)
+    cases = {
+        "sample_bits 4096x4096": call("sample_bits", score, key),
+        "sample_bits ragged 27": call("sample_bits", meta(64, 27, dtype=FP32), key),
+    }
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+        x, dy = (meta(batch, 4096, dtype=dtype) for _ in range(2))
+        weights = {"tensor": (meta(*shape, dtype=dtype), None), "signs": (meta(dtype=dtype), True)}
+        for weight, (w, signs) in weights.items():
+            plus = bits(*shape) if signs else None
+            title = f"supermask_linear product {weight} 4096x4096 B256 {name}"
+            network = score, w, bits(*shape), kept
+            cases[title] = call("supermask_linear", x, *network, None, plus)
+            cases[f"{title}, backward"] = call(
+                "supermask_linear_backward", dy, x, *network, plus, True, False, True
+            )
+    title = "supermask_linear product tensor 4096x4096 B256"
+    for part in ("", ", backward"):
+        cases[f"{title} tf32{part}"] = with_tf32(cases[f"{title} fp32{part}"])
+    image, shape = meta(60, 128, 32, 32), (128, 128, 3, 3)
+    network = meta(*shape, dtype=FP32), meta(*shape), bits(128, 1152), kept
+    options = [1, 1], [1, 1], [1, 1], 1
+    cases["supermask_conv2d 128x128x3x3 bf16"] = call(
+        "supermask_conv2d", image, *network, None, None, *options
+    )
+    cases["supermask_conv2d 128x128x3x3 bf16, backward"] = call(
+        "supermask_conv2d_backward", image, image, *network, None, *options, True, False, True
+    )
+    return cases
+
+
+def with_tf32(case: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return case()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    return run
+
+
+def compact_cases() -> dict[str, Callable[[], Any]]:
+    """What a compact layer runs of its own, at 5% kept."""
+    shapes = {"4096x4096 B256": (4096, 4096, 256, 0), "45 of 300x784 B60": (300, 784, 60, 45)}
+    cases = {}
+    for title, (n, k, batch, networks) in shapes.items():
+        lead, slots = (networks,) if networks else (), n * k // 20
+        starts = meta(*lead, n + 1, dtype=torch.int64)
+        columns = meta(*lead, slots, dtype=torch.int16)
+        rest = meta(*lead, k + 1, dtype=torch.int64), columns, meta(*lead, slots, dtype=torch.int32)
+        for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+            x, dy = meta(batch, k, dtype=dtype), meta(*lead, batch, n, dtype=dtype)
+            w, values = meta(*lead, n, k, dtype=dtype), meta(*lead, slots, dtype=dtype)
+            cases[f"compact_linear product {title} {name}, backward"] = call(
+                "compact_linear_backward",
+                *(dy, x, values, w, starts, columns, *rest, True, False, True, None),
+            )
+        w, values = meta(*lead, n, k), meta(*lead, slots, dtype=FP32)
+        cases[f"scatter_kept_ {title}"] = call("scatter_kept_", w, values, starts, columns)
+        cases[f"gather_kept {title}"] = call("gather_kept", w, starts, columns)
+    return cases
+
+
+CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases(), **supermask_cases()}

@@ -54,36 +54,45 @@ class Launch:
 
     def compiled(self, arch: int) -> Any:
         signature, constants, attributes = {}, {}, {}
-        for i, (name, value) in enumerate(self.arguments.items()):
-            kind, aligned = _specialized(self.kernel.params[i].is_constexpr, value)
+        for i, (name, (kind, aligned)) in enumerate(self.types().items()):
             signature[name] = kind
             if kind == "constexpr":
-                constants[name] = value
+                constants[name] = self.arguments[name]
             elif aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
 
+    def types(self) -> dict[str, tuple[str, bool]]:
+        """Of each argument its type, and whether 16 is known to divide it."""
+        parameters = {p.name: p for p in self.kernel.params}
+        return {
+            name: _specialized(
+                parameters[name].is_constexpr, value, not parameters[name].do_not_specialize
+            )
+            for name, value in self.arguments.items()
+        }
+
     def fingerprint(self, arch: int) -> str:
         """Changes with the source of the kernel and of what it calls, and with the arguments."""
         arguments = {
-            name: f"{_specialized(False, v)} {None if isinstance(v, Tensor) else v}"
-            for name, v in self.arguments.items()
+            name: (kind, None if isinstance(self.arguments[name], Tensor) else self.arguments[name])
+            for name, kind in self.types().items()
         }
         parts = self.kernel.cache_key, arguments, self.options, arch, triton.__version__
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _specialized(constexpr: bool, value: Any) -> tuple[str, bool]:
+def _specialized(constexpr: bool, value: Any, numbers: bool = True) -> tuple[str, bool]:
     """Type of an argument, and whether 16 divides it, as Triton would specialize it."""
-    if constexpr or value is None or (type(value) is int and value == 1):
+    if constexpr or value is None or (numbers and type(value) is int and value == 1):
         return "constexpr", False
     if isinstance(value, Tensor):
         return f"*{TYPES[value.dtype]}", True  # torch aligns what it allocates
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), numbers and value % 16 == 0
     return "fp32", False
 
 
@@ -153,7 +162,8 @@ def faults(name: str, arch: int, row: dict[str, Any]) -> list[str]:
         size > limit for size, limit in zip(row["grid"], (2**31 - 1, 65535, 65535), strict=False)
     ):
         found.append(f"its grid {row['grid']} is too large")
-    if "product" in name and "fp32" not in name and not row["counts"].get(MATRIX[arch]):
+    product = "product" in name and "fp32" not in name and not name.endswith("_finish")
+    if product and not row["counts"].get(MATRIX[arch]):
         found.append(f"its products do not run on {MATRIX[arch]}")
     return [f"{name}, sm_{arch}: {fault}." for fault in found]
 

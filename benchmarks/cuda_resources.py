@@ -121,13 +121,20 @@ def _loops(cubin: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def _on_one_line(found: re.Match[str]) -> str:
+    return "{" + " ".join(found[1].split()) + "}"
+
+
 def main() -> None:
     table = {
         "source": source_hash(),
         "nvcc": nvcc_version(),
         "kernels": {name: measure(name) for name in ARCHITECTURES},
     }
-    RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    text = json.dumps(table, indent=1)  # a kernel's row on one line
+    text = re.sub(r"\{([^{}]*)\}", lambda row: "{" + " ".join(row[1].split()) + "}", text)
+    text = re.sub(r'\{\s+("registers"[^{}]*(?:\{[^{}]*\})?)\s*\}', _on_one_line, text)
+    RESULTS.write_text(text + "\n", "utf-8")
     for architecture, kernels in table["kernels"].items():
         for name, row in kernels.items():
             loop = (row["loop"] or {}).get("all")

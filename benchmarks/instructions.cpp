@@ -1,53 +1,17 @@
-// Fixed problems for the kernels of one variant (LS_VARIANT), each collected by callgrind on its
-// own: `begin`, the calls, `end("kernel")`. Prints one line per problem: kernel, units of work.
-// Compiled and run by instructions.py. Without valgrind it just runs.
-#include <valgrind/callgrind.h>
-
-#include <cstdio>
-#include <vector>
+// Fixed problems for the kernels of one instruction set; the others are in instructions_*.cpp.
+// Prints one line per problem: kernel, units of work. Compiled and run by instructions.py.
+#include "instructions.h"
 
 #include "../csrc/keep_top.h"
 #include "../csrc/mask_bits.h"
 #include "../csrc/masked_optim.h"
 #include "../csrc/random_fill.h"
-#include "../csrc/sparse_linear.h"
 
 namespace lottery_sparse {
 namespace {
 
 constexpr int64_t kRows = 256, kColumns = 784, kTiles = 2;
 constexpr int64_t kScores = 1 << 16;
-
-uint32_t draw() {  // a linear congruential generator: the same problem everywhere
-    static uint64_t state = 1;
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state >> 33);
-}
-
-std::vector<float> draws(int64_t count) {
-    std::vector<float> out(count);
-    for (float& value : out) value = static_cast<float>(draw() % 2001) / 1000.0f - 1.0f;
-    return out;
-}
-
-std::vector<uint8_t> mask_of(int64_t count, uint32_t percent) {
-    std::vector<uint8_t> out(count);
-    for (uint8_t& kept : out) kept = draw() % 100 < percent;
-    return out;
-}
-
-void begin() {
-    CALLGRIND_ZERO_STATS;
-    CALLGRIND_START_INSTRUMENTATION;
-}
-
-// `units` of work were done; the dump carries the name.
-#define END(name, units)                                               \
-    do {                                                               \
-        CALLGRIND_STOP_INSTRUMENTATION;                                \
-        CALLGRIND_DUMP_STATS_AT(name);                                 \
-        std::printf("%s %lld\n", name, static_cast<long long>(units)); \
-    } while (0)
 
 // Kept weights of a [kRows, kColumns] matrix, `percent` of all.
 void sparse_linear(uint32_t percent, const char* const names[4]) {
@@ -182,4 +146,7 @@ int main() {
     mask_bits();
     random_fill();
     adam();
+    count_convolutions();
+    count_packed();
+    count_steps();
 }

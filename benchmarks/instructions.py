@@ -2,8 +2,9 @@
 
 A count does not depend on what else the machine does, so a change of 3% is a change of the code.
 Counted for the variants that valgrind can run: portable and AVX2. Per product of a kept weight and
-a batch element for multiply, scatter and sample; per entry or element for the others. Fails if a
-count grew by more than 3% over results/instructions.json; --write stores what was counted.
+a batch element (convolutions: and a pixel) for products and whole steps, per weight for ternary
+ones, per entry or element for the others. Fails if a count grew by more than 3% over
+results/instructions.json; --write stores what was counted.
 """
 
 from __future__ import annotations
@@ -26,14 +27,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STORED = HERE / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
-PROGRAM = HERE / "instructions.cpp"
-KERNELS = (
+KERNELS = (  # compiled for each variant
+    "bitmap_linear_cpu",
+    "dense_tiles_cpu",
     "keep_top_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",
+    "packed_linear_cpu",
     "random_fill_cpu",
+    "sparse_conv2d_cpu",
+    "sparse_conv2d_planes_cpu",
+    "sparse_linear_bf16_cpu",
     "sparse_linear_cpu",
+    "ternary_linear_cpu",
+    "ternary_tiles_cpu",
 )
+DRIVERS = ("compact_linear", "sparse_conv2d", "sparse_conv2d_planes", "train_step", "variants")
+PROGRAM = ("instructions", "instructions_conv2d", "instructions_packed", "instructions_step")
 SLACK = 0.03
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -50,8 +60,8 @@ def why_not() -> str | None:
 def count() -> dict[str, Any]:
     """{"compiler", "counts": {variant: {kernel: instructions per unit of work}}}."""
     variants = {"portable": []} | ({"avx2": _setup()["AVX2"]} if _runs_avx2() else {})
-    with ThreadPoolExecutor(2) as pool:
-        programs = dict(zip(variants, pool.map(_build, variants, variants.values()), strict=True))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        programs = _build(variants, pool)
         counted = dict(zip(programs, pool.map(_callgrind, programs.values()), strict=True))
     return {"compiler": _version(_compiler()), "counts": counted}
 
@@ -74,9 +84,9 @@ def comparable(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def as_text(now: dict[str, Any]) -> str:
     columns = now["counts"]
-    lines = [f"{'instructions per unit':32}" + "".join(f"{variant:>12}" for variant in columns)]
+    lines = [f"{'instructions per unit':40}" + "".join(f"{variant:>12}" for variant in columns)]
     for kernel in next(iter(columns.values())):
-        lines.append(f"{kernel:32}" + "".join(f"{c[kernel]:12.3f}" for c in columns.values()))
+        lines.append(f"{kernel:40}" + "".join(f"{c[kernel]:12.3f}" for c in columns.values()))
     return "\n".join(lines)
 
 
@@ -113,23 +123,39 @@ def _setup() -> dict[str, list[str]]:
     }
 
 
-def _build(variant: str, flags: list[str]) -> Path:
-    """Compiles what is older than any source; returns the program."""
-    folder = BUILD / variant
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / "instructions"
-    inputs = [*(ROOT / "csrc").glob("*.h"), ROOT / "setup.py", Path(__file__), PROGRAM]
-    inputs += [ROOT / "csrc" / f"{kernel}.cpp" for kernel in KERNELS]
-    if program.is_file() and program.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
-        return program
-    common = [_compiler(), *_setup()["FLAGS"], f"-DLS_VARIANT={variant}"]
-    common.append(f"-DLS_X86_VARIANTS={int(X86)}")
-    objects = []
-    for kernel in KERNELS:
-        objects.append(folder / f"{kernel}.o")
-        _run(*common, *flags, "-c", ROOT / "csrc" / f"{kernel}.cpp", "-o", objects[-1])
-    _run(*common, PROGRAM, *objects, "-o", program)
-    return program
+def _build(variants: dict[str, list[str]], pool: ThreadPoolExecutor) -> dict[str, Path]:
+    """Compiles what is older than its sources; returns the program of each variant.
+
+    Each program has one instruction set, which its drivers know as the portable one.
+    """
+    common = [_compiler(), *_setup()["FLAGS"], "-DLS_VARIANT=portable", "-DLS_X86_VARIANTS=0"]
+    shared = [ROOT / "csrc" / f"{name}.cpp" for name in DRIVERS]
+    shared += [HERE / f"{name}.cpp" for name in PROGRAM]
+    wanted = [(BUILD / "shared" / f"{source.stem}.o", source, []) for source in shared]
+    for variant, flags in variants.items():
+        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in KERNELS]
+        wanted += [(BUILD / variant / f"{source.stem}.o", source, flags) for source in sources]
+    headers = [*(ROOT / "csrc").glob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
+    newest = max(p.stat().st_mtime for p in headers)
+
+    def compiled(wish: tuple[Path, Path, list[str]]) -> Path:
+        out, source, flags = wish
+        if not _newer(out, max(newest, source.stat().st_mtime)):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _run(*common, *flags, "-c", source, "-o", out)
+        return out
+
+    objects = list(pool.map(compiled, wanted))
+    programs = {variant: BUILD / variant / "instructions" for variant in variants}
+    for variant, program in programs.items():
+        parts = [p for p in objects if p.parent.name in ("shared", variant)]
+        if not _newer(program, max(p.stat().st_mtime for p in parts)):
+            _run(*common, *parts, "-o", program)
+    return programs
+
+
+def _newer(path: Path, time: float) -> bool:
+    return path.is_file() and path.stat().st_mtime > time
 
 
 def _callgrind(program: Path) -> dict[str, float]:
@@ -151,7 +177,12 @@ def _callgrind(program: Path) -> dict[str, float]:
 
 
 def _run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | {"LS_CPU": "portable"},  # the only one that a program knows
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout

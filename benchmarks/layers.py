@@ -27,6 +27,8 @@ COMPACT_LAYERS = tuple(
     (layer, 60)
     for layer in ("lenet fc1", "lenet fc2", "lenet output", "conv2 fc1", "conv6 fc1", "conv fc2")
 )
+BFLOAT16_COMPACT_LAYERS = (("1024 x 1024", 256), ("4096 x 4096", 256))
+BFLOAT16_DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 QUICK_COMPACT_LAYERS = (("lenet fc1", 60), ("1024 x 1024", 64))
 # enough for --quick: one small, one large
 QUICK_LAYERS = ("lenet fc1", "1024 x 1024")

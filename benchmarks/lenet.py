@@ -131,6 +131,27 @@ def whole_step_together(density: float, networks: int) -> Callable:
     return lambda: step(x, labels)
 
 
+def repeated(rounds: int, networks: int, **options: bool) -> Callable:
+    step = one_by_one(1.0, networks, **options)
+
+    def steps():
+        for _ in range(rounds):
+            step()
+
+    return steps
+
+
+def chain(rounds: int, networks: int) -> Callable:
+    """One step of each round of pruning a fifth of what the hidden layers keep."""
+    steps_of_rounds = [whole_step_together(0.8**r, networks) for r in range(rounds)]
+
+    def steps():
+        for step in steps_of_rounds:
+            step()
+
+    return steps
+
+
 class TwoProcesses:
     """Half of the networks in each of two processes of one thread; a call is one step of all."""
 

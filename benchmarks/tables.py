@@ -131,21 +131,22 @@ def masked_linear(rows: list[Row]) -> str:
 def compact_linear(rows: list[Row]) -> str:
     place, dense = ("layer", "batch"), ("F.linear",)
 
-    def forward(times: Times, contender: str, densities: list[float]) -> list | None:
-        if not contender.endswith(" forward"):
+    def own_base(times: Times, contender: str, densities: list[float]) -> list | None:
+        dense = f"F.linear {contender.rpartition(' ')[2]}"
+        if not contender.endswith((" forward", " bf16")):
             return None
-        base = times.of("F.linear forward", densities[0])
-        if contender == "F.linear forward":
+        base = times.of(dense, densities[0])
+        if contender == dense:
             return [f"{base:.0f} µs"] * len(densities) if base else None
         return times.ratios(contender, densities, base) if base else None
 
     return "\n\n".join([
         "## One step of a compact linear layer: forward, dx, dvalues",
-        "Ratio to `F.linear`, by density; forward only: to `F.linear forward`. Contenders: "
-        "benchmarks/bench_compact_linear.py.",
+        "Ratio to `F.linear`, by density; forward only: to `F.linear forward`; bfloat16: to "
+        "`F.linear bf16`. Contenders: benchmarks/bench_compact_linear.py.",
         _summary(rows, place, dense, "F.linear", "ls compact"),
         _contenders(
-            rows, place, dense, "F.linear", ("F.linear kept", "bare mm", "prune"), forward
+            rows, place, dense, "F.linear", ("F.linear kept", "bare mm", "prune"), own_base
         ),
     ])  # fmt: skip
 
@@ -179,7 +180,8 @@ def lenet_step(rows: list[Row]) -> str:
     head = ("network", "density", "contender", "µs", *(f"over {name}" for name in dense))
     return "\n\n".join([
         "## One training step of LeNet-300-100 with Adam, batch 60",
-        "By density of the hidden layers; one network on one thread, 45 on two. Contenders: "
+        "By density of the hidden layers; one network on one thread, 45 on two; for 20 rounds of "
+        "pruning the sum of one step in each. Contenders: "
         "benchmarks/bench_lenet_step.py.",
         _table(head, lines),
     ])  # fmt: skip

@@ -3,6 +3,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "rim.h"
 #include "sparse_linear.h"
@@ -10,10 +11,36 @@
 namespace lottery_sparse {
 namespace {
 
+// Kernels take float or bfloat16, all of a call's tensors alike.
+template <class T>
+constexpr ScalarType kDtype = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
+
+// f(T{}) for the T of this tensor; another dtype is refused where it is checked to be float.
+template <class F>
+auto with_storage(const Tensor& t, const F& f) {
+    return t.scalar_type() == ScalarType::BFloat16 ? f(Bfloat16{}) : f(float{});
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+    return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+const T* checked_bias(std::optional<Tensor>& bias, const SparseLinearShape& shape) {
+    if (!bias) return nullptr;
+    bias = checked("bias", *bias, kDtype<T>);
+    STD_TORCH_CHECK(bias->numel() == shape.replicates * shape.out_features, "bias has shape ",
+                    shape_text(*bias), ", which does not fit ", shape.replicates, " networks of ",
+                    shape.out_features, " rows.");
+    return data<T>(*bias);
+}
+
 // Checks x, weight and mask of masked_linear, makes them contiguous, and returns their sizes.
+template <class T>
 SparseLinearShape checked_shape(Tensor& x, Tensor& weight, Tensor& mask) {
-    x = checked("x", x, ScalarType::Float);
-    weight = checked("weight", weight, ScalarType::Float);
+    x = checked("x", x, kDtype<T>);
+    weight = checked("weight", weight, kDtype<T>);
     mask = checked("mask", mask, ScalarType::Bool);
     check_rank("weight", weight, 2, 3);
     check_rank("x", x, 2, weight.dim());
@@ -37,39 +64,46 @@ std::vector<int64_t> output_size(const SparseLinearShape& shape, const Tensor& w
     return {shape.batch, shape.out_features};
 }
 
-Tensor masked_linear_op(Tensor x, Tensor weight, Tensor mask, std::optional<Tensor> bias) {
-    const SparseLinearShape shape = checked_shape(x, weight, mask);
-    if (bias) {
-        bias = checked("bias", *bias, ScalarType::Float);
-        STD_TORCH_CHECK(bias->numel() == shape.replicates * shape.out_features, "bias has shape ",
-                        shape_text(*bias), ", which does not fit weight ", shape_text(weight), ".");
-    }
-    Tensor y = empty(output_size(shape, weight), ScalarType::Float);
-    sparse_linear_forward({shape, floats(x), floats(weight), bytes(mask),
-                           bias ? floats(*bias) : nullptr, output<float>(y)},
+template <class T>
+Tensor masked_linear(Tensor x, Tensor weight, Tensor mask, std::optional<Tensor> bias) {
+    const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
+    const T* b = checked_bias<T>(bias, shape);
+    Tensor y = empty(output_size(shape, weight), kDtype<T>);
+    sparse_linear_forward({shape, data<T>(x), data<T>(weight), bytes(mask), b, output<T>(y)},
                           kParallel);
     return y;
 }
 
-std::tuple<Tensor, Tensor> masked_linear_backward_op(Tensor dy, Tensor x, Tensor weight,
-                                                     Tensor mask, bool need_dx, bool need_dw) {
-    const SparseLinearShape shape = checked_shape(x, weight, mask);
-    dy = checked("dy", dy, ScalarType::Float);
+Tensor masked_linear_op(Tensor x, Tensor weight, Tensor mask, std::optional<Tensor> bias) {
+    return with_storage(x,
+                        [&](auto t) { return masked_linear<decltype(t)>(x, weight, mask, bias); });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask,
+                                                  bool need_dx, bool need_dw) {
+    const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
+    dy = checked("dy", dy, kDtype<T>);
     STD_TORCH_CHECK(dy.dim() == weight.dim() &&
                         dy.numel() == shape.replicates * shape.batch * shape.out_features &&
                         dy.size(dy.dim() - 1) == shape.out_features,
                     "dy has shape ", shape_text(dy), ", which does not fit x ", shape_text(x),
                     " and weight ", shape_text(weight), ".");
     const auto like = [](bool needed, const Tensor& t) {
-        return needed ? torch::stable::empty(t.sizes(), ScalarType::Float)
-                      : empty({0}, ScalarType::Float);
+        return needed ? torch::stable::empty(t.sizes(), kDtype<T>) : empty({0}, kDtype<T>);
     };
     Tensor dx = like(need_dx, x), dw = like(need_dw, weight);
-    sparse_linear_backward(
-        {shape, floats(dy), floats(x), floats(weight), bytes(mask),
-         need_dx ? output<float>(dx) : nullptr, need_dw ? output<float>(dw) : nullptr},
-        kParallel);
+    sparse_linear_backward({shape, data<T>(dy), data<T>(x), data<T>(weight), bytes(mask),
+                            need_dx ? output<T>(dx) : nullptr, need_dw ? output<T>(dw) : nullptr},
+                           kParallel);
     return {dx, dw};
+}
+
+std::tuple<Tensor, Tensor> masked_linear_backward_op(Tensor dy, Tensor x, Tensor weight,
+                                                     Tensor mask, bool need_dx, bool need_dw) {
+    return with_storage(x, [&](auto t) {
+        return masked_linear_backward<decltype(t)>(dy, x, weight, mask, need_dx, need_dw);
+    });
 }
 
 // Sizes and lists of a compact layer; tensors stay alive in the caller.
@@ -79,9 +113,10 @@ struct CompactArguments {
 };
 
 // Checks what both ops take. values [C] or [E, C]; starts [N + 1] or [E, N + 1].
+template <class T>
 CompactArguments checked_compact(Tensor& values, Tensor& starts, Tensor& columns, int64_t batch,
                                  int64_t in_features, bool shared_x) {
-    values = checked("values", values, ScalarType::Float);
+    values = checked("values", values, kDtype<T>);
     check_rank("values", values, 1, 2);
     starts = checked("starts", starts, ScalarType::Long);
     const bool wide = columns.scalar_type() == ScalarType::Int;
@@ -97,44 +132,47 @@ CompactArguments checked_compact(Tensor& values, Tensor& starts, Tensor& columns
              nullptr, nullptr, nullptr, values.size(d - 1), wide}};
 }
 
-std::tuple<Tensor, Tensor> compact_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
-                                             std::optional<Tensor> bias) {
-    x = checked("x", x, ScalarType::Float);
+template <class T>
+std::tuple<Tensor, Tensor> compact_linear(Tensor x, Tensor values, Tensor starts, Tensor columns,
+                                          std::optional<Tensor> bias) {
+    x = checked("x", x, kDtype<T>);
     check_rank("x", x, 2, values.dim() + 1);
     const int64_t batch = x.size(x.dim() - 2), k = x.size(x.dim() - 1);
     const auto [shape, lists] =
-        checked_compact(values, starts, columns, batch, k, /*shared_x=*/x.dim() == 2);
+        checked_compact<T>(values, starts, columns, batch, k, /*shared_x=*/x.dim() == 2);
     STD_TORCH_CHECK(x.dim() == 2 || x.size(0) == shape.replicates, "x has shape ", shape_text(x),
                     ", but there are ", shape.replicates, " networks.");
-    if (bias) {
-        bias = checked("bias", *bias, ScalarType::Float);
-        STD_TORCH_CHECK(bias->numel() == shape.replicates * shape.out_features, "bias has shape ",
-                        shape_text(*bias), ", which does not fit starts ", shape_text(starts), ".");
-    }
+    const T* b = checked_bias<T>(bias, shape);
     const int64_t tiles = (batch + kTileBatch - 1) / kTileBatch;
-    Tensor y = values.dim() == 2
-                   ? empty({shape.replicates, batch, shape.out_features}, ScalarType::Float)
-                   : empty({batch, shape.out_features}, ScalarType::Float);
+    Tensor y = values.dim() == 2 ? empty({shape.replicates, batch, shape.out_features}, kDtype<T>)
+                                 : empty({batch, shape.out_features}, kDtype<T>);
     Tensor packed =
         empty({x.dim() == 2 ? 1 : shape.replicates, tiles, k, kTileBatch}, ScalarType::Float);
-    compact_linear_forward({shape, lists, floats(x), floats(values), bias ? floats(*bias) : nullptr,
-                            output<float>(y), output<float>(packed)},
-                           kParallel);
+    compact_linear_forward(
+        {shape, lists, data<T>(x), data<T>(values), b, output<T>(y), output<float>(packed)},
+        kParallel);
     return {y, packed};
 }
 
-std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor packed_x,
-                                                              Tensor values, Tensor starts,
-                                                              Tensor columns, Tensor column_starts,
-                                                              Tensor rows, Tensor positions,
-                                                              bool shared_x, bool need_dx,
-                                                              bool need_dvalues, bool need_dbias) {
-    dy = checked("dy", dy, ScalarType::Float);
+std::tuple<Tensor, Tensor> compact_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
+                                             std::optional<Tensor> bias) {
+    return with_storage(
+        x, [&](auto t) { return compact_linear<decltype(t)>(x, values, starts, columns, bias); });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> compact_linear_backward(Tensor dy, Tensor packed_x,
+                                                           Tensor values, Tensor starts,
+                                                           Tensor columns, Tensor column_starts,
+                                                           Tensor rows, Tensor positions,
+                                                           bool shared_x, bool need_dx,
+                                                           bool need_dvalues, bool need_dbias) {
+    dy = checked("dy", dy, kDtype<T>);
     check_rank("dy", dy, values.dim() + 1, values.dim() + 1);
     packed_x = checked("packed_x", packed_x, ScalarType::Float);
     check_rank("packed_x", packed_x, 4, 4);
     const int64_t batch = dy.size(dy.dim() - 2), k = packed_x.size(2);
-    auto [shape, lists] = checked_compact(values, starts, columns, batch, k, shared_x);
+    auto [shape, lists] = checked_compact<T>(values, starts, columns, batch, k, shared_x);
     column_starts = checked("column_starts", column_starts, ScalarType::Long);
     rows = checked("rows", rows, lists.wide ? ScalarType::Int : ScalarType::Short);
     positions = checked("positions", positions, ScalarType::Int);
@@ -148,38 +186,57 @@ std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor 
     lists.rows = rows.const_data_ptr();
     lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());
     const bool separate_x = values.dim() == 2 && !shared_x;
-    Tensor dx = empty({0}, ScalarType::Float), dvalues = dx, dbias = dx;
+    Tensor dx = empty({0}, kDtype<T>), dvalues = dx, dbias = dx;
     if (need_dx)
-        dx = separate_x ? empty({shape.replicates, batch, k}, ScalarType::Float)
-                        : empty({batch, k}, ScalarType::Float);
-    if (need_dvalues) dvalues = torch::stable::empty(values.sizes(), ScalarType::Float);
+        dx = separate_x ? empty({shape.replicates, batch, k}, kDtype<T>)
+                        : empty({batch, k}, kDtype<T>);
+    if (need_dvalues) dvalues = torch::stable::empty(values.sizes(), kDtype<T>);
     if (need_dbias)
-        dbias = values.dim() == 2 ? empty({shape.replicates, shape.out_features}, ScalarType::Float)
-                                  : empty({shape.out_features}, ScalarType::Float);
+        dbias = values.dim() == 2 ? empty({shape.replicates, shape.out_features}, kDtype<T>)
+                                  : empty({shape.out_features}, kDtype<T>);
     compact_linear_backward(
-        {shape, lists, floats(dy), floats(packed_x), floats(values),
-         need_dx ? output<float>(dx) : nullptr, need_dvalues ? output<float>(dvalues) : nullptr,
-         need_dbias ? output<float>(dbias) : nullptr},
+        {shape, lists, data<T>(dy), floats(packed_x), data<T>(values),
+         need_dx ? output<T>(dx) : nullptr, need_dvalues ? output<T>(dvalues) : nullptr,
+         need_dbias ? output<T>(dbias) : nullptr},
         kParallel);
     return {dx, dvalues, dbias};
 }
 
-Tensor pack_tiles_op(Tensor x) {
-    x = checked("x", x, ScalarType::Float);
+std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor packed_x,
+                                                              Tensor values, Tensor starts,
+                                                              Tensor columns, Tensor column_starts,
+                                                              Tensor rows, Tensor positions,
+                                                              bool shared_x, bool need_dx,
+                                                              bool need_dvalues, bool need_dbias) {
+    return with_storage(dy, [&](auto t) {
+        return compact_linear_backward<decltype(t)>(dy, packed_x, values, starts, columns,
+                                                    column_starts, rows, positions, shared_x,
+                                                    need_dx, need_dvalues, need_dbias);
+    });
+}
+
+template <class T>
+Tensor packed_tiles(Tensor x) {
+    x = checked("x", x, kDtype<T>);
     check_rank("x", x, 2, 3);
     const int64_t count = x.dim() == 3 ? x.size(0) : 1, batch = x.size(x.dim() - 2),
                   features = x.size(x.dim() - 1);
     Tensor tiles = empty({count, (batch + kTileBatch - 1) / kTileBatch, features, kTileBatch},
                          ScalarType::Float);
-    pack_tiles(floats(x), count, batch, features, output<float>(tiles), kParallel);
+    pack_tiles(data<T>(x), count, batch, features, output<float>(tiles), kParallel);
     return tiles;
 }
 
+Tensor pack_tiles_op(Tensor x) {
+    return with_storage(x, [&](auto t) { return packed_tiles<decltype(t)>(x); });
+}
+
 // `dense` [..., N, K] of any rank as rows of the lists.
+template <class T>
 CompactArguments checked_entries(const Tensor& dense, Tensor& values, Tensor& starts,
                                  Tensor& columns) {
     CompactArguments found =
-        checked_compact(values, starts, columns, /*batch=*/0, /*in_features=*/0, false);
+        checked_compact<T>(values, starts, columns, /*batch=*/0, /*in_features=*/0, false);
     const int64_t rows = found.shape.replicates * found.shape.out_features;
     found.shape.in_features = rows ? dense.numel() / rows : 0;
     STD_TORCH_CHECK(found.shape.in_features * rows == dense.numel(), "dense has shape ",
@@ -187,22 +244,33 @@ CompactArguments checked_entries(const Tensor& dense, Tensor& values, Tensor& st
     return found;
 }
 
-Tensor gather_kept_op(Tensor dense, Tensor starts, Tensor columns) {
-    dense = checked("dense", dense, ScalarType::Float);
-    Tensor values = torch::stable::empty(columns.sizes(), ScalarType::Float);
-    const auto [shape, lists] = checked_entries(dense, values, starts, columns);
-    gather_kept({shape, lists, const_cast<float*>(floats(dense)), output<float>(values)},
+template <class T>
+Tensor gathered(Tensor dense, Tensor starts, Tensor columns) {
+    dense = checked("dense", dense, kDtype<T>);
+    Tensor values = torch::stable::empty(columns.sizes(), kDtype<T>);
+    const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
+    gather_kept(KeptEntries<T>{shape, lists, const_cast<T*>(data<T>(dense)), output<T>(values)},
                 kParallel);
     return values;
 }
 
-void scatter_kept_op(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
-    STD_TORCH_CHECK(
-        dense.is_cpu() && dense.scalar_type() == ScalarType::Float && dense.is_contiguous(),
-        "dense must be a contiguous float32 CPU tensor for the native kernels.");
-    const auto [shape, lists] = checked_entries(dense, values, starts, columns);
-    scatter_kept({shape, lists, output<float>(dense), const_cast<float*>(floats(values))},
+Tensor gather_kept_op(Tensor dense, Tensor starts, Tensor columns) {
+    return with_storage(dense,
+                        [&](auto t) { return gathered<decltype(t)>(dense, starts, columns); });
+}
+
+template <class T>
+void scatter(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
+    STD_TORCH_CHECK(dense.is_cpu() && dense.scalar_type() == kDtype<T> && dense.is_contiguous(),
+                    "dense must be a contiguous ", toString(kDtype<T>),
+                    " CPU tensor for the native kernels.");
+    const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
+    scatter_kept(KeptEntries<T>{shape, lists, output<T>(dense), const_cast<T*>(data<T>(values))},
                  kParallel);
+}
+
+void scatter_kept_op(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
+    with_storage(dense, [&](auto t) { scatter<decltype(t)>(dense, values, starts, columns); });
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 namespace lottery_sparse {
 namespace {
 
+constexpr size_t kLists = 6;  // tensors in `lists` per layer
 constexpr size_t kRates = 7;  // numbers per parameter, see rule()
 
 // Adam: lr, beta1, beta2, eps, weight_decay, decoupled, maximize.
@@ -52,19 +53,23 @@ T* in_place(const char* name, const Tensor& t, ScalarType dtype, int64_t count) 
 }
 
 // Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
-// (empty: none), in `steps` their counters; starts, columns, column_starts, rows and positions in
-// `lists`. `rates` has kRates numbers per parameter.
+// (empty: none), in `steps` their counters; starts, columns, column_starts, rows, positions and
+// mask in `lists`, empty for a plain layer, whose values are `effective` too; `zero`: whether
+// pruned weights hold zero. `rates` has kRates numbers per parameter.
 Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                      std::vector<Tensor> first, std::vector<Tensor> second,
                      std::vector<Tensor> steps, std::vector<Tensor> effective,
-                     std::vector<Tensor> lists, std::vector<double> rates, bool adam,
-                     int64_t networks, int64_t threads) {
+                     std::vector<Tensor> lists, std::vector<int64_t> zero,
+                     std::vector<int64_t> keep_effective, std::vector<double> rates, bool adam,
+                     int64_t networks, int64_t threads, std::vector<double> limits) {
     x = checked("x", x, ScalarType::Float);
     labels = checked("labels", labels, ScalarType::Long);
     const size_t layers = effective.size();
-    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers && lists.size() == 5 * layers &&
-                        first.size() == 2 * layers && second.size() == 2 * layers &&
-                        steps.size() == 2 * layers && rates.size() == 2 * layers * kRates,
+    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers &&
+                        lists.size() == kLists * layers && first.size() == 2 * layers &&
+                        second.size() == 2 * layers && steps.size() == 2 * layers &&
+                        zero.size() == layers && keep_effective.size() == layers &&
+                        limits.size() == 2 && rates.size() == 2 * layers * kRates,
                     "the lists of tensors do not fit each other.");
     check_rank("x", x, 2, 3);
     check_rank("labels", labels, 1, 2);
@@ -76,7 +81,9 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                    labels.dim() == 1,
                    {},
                    nullptr,
-                   threads};
+                   threads,
+                   limits[0],
+                   limits[1]};
     STD_TORCH_CHECK(networks > 0 && (x.dim() == 2 || x.size(0) == networks) &&
                         (labels.dim() == 1 || labels.size(0) == networks) &&
                         labels.size(labels.dim() - 1) == p.batch && p.batch > 0,
@@ -84,30 +91,40 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                     networks, " networks with a batch of at least 1.");
     int64_t features = x.size(x.dim() - 1);
     for (size_t l = 0; l < layers; ++l) {
-        const Tensor* list = &lists[5 * l];
-        const bool wide = list[1].scalar_type() == ScalarType::Int;
-        const ScalarType numbers = wide ? ScalarType::Int : ScalarType::Short;
-        const int64_t slots = parameters[2 * l].numel(), bounds = list[0].numel() / networks;
+        const Tensor* list = &lists[kLists * l];
+        check_rank("effective", effective[l], 2, 3);
+        const int64_t k = features, n = effective[l].size(effective[l].dim() - 2);
+        const int64_t slots = parameters[2 * l].numel();
         StepLayer layer = {};
-        layer.in_features = features;
-        layer.out_features = bounds - 1;
-        STD_TORCH_CHECK(bounds > 0, "starts are missing.");
+        layer.in_features = k;
+        layer.out_features = n;
+        layer.plain = list[0].numel() == 0;
+        layer.zero = zero[l];
+        layer.keep_effective = keep_effective[l];
         layer.values = in_place<float>("values", parameters[2 * l], ScalarType::Float, slots);
-        layer.effective = in_place<float>("effective", effective[l], ScalarType::Float,
-                                          networks * layer.out_features * features);
-        const int64_t outputs = networks * layer.out_features;
-        layer.bias = in_place<float>("bias", parameters[2 * l + 1], ScalarType::Float, outputs);
-        layer.lists = {
-            in_place<int64_t>("starts", list[0], ScalarType::Long, networks * bounds),
-            wide ? static_cast<void*>(in_place<int32_t>("columns", list[1], numbers, slots))
-                 : in_place<int16_t>("columns", list[1], numbers, slots),
-            in_place<int64_t>("column_starts", list[2], ScalarType::Long,
-                              networks * (features + 1)),
-            wide ? static_cast<void*>(in_place<int32_t>("rows", list[3], numbers, slots))
-                 : in_place<int16_t>("rows", list[3], numbers, slots),
-            in_place<int32_t>("positions", list[4], ScalarType::Int, slots),
-            slots / networks,
-            wide};
+        layer.effective =
+            in_place<float>("effective", effective[l], ScalarType::Float, networks * n * k);
+        layer.bias =
+            in_place<float>("bias", parameters[2 * l + 1], ScalarType::Float, networks * n);
+        if (layer.plain) {
+            STD_TORCH_CHECK(layer.values == layer.effective && slots == networks * n * k,
+                            "starts are missing.");
+        } else {
+            const bool wide = list[1].scalar_type() == ScalarType::Int;
+            const ScalarType numbers = wide ? ScalarType::Int : ScalarType::Short;
+            layer.lists = {
+                in_place<int64_t>("starts", list[0], ScalarType::Long, networks * (n + 1)),
+                wide ? static_cast<void*>(in_place<int32_t>("columns", list[1], numbers, slots))
+                     : in_place<int16_t>("columns", list[1], numbers, slots),
+                in_place<int64_t>("column_starts", list[2], ScalarType::Long, networks * (k + 1)),
+                wide ? static_cast<void*>(in_place<int32_t>("rows", list[3], numbers, slots))
+                     : in_place<int16_t>("rows", list[3], numbers, slots),
+                in_place<int32_t>("positions", list[4], ScalarType::Int, slots),
+                /*capacity=*/0,
+                wide};
+            layer.mask = in_place<uint8_t>("mask", list[5], ScalarType::Bool, networks * n * k);
+        }
+        layer.lists.capacity = slots / networks;
         for (size_t i = 2 * l; i < 2 * l + 2; ++i) {
             const int64_t count = parameters[i].numel();
             float** state = i == 2 * l ? layer.values_state : layer.bias_state;
@@ -130,7 +147,8 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
         StepLayer& layer = p.layers[i / 2];
         (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
     }
-    Tensor loss = empty({networks}, ScalarType::Float);
+    const bool several = effective[0].dim() == 3;
+    Tensor loss = several ? empty({networks}, ScalarType::Float) : empty({}, ScalarType::Float);
     p.loss = output<float>(loss);
     train_step(p, kParallel);
     return loss;

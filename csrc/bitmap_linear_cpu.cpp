@@ -25,15 +25,6 @@ inline Group expand(uint32_t kept, const Bfloat16* values) {
                                     _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)))}};
 }
 #else
-inline float number(float v) {
-    return v;
-}
-inline float number(Bfloat16 v) {
-    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
 template <class Value>
 inline Group expand(uint32_t kept, const Value* values) {
     alignas(64) float columns[kBitmapGroup] = {};

@@ -1,219 +1,236 @@
-// _eager: a compact layer's forward and backward as one C++ autograd node. A Python
-// autograd.Function costs 70 us more a layer, as much as the products of a small one.
+// _eager: a compact layer's forward and backward as one C++ autograd node, called from Python
+// without a schema. A Python autograd.Function costs 70 us more a layer, as much as the products of
+// a small one; torch's C++ Function and a registered op 20 us.
 //
 // The one file that uses torch's C++ interface, which is no stable ABI: the module's name holds the
 // torch version it was built with, no other loads it, and everything works without it.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <Python.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include <torch/csrc/python_headers.h>
+//
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
-#include <optional>
+#include <array>
+#include <cstdlib>
 
-#include "sparse_linear.h"
+#include "eager_linear.h"
 
 namespace lottery_sparse {
 namespace {
 
-using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using torch::autograd::SavedVariable;
 
-const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                            void* context) {
-    at::parallel_for(begin, end, grain,
-                     [&](int64_t first, int64_t last) { body(first, last, context); });
-});
+// A tensor that saved_tensors_hooks need not see, for it outlives the call; it must not change,
+// unless it lags behind the values, unread.
+struct Watched {
+    Tensor tensor;
+    uint32_t version = 0;
+    bool lags = false;
 
-struct Kept {
-    Tensor starts, columns, column_starts, rows, positions;
-};
-
-// A call's tensors as the kernels take them. Layers hold float32 CPU tensors that fit together, as
-// ops/compact.py has made sure; what can change between calls is checked: x and the values.
-struct Call {
-    SparseLinearShape shape;
-    CompactLists lists;
-    double share;  // kept entries per weight
-
-    Call(const Tensor& x, const Tensor& values, const Kept& kept) {
-        const bool several = values.dim() == 2;
-        const int64_t rows = kept.starts.size(-1) - 1, columns = kept.column_starts.size(-1) - 1;
-        TORCH_CHECK(x.dim() >= 2 && x.dim() <= values.dim() + 1 && x.size(-1) == columns &&
-                        (x.dim() == 2 || x.size(0) == values.size(0)),
-                    "x has shape ", x.sizes(), ", but the layer has ", columns, " inputs.");
-        shape = {several ? values.size(0) : 1, x.size(-2), columns, rows, several && x.dim() == 2};
-        lists = {kept.starts.const_data_ptr<int64_t>(),        kept.columns.const_data_ptr(),
-                 kept.column_starts.const_data_ptr<int64_t>(), kept.rows.const_data_ptr(),
-                 kept.positions.const_data_ptr<int32_t>(),     values.size(-1),
-                 kept.columns.scalar_type() == at::kInt};
-        int64_t entries = 0;
-        for (int64_t e = 0; e < shape.replicates; ++e)
-            entries += lists.starts[e * (rows + 1) + rows];
-        share = static_cast<double>(entries) /
-                static_cast<double>(std::max<int64_t>(1, shape.replicates * rows * columns));
-    }
-
-    std::vector<int64_t> sizes(bool several, int64_t features) const {
-        if (several) return {shape.replicates, shape.batch, features};
-        return {shape.batch, features};
+    Watched() = default;
+    explicit Watched(const Tensor& t, bool lags = false)
+        : tensor(t), version(t._version()), lags(lags) {}
+    void check(const char* name) const {
+        TORCH_CHECK(lags || tensor._version() == version,
+                    "one of the variables needed for gradient computation has been modified by an "
+                    "inplace operation: ",
+                    name, " of a compact layer is at version ", tensor._version(),
+                    "; expected version ", version, " instead.");
     }
 };
 
-class CompactLinear : public torch::autograd::Function<CompactLinear> {
-  public:
-    static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& values,
-                          const std::optional<Tensor>& bias, const Tensor& effective,
-                          const Kept& kept, bool zero, double most_product, double most_sampled) {
-        at::AutoDispatchBelowADInplaceOrView guard;
-        const Tensor source = x.contiguous(), weights = values.contiguous();
-        const Call call(source, weights, kept);
-        Tensor y, packed;
-        if (zero && call.share <= most_product) {
-            y = at::empty(call.sizes(values.dim() == 2, call.shape.out_features), source.options());
-            packed = at::empty({call.shape.shared_x ? 1 : call.shape.replicates,
-                                (call.shape.batch + kTileBatch - 1) / kTileBatch,
-                                call.shape.in_features, kTileBatch},
-                               source.options());
-            compact_linear_forward(
-                {call.shape, call.lists, source.const_data_ptr<float>(),
-                 weights.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
-                 y.mutable_data_ptr<float>(), packed.mutable_data_ptr<float>()},
-                kParallel);
-        } else if (effective.dim() == 2) {
-            y = at::linear(x, effective, bias);
-        } else {
-            y = at::matmul(x, effective.mT());
-            if (bias) y = y.add_(bias->unsqueeze(1));
-        }
-        ctx->save_for_backward({x, values, effective, kept.starts, kept.columns, kept.column_starts,
-                                kept.rows, kept.positions, packed});
-        ctx->saved_data["zero"] = zero;
-        ctx->saved_data["most_product"] = most_product;
-        ctx->saved_data["most_sampled"] = most_sampled;
-        return y;
+// Gradients of (x, values, bias).
+struct CompactLinearNode : torch::autograd::Node {
+    SavedVariable x, values, packed;
+    Watched effective, starts;
+    Kept kept;
+    Options options;
+
+    std::string name() const override { return "CompactLinearBackward"; }
+
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        x.reset_data();
+        values.reset_data();
+        packed.reset_data();
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        const variable_list saved = ctx->get_saved_variables();
-        const Tensor &x = saved[0], &values = saved[1], &effective = saved[2];
-        const Kept kept = {saved[3], saved[4], saved[5], saved[6], saved[7]};
-        const bool need_dx = ctx->needs_input_grad(0), need_dv = ctx->needs_input_grad(1);
-        const bool need_db = ctx->needs_input_grad(2), zero = ctx->saved_data["zero"].toBool();
-        Tensor dx, dv, db;
-        if (at::GradMode::is_enabled()) {  // to be differentiated again: by the registered op
-            if (need_dx || need_dv)
-                std::tie(dx, dv) =
-                    differentiable(grads[0], x, values, effective, kept, zero, need_dx, need_dv);
-            if (need_db) db = grads[0].sum(-2);
-        } else {
-            products(ctx, grads[0], x, values, effective, kept, saved[8], zero, need_dx, need_dv,
-                     need_db, dx, dv, db);
-        }
-        return {need_dx ? dx : Tensor(),
-                need_dv ? dv : Tensor(),
-                db,
-                Tensor(),
-                Tensor(),
-                Tensor(),
-                Tensor(),
-                Tensor()};
+    Saved unpack() const {
+        Saved saved = {x.unpack(),
+                       values.unpack(),
+                       packed.unpack(),
+                       effective.tensor,
+                       kept,
+                       options,
+                       task_should_compute_output(0),
+                       task_should_compute_output(1),
+                       task_should_compute_output(2)};
+        effective.check("weight_effective");
+        starts.check("kept.starts");
+        return saved;
+    }
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return unpack().gradients(grads[0]);
+    }
+
+    // For compiled autograd: a call that stays as it is.
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+        for (const SavedVariable* variable : {&x, &values, &packed})
+            args.collect(*variable, /*is_output=*/false);
+        for (const Tensor* tensor : {&effective.tensor, &kept.starts, &kept.columns,
+                                     &kept.column_starts, &kept.rows, &kept.positions})
+            args.collect(*tensor);
+        args.collect(options.zero);
+        args.collect(options.most_product);
+        args.collect(options.most_quick);
+        args.collect(options.most_sampled);
+    }
+
+    variable_list apply_with_saved(const variable_list& grads,
+                                   torch::dynamo::autograd::SwapSavedVariables& swap) override {
+        const auto members = [&](auto&& f) {
+            f(x), f(values), f(packed), f(effective.tensor), f(kept.starts), f(kept.columns);
+            f(kept.column_starts), f(kept.rows), f(kept.positions);
+        };
+        members([&](auto& member) { swap.before(member); });
+        torch::dynamo::autograd::PackedArgs packer;
+        for (const Tensor& tensor :
+             {x.unpack(), values.unpack(), packed.unpack(), effective.tensor, kept.starts,
+              kept.columns, kept.column_starts, kept.rows, kept.positions})
+            packer.pack(tensor);
+        packer.pack(options.zero);
+        packer.pack(options.most_product);
+        packer.pack(options.most_quick);
+        packer.pack(options.most_sampled);
+        for (int i = 0; i < 3; ++i) packer.pack(task_should_compute_output(i));
+        const auto args = std::move(packer).vec();
+        std::vector<at::TypePtr> schema;
+        for (const c10::IValue& arg : args)
+            schema.push_back(arg.isTensor() ? at::TensorType::get() : arg.type());
+        const auto metadata = torch::dynamo::autograd::
+            IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+                torch::dynamo::autograd::get_input_metadata(next_edges()));
+        const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+        const std::string bound =
+            compiler->bind_function(swap.get_py_compiler(), name(), call, schema,
+                                    /*is_custom_function=*/true, /*is_traceable=*/false);
+        auto found = compiler->call_function(swap.get_py_compiler(), "apply_functional", bound,
+                                             grads, args, metadata);
+        members([&](auto& member) { swap.after(member); });
+        return found;
     }
 
   private:
-    static std::tuple<Tensor, Tensor> differentiable(const Tensor& dy, const Tensor& x,
-                                                     const Tensor& values, const Tensor& effective,
-                                                     const Kept& kept, bool zero, bool need_dx,
-                                                     bool need_dv) {
-        static const auto op = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("lottery_sparse::compact_linear_backward", "")
-                                   .typed<std::tuple<Tensor, Tensor>(
-                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                       const Tensor&, bool, bool, bool)>();
-        return op.call(dy, x, values, effective, kept.starts, kept.columns, kept.column_starts,
-                       kept.rows, kept.positions, zero, need_dx, need_dv);
-    }
-
-    // Each gradient by the sparse kernel or, where too much is kept, by the dense library.
-    static void products(AutogradContext* ctx, const Tensor& grad, const Tensor& x,
-                         const Tensor& values, const Tensor& effective, const Kept& kept,
-                         const Tensor& carried, bool zero, bool need_dx, bool need_dv, bool need_db,
-                         Tensor& dx, Tensor& dv, Tensor& db) {
-        const Tensor dy = grad.contiguous(), weights = values.contiguous();
-        const Call call(x, weights, kept);
-        const bool several = values.dim() == 2, shared = x.dim() < dy.dim();
-        const bool sparse_dx =
-            need_dx && zero && call.share <= ctx->saved_data["most_product"].toDouble();
-        const bool sampled = need_dv && call.share <= ctx->saved_data["most_sampled"].toDouble();
-        if (sparse_dx || sampled) {
-            Tensor packed = carried;
-            if (sampled && !packed.defined()) {
-                const Tensor source = x.contiguous();
-                const int64_t count = call.shape.shared_x ? 1 : call.shape.replicates;
-                packed = at::empty({count, (call.shape.batch + kTileBatch - 1) / kTileBatch,
-                                    call.shape.in_features, kTileBatch},
-                                   source.options());
-                pack_tiles(source.const_data_ptr<float>(), count, call.shape.batch,
-                           call.shape.in_features, packed.mutable_data_ptr<float>(), kParallel);
-            }
-            if (sparse_dx)
-                dx =
-                    at::empty(call.sizes(several && !shared, call.shape.in_features), dy.options());
-            if (sampled) dv = at::empty(weights.sizes(), dy.options());
-            if (need_db) {
-                db = several
-                         ? at::empty({call.shape.replicates, call.shape.out_features}, dy.options())
-                         : at::empty({call.shape.out_features}, dy.options());
-            }
-            compact_linear_backward({call.shape, call.lists, dy.const_data_ptr<float>(),
-                                     packed.defined() ? packed.const_data_ptr<float>() : nullptr,
-                                     weights.const_data_ptr<float>(),
-                                     sparse_dx ? dx.mutable_data_ptr<float>() : nullptr,
-                                     sampled ? dv.mutable_data_ptr<float>() : nullptr,
-                                     need_db ? db.mutable_data_ptr<float>() : nullptr},
-                                    kParallel);
-        } else if (need_db) {
-            db = dy.sum(-2);
-        }
-        if (need_dx && !sparse_dx) {
-            dx = at::matmul(dy, effective);
-            if (shared) dx = dx.sum(0);
-        }
-        if (need_dv && !sampled) {
-            const Tensor dw = at::matmul(dy.mT(), x).contiguous();
-            if (dw.numel() == weights.numel() && call.share == 1.0) {  // all kept: the same order
-                dv = dw.view(weights.sizes());
-            } else {
-                dv = at::empty(weights.sizes(), dy.options());
-                gather_kept({call.shape, call.lists, const_cast<float*>(dw.const_data_ptr<float>()),
-                             dv.mutable_data_ptr<float>()},
-                            kParallel);
-            }
-        }
+    static variable_list call(const variable_list& grads, const std::vector<c10::IValue>& packed) {
+        torch::dynamo::autograd::PackedArgs args(packed);
+        Saved saved;
+        for (Tensor* tensor : {&saved.x, &saved.values, &saved.packed, &saved.effective,
+                               &saved.kept.starts, &saved.kept.columns, &saved.kept.column_starts,
+                               &saved.kept.rows, &saved.kept.positions})
+            *tensor = args.unpack<Tensor>();
+        saved.options.zero = args.unpack<bool>();
+        saved.options.most_product = args.unpack<double>();
+        saved.options.most_quick = args.unpack<double>();
+        saved.options.most_sampled = args.unpack<double>();
+        for (bool* need : {&saved.need_dx, &saved.need_dv, &saved.need_db})
+            *need = args.unpack<bool>();
+        return saved.gradients(grads[0]);
     }
 };
 
-Tensor compact_linear(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
-                      const Tensor& effective, const Tensor& starts, const Tensor& columns,
-                      const Tensor& column_starts, const Tensor& rows, const Tensor& positions,
-                      bool zero, double most_product, double most_sampled) {
-    return CompactLinear::apply(x, values, bias, effective,
-                                Kept{starts, columns, column_starts, rows, positions}, zero,
-                                most_product, most_sampled);
+Tensor compact_linear(const Tensor& x, const Tensor& values, const Tensor& bias,
+                      const Tensor& effective, const Kept& kept, const Options& options) {
+    RECORD_FUNCTION("lottery_sparse::compact_linear", c10::ArrayRef<const c10::IValue>{});
+    Tensor y, packed;
+    {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        y = forward(x, values, bias, effective, kept, options, packed);
+    }
+    if (at::GradMode::is_enabled() &&
+        (x.requires_grad() || values.requires_grad() || (bias.defined() && bias.requires_grad()))) {
+        const auto node = c10::make_intrusive<CompactLinearNode>();
+        node->set_next_edges(torch::autograd::collect_next_edges(x, values, bias));
+        node->x = SavedVariable(x, /*is_output=*/false);
+        node->values = SavedVariable(values, /*is_output=*/false);
+        if (packed.defined()) node->packed = SavedVariable(packed, /*is_output=*/false);
+        node->effective = Watched(effective, /*lags=*/packed.defined());
+        node->starts = Watched(kept.starts);
+        node->kept = kept;
+        node->options = options;
+        torch::autograd::set_history(y, node);
+    }
+    return y;
 }
+
+// ---- from Python -----------------------------------------------------------------------------
+
+// An ordinary float32 CPU tensor, without a tangent.
+bool plain(PyObject* object) {
+    static const auto keys = [](const Tensor& t) {
+        return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+    };
+    static const c10::DispatchKeySet ordinary = keys(Call::empty({0}));
+    if (!THPVariable_CheckExact(object)) return false;
+    const Tensor& t = THPVariable_Unpack(object);
+    return keys(t) == ordinary && t.scalar_type() == at::kFloat && !t._fw_grad(0).defined();
+}
+
+// Whether somebody changes or watches what ops do: modes, transforms, tracing, autocast.
+bool watched() {
+    const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+    const char* forced = std::getenv("LS_BACKEND");  // backends.forced() knows the rest
+    return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+           included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+           c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
+           at::impl::torch_function_mode_enabled() || at::autocast::is_autocast_enabled(at::kCPU) ||
+           torch::jit::tracer::isTracing() || (forced && *forced);
+}
+
+// compact_linear(x, values, bias, effective, starts, columns, column_starts, rows, positions, zero,
+// most_product, most_quick, most_sampled) -> y, or None: a call for the registered op.
+PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK(count == 13, "compact_linear takes 13 arguments, got ", count, ".");
+    if (!plain(args[0]) || !plain(args[1]) || watched()) Py_RETURN_NONE;
+    std::array<Tensor, 9> tensors;
+    for (int i = 0; i < 9; ++i) {
+        if (i == 2 && args[i] == Py_None) continue;
+        if (!THPVariable_CheckExact(args[i])) Py_RETURN_NONE;
+        tensors[i] = THPVariable_Unpack(args[i]);
+    }
+    const auto& [x, values, bias, effective, starts, columns, column_starts, rows, positions] =
+        tensors;
+    const Kept kept = {starts, columns, column_starts, rows, positions};
+    if (!Call::fits(x, values, kept)) Py_RETURN_NONE;
+    const Options options = {args[9] == Py_True, PyFloat_AsDouble(args[10]),
+                             PyFloat_AsDouble(args[11]), PyFloat_AsDouble(args[12])};
+    if (PyErr_Occurred()) return nullptr;
+    Tensor y;
+    {
+        const pybind11::gil_scoped_release released;
+        y = compact_linear(x, values, bias, effective, kept, options);
+    }
+    return THPVariable_Wrap(std::move(y));
+    END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef kMethods[] = {
+    {"compact_linear",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&compact_linear_py)), METH_FASTCALL,
+     nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
-
-TORCH_LIBRARY(lottery_sparse_eager, m) {
-    m.def(
-        "compact_linear(Tensor x, Tensor values, Tensor? bias, Tensor effective, Tensor starts, "
-        "Tensor columns, Tensor column_starts, Tensor rows, Tensor positions, bool zero, "
-        "float most_product, float most_sampled) -> Tensor",
-        &compact_linear);
-}
-
 }  // namespace lottery_sparse
 
 #define LS_JOINED(a, b) a##b
@@ -227,7 +244,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* LS_INIT(LS_EAGER)(vo
                                  LS_TEXT(LS_EAGER),
                                  nullptr,
                                  -1,
-                                 nullptr,
+                                 lottery_sparse::kMethods,
                                  nullptr,
                                  nullptr,
                                  nullptr,

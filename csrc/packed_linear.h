@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "bfloat16.h"
 #include "parallel.h"
 #include "variants.h"
 
@@ -45,10 +46,6 @@ struct BitmapLinear {
 };
 
 void bitmap_linear(const BitmapLinear& p, const Parallel& parallel);
-
-struct Bfloat16 {
-    uint16_t bits;
-};
 
 constexpr int64_t kNarrowTile = 16;  // rows of x in a tile, if there are no more than these
 constexpr int64_t kWideTile = 32;

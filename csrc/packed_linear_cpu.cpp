@@ -8,16 +8,6 @@ namespace {
 
 constexpr int64_t kRows = 16;  // whose results leave together
 
-inline float number(float v) {
-    return v;
-}
-inline float number(Bfloat16 v) {
-    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
 // ---- one row of x -------------------------------------------------------------------------------
 
 constexpr int kLanes = 16;       // entries of a row that are summed side by side

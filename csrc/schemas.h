@@ -23,6 +23,7 @@ constexpr const char* kSchemas[] = {
     "random_signs(int count, int seed, int stream, int step) -> Tensor",
     "random_uniform(int count, int seed, int stream, int step) -> Tensor",
     "random_normal(int count, int seed, int stream, int step, Tensor table) -> Tensor",
+    "sample_mask(Tensor score, int seed, int stream, int step) -> Tensor",
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor",
     "masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask, bool need_dx, "
     "bool need_dw) -> (Tensor, Tensor)",
@@ -33,7 +34,8 @@ constexpr const char* kSchemas[] = {
     "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
     "train_step(Tensor x, Tensor labels, Tensor(a!)[] parameters, Tensor(b!)[] first, "
     "Tensor(c!)[] second, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] lists, "
-    "float[] rates, bool adam, int networks, int threads) -> Tensor",
+    "int[] zero, int[] keep_effective, float[] rates, bool adam, int networks, int threads, "
+    "float[] limits) -> Tensor",
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",

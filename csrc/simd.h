@@ -156,6 +156,18 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 #endif
 
+// The first `count` (0 to kWidth) elements of v.
+inline void store_first(float* p, Vec v, int count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+#elif defined(__AVX2__)
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes), v);
+#else
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 // Element i of the result is the sum of v[i], added in the same order for every i.
 inline Vec horizontal_sums(const Vec v[kWidth]) {
 #if defined(__AVX512F__)

@@ -1,4 +1,5 @@
-// compact_conv2d on the CPU: where things lie and in which order; kernels in sparse_conv2d_cpu.cpp.
+// compact_conv2d on lines of images: where things lie and in which order; kernels in
+// sparse_conv2d_cpu.cpp.
 #include "sparse_conv2d.h"
 
 #include <algorithm>
@@ -10,11 +11,6 @@
 
 namespace lottery_sparse {
 namespace {
-
-int64_t number(const void* numbers, bool wide, int64_t i) {
-    return wide ? static_cast<const uint32_t*>(numbers)[i]
-                : static_cast<const uint16_t*>(numbers)[i];
-}
 
 // The taps of all replicates.
 struct Taps {
@@ -97,7 +93,7 @@ class Conv2d {
             int64_t begin = starts[0], end = starts[1];
             while (begin < end) {
                 const int64_t middle = (begin + end) / 2;
-                if (number(lists_.rows, lists_.wide, e * lists_.capacity + middle) < row)
+                if (number_at(lists_.rows, lists_.wide, e * lists_.capacity + middle) < row)
                     begin = middle + 1;
                 else
                     end = middle;
@@ -133,7 +129,7 @@ Taps Conv2d::taps_by_row(const float* values) const {
             for (int64_t i = first + starts[0]; i < first + starts[1]; ++i)
                 taps.taps[i] = {
                     values ? values[i] : 0.0f,
-                    static_cast<int32_t>(base + line[number(lists_.columns, lists_.wide, i)])};
+                    static_cast<int32_t>(base + line[number_at(lists_.columns, lists_.wide, i)])};
         }
     });
     return taps;
@@ -177,9 +173,9 @@ Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
             Tap* tap = taps.taps.get() + first + taps.starts[run * (channels + 1) + c];
             for_lists(run, c, [&](int64_t slot, int64_t last, int64_t line) {
                 for (int64_t j = first + slot; j < first + last; ++j)
-                    *tap++ = {
-                        values[first + lists_.positions[j]],
-                        static_cast<int32_t>(number(lists_.rows, lists_.wide, j) * plane + line)};
+                    *tap++ = {values[first + lists_.positions[j]],
+                              static_cast<int32_t>(number_at(lists_.rows, lists_.wide, j) * plane +
+                                                   line)};
             });
         }
     });
@@ -271,7 +267,7 @@ void Conv2d::dx(const CompactConv2dBackward& p, const Group& group, const Taps& 
                           channels,
                           s_.image,
                           s_.channels_last,
-                          /*add=*/s_.shared_x && e > 0});
+                          /*add=*/s_.shared_x && (e > 0 || p.add_dx)});
             }
         }
     });
@@ -347,11 +343,11 @@ bool lines_fit(const Conv2dShape& s) {
            dy_window(s).plane() <= kMost / std::max<int64_t>(s.out_channels, 1);
 }
 
-void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel) {
+void compact_conv2d_lanes_forward(const CompactConv2dForward& p, const Parallel& parallel) {
     Conv2d(p.shape, p.lists, parallel).forward(p);
 }
 
-void compact_conv2d_backward(const CompactConv2dBackward& p, const Parallel& parallel) {
+void compact_conv2d_lanes_backward(const CompactConv2dBackward& p, const Parallel& parallel) {
     Conv2d(p.shape, p.lists, parallel).backward(p);
 }
 

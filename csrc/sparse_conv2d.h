@@ -60,12 +60,16 @@ struct CompactConv2dBackward {
     float* dx;            // as x (the sum over replicates, in order, if shared_x), or nullptr
     float* dvalues;       // [E, C], 0 in unused slots, or nullptr
     float* dbias;         // [E, O], or nullptr
+    bool add_dx = false;  // add to the dx of a shared x
 };
 
 // Whether kernels can number the lines of a tile in 32 bits.
 bool lines_fit(const Conv2dShape& shape);
 void compact_conv2d_forward(const CompactConv2dForward& p, const Parallel& parallel);
 void compact_conv2d_backward(const CompactConv2dBackward& p, const Parallel& parallel);
+// The same on lines of images, for any shape; sparse_conv2d_planes.h has the other way.
+void compact_conv2d_lanes_forward(const CompactConv2dForward& p, const Parallel& parallel);
+void compact_conv2d_lanes_backward(const CompactConv2dBackward& p, const Parallel& parallel);
 
 // ---- what kernels take -------------------------------------------------------------------------
 

@@ -15,6 +15,11 @@ constexpr int64_t kGroupBytes = 8 << 20;    // packed at a time: in the last-lev
 constexpr int64_t kTaskChannels = 32;
 constexpr int64_t kTapGrain = 64;
 
+inline int64_t number_at(const void* numbers, bool wide, int64_t i) {
+    return wide ? static_cast<const uint32_t*>(numbers)[i]
+                : static_cast<const uint16_t*>(numbers)[i];
+}
+
 inline int64_t round_up(int64_t a, int64_t b) {
     return divide_up(a, b) * b;
 }

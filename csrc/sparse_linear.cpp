@@ -1,5 +1,6 @@
 // masked_linear on the CPU: list the kept weights of this call, pack, multiply.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "mask_bits.h"
@@ -35,12 +36,16 @@ class SparseLinear {
     SparseLinear(const SparseLinearShape& shape, const Parallel& parallel)
         : shape_(shape), parallel_(parallel), products_(shape, parallel) {}
 
-    void forward(const SparseLinearForward& p) const;
-    void backward(const SparseLinearBackward& p) const;
+    template <class T>
+    void forward(const SparseLinearForward<T>& p) const;
+    template <class T>
+    void backward(const SparseLinearBackward<T>& p) const;
 
   private:
-    ListedRows<Index> list_by_row(const uint8_t* mask, const float* weight) const;
+    template <class T>
+    ListedRows<Index> list_by_row(const uint8_t* mask, const T* weight) const;
     ListedRows<Index> list_by_column(const ListedRows<Index>& rows) const;
+    void spread(const ListedRows<Index>& rows, const float* kept, Bfloat16* dw) const;
 
     const SparseLinearShape shape_;
     const Parallel& parallel_;
@@ -48,7 +53,8 @@ class SparseLinear {
 };
 
 template <class Index>
-ListedRows<Index> SparseLinear<Index>::list_by_row(const uint8_t* mask, const float* weight) const {
+template <class T>
+ListedRows<Index> SparseLinear<Index>::list_by_row(const uint8_t* mask, const T* weight) const {
     const int64_t rows = shape_.replicates * shape_.out_features, columns = shape_.in_features;
     const auto count = LS_CHOSEN_KERNELS(mask_bits).count_kept;
     ListedRows<Index> lists;
@@ -60,8 +66,8 @@ ListedRows<Index> SparseLinear<Index>::list_by_row(const uint8_t* mask, const fl
     counts_to_starts(lists.starts);
     lists.allocate();
     parallel_(rows, kTaskRows, [&](int64_t begin, int64_t end) {
-        products_.kernels().list_rows(mask, weight, columns, begin, end, lists.starts.data(),
-                                      lists.columns.get(), lists.values.get());
+        products_.list_rows(mask, weight, columns, begin, end, lists.starts.data(),
+                            lists.columns.get(), lists.values.get());
     });
     return lists;
 }
@@ -105,16 +111,34 @@ ListedRows<Index> SparseLinear<Index>::list_by_column(const ListedRows<Index>& r
     return lists;
 }
 
+// Rounds gradients by list position into dw [E, N, K], 0 at pruned entries.
 template <class Index>
-void SparseLinear<Index>::forward(const SparseLinearForward& p) const {
-    const auto lists = list_by_row(p.mask, p.weight);
-    const auto x = products_.packed(p.x, products_.x_count(), shape_.in_features);
-    products_.multiply(lists.view(shape_.out_features), shape_.out_features, x.get(),
-                       shape_.in_features, shape_.shared_x, p.bias, /*sum=*/false, p.y);
+void SparseLinear<Index>::spread(const ListedRows<Index>& rows, const float* kept,
+                                 Bfloat16* dw) const {
+    const int64_t k = shape_.in_features;
+    parallel_(shape_.replicates * shape_.out_features, kTaskRows, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            std::memset(dw + r * k, 0, k * sizeof(Bfloat16));
+            for (int64_t i = rows.starts[r]; i < rows.starts[r + 1]; ++i)
+                dw[r * k + static_cast<int64_t>(rows.columns[i])] = rounded(kept[i]);
+        }
+    });
 }
 
 template <class Index>
-void SparseLinear<Index>::backward(const SparseLinearBackward& p) const {
+template <class T>
+void SparseLinear<Index>::forward(const SparseLinearForward<T>& p) const {
+    const auto lists = list_by_row(p.mask, p.weight);
+    const auto x = products_.packed(p.x, products_.x_count(), shape_.in_features);
+    Buffer<float> wide;
+    const float* bias = products_.floats(p.bias, shape_.replicates * shape_.out_features, wide);
+    products_.multiply(lists.view(shape_.out_features), shape_.out_features, x.get(),
+                       shape_.in_features, shape_.shared_x, bias, /*sum=*/false, p.y);
+}
+
+template <class Index>
+template <class T>
+void SparseLinear<Index>::backward(const SparseLinearBackward<T>& p) const {
     const int64_t n = shape_.out_features, k = shape_.in_features;
     const auto lists = list_by_row(p.mask, p.weight);
     const auto dy = products_.packed(p.dy, shape_.replicates, n);
@@ -125,18 +149,32 @@ void SparseLinear<Index>::backward(const SparseLinearBackward& p) const {
                            /*bias=*/nullptr, /*sum=*/shape_.shared_x, p.dx);
     if (p.dw) {
         const auto x = products_.packed(p.x, products_.x_count(), k);
-        products_.sample(lists.view(n), dy.get(), x.get(), p.dw, /*kept=*/nullptr);
+        if constexpr (std::is_same_v<T, float>) {
+            products_.sample(lists.view(n), dy.get(), x.get(), p.dw, /*kept=*/nullptr);
+        } else {
+            const auto kept = buffer<float>(lists.starts.back());
+            products_.sample(lists.view(n), dy.get(), x.get(), /*dw=*/nullptr, kept.get());
+            spread(lists, kept.get(), p.dw);
+        }
     }
 }
 
 }  // namespace
 
-void sparse_linear_forward(const SparseLinearForward& p, const Parallel& parallel) {
+void sparse_linear_forward(const SparseLinearForward<float>& p, const Parallel& parallel) {
+    with_index(p.shape,
+               [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).forward(p); });
+}
+void sparse_linear_forward(const SparseLinearForward<Bfloat16>& p, const Parallel& parallel) {
     with_index(p.shape,
                [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).forward(p); });
 }
 
-void sparse_linear_backward(const SparseLinearBackward& p, const Parallel& parallel) {
+void sparse_linear_backward(const SparseLinearBackward<float>& p, const Parallel& parallel) {
+    with_index(p.shape,
+               [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).backward(p); });
+}
+void sparse_linear_backward(const SparseLinearBackward<Bfloat16>& p, const Parallel& parallel) {
     with_index(p.shape,
                [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).backward(p); });
 }

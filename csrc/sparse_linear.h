@@ -7,10 +7,14 @@
 //
 // Two callers: a masked weight is listed anew in each call (SparseLinearForward, ...Backward); a
 // compact layer keeps its lists and the packed x (CompactLinearForward, ...Backward).
+//
+// T is float or Bfloat16, which is storage only: packing a tile widens it, all products run on
+// floats, and each result is rounded once.
 #pragma once
 
 #include <cstdint>
 
+#include "bfloat16.h"
 #include "parallel.h"
 #include "variants.h"
 
@@ -25,23 +29,25 @@ struct SparseLinearShape {
     bool shared_x;  // one x for all replicates
 };
 
+template <class T>
 struct SparseLinearForward {
     SparseLinearShape shape;
-    const float* x;       // [E, B, K], or [B, K] if shared_x
-    const float* weight;  // [E, N, K]; pruned entries are never used
+    const T* x;           // [E, B, K], or [B, K] if shared_x
+    const T* weight;      // [E, N, K]; pruned entries are never used
     const uint8_t* mask;  // [E, N, K], not 0 = kept
-    const float* bias;    // [E, N], or nullptr
-    float* y;             // [E, B, N], every element is written
+    const T* bias;        // [E, N], or nullptr
+    T* y;                 // [E, B, N], every element is written
 };
 
+template <class T>
 struct SparseLinearBackward {
     SparseLinearShape shape;
-    const float* dy;      // [E, B, N]
-    const float* x;       // as above; unused if dw is nullptr
-    const float* weight;  // as above
+    const T* dy;          // [E, B, N]
+    const T* x;           // as above; unused if dw is nullptr
+    const T* weight;      // as above
     const uint8_t* mask;  // as above
-    float* dx;            // as x (the sum over replicates, in order, if shared_x), or nullptr
-    float* dw;            // [E, N, K], 0 at pruned entries, or nullptr
+    T* dx;                // as x (the sum over replicates, in order, if shared_x), or nullptr
+    T* dw;                // [E, N, K], 0 at pruned entries, or nullptr
 };
 
 // The kept weights of E matrices as lists that stay: C slots a matrix, of which the first are used.
@@ -56,47 +62,62 @@ struct CompactLists {
     bool wide;
 };
 
+template <class T>
 struct CompactLinearForward {
     SparseLinearShape shape;
     CompactLists lists;
-    const float* x;       // [E, B, K], or [B, K] if shared_x
-    const float* values;  // [E, C]
-    const float* bias;    // [E, N], or nullptr
-    float* y;             // [E, B, N], every element is written
-    float* packed_x;      // [E or 1, compact_tiles(B), K, kTileBatch]: for the backward
+    const T* x;       // [E, B, K], or [B, K] if shared_x
+    const T* values;  // [E, C]
+    const T* bias;    // [E, N], or nullptr
+    T* y;             // [E, B, N], every element is written
+    float* packed_x;  // [E or 1, compact_tiles(B), K, kTileBatch]: for the backward
 };
 
+template <class T>
 struct CompactLinearBackward {
     SparseLinearShape shape;
     CompactLists lists;
-    const float* dy;        // [E, B, N]
+    const T* dy;            // [E, B, N]
     const float* packed_x;  // as above; unused if dvalues is nullptr
-    const float* values;    // as above; unused if dx is nullptr
-    float* dx;              // as x (the sum over replicates, in order, if shared_x), or nullptr
-    float* dvalues;         // [E, C], 0 in unused slots, or nullptr
-    float* dbias;           // [E, N], or nullptr
+    const T* values;        // as above; unused if dx is nullptr
+    T* dx;                  // as x (the sum over replicates, in order, if shared_x), or nullptr
+    T* dvalues;             // [E, C], 0 in unused slots, or nullptr
+    T* dbias;               // [E, N], or nullptr
 };
 
 // x [count, B, features] -> tiles [count, compact_tiles(B), features, kTileBatch], zeros beyond B.
 void pack_tiles(const float* x, int64_t count, int64_t batch, int64_t features, float* tiles,
                 const Parallel& parallel);
+void pack_tiles(const Bfloat16* x, int64_t count, int64_t batch, int64_t features, float* tiles,
+                const Parallel& parallel);
 
 // Between a dense matrix [E, N, K] and its kept entries [E, C]. Of `lists` only starts, columns,
 // capacity and wide are used. Gathering writes 0 to spare slots; scattering leaves the rest alone.
+template <class T>
 struct KeptEntries {
     SparseLinearShape shape;
     CompactLists lists;
-    float* dense;
-    float* values;
+    T* dense;
+    T* values;
 };
-void gather_kept(const KeptEntries& p, const Parallel& parallel);
-void scatter_kept(const KeptEntries& p, const Parallel& parallel);
+void gather_kept(const KeptEntries<float>& p, const Parallel& parallel);
+void gather_kept(const KeptEntries<Bfloat16>& p, const Parallel& parallel);
+// The same for rows [begin, end) of one matrix; `dense` holds nothing else. Spare slots become 0
+// with the last row.
+void gather_rows(const KeptEntries<float>& p, int64_t matrix, int64_t begin, int64_t end,
+                 const Parallel& parallel);
+void scatter_kept(const KeptEntries<float>& p, const Parallel& parallel);
+void scatter_kept(const KeptEntries<Bfloat16>& p, const Parallel& parallel);
 
-void compact_linear_forward(const CompactLinearForward& p, const Parallel& parallel);
-void compact_linear_backward(const CompactLinearBackward& p, const Parallel& parallel);
+void compact_linear_forward(const CompactLinearForward<float>& p, const Parallel& parallel);
+void compact_linear_forward(const CompactLinearForward<Bfloat16>& p, const Parallel& parallel);
+void compact_linear_backward(const CompactLinearBackward<float>& p, const Parallel& parallel);
+void compact_linear_backward(const CompactLinearBackward<Bfloat16>& p, const Parallel& parallel);
 
-void sparse_linear_forward(const SparseLinearForward& p, const Parallel& parallel);
-void sparse_linear_backward(const SparseLinearBackward& p, const Parallel& parallel);
+void sparse_linear_forward(const SparseLinearForward<float>& p, const Parallel& parallel);
+void sparse_linear_forward(const SparseLinearForward<Bfloat16>& p, const Parallel& parallel);
+void sparse_linear_backward(const SparseLinearBackward<float>& p, const Parallel& parallel);
+void sparse_linear_backward(const SparseLinearBackward<Bfloat16>& p, const Parallel& parallel);
 
 constexpr int64_t kTileBatch = 32;  // batch columns of a tile: [features][kTileBatch]
 constexpr int64_t kRowBlock = 16;   // rows whose results leave a product together
@@ -178,9 +199,27 @@ struct SparseLinearKernels {
     void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
     // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.
     float (*sum_row)(const float* row, int64_t tiles, int64_t stride);
+    // values[i] = row[kept[i]], for `count` ascending columns of a row.
+    void (*gather_row)(const float* row, int64_t columns, const Index* kept, int64_t count,
+                       float* values);
 };
 
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);
 LS_DECLARE_KERNELS(SparseLinearKernels<uint32_t>, sparse_linear_32);
+
+// What bfloat16 storage needs besides. The first three are as above.
+struct Bfloat16Kernels {
+    void (*pack_tile)(const Bfloat16* source, int64_t batch, int64_t features, float* tile);
+    void (*list_rows_16)(const uint8_t* mask, const Bfloat16* weight, int64_t columns,
+                         int64_t begin, int64_t end, const int64_t* starts, uint16_t* kept_columns,
+                         float* values);
+    void (*list_rows_32)(const uint8_t* mask, const Bfloat16* weight, int64_t columns,
+                         int64_t begin, int64_t end, const int64_t* starts, uint32_t* kept_columns,
+                         float* values);
+    void (*widen)(const Bfloat16* source, int64_t count, float* target);
+    void (*round)(const float* source, int64_t count, Bfloat16* target);
+};
+
+LS_DECLARE_KERNELS(Bfloat16Kernels, sparse_linear_bf16);
 
 }  // namespace lottery_sparse

@@ -1,4 +1,4 @@
-#include "simd.h"
+#include "list_rows.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -8,25 +8,6 @@ constexpr int kTileVecs = kTileBatch / kWidth;
 // Kept weights in flight: enough independent sums to hide the latency of a multiply-add, few
 // enough for the registers.
 constexpr int kInFlight = kTileVecs <= 4 ? 2 : 1;
-
-template <class Index>
-void list_rows(const uint8_t* mask, const float* weight, int64_t columns, int64_t begin,
-               int64_t end, const int64_t* starts, Index* kept_columns, float* values) {
-    int64_t at = starts[begin];
-    for (int64_t r = begin; r < end; ++r) {
-        const uint8_t* mask_row = mask + r * columns;
-        const float* weight_row = weight + r * columns;
-        for (int64_t c = 0; c < columns; c += 64) {
-            uint64_t bits = kept_bits(mask_row + c, columns - c);
-            while (bits) {
-                const int64_t column = c + __builtin_ctzll(bits);
-                kept_columns[at] = static_cast<Index>(column);
-                values[at++] = weight_row[column];
-                bits &= bits - 1;
-            }
-        }
-    }
-}
 
 void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) {
     if (batch < kTileBatch) std::memset(tile, 0, features * kTileBatch * sizeof(float));
@@ -70,11 +51,18 @@ inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end
 // out[b][i] (+)= sums[i][b] for the first n (<= kRowBlock) rows of sums and the batch.
 inline void store_block(const float* sums, int64_t n, float* out, int64_t out_stride, int64_t batch,
                         bool add_to_out) {
+    if (n == kRowBlock && batch == kTileBatch && !add_to_out) {  // the usual case
+        for (int64_t b = 0; b < kTileBatch; b += 8)
+            for (int64_t i = 0; i < kRowBlock; i += 8)
+                transpose_8x8(sums + i * kTileBatch + b, kTileBatch, out + b * out_stride + i,
+                              out_stride);
+        return;
+    }
     alignas(64) float by_batch[kTileBatch][kRowBlock];
     for (int64_t i = 0; i < n; i += 8)
         for (int64_t b = 0; b < kTileBatch; b += 8)
             transpose_8x8(sums + i * kTileBatch + b, kTileBatch, &by_batch[b][i], kRowBlock);
-    if (n == kRowBlock && !add_to_out) {  // the usual case, at a length the compiler knows
+    if (n == kRowBlock && !add_to_out) {  // at a length the compiler knows
         for (int64_t b = 0; b < batch; ++b)
             std::memcpy(out + b * out_stride, by_batch[b], sizeof(by_batch[b]));
         return;
@@ -174,13 +162,16 @@ void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
                         sum[j] = fma(dy_v, load(x + offset[j] * kTileBatch + v * kWidth), sum[j]);
                 }
             }
-            store(sums, horizontal_sums(sum));
+            const Vec found = horizontal_sums(sum);
+            if (!dw && !p.add) {
+                store_first(p.kept + i, found, n);
+                continue;
+            }
+            store(sums, found);
             if (dw)
                 for (int j = 0; j < n; ++j) dw[offset[j]] += sums[j];
-            else if (p.add)
-                for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
             else
-                std::memcpy(p.kept + i, sums, n * sizeof(float));
+                for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
         }
     }
 }
@@ -198,11 +189,60 @@ float sum_row(const float* row, int64_t tiles, int64_t stride) {
     return total;
 }
 
+#if defined(__AVX512F__)
+inline __m512i load_indices(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m512i load_indices(const uint32_t* p) {
+    return _mm512_loadu_si512(p);
+}
+
+// Element i is p[index[i]], of 64 floats.
+inline Vec choose_64(const float* p, __m512i index) {
+    const Vec low = _mm512_permutex2var_ps(load(p), index, load(p + 16));
+    const Vec high = _mm512_permutex2var_ps(load(p + 32), index, load(p + 48));
+    return _mm512_mask_mov_ps(low, _mm512_cmpgt_epi32_mask(index, _mm512_set1_epi32(31)), high);
+}
+#endif
+
+template <class Index>
+void gather_row(const float* row, int64_t columns, const Index* kept, int64_t count,
+                float* values) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    constexpr int64_t kSpan = 64;
+    for (; i + kWidth <= count; i += kWidth) {
+        const int64_t first = kept[i], last = kept[i + kWidth - 1];
+        const int64_t base = first + kSpan <= columns ? first : columns - kSpan;
+        if (base >= 0 && last - base < kSpan) {
+            const __m512i from = _mm512_set1_epi32(static_cast<int>(base));
+            store(values + i,
+                  choose_64(row + base, _mm512_sub_epi32(load_indices(kept + i), from)));
+        } else {
+            for (int64_t j = i; j < i + kWidth; ++j) values[j] = row[kept[j]];
+        }
+    }
+#endif
+    for (; i < count; ++i) values[i] = row[kept[i]];
+}
+
 }  // namespace
 
-const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
-const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {
-    list_rows, pack_tile, multiply, multiply_packed, scatter, sample, sum_row};
+const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows<uint16_t, float>,
+                                                                    pack_tile,
+                                                                    multiply,
+                                                                    multiply_packed,
+                                                                    scatter,
+                                                                    sample,
+                                                                    sum_row,
+                                                                    gather_row};
+const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows<uint32_t, float>,
+                                                                    pack_tile,
+                                                                    multiply,
+                                                                    multiply_packed,
+                                                                    scatter,
+                                                                    sample,
+                                                                    sum_row,
+                                                                    gather_row};
 
 }  // namespace lottery_sparse

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "sparse_linear.h"
 
@@ -20,6 +21,7 @@ constexpr int64_t kScatterTiles = 2;
 // A group of x tiles that sample() sweeps again for every row should stay in the second-level
 // cache.
 constexpr int64_t kSampleBytes = 512 << 10;
+constexpr int64_t kGrainConvert = 1 << 14;
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -70,98 +72,156 @@ class Products {
     int64_t x_count() const { return shape_.shared_x ? 1 : shape_.replicates; }
 
     // source [count, B, features] -> tiles [count, tiles, features, kTileBatch]
-    void pack(const float* source, int64_t count, int64_t features, float* tiles) const;
-    Buffer<float> packed(const float* source, int64_t count, int64_t features) const {
+    template <class T>
+    void pack(const T* source, int64_t count, int64_t features, float* tiles) const;
+    template <class T>
+    Buffer<float> packed(const T* source, int64_t count, int64_t features) const {
         Buffer<float> tiles = buffer<float>(count * tiles_ * features * kTileBatch);
         pack(source, count, features, tiles.get());
         return tiles;
     }
     // out [E, B, rows], or with `sum` [B, rows] summed over replicates, from tiles of `columns`
     // features, [E or (shared) 1, tiles, columns, kTileBatch].
+    template <class T>
     void multiply(const KeptLists<Index>& lists, int64_t rows, const float* tiles, int64_t columns,
-                  bool shared, const float* bias, bool sum, float* out) const;
+                  bool shared, const float* bias, bool sum, T* out) const;
     // dx from tiles of dy, without lists by column.
-    void scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const;
+    template <class T>
+    void scatter(const KeptLists<Index>& lists, const float* dy, T* dx) const;
     // Up to this many tiles, scatter beats multiply over lists by column.
     bool scatters() const { return tiles_ <= kScatterTiles; }
     // Gradients of kept weights: dense, dw [E, N, K]; or by list position, `kept` [E, slots].
     void sample(const KeptLists<Index>& lists, const float* dy, const float* x, float* dw,
                 float* kept) const;
     // out [E, features]: the sums over the batch of tiles [E, tiles, features, kTileBatch].
-    void sum_batch(const float* tiles, int64_t features, float* out) const;
+    template <class T>
+    void sum_batch(const float* tiles, int64_t features, T* out) const;
 
-    const SparseLinearKernels<Index>& kernels() const { return kernels_; }
+    // `source` as floats: itself, or what `widened` then holds.
+    const float* floats(const float* source, int64_t, Buffer<float>&) const { return source; }
+    const float* floats(const Bfloat16* source, int64_t count, Buffer<float>& widened) const;
+    void round(const float* source, int64_t count, Bfloat16* target) const;
+
+    void list_rows(const uint8_t* mask, const float* weight, int64_t columns, int64_t begin,
+                   int64_t end, const int64_t* starts, Index* kept_columns, float* values) const {
+        kernels_.list_rows(mask, weight, columns, begin, end, starts, kept_columns, values);
+    }
+    void list_rows(const uint8_t* mask, const Bfloat16* weight, int64_t columns, int64_t begin,
+                   int64_t end, const int64_t* starts, Index* kept_columns, float* values) const {
+        if constexpr (std::is_same_v<Index, uint16_t>)
+            half_.list_rows_16(mask, weight, columns, begin, end, starts, kept_columns, values);
+        else
+            half_.list_rows_32(mask, weight, columns, begin, end, starts, kept_columns, values);
+    }
 
   private:
+    void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) const {
+        kernels_.pack_tile(source, batch, features, tile);
+    }
+    void pack_tile(const Bfloat16* source, int64_t batch, int64_t features, float* tile) const {
+        half_.pack_tile(source, batch, features, tile);
+    }
+    // Of a block [batch][stride] that a kernel has written, `columns` columns to `out`.
+    void round_block(const float* block, int64_t stride, int64_t batch, int64_t columns,
+                     Bfloat16* out, int64_t out_stride) const {
+        for (int64_t b = 0; b < batch; ++b)
+            half_.round(block + b * stride, columns, out + b * out_stride);
+    }
+
     const SparseLinearShape shape_;
     const int64_t tiles_;
     const Parallel& parallel_;
     const SparseLinearKernels<Index>& kernels_ = chosen_kernels(Index{});
+    const Bfloat16Kernels& half_ = LS_CHOSEN_KERNELS(sparse_linear_bf16);
 };
 
 template <class Index>
-void Products<Index>::pack(const float* source, int64_t count, int64_t features,
-                           float* tiles) const {
+template <class T>
+void Products<Index>::pack(const T* source, int64_t count, int64_t features, float* tiles) const {
     parallel_(count * tiles_, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / tiles_, b = i % tiles_ * kTileBatch;
-            kernels_.pack_tile(source + (e * shape_.batch + b) * features,
-                               std::min(kTileBatch, shape_.batch - b), features,
-                               tiles + i * features * kTileBatch);
+            pack_tile(source + (e * shape_.batch + b) * features,
+                      std::min(kTileBatch, shape_.batch - b), features,
+                      tiles + i * features * kTileBatch);
         }
     });
 }
 
 template <class Index>
+template <class T>
 void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, const float* tiles,
                                int64_t columns, bool shared, const float* bias, bool sum,
-                               float* out) const {
+                               T* out) const {
     const int64_t outputs = sum ? 1 : shape_.replicates;
     const int64_t blocks = divide_up(rows, kTaskRows);
     parallel_(outputs * tiles_ * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-            const int64_t first = task % blocks * kTaskRows;
+            const int64_t first = task % blocks * kTaskRows,
+                          count = std::min(kTaskRows, rows - first);
             const int64_t t = task / blocks % tiles_, output = task / blocks / tiles_;
-            const int64_t b = t * kTileBatch;
+            const int64_t b = t * kTileBatch, batch = std::min(kTileBatch, shape_.batch - b);
+            T* target = out + (output * shape_.batch + b) * rows + first;
+            alignas(kLineBytes) float block[kTileBatch * kTaskRows];  // what is to be rounded
             for (int64_t e = output; e < (sum ? shape_.replicates : output + 1); ++e) {
-                const TileProduct<Index> product = {
+                TileProduct<Index> product = {
                     lists.of(e),
                     tiles + ((shared ? 0 : e) * tiles_ + t) * columns * kTileBatch,
-                    bias ? bias + e * rows : nullptr,
-                    out + (output * shape_.batch + b) * rows,
-                    rows,
-                    std::min(kTileBatch, shape_.batch - b),
+                    bias ? bias + e * rows + first : nullptr,
+                    block,
+                    kTaskRows,
+                    batch,
                     e > output,
                 };
-                kernels_.multiply(product, first, std::min(first + kTaskRows, rows));
+                product.rows.starts += first;
+                if constexpr (std::is_same_v<T, float>) {
+                    product.out = target;
+                    product.out_stride = rows;
+                }
+                kernels_.multiply(product, 0, count);
             }
+            if constexpr (!std::is_same_v<T, float>)
+                round_block(block, kTaskRows, batch, count, target, rows);
         }
     });
 }
 
 template <class Index>
-void Products<Index>::scatter(const KeptLists<Index>& lists, const float* dy, float* dx) const {
+template <class T>
+void Products<Index>::scatter(const KeptLists<Index>& lists, const float* dy, T* dx) const {
+    constexpr bool kRounds = !std::is_same_v<T, float>;
     const int64_t n = shape_.out_features, k = shape_.in_features;
     const int64_t outputs = shape_.shared_x ? 1 : shape_.replicates;
     const Buffer<float> sums = buffer<float>(outputs * tiles_ * k * kTileBatch);
+    Buffer<float> blocks;  // what is to be rounded: [outputs, tiles, kTileBatch, K]
+    if constexpr (kRounds) blocks = buffer<float>(outputs * tiles_ * k * kTileBatch);
     // a part is a range of columns of one tile; how columns are split changes no sum
     parallel_(outputs * tiles_ * k, kGrainColumns, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin / k; task * k < end; ++task) {
             const int64_t t = task % tiles_, output = task / tiles_, b = t * kTileBatch;
             const int64_t first = std::max<int64_t>(begin - task * k, 0);
+            const int64_t last = std::min(end - task * k, k);
+            const int64_t batch = std::min(kTileBatch, shape_.batch - b);
+            T* target = dx + (output * shape_.batch + b) * k + first;
+            float* out;
+            if constexpr (kRounds)
+                out = blocks.get() + task * k * kTileBatch + first;
+            else
+                out = target;
             for (int64_t e = output; e < (shape_.shared_x ? shape_.replicates : output + 1); ++e)
                 kernels_.scatter({
                     lists.of(e),
                     n,
                     first,
-                    std::min(end - task * k, k),
+                    last,
                     dy + (e * tiles_ + t) * n * kTileBatch,
                     sums.get() + (task * k + first) * kTileBatch,
-                    dx + (output * shape_.batch + b) * k + first,
+                    out,
                     k,
-                    std::min(kTileBatch, shape_.batch - b),
+                    batch,
                     e > output,
                 });
+            if constexpr (kRounds) round_block(out, k, batch, last - first, target, k);
         }
     });
 }
@@ -197,13 +257,32 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
 }
 
 template <class Index>
-void Products<Index>::sum_batch(const float* tiles, int64_t features, float* out) const {
+template <class T>
+void Products<Index>::sum_batch(const float* tiles, int64_t features, T* out) const {
     parallel_(shape_.replicates * features, kTaskRows, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / features, f = i % features;
-            out[i] = kernels_.sum_row(tiles + (e * tiles_ * features + f) * kTileBatch, tiles_,
-                                      features * kTileBatch);
+            assign(out[i], kernels_.sum_row(tiles + (e * tiles_ * features + f) * kTileBatch,
+                                            tiles_, features * kTileBatch));
         }
+    });
+}
+
+template <class Index>
+const float* Products<Index>::floats(const Bfloat16* source, int64_t count,
+                                     Buffer<float>& widened) const {
+    if (!source) return nullptr;
+    widened = buffer<float>(count);
+    parallel_(count, kGrainConvert, [&](int64_t begin, int64_t end) {
+        half_.widen(source + begin, end - begin, widened.get() + begin);
+    });
+    return widened.get();
+}
+
+template <class Index>
+void Products<Index>::round(const float* source, int64_t count, Bfloat16* target) const {
+    parallel_(count, kGrainConvert, [&](int64_t begin, int64_t end) {
+        half_.round(source + begin, end - begin, target + begin);
     });
 }
 

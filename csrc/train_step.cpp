@@ -2,12 +2,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
+#include "dense_tiles.h"
 #include "sparse_products.h"
 
 namespace lottery_sparse {
 namespace {
+
+// Kept share of a row above which whole vectors of it are written.
+constexpr double kPlaceShare = 0.2;
+
+int64_t padded(int64_t features) {
+    return divide_up(features, kTileBatch) * kTileBatch;
+}
 
 // What one network needs at a time. `activations[l]` are tiles of the input of layer l.
 struct Workspace {
@@ -15,12 +24,17 @@ struct Workspace {
     Buffer<float> dy, dx;     // tiles of the widest layer
     Buffer<float> by_column;  // values in the order of the lists by column
     Buffer<float> values_grad, bias_grad;
+    Buffer<float> panels;      // the input by sample: [K / kTileBatch][B][kTileBatch]
+    Buffer<float> dy_rows;     // [B][N]
+    Buffer<float> dense_grad;  // kDenseRows rows of the gradient of a dense weight
 
     Workspace(const TrainStep& p, int64_t tiles) {
         int64_t widest = 1, capacity = 1;
         for (const StepLayer& layer : p.layers) {
             widest = std::max({widest, layer.in_features, layer.out_features});
-            capacity = std::max(capacity, layer.lists.capacity);
+            const int64_t rows = kDenseRows * layer.in_features;
+            capacity =
+                std::max(capacity, layer.plain ? rows : std::max(layer.lists.capacity, rows));
             // x of all networks lies elsewhere
             const bool own = !activations.empty() || !p.shared_x;
             activations.push_back(buffer<float>(own ? tiles * layer.in_features * kTileBatch : 1));
@@ -28,8 +42,11 @@ struct Workspace {
         dy = buffer<float>(tiles * widest * kTileBatch);
         dx = buffer<float>(tiles * widest * kTileBatch);
         by_column = buffer<float>(capacity);
-        values_grad = buffer<float>(capacity);
+        values_grad = buffer<float>(capacity + kPickSlack);
         bias_grad = buffer<float>(widest);
+        panels = buffer<float>(p.batch * padded(widest));
+        dy_rows = buffer<float>(p.batch * widest);
+        dense_grad = buffer<float>(kDenseRows * padded(widest));
     }
 };
 
@@ -72,19 +89,57 @@ class Network {
                            w_.activations[0].get() + t * k * kTileBatch);
     }
 
+    // The share of its weights that the network keeps in a layer.
+    double density(const StepLayer& layer) const {
+        if (layer.plain) return 1.0;
+        const int64_t n = layer.out_features, size = n * layer.in_features;
+        return size ? static_cast<double>(layer.lists.starts[e_ * (n + 1) + n]) / size : 0.0;
+    }
+    bool multiplies_dense(const StepLayer& layer) const {
+        return !layer.zero || density(layer) > p_.dense_multiply;
+    }
+    bool samples_dense(const StepLayer& layer) const { return density(layer) > p_.dense_sample; }
+    bool writes_effective(const StepLayer& layer) const {
+        return !layer.plain && (layer.keep_effective || multiplies_dense(layer));
+    }
+
+    float* effective(const StepLayer& layer) const {
+        return layer.effective + e_ * layer.out_features * layer.in_features;
+    }
+
     void forward(size_t l) {
         const StepLayer& layer = p_.layers[l];
-        const bool last = l + 1 == p_.layers.size();
-        float* out = last ? w_.dy.get() : w_.activations[l + 1].get();
+        const int64_t n = layer.out_features, k = layer.in_features;
+        const bool relu = l + 1 < p_.layers.size();
+        float* out = relu ? w_.activations[l + 1].get() : w_.dy.get();
+        const float* bias = layer.bias ? layer.bias + e_ * n : nullptr;
+        if (multiplies_dense(layer)) {
+            multiply_dense(
+                n, {effective(layer), k, 1, input(l), k, bias, nullptr, out, kTileBatch, relu});
+            return;
+        }
         with_lists(layer, [&](auto index) {
             using Index = decltype(index);
             for (int64_t t = 0; t < tiles_; ++t)
                 chosen_kernels(index).multiply_packed(
-                    {rows<Index>(layer), input(l) + t * layer.in_features * kTileBatch,
-                     layer.bias ? layer.bias + e_ * layer.out_features : nullptr,
-                     /*gate=*/nullptr, out + t * layer.out_features * kTileBatch, /*relu=*/!last},
-                    0, layer.out_features);
+                    {rows<Index>(layer), input(l) + t * k * kTileBatch, bias,
+                     /*gate=*/nullptr, out + t * n * kTileBatch, relu},
+                    0, n);
         });
+    }
+
+    // `rows` rows of the product `first` of the first tile, and of those of the others. A block of
+    // the matrix meets all tiles while it is in the cache.
+    void multiply_dense(int64_t rows, const DenseProduct& first) {
+        const auto& kernels = LS_CHOSEN_KERNELS(dense_tiles);
+        for (int64_t r = 0; r < rows; r += kDenseRows)
+            for (int64_t t = 0; t < tiles_; ++t) {
+                DenseProduct p = first;
+                p.b += t * p.steps * kTileBatch;
+                p.out += t * rows * kTileBatch;
+                if (p.gate) p.gate += t * rows * kTileBatch;
+                kernels.multiply(p, r, std::min(r + kDenseRows, rows));
+            }
     }
 
     // From logits to their gradient, in place: (softmax - one-hot) / B; 0 beyond the batch.
@@ -116,31 +171,48 @@ class Network {
     // needed.
     void backward(size_t l) {
         const StepLayer& layer = p_.layers[l];
+        const int64_t n = layer.out_features;
+        if (layer.bias)
+            for (int64_t r = 0; r < n; ++r)
+                w_.bias_grad[r] =
+                    chosen_kernels(uint16_t{})
+                        .sum_row(w_.dy.get() + r * kTileBatch, tiles_, n * kTileBatch);
+        if (l > 0) input_gradient(l);
+        if (samples_dense(layer)) {
+            sample_dense(l);
+        } else {
+            with_lists(layer, [&](auto index) { sample<decltype(index)>(l); });
+            update(layer, 0, n);
+        }
+        if (layer.bias)
+            apply(layer.bias_rule, layer.bias + e_ * n, w_.bias_grad.get(), layer.bias_state,
+                  e_ * n, n);
+        std::swap(w_.dy, w_.dx);
+    }
+
+    void input_gradient(size_t l) {
+        const StepLayer& layer = p_.layers[l];
         const int64_t n = layer.out_features, k = layer.in_features, c = layer.lists.capacity;
+        if (multiplies_dense(layer)) {
+            multiply_dense(k, {effective(layer), 1, k, w_.dy.get(), n, /*bias=*/nullptr, input(l),
+                               w_.dx.get(), kTileBatch, /*relu=*/false});
+            return;
+        }
+        const int64_t* column_starts = layer.lists.column_starts + e_ * (k + 1);
+        for (int64_t i = 0; i < column_starts[k]; ++i)
+            w_.by_column[i] = layer.values[e_ * c + layer.lists.positions[e_ * c + i]];
         with_lists(layer, [&](auto index) {
             using Index = decltype(index);
-            const auto& kernels = chosen_kernels(index);
-            sample<Index>(l);
-            if (layer.bias)
-                for (int64_t r = 0; r < n; ++r)
-                    w_.bias_grad[r] =
-                        kernels.sum_row(w_.dy.get() + r * kTileBatch, tiles_, n * kTileBatch);
-            if (l == 0) return;
-            const int64_t* column_starts = layer.lists.column_starts + e_ * (k + 1);
-            for (int64_t i = 0; i < column_starts[k]; ++i)
-                w_.by_column[i] = layer.values[e_ * c + layer.lists.positions[e_ * c + i]];
             const KeptRows<Index> columns = {column_starts,
                                              static_cast<const Index*>(layer.lists.rows) + e_ * c,
                                              w_.by_column.get()};
             for (int64_t t = 0; t < tiles_; ++t)
-                kernels.multiply_packed(
+                chosen_kernels(index).multiply_packed(
                     {columns, w_.dy.get() + t * n * kTileBatch, /*bias=*/nullptr,
                      input(l) + t * k * kTileBatch, w_.dx.get() + t * k * kTileBatch,
                      /*relu=*/false},
                     0, k);
         });
-        update(layer);
-        std::swap(w_.dy, w_.dx);
     }
 
     template <class Index>
@@ -157,22 +229,76 @@ class Network {
                 0, n);
     }
 
-    void update(const StepLayer& layer) {
-        const int64_t n = layer.out_features, c = layer.lists.capacity;
-        const int64_t* starts = layer.lists.starts + e_ * (n + 1);
-        float* values = layer.values + e_ * c;
-        apply(layer.values_rule, values, w_.values_grad.get(), layer.values_state, e_ * c,
-              starts[n]);
-        if (layer.bias)
-            apply(layer.bias_rule, layer.bias + e_ * n, w_.bias_grad.get(), layer.bias_state,
-                  e_ * n, n);
-        float* effective = layer.effective + e_ * n * layer.in_features;
-        with_lists(layer, [&](auto index) {
-            const auto* columns = static_cast<const decltype(index)*>(layer.lists.columns) + e_ * c;
-            for (int64_t r = 0; r < n; ++r, effective += layer.in_features)
-                for (int64_t i = starts[r]; i < starts[r + 1]; ++i)
-                    effective[columns[i]] = values[i];
-        });
+    // The gradients of all weights, some rows at a time, and the step of those that are kept.
+    void sample_dense(size_t l) {
+        const StepLayer& layer = p_.layers[l];
+        const int64_t n = layer.out_features, k = layer.in_features, stride = padded(k);
+        const auto& kernels = LS_CHOSEN_KERNELS(dense_tiles);
+        for (int64_t t = 0; t < tiles_; ++t) {
+            const int64_t b = t * kTileBatch, count = std::min(kTileBatch, p_.batch - b);
+            kernels.transpose(w_.dy.get() + b * n, n, count, w_.dy_rows.get() + b * n, n);
+            for (int64_t c = 0; c < k; c += kTileBatch)
+                kernels.transpose(input(l) + b * k + c * kTileBatch, std::min(kTileBatch, k - c),
+                                  count, w_.panels.get() + c * p_.batch + b * kTileBatch,
+                                  kTileBatch);
+        }
+        for (int64_t first = 0; first < n; first += kDenseRows) {
+            const int64_t last = std::min(first + kDenseRows, n);
+            for (int64_t c = 0; c < k; c += kTileBatch)
+                kernels.multiply({w_.dy_rows.get() + first, 1, n, w_.panels.get() + c * p_.batch,
+                                  p_.batch, /*bias=*/nullptr, /*gate=*/nullptr,
+                                  w_.dense_grad.get() + c, stride, /*relu=*/false},
+                                 0, last - first);
+            for (int64_t r = first; r < last; ++r)
+                gather(layer, r, w_.dense_grad.get() + (r - first) * stride,
+                       w_.values_grad.get() + slot(layer, r) - slot(layer, first));
+            update(layer, first, last);
+        }
+    }
+
+    // The first slot of a row.
+    int64_t slot(const StepLayer& layer, int64_t row) const {
+        return layer.plain ? row * layer.in_features
+                           : layer.lists.starts[e_ * (layer.out_features + 1) + row];
+    }
+
+    const uint8_t* mask(const StepLayer& layer, int64_t row) const {
+        return layer.mask + (e_ * layer.out_features + row) * layer.in_features;
+    }
+
+    void gather(const StepLayer& layer, int64_t row, const float* dense, float* kept) const {
+        const int64_t k = layer.in_features, count = slot(layer, row + 1) - slot(layer, row);
+        if (count == k)
+            std::memcpy(kept, dense, k * sizeof(float));
+        else
+            LS_CHOSEN_KERNELS(dense_tiles).pick(mask(layer, row), dense, k, count, kept);
+    }
+
+    void scatter(const StepLayer& layer, int64_t row, const float* kept, float* dense) const {
+        const int64_t begin = slot(layer, row), count = slot(layer, row + 1) - begin;
+        const int64_t k = layer.in_features;
+        if (count == k) {
+            std::memcpy(dense, kept, k * sizeof(float));
+        } else if (count > kPlaceShare * k) {
+            LS_CHOSEN_KERNELS(dense_tiles).place(mask(layer, row), kept, k, count, dense);
+        } else {
+            with_lists(layer, [&](auto index) {
+                const auto* columns = rows<decltype(index)>(layer).columns + begin;
+                for (int64_t i = 0; i < count; ++i) dense[columns[i]] = kept[i];
+            });
+        }
+    }
+
+    // The step of the kept weights of rows [first, last), whose gradients are in w_.values_grad.
+    void update(const StepLayer& layer, int64_t first, int64_t last) {
+        const int64_t begin = slot(layer, first), size = slot(layer, last) - begin;
+        const int64_t at = e_ * layer.lists.capacity + begin;
+        apply(layer.values_rule, layer.values + at, w_.values_grad.get(), layer.values_state, at,
+              size);
+        if (!writes_effective(layer)) return;
+        for (int64_t r = first; r < last; ++r)
+            scatter(layer, r, layer.values + at + slot(layer, r) - begin,
+                    effective(layer) + r * layer.in_features);
     }
 
     static void apply(const StepRule& rule, float* value, const float* grad, float* const states[2],

@@ -1,9 +1,12 @@
-// train_step: forward, loss, backward and optimizer step of a stack of compact linear layers, for
-// one network or many, in one call.
+// train_step: forward, loss, backward and optimizer step of a stack of linear layers, compact or
+// plain, for one network or many, in one call.
 //
 // A network is computed from end to end by one thread, and nothing in it depends on which others
 // there are: same bits alone or in company, for any thread count. Between layers activations stay
-// in tiles [features][kTileBatch], so nothing is transposed but x.
+// in tiles [features][kTileBatch].
+//
+// A product runs over the lists of kept weights or over the dense effective weight, as the share of
+// weights that the network keeps in the layer says.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +26,18 @@ struct StepRule {
     float second_scale;  // the same
 };
 
+// A plain layer has no lists: its values are its effective weight, C = N K.
 struct StepLayer {
     int64_t in_features;
     int64_t out_features;
-    CompactLists lists;
+    CompactLists lists;   // of a plain layer, only the capacity
+    const uint8_t* mask;  // [E, N, K], not 0 = kept; the lists say the same
+    bool plain;
+    bool zero;               // pruned weights hold zero
     float* values;           // [E, C]
     float* bias;             // [E, N], or nullptr
-    float* effective;        // [E, N, K]: gets the new values
+    float* effective;        // [E, N, K]
+    bool keep_effective;     // write the new values into it even where no product reads it
     float* values_state[2];  // [E, C], as StepPart's
     float* bias_state[2];    // [E, N]
     StepRule values_rule;
@@ -47,6 +55,10 @@ struct TrainStep {
     std::vector<StepLayer> layers;
     float* loss;  // [E]
     int64_t threads;
+    // Kept shares above which forward and dx read the dense effective weight, and above which the
+    // gradients of all weights are computed and those of kept ones picked.
+    double dense_multiply;
+    double dense_sample;
 };
 
 // Throws std::bad_alloc where there is no memory for the activations, before anything is changed.

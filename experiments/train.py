@@ -18,8 +18,6 @@ import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
-# Up to this density a step in one call is quicker than one by modules (benchmarks/results/cpu.md).
-MOST_IN_ONE_CALL = 0.55
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -136,12 +134,9 @@ def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
 def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[str, Callable[[Tensor, Tensor], object]]:
-    """How steps are computed: by the model and its density alone, so that a run repeats."""
-    layers = [layer for layer in model.modules() if isinstance(layer, ls.CompactLinear)]
-    weights = sum(layer.weight_mask.numel() for layer in layers)
-    kept = sum(int(layer.weight_mask.sum()) for layer in layers)
-    if layers and kept <= MOST_IN_ONE_CALL * weights:
-        with contextlib.suppress(ValueError, TypeError):  # not a stack of such layers
+    """How steps are computed: in one call if the model is a stack of linear layers."""
+    if ls.backends.forced() in (None, "cpu"):
+        with contextlib.suppress(ValueError, TypeError):  # not such a stack
             return "train_step", ls.train_step(model, optimizer)
     return "modules", partial(step, model, optimizer)
 

@@ -67,16 +67,34 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "bitmap_linear": ("cpu", "reference"),
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
+        "sample_bits": ("cpu", "reference"),
+        "sample_mask": ("cpu", "reference"),
+        "supermask_linear": ("dense",),
+        "supermask_linear_backward": ("dense",),
+        "supermask_conv2d": ("dense",),
+        "supermask_conv2d_backward": ("dense",),
+    },
+    "cuda": {
+        "compact_linear": ("dense", "triton"),
+        "compact_linear_backward": ("dense", "triton"),
+        "masked_linear": ("dense", "triton"),
+        "masked_linear_backward": ("dense", "triton"),
+        "sample_bits": ("triton", "reference"),
+        "scatter_kept_": ("triton", "reference"),
+        "supermask_linear": ("dense", "triton"),
+        "supermask_linear_backward": ("dense", "triton"),
+        "supermask_conv2d": ("dense", "triton"),
+        "supermask_conv2d_backward": ("dense", "triton"),
     },
 }
 
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.
-_forced: list[str] = []
+overrides: list[str] = []  # what `use_backend` forces, the last one counts
 
 
 def forced() -> str | None:
     """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
-    return _forced[-1] if _forced else os.environ.get("LS_BACKEND") or None
+    return overrides[-1] if overrides else os.environ.get("LS_BACKEND") or None
 
 
 @contextlib.contextmanager
@@ -94,11 +112,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
     """
     _check_name(name)
-    _forced.append(name)
+    overrides.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        overrides.pop()
 
 
 def built(name: str) -> bool:

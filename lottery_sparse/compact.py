@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -130,13 +132,27 @@ def holders_of(parameter: Tensor) -> list[Holder]:
 
 
 def optimizers_of(parameter: Tensor) -> list[Optimizer]:
-    """The optimizers that have stepped a compact Parameter, or were given it, and still live."""
+    """The optimizers that have stepped a compact Parameter, or were found with state for it."""
     return list(_optimizers.get(parameter, ()))
 
 
 def note_optimizer(parameter: Tensor, optimizer: Optimizer) -> None:
     """Say that the optimizer may hold state for a compact Parameter."""
     _optimizers.setdefault(parameter, WeakSet()).add(optimizer)
+
+
+def find_optimizers() -> None:
+    """Note every optimizer of this process that holds state for a compact Parameter.
+
+    One that steps is known; one whose state was loaded, and which has not stepped since, is not.
+    """
+    if not _holders:
+        return
+    for found in gc.get_objects():
+        if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
+            for parameter in list(found.__dict__.get("state", ())):
+                if isinstance(parameter, Tensor) and holders_of(parameter):
+                    note_optimizer(parameter, found)
 
 
 @cache
@@ -151,6 +167,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """
     if not _holders:
         return
+    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
+        _outside_graph(optimizer)
+    else:
+        _refresh_holders(optimizer)
+
+
+def _refresh_holders(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             holders = holders_of(parameter)
@@ -158,6 +181,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 note_optimizer(parameter, optimizer)
             for holder in holders:
                 written(holder)
+
+
+_outside_graph: Any = torch._disable_dynamo(_refresh_holders)  # pyright: ignore
 
 
 def written(holder: Holder) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lottery_sparse import reference
 from lottery_sparse.compact import note_optimizer
-from lottery_sparse.compact_layers import COMPACT_TYPES, Compact, most_kept
+from lottery_sparse.compact_base import Compact, most_kept
+from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.convert import _become, _by_parameter
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lottery_sparse.compact import find_optimizers
 from lottery_sparse.frozen import Held, Source, hold
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -20,12 +21,15 @@ MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
 }
 
 
-# Modules that read the weights of their children instead of calling them (some on a fast path).
-READERS: tuple[type[nn.Module], ...] = (
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    *(getattr(nn, name) for name in ("LinearCrossEntropyLoss",) if hasattr(nn, name)),  # torch 2.13
-)
+# Modules that read the weights of their children instead of calling them (some on a fast path),
+# and what to use in their place.
+READERS: dict[str, str] = {
+    "MultiheadAttention": "use an attention module that calls nn.Linear layers of its own "
+    "(F.scaled_dot_product_attention between them)",
+    "TransformerEncoderLayer": "use an encoder layer that calls them, as "
+    "nn.TransformerDecoderLayer does",
+    "LinearCrossEntropyLoss": "use nn.Linear, then nn.CrossEntropyLoss",  # torch 2.13
+}
 
 
 def sparsify_(
@@ -105,10 +109,10 @@ def densify_(model: nn.Module) -> nn.Module:
             layer.weight.copy_(layer.effective_weight)
     for layer in layers:
         _become(layer, layer.dense_type)
-        for name in ("weight_mask", "weight_frozen", "weight_signs"):
+        for name in ("weight_mask", "weight_frozen", "weight_signs", "weight_signs_sum"):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer._frozen_descriptor
+        del layer._frozen_descriptor, layer._summed
     return model
 
 
@@ -170,6 +174,8 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
+    if optimizer is None or not optimizer.state:  # else it is the one that trains the model
+        find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]
         if mask.shape != layer.weight_mask.shape:
@@ -239,8 +245,12 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why this layer cannot be masked, or None."""
     for parent in model.modules():  # by identity: a layer may be registered under other names too
-        if isinstance(parent, READERS) and any(child is module for child in parent.children()):
-            return f"nn.{_reader(parent)} reads its weight without calling it"
+        kind = _reader(parent)
+        if kind and any(child is module for child in parent.children()):
+            return (
+                f"nn.{kind} reads its weight without calling it, so a mask would not hold; "
+                f"to mask it, {READERS[kind]}, or leave it out with filter_fn"
+            )
     weight = module._parameters.get("weight")
     if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet; run one forward first"
@@ -253,5 +263,7 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _reader(parent: nn.Module) -> str:
-    return next(kind.__name__ for kind in READERS if isinstance(parent, kind))
+def _reader(parent: nn.Module) -> str | None:
+    """The key of READERS that the module is an instance of."""
+    kinds = ((name, getattr(nn, name, None)) for name in READERS)  # one of them: since torch 2.13
+    return next((name for name, kind in kinds if kind and isinstance(parent, kind)), None)

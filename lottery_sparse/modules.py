@@ -6,18 +6,43 @@ import inspect
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import Held, decode, encode, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import masked_conv2d, masked_linear
 
-# one node each in a graph of torch.fx.symbolic_trace, which cannot follow their checks
-torch.fx.wrap("masked_linear")
-torch.fx.wrap("masked_conv2d")
+
+def normal(tensor: Tensor) -> Tensor:
+    """The tensor; a copy outside inference mode if it was made inside.
+
+    Layers hold none of torch.inference_mode, which autograd cannot save and nobody may write to
+    later. What torch itself makes (Parameters, copies of them) is its own.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
+def one_node(layer: nn.Module, input: Proxy) -> Any:
+    """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
+
+    The traced module then holds the layer itself: its masks, its state_dict, what it keeps fresh.
+
+    Raises:
+        TypeError: the layer is what is traced, and not a part of it.
+    """
+    path = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    if not path:
+        raise TypeError(
+            f"torch.fx cannot trace a {type(layer).__name__} by itself, only a model that calls "
+            "one; trace nn.Sequential(layer)."
+        )
+    return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
 class Masked(nn.Module):
@@ -28,7 +53,8 @@ class Masked(nn.Module):
 
         weight_mask    bool, the weight's shape, True = kept
         weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
-        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
+        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen; with
+                       weight_signs_sum, their sum: averages of models keep that, but not the signs
 
     state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
@@ -42,6 +68,8 @@ class Masked(nn.Module):
     weight_mask: Tensor
     weight_frozen: Tensor | None
     weight_signs: Tensor | None
+    weight_signs_sum: Tensor | None
+    _summed: tuple[Tensor | None, int]  # the signs, and their version, that the sum is of
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -50,27 +78,65 @@ class Masked(nn.Module):
     def _add_mask(self) -> None:
         # not persistent: saved and loaded by hand below
         mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
-        self.register_buffer("weight_mask", mask, persistent=False)
+        self.register_buffer("weight_mask", normal(mask), persistent=False)
         self._hold(Held())
 
     def _hold(self, held: Held) -> None:
-        self.register_buffer("weight_frozen", held.frozen, persistent=False)
-        self.register_buffer("weight_signs", held.signs, persistent=False)
+        for name, value in (("weight_frozen", held.frozen), ("weight_signs", held.signs)):
+            self.register_buffer(name, None if value is None else normal(value), persistent=False)
         self._frozen_descriptor = held.descriptor
+        self._sum_signs()
+
+    def _sum_signs(self) -> None:
+        signs = self.weight_signs
+        total = None if signs is None else normal(_sum_of(signs))
+        self.register_buffer("weight_signs_sum", total, persistent=False)
+        self._summed = signs, 0 if signs is None else signs._version
+
+    def _check_signs(self) -> None:
+        """Signs that were copied into this layer come with their sum; averaged ones do not."""
+        signs, (summed, version) = self._buffers["weight_signs"], self._summed
+        if signs is None or torch.compiler.is_compiling() or signs is not summed:
+            return  # functional_call, replicas: not ours
+        if signs._version == version:
+            return
+        if not torch.equal(_sum_of(signs), self.weight_signs_sum):  # pyright: ignore
+            raise RuntimeError(
+                "weight_signs hold bits, but were averaged as if they were numbers "
+                "(AveragedModel(use_buffers=True)); leave use_buffers out, which copies them, or "
+                "average the model after ls.compact_, which restores them."
+            )
+        self._summed = signs, signs._version
+
+    def _hold_normal(self) -> None:
+        """What torch made of the buffers, a copy or another dtype, as normal tensors."""
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else normal(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold_normal()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        was_meta, was_dtype = self.weight_mask.is_meta, self.weight.dtype
+        # not the dtype of `weight`: a layer that shares it may have converted it already
+        was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
+        self._check_signs()
         super()._apply(fn, recurse)
+        self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
             self.weight_mask.fill_(True)
-        if self.weight.dtype != was_dtype:  # made again, not rounded: .half().float() loses nothing
+        if frozen is not None and self.weight.dtype != frozen.dtype:
+            # made again, not rounded: .half().float() loses nothing
             self._hold(remake(self._held(), self.weight))
+        else:
+            self._sum_signs()
         return self
 
     def _held(self) -> Held:
         return Held(self.weight_frozen, self.weight_signs, self._frozen_descriptor)
 
     def _frozen_source(self) -> Tensor | ops.SignConstant | None:
+        self._check_signs()
         return self._held().for_op()
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
@@ -89,6 +155,7 @@ class Masked(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """where(mask, weight, frozen), what the layer computes with; differentiable."""
+        self._check_signs()
         return reference.effective_weight(
             self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
         )
@@ -145,7 +212,7 @@ class Masked(nn.Module):
             return
         like = self.weight  # its device and dtype after the load, also with assign=True
         if local_metadata.get("assign_to_params_buffers", False):
-            self.weight_mask = mask
+            self.weight_mask = normal(mask)
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
@@ -168,6 +235,10 @@ class Masked(nn.Module):
         return mask, decode(name, frozen, weight)
 
 
+def _sum_of(signs: Tensor) -> Tensor:
+    return signs.long().sum().remainder(2**24).float()  # exact, on every device
+
+
 class MaskedLinear(Masked, nn.Linear):
     """nn.Linear on kept weights and frozen values: y = x where(m, w, f)ᵀ + b.
 
@@ -180,6 +251,8 @@ class MaskedLinear(Masked, nn.Linear):
     __signature__ = inspect.signature(nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         return masked_linear(input, self.weight, self.weight_mask, self.bias, self._frozen_source())
 
 
@@ -194,6 +267,8 @@ class MaskedConv2d(Masked, nn.Conv2d):
     __signature__ = inspect.signature(nn.Conv2d)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)

@@ -8,7 +8,8 @@ dense effective weights of their layers. Spare slots of compact Parameters are n
 What the kernel does not take goes through torch's own step: other devices and dtypes, sparse
 gradients, subclasses of Tensor, amsgrad, capturable, differentiable, tensors as hyperparameters,
 gradient scaling inside a fused step, any backend but "cpu" if one is forced. Under torch.compile
-a step runs as it is, outside the graph.
+a step runs as it is, outside the graph: a compiled function that takes steps breaks its graph there
+and goes on, and with fullgraph=True it fails (compile the loss alone, and step outside).
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lottery_sparse import formats, reference
 from lottery_sparse.compacting import expand_
 from lottery_sparse.convert import _become, densify_
-from lottery_sparse.modules import Masked
+from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops import bitmap_linear, csr_linear, pack_mask, ternary_linear
 from lottery_sparse.ops.packed import check_x
 
@@ -89,6 +90,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dtype of x; RuntimeError if x requires grad under grad mode."""
+        if isinstance(input, Proxy):
+            return one_node(self, input)
         return self._multiply(input, self.activations)
 
     def _multiply(self, x: Tensor, activations: str) -> Tensor:
@@ -335,7 +338,7 @@ def _replace(layer: Masked, activations: str) -> PackedLinear:
     layer._parameters.clear()
     layer._buffers.clear()
     layer._non_persistent_buffers_set.clear()
-    del layer._frozen_descriptor
+    del layer._frozen_descriptor, layer._summed
     _become(layer, PackedLinear)
     assert isinstance(layer, PackedLinear)
     layer._pack(weight, bias, None, activations)

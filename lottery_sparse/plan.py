@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import backends
-from lottery_sparse.compact_layers import Compact
+from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
 from lottery_sparse.convert import _masked_modules, densify_
 from lottery_sparse.modules import Masked

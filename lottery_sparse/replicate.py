@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import reference
-from lottery_sparse.compact_layers import COMPACT_TYPES, Compact, most_kept
+from lottery_sparse.compact_base import Compact, most_kept
+from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compacting import compact_
 from lottery_sparse.convert import _become
 from lottery_sparse.frozen import Constant, Held, hold
-from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal
 
 # Modules that map each number by itself, so that leading dimensions do not matter.
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
@@ -105,7 +106,7 @@ def select(model: nn.Module, e: int) -> nn.Module:
             if parameter is not None:
                 new._parameters[key] = _parameter(parameter.detach()[e].clone(), parameter)
         if isinstance(new, Masked):
-            new._buffers["weight_mask"] = new.weight_mask[e].clone()
+            new._buffers["weight_mask"] = normal(new.weight_mask[e].clone())
             new._hold(_held_of(layer, e))
             new.__dict__.pop("_sources", None)
         elif type(new) is _Linear:
@@ -299,7 +300,8 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
         if not isinstance(new, Masked):
             _become(new, _Linear)
             return new
-        new._buffers["weight_mask"] = torch.stack([m.weight_mask for m in each])  # pyright: ignore
+        masks = torch.stack([m.weight_mask for m in each])  # pyright: ignore
+        new._buffers["weight_mask"] = normal(masks)
         held = [m._held() for m in each]  # pyright: ignore
         new._hold(_stacked(held, each))
         sources = tuple("zero" if h.frozen is None else h.descriptor for h in held)

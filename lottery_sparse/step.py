@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -11,19 +12,26 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
-from lottery_sparse.replicate import as_rows
+from lottery_sparse.replicate import _Linear, as_rows
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
+# Shares of a layer's weights above which dense products are quicker than those over kept weights:
+# for its output and its input's gradient, and for the gradients of its weights.
+DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
+
+_LISTS = (*(f"kept_{name}" for name in KeptLists._fields), "weight_mask")
+# of a compact layer: another tensor in one of these means that others may be new, too
+_BUFFERS = ("kept_starts", "weight_effective", "weight_mask", "weight_frozen")
 
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A whole training step of a stack of compact linear layers as one call.
+    """A whole training step of a stack of linear layers as one call.
 
-    The model is an nn.Sequential of an optional nn.Flatten and CompactLinear layers with nn.ReLU
-    between them, float32 on the CPU, pruned weights zero; the loss is softmax cross-entropy,
-    averaged over the batch. The result is that of
+    The model is an nn.Sequential of an optional nn.Flatten and CompactLinear or nn.Linear layers
+    with nn.ReLU between them, float32 on the CPU; the loss is softmax cross-entropy, averaged over
+    the batch. The result is that of
 
         loss = F.cross_entropy(model(x), y); loss.backward(); optimizer.step()
 
@@ -48,26 +56,86 @@ def train_step(
     return _Step(model, optimizer)
 
 
+class _Layer:
+    """A layer's tensors as the op takes them, and what was true when they were looked up."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer: Any = layer
+        self.weight, self.bias = layer.weight, layer.bias
+        self.compact = isinstance(layer, CompactLinear)
+        self.addresses: tuple[int, int] | None = None  # None: not looked up yet
+        self.version = -1  # of the lists
+        self.products: str | None = None  # as `ls.plan` has set it
+        self.buffers: list[Tensor | None] = [None] * len(_BUFFERS)
+        self.parameters: list[Tensor] = []  # weight and bias, detached
+        self.effective = self.empty = torch.empty(0)
+        self.lists: list[Tensor] = [self.empty] * len(_LISTS)
+        self.zero = True
+        self.dense = True  # whether the op reads `effective`
+        self.keep = False  # whether the op writes `effective`
+
+    def look(self) -> bool:
+        """Make the effective weight fresh if the op reads it; whether a tensor is another one."""
+        # the dicts of nn.Module, which are quicker than its attributes
+        held, buffers = self.layer._parameters, self.layer._buffers
+        weight, bias = self.weight, self.bias
+        if held["weight"] is not weight or held["bias"] is not bias:
+            raise ValueError(
+                "a parameter of a layer was replaced after train_step was called; call it anew, "
+                "with an optimizer of the new parameters."
+            )
+        addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        same = addresses == self.addresses and self.layer.__dict__.get("products") is self.products
+        if self.compact:
+            now = [buffers[name] for name in _BUFFERS]
+            same = same and all(map(is_, now, self.buffers)) and now[0]._version == self.version
+            if not same:
+                self._list(now)
+        if not same:
+            self.addresses = addresses
+            self.parameters = [self.empty if p is None else p.detach() for p in (weight, bias)]
+            if not self.compact:
+                self.effective = self.parameters[0]
+        if self.compact and self.dense and weight._version != self.layer.fresh_version:
+            self.layer.refresh_()
+        return not same
+
+    def _list(self, buffers: list[Any]) -> None:
+        layer = self.layer
+        layer._keep_lists()
+        self.buffers, self.version = buffers, layer.kept.starts._version
+        self.lists = [layer._buffers[name] for name in _LISTS]
+        self.effective, self.zero = layer._buffers["weight_effective"], layer.zero
+        self.products = layer.__dict__.get("products")
+        most = int(layer.kept.starts[..., -1].max())
+        self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features
+        self.keep = self.dense or not layer.lags  # else written when someone reads it
+
+
 class _Step:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         if not backends.built("cpu"):
             raise ValueError(f"train_step needs the native kernels; build them, or {OTHERWISE}.")
         backends.load("cpu")
         self.optimizer = optimizer
-        self.layers = _stack(model)
+        layers = _stack(model)
+        self.layers = [_Layer(layer) for layer in layers]
         self.adam = _is_adam(optimizer)
         for group in optimizer.param_groups:
             _check_options(group)
         self.parameters: list[Tensor | None] = []
-        for layer in self.layers:
+        for layer in layers:
             self.parameters += [layer.weight, layer.bias]
         self._check_parameters(model)
-        weight = self.layers[0].weight
-        self.networks = weight.shape[0] if weight.dim() == 2 else None
-        self.empty = torch.empty(0)
-        for parameter in self.parameters[::2]:
-            assert parameter is not None
-            note_optimizer(parameter, optimizer)
+        first = self.layers[0]
+        weight, single = first.layer.weight, 1 if first.compact else 2
+        self.networks = weight.shape[0] if weight.dim() > single else None
+        self.empty = first.empty
+        self.no_step = torch.zeros(1)
+        self.arguments: tuple[Any, ...] = ()
+        for layer in self.layers:
+            if layer.compact:
+                note_optimizer(layer.layer.weight, optimizer)
 
     def _check_parameters(self, model: nn.Module) -> None:
         held = [p for p in self.parameters if p is not None]
@@ -88,45 +156,64 @@ class _Step:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         single = self.networks is None
-        x = as_rows(x, self.networks, self.layers[0].in_features)
+        features = self.layers[0].layer.in_features
+        if x.dim() != 2 or x.shape[1] != features:
+            x = as_rows(x, self.networks, features)
         if y.dtype != torch.int64 or y.dim() not in ((1,) if single else (1, 2)):
             raise ValueError(
                 f"y must be int64 class numbers, [B]{'' if single else ' or [E, B]'}, got "
                 f"{y.dtype} {tuple(y.shape)}."
             )
+        changed = [layer.look() for layer in self.layers]  # all of them, so no generator
+        if any(changed):
+            self._collect()
+        parameters, effective, lists, zero, keep, written, raised = self.arguments
         first, second, steps, rates = self._state()
-        buffers = [layer._buffers for layer in self.layers]
-        effective: Any = [b["weight_effective"] for b in buffers]
-        lists: Any = [b[f"kept_{name}"] for b in buffers for name in KeptLists._fields]
-        parameters = [self.empty if p is None else p.detach() for p in self.parameters]
         loss = torch.ops.lottery_sparse_native.train_step(
-            x.detach(), y, parameters, first, second, steps, effective, lists, rates, self.adam,
-            self.networks or 1, torch.get_num_threads(),
+            x.detach() if x.requires_grad else x, y, parameters, first, second, steps, effective,
+            lists, zero, keep, rates, self.adam, self.networks or 1, torch.get_num_threads(),
+            (DENSE_MULTIPLY, DENSE_SAMPLE),
         )  # fmt: skip
-        held = [p for p in self.parameters if p is not None]
         if not self.adam:  # only now, or a call that failed would have been the first step
             for parameter, momentum in zip(self.parameters, first, strict=True):
                 if parameter is not None and momentum is not self.empty:
                     self.optimizer.state[parameter]["momentum_buffer"] = momentum
-        torch.autograd.graph.increment_version([*held, *effective])
-        for layer in self.layers:  # past nn.Module's __setattr__, which costs 2 us
-            object.__setattr__(layer, "fresh_version", layer.weight._version)
-        return loss.squeeze(0) if single else loss
+        torch.autograd.graph.increment_version(raised)
+        for layer in written:  # past nn.Module's __setattr__, which costs 2 us
+            object.__setattr__(layer, "fresh_version", layer._parameters["weight"]._version)
+        return loss
+
+    def _collect(self) -> None:
+        """The arguments of the op that stay from step to step."""
+        layers = self.layers
+        written = [layer for layer in layers if layer.keep]
+        self.arguments = (
+            [p for layer in layers for p in layer.parameters],
+            [layer.effective for layer in layers],
+            [t for layer in layers for t in layer.lists],
+            [layer.zero for layer in layers],
+            [layer.keep for layer in layers],
+            [layer.layer for layer in written],
+            [p for p in self.parameters if p is not None] + [layer.effective for layer in written],
+        )
 
     def _state(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]:
         """The optimizer's state, made where it is missing, and its options per parameter."""
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        options = {}
+        for group in self.optimizer.param_groups:
+            options |= dict.fromkeys(map(id, group["params"]), (group, self._options(group)))
         first, second, steps, rates = [], [], [], []
+        states = self.optimizer.state
         for parameter in self.parameters:
             if parameter is None:
                 first.append(self.empty)
                 second.append(self.empty)
-                steps.append(torch.zeros(1))
+                steps.append(self.no_step)
                 rates += [0.0] * 7
                 continue
-            group = groups[id(parameter)]
-            _check_options(group)
-            state = self.optimizer.state[parameter]
+            group, numbers = options[id(parameter)]
+            state = states[parameter]
+            rates += numbers
             if self.adam:
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32)
@@ -135,23 +222,30 @@ class _Step:
                 first.append(state["exp_avg"])
                 second.append(state["exp_avg_sq"])
                 steps.append(state["step"])
-                rates += [
-                    group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                    _decoupled(self.optimizer, group), group["maximize"],
-                ]  # fmt: skip
                 continue
             momentum = state.get("momentum_buffer") if group["momentum"] else self.empty
-            fresh = momentum is None
             if momentum is None:
                 momentum = torch.zeros_like(parameter)
+                rates[-1] = 1.0  # the first step
             first.append(momentum)
             second.append(self.empty)
-            steps.append(torch.zeros(1))
-            rates += [
+            steps.append(self.no_step)
+        return first, second, steps, rates
+
+    def _options(self, group: dict[str, Any]) -> list[float]:
+        """The options of a group, as the op takes them."""
+        _check_options(group)
+        if self.adam:
+            rates = (
+                group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                _decoupled(self.optimizer, group), group["maximize"],
+            )  # fmt: skip
+        else:
+            rates = (
                 group["lr"], group["momentum"], group["dampening"], group["weight_decay"],
-                group["nesterov"], group["maximize"], fresh,
-            ]  # fmt: skip
-        return first, second, steps, [float(rate) for rate in rates]
+                group["nesterov"], group["maximize"], False,
+            )  # fmt: skip
+        return list(map(float, rates))
 
 
 def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -177,10 +271,10 @@ def _check_options(group: dict[str, Any]) -> None:
             )
 
 
-def _stack(model: nn.Module) -> list[CompactLinear]:
-    """The layers of a Sequential of Flatten, then CompactLinear with ReLU between."""
+def _stack(model: nn.Module) -> list[nn.Linear]:
+    """The layers of a Sequential of Flatten, then CompactLinear or Linear with ReLU between."""
     named = list(_flat(model, ""))
-    layers: list[CompactLinear] = []
+    layers: list[nn.Linear] = []
     relu = True  # whether a layer may come next
     for i, (name, module) in enumerate(named):
         if (
@@ -192,24 +286,21 @@ def _stack(model: nn.Module) -> list[CompactLinear]:
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True
-        elif type(module) is CompactLinear and relu:
-            if not module.zero:
-                raise ValueError(
-                    f"{name}: pruned weights hold other values than zero; {OTHERWISE}."
-                )
+        elif type(module) in (CompactLinear, nn.Linear, _Linear) and relu:
+            if "weight" not in module._parameters:
+                raise ValueError(f"{name} computes its weight; {OTHERWISE}.")
+            assert isinstance(module, nn.Linear)
             layers.append(module)
             relu = False
         else:
-            hint = (
-                "call ls.sparsify_ and ls.compact_ first, or " if "Linear" in _kind(module) else ""
-            )
+            hint = "call ls.compact_ first, or " if "Linear" in _kind(module) else ""
             raise ValueError(
                 f"{name or 'the model'} is a {_kind(module)}, but train_step takes an "
-                f"nn.Sequential of Flatten and CompactLinear layers with ReLU between them; "
+                f"nn.Sequential of Flatten and compact or plain linear layers with ReLU between; "
                 f"{hint}{OTHERWISE}."
             )
     if not layers or relu:
-        raise ValueError(f"the model must end in a CompactLinear layer; {OTHERWISE}.")
+        raise ValueError(f"the model must end in a linear layer; {OTHERWISE}.")
     if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(f"a layer stands twice in the model; {OTHERWISE}.")
     return layers

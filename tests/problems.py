@@ -170,7 +170,8 @@ def numbers(p: Problem) -> Problem:
 def takes(backend: str, op: str, frozen: str, dtype: torch.dtype) -> bool:
     """What the backends offer; tests/test_backends.py holds them to refusing the rest."""
     if backend == "cpu":
-        return op == "masked_linear" and frozen == "zero" and dtype == torch.float32
+        linear = dtype in (torch.float32, torch.bfloat16)
+        return op == "masked_linear" and frozen == "zero" and linear
     return True
 
 

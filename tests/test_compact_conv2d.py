@@ -38,6 +38,19 @@ CASES = [
     ((17, 2), (3, 3), (3, 200), 1, {"padding": (1, 1)}),
     ((3, 4), (3, 3), (6, 6), 0, {"padding": (1, 1)}),
 ]
+# with few kept weights these run on planes, csrc/sparse_conv2d_planes.h
+ON_PLANES = [
+    ((3, 20), (3, 3), (32, 32), 5, {"padding": (1, 1)}),
+    ((1, 33), (3, 3), (28, 28), 9, {"padding": (1, 1)}),
+    ((2, 9), (3, 3), (31, 33), 4, {}),
+    ((3, 8), (1, 1), (30, 47), 1, {}),
+    ((3, 8), (1, 1), (30, 48), 2, {"padding": (2, 3)}),  # dy lies beyond what dx reads
+    ((4, 6), (3, 3), (29, 40), 2, {"padding": (1, 1), "groups": 2}),
+    ((2, 8), (5, 4), (37, 65), 3, {"padding": (3, 0)}),
+    ((2, 8), (3, 2), (33, 50), 3, {"padding": (2, 3), "dilation": (3, 19)}),
+    ((2, 8), (3, 3), (2, 320), 3, {"padding": (1, 2)}),
+    ((1, 4), (3, 3), (32, 32), 0, {"padding": (1, 1)}),
+]
 NAMES = ["y", "dx", "dvalues", "dbias"]
 
 
@@ -123,6 +136,36 @@ def test_matches_float64(case, density, last):
         assert got[1].movedim(-3, -1).is_contiguous()
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("case", ON_PLANES, ids=str)
+def test_few_kept_weights_match_float64(case, kept):
+    (channels, _), kernel, _, _, options = case
+    weights = channels // options.get("groups", 1) * kernel[0] * kernel[1]
+    check(p := problem(case, kept / weights), run(p))
+    check(p := problem(case, kept / weights, last=True), run(p))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["x each", "shared x"])
+@pytest.mark.parametrize("case", [ON_PLANES[0], ON_PLANES[1], ON_PLANES[5]], ids=str)
+def test_networks_that_run_on_planes_beside_others(case, shared):
+    p = mixed(case, shared)
+    one = run(p)
+    check(p, one)
+    same_bits(p, one, shared)
+
+
+def mixed(case, shared):
+    """Networks with many and few kept weights."""
+    x, _, _, bias, dy, kernel, options, few = problem(case, 0.03, 2, shared)
+    more_x, _, _, more_bias, more_dy, _, _, many = problem(case, 0.7, 2, shared)
+    mask = torch.stack([many[0], few[0], few[1], many[1]])
+    lists = KeptLists.of(mask.flatten(-3))
+    values = torch.randn(lists.columns.shape)
+    x = x if shared else torch.cat([x, more_x])
+    bias, dy = torch.cat([bias, more_bias]), torch.cat([dy, more_dy])
+    return x, values, lists, bias, dy, kernel, options, mask
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("shared", [False, True], ids=["x each", "shared x"])
 @pytest.mark.parametrize("case", [CASES[2], CASES[5], CASES[11]], ids=str)
@@ -158,8 +201,9 @@ def test_wide_numbers():
     check(p, run(p))
 
 
-def test_what_is_not_needed_is_empty():
-    p = problem(CASES[1], 0.5)
+@pytest.mark.parametrize(("case", "density"), [(CASES[1], 0.5), (ON_PLANES[1], 0.05)], ids=str)
+def test_what_is_not_needed_is_empty(case, density):
+    p = problem(case, density)
     full = run(p)
     for i in range(3):
         needs = tuple(j == i for j in range(3))
@@ -171,7 +215,10 @@ def test_what_is_not_needed_is_empty():
 @pytest.mark.parametrize("shared", [False, True], ids=["x each", "shared x"])
 def test_the_same_bits_for_any_threads_and_beside_other_networks(shared):
     p = problem(((40, 70), (3, 3), (9, 8), 37, {"padding": (1, 1)}), 0.2, 3, shared)
-    one = run(p)
+    same_bits(p, run(p), shared)
+
+
+def same_bits(p, one, shared):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -48,8 +48,10 @@ networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)
 
 
-def takes(backend: str, dtype: torch.dtype) -> bool:
-    return backend != "cpu" or dtype == torch.float32
+def takes(backend: str, dtype: torch.dtype, conv: bool = False) -> bool:
+    if backend != "cpu":
+        return True
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not conv)
 
 
 # ---- values and gradients ------------------------------------------------------------------
@@ -63,7 +65,7 @@ def test_linear_matches_float64(backend, dtype, frozen, networks, monkeypatch):
     monkeypatch.setenv("LS_BACKEND", backend or "")
     if backend and not takes(backend, dtype):
         a = Arguments.of(linear_problem(5, 7, 3, dtype=dtype))
-        with pytest.raises(RuntimeError, match=r"kernels run float32, got torch"):
+        with pytest.raises(RuntimeError, match=r"kernels run float32 or bfloat16, got torch"):
             a.run()
         return
     for shape in SHAPES if dtype == torch.float32 else FEW_SHAPES:
@@ -93,7 +95,7 @@ def test_any_shape(rows, columns, batch, density, spare, networks):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_conv2d_matches_float64(case, backend, networks):
     dtypes = (*DTYPES, torch.float64) if case == "two groups" else (torch.float32,)
-    for dtype in (d for d in dtypes if takes(backend, d)):
+    for dtype in (d for d in dtypes if takes(backend, d, conv=True)):
         for held in FROZEN:
             for density in (0.0, 0.3, 1.0):
                 p = conv_case(*CONVOLUTIONS[case], density, held, networks, dtype)

@@ -220,14 +220,18 @@ def test_more_weights_than_slots_are_refused_and_nothing_changed():
     assert int(model[4].kept.kept) == model[4].capacity
 
 
-@pytest.mark.parametrize("given", ["stepped", "by compact_"])
+@pytest.mark.parametrize("given", ["stepped", "by compact_", "loaded"])
 def test_state_that_would_be_misplaced_is_refused(given):
     plain, model = pair_of_networks(ls.Constant(0.2))
-    model = model if given == "stepped" else plain
+    model = plain if given == "by compact_" else model
     optimizer = torch.optim.Adam(model.parameters(), **ADAM)
     train(model, optimizer, 2)
     if given == "by compact_":
         ls.compact_(model, optimizer)
+    if given == "loaded":  # a checkpoint goes on in new objects, and nobody has stepped yet
+        model = copy.deepcopy(model)
+        saved, optimizer = optimizer.state_dict(), torch.optim.Adam(model.parameters(), **ADAM)
+        optimizer.load_state_dict(saved)
     before = snapshot(model, optimizer)
     for other in (None, torch.optim.SGD(model.parameters())):
         with pytest.raises(ValueError, match=r"Adam holds state for.* 0\.weight.*optimizer=optim"):

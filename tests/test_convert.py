@@ -240,6 +240,27 @@ def test_transformers_name_what_they_skip():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("layer", "way_out"),
+    [
+        (nn.MultiheadAttention(4, 2), "an attention module that calls nn.Linear layers"),
+        (nn.TransformerEncoderLayer(4, 2, 8), "an encoder layer that calls them"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_warning_says_why_and_what_to_do(layer, way_out):
+    kind = type(layer).__name__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ls.sparsify_(layer)
+    said = [str(w.message) for w in caught if f"nn.{kind} reads its weight" in str(w.message)]
+    assert len(said) == {"MultiheadAttention": 1, "TransformerEncoderLayer": 2}[kind]
+    for text in said:
+        assert "without calling it, so a mask would not hold; to mask it, use " in text
+        assert way_out in text
+        assert text.endswith("or leave it out with filter_fn.")
+
+
 def test_no_raw_weight_escapes_in_training_or_on_the_fast_path():
     model, x = Block(), torch.randn(2, 5, 4)
     names_skipped(model)

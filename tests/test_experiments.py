@@ -147,17 +147,32 @@ def test_divergence_is_an_error_with_a_way_out(tiny):
 
 def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
     seen = []
-    step = train.step
+    stepper = train.stepper
 
-    def watched(model, optimizer, images, labels):
-        seen.append(labels.tolist())
-        step(model, optimizer, images, labels)
+    def watched(model, optimizer):
+        engine, step = stepper(model, optimizer)
 
-    monkeypatch.setattr(train, "step", watched)
+        def and_seen(images, labels):
+            seen.append(labels.tolist())
+            return step(images, labels)
+
+        return engine, and_seen
+
+    monkeypatch.setattr(train, "stepper", watched)
     list(lottery(Run(SHORT, rounds=2), tiny))  # 12 iterations: more than one epoch of 10
     assert len(seen) == 36
     assert seen[:12] == seen[12:24] == seen[24:]
     assert seen[0] != seen[10]
+
+
+def test_rows_name_the_engine(tiny, monkeypatch):
+    one_call = "train_step" if ls.backends.built("cpu") else "modules"
+    run = Run(SHORT, rounds=1, mask0="freeze_init")
+    assert [this.row["engine"] for this in lottery(run, tiny)] == [one_call] * 2
+    model = build(CONV2, 0)
+    assert train.stepper(model, train.adam(model.parameters(), 1e-3))[0] == "modules"
+    monkeypatch.setattr(ls.backends, "forced", lambda: "reference")
+    assert [this.row["engine"] for this in lottery(run, tiny)] == ["modules"] * 2
 
 
 def test_counts_kept_are_exact(tiny):

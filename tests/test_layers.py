@@ -18,10 +18,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     # ways to compute
     "formats": set(),
     "reference": {"formats"},
-    "dense": {"reference"},
+    "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
     "native_cuda": {"_C_cuda", "formats"},
-    "kernels": set(),
+    "kernels": {"reference"},
     # which one runs
     "backends": set(),
     "random": {"backends"},
@@ -37,22 +37,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
-    "convert": {"masks", "frozen", "modules"},
-    "compact_layers": {
-        "backends",
-        "reference",
-        "compact",
-        "frozen",
-        "masks",
-        "modules",
-        "ops",
-    },
-    "compacting": {"reference", "compact", "compact_layers", "convert"},
+    "convert": {"compact", "masks", "frozen", "modules"},
+    "compact_base": {"backends", "reference", "compact", "frozen", "modules"},
+    "compact_layers": {"compact_base", "modules", "ops"},
+    "compacting": {"reference", "compact", "compact_base", "compact_layers", "convert"},
     "plan": {
         "backends",
         "ops",
         "modules",
-        "compact_layers",
+        "compact_base",
         "convert",
         "compacting",
         "packed",
@@ -62,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "reference",
         "frozen",
         "modules",
+        "compact_base",
         "compact_layers",
         "convert",
         "compacting",
@@ -193,7 +187,8 @@ MAY_INCLUDE = {
     "bindings_cuda.cpp": {"Python.h", "torch"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
-    "eager.cpp": {"torch", "ATen", "Python.h"},  # built for one torch version, see DECISIONS.md
+    "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md
+    "eager_linear.h": {"ATen"},
 }
 
 

@@ -226,6 +226,20 @@ def test_values_of_a_descriptor_survive_a_trip_through_half(source):
     assert torch.equal(other.effective_weight, layer.effective_weight)
 
 
+@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant(0.1)], ids=repr)
+def test_frozen_values_of_tied_layers_survive_a_trip_through_half(source):
+    model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
+    model[1].weight = model[0].weight
+    ls.sparsify_(model)
+    ls.set_masks_(model, {"0.weight": torch.rand(7, 7) < 0.5}, frozen=source)
+    before = model[0].effective_weight.detach()
+    model.half().float()
+    for layer in model:
+        pruned = ~layer.weight_mask
+        assert torch.equal(layer.effective_weight[pruned], before[pruned])
+    assert model[0].weight is model[1].weight
+
+
 def test_fx_traces_a_masked_layer_as_one_node():
     model = ls.sparsify_(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 5)))
     ls.set_masks_(model, {"2.weight": torch.rand(5, 48) < 0.3}, frozen=ls.Constant(0.1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,14 @@ VARIANT = _host.cpu_variant()
 
 def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def test_errors_do_not_say_where_the_kernels_were_built():
+    x, weight = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match="x must be Float") as caught:
+        ops.masked_linear(x, weight, weight > 0, None)
+    assert re.search(r"csrc/\w+\.(h|cpp):\d", str(caught.value))
+    assert "/csrc/" not in str(caught.value)
 
 
 def test_host_knows_the_build():

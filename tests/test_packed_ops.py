@@ -211,6 +211,58 @@ def test_one_op_in_a_compiled_graph(kind):
     assert ops_seen[0].target is getattr(torch.ops.lottery_sparse, name).default
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(kind, compiled):
+    """x is cast as for F.linear, the weight is not: the result is that of the cast x."""
+    op, _ = problem(kind, 20, 70, 0.3)
+    bias = torch.randn(20)
+    torch._dynamo.reset()
+    call = torch.compile(op, backend="aot_eager", fullgraph=True) if compiled else op
+    for shape in ((3, 70),) if compiled else ((3, 70), (70,), (2, 3, 70)):
+        x = torch.randn(shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, twice = call(x, bias), call(x.double(), bias)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, op(x.bfloat16(), bias))
+        assert torch.equal(twice, op(x.double(), bias))
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            assert call(x, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_is_a_larger_batch(kind, capfd):
+    op, _ = problem(kind, 20, 70, 0.3)
+    bias, x = torch.randn(20), torch.randn(4, 3, 70)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for dim in (0, 1, 2):
+        across = torch.vmap(lambda x: op(x, bias), in_dims=dim)
+        torch.testing.assert_close(across(x.movedim(0, dim)), op(x, bias), **close)
+    one = torch.vmap(lambda x: op(x, bias))(x[0])
+    torch.testing.assert_close(one, op(x[0], bias), **close)
+    assert "performance drop" not in "".join(capfd.readouterr()), "torch would loop"
+
+
+def test_vmap_over_weights():
+    layers = [ls.PackedLinear(torch.randn(6, 9).sign(), torch.randn(6)) for _ in range(3)]
+    assert layers[0].format == "ternary"
+    buffers = {
+        n: torch.stack([b, *(m.get_buffer(n) for m in layers[1:])])
+        for n, b in layers[0].named_buffers()
+    }
+    x = torch.randn(4, 9)
+    call = torch.vmap(lambda b: torch.func.functional_call(layers[0], b, (x,)))
+    torch.testing.assert_close(call(buffers), torch.stack([layer(x) for layer in layers]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own import
+def test_forward_mode_gradients_are_an_error():
+    layer = ls.PackedLinear(torch.randn(6, 9).sign(), None)
+    x = torch.randn(4, 9)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"x has a tangent .*was packed"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
 BAD = {
     "x": (lambda: ops.csr_linear(torch.ones(2, 3).long(), *csr()), "x must be a floating"),
     "activations": (lambda: ternary(activations="int4"), 'activations must be "exact" or "int8"'),

@@ -10,7 +10,7 @@ from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse.__main__ import main
-from lottery_sparse.compact_layers import Compact
+from lottery_sparse.compact_base import Compact
 from lottery_sparse.ops.compact import has_node
 
 

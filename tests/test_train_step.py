@@ -3,102 +3,48 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from step_problems import (
+    BATCHES,
+    FROZEN,
+    OPTIMIZERS,
+    STEPS,
+    WIDTHS,
+    assert_same,
+    batches,
+    by_modules,
+    check,
+    network,
+    twin,
+)
 from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse import backends
+from lottery_sparse import step as step_module
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*layer collapse")
 
-STEPS = 20
-# rounding of 20 steps, with an eps that keeps Adam from magnifying that of tiny gradients
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-# widths around the tile and the blocks of the kernels, and one of everything
-WIDTHS = [(40, 33, 31, 10), (1, 1, 2), (70, 5), (16, 100, 16, 8, 3)]
-BATCHES = [1, 31, 33, 60]
-OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
-    "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.8, "dampening": 0.2}),
-    "adam": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3}),
-    "adam decay": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "eps": 1e-3, "betas": (0.8, 0.99)}),
-    "ls.adam": (ls.optim.Adam, {"lr": 0.01, "eps": 1e-3, "maximize": True}),
-    "ls.sgd": (ls.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-}
+# which products are dense: (for outputs and inputs' gradients, for weights' gradients)
+PRODUCTS = {"sparse": (2, 2), "dense": (-1, -1), "multiply": (-1, 2), "sample": (2, -1)}
 
 
-def network(widths=WIDTHS[0], density=0.3, seed=0, bias=True, compact=True):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = [nn.Flatten()]
-        for k, n in itertools.pairwise(widths):
-            layers += [nn.Linear(k, n, bias=bias), nn.ReLU()]
-        model = ls.sparsify_(nn.Sequential(*layers[:-1]))
-        masks = {name: torch.rand(m.shape) < density for name, m in ls.masks_of(model).items()}
-        ls.set_masks_(model, masks)
-    return ls.compact_(model) if compact else model
+@pytest.fixture
+def products(request, monkeypatch):
+    """Dense or sparse products, whatever the density."""
+    multiply, sample = PRODUCTS[request.param]
+    monkeypatch.setattr(step_module, "DENSE_MULTIPLY", multiply)
+    monkeypatch.setattr(step_module, "DENSE_SAMPLE", sample)
 
 
-def batches(widths, batch, steps=STEPS, networks=(), seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = torch.randn(*networks, batch, widths[0], generator=generator)
-        yield x, torch.randint(widths[-1], (*networks, batch), generator=generator)
-
-
-def by_modules(model, optimizer, x, y):
-    """The step that train_step stands for; returns the loss, per network if there are many."""
-    dtype = next(model.parameters()).dtype
-    out = model(x.to(dtype))
-    optimizer.zero_grad()
-    if out.dim() == 3:
-        labels = y if y.dim() == 2 else y.expand(out.shape[0], -1)
-        loss = torch.stack([F.cross_entropy(o, t) for o, t in zip(out, labels, strict=True)])
-    else:
-        loss = F.cross_entropy(out, y)
-    loss.sum().backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def twin(model, kind, options):
-    """The same network in float64, as masked layers, with torch's optimizer."""
-    other = ls.expand_(copy.deepcopy(model)).double()
-    kind = getattr(torch.optim, kind.__name__)
-    return other, kind(other.parameters(), **options)
-
-
-def assert_same(model, other):
-    expected = other.state_dict()
-    for name, value in model.state_dict().items():
-        wanted = expected[name]
-        torch.testing.assert_close(value, wanted.to(value.dtype), **TOLERANCE, msg=name)
-    for layer in model:
-        if isinstance(layer, ls.CompactLinear):
-            stale = layer.weight_effective.clone()
-            layer.refresh_()
-            assert torch.equal(stale, layer.weight_effective), "effective weights were written"
-
-
-def check(model, kind, options, data):
-    other, other_optimizer = twin(model, kind, options)
-    step = ls.train_step(model, optimizer := kind(model.parameters(), **options))
-    for x, y in data:
-        loss, expected = step(x, y), by_modules(other, other_optimizer, x, y)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-    assert_same(model, other)
-    return optimizer
+every_product = pytest.mark.parametrize("products", PRODUCTS, indirect=True)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -106,15 +52,62 @@ def test_every_optimizer(name):
     check(network(), *OPTIMIZERS[name], batches(WIDTHS[0], 33))
 
 
+@every_product
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("density", [0.0, 0.05, 0.3, 0.6, 1.0])
-def test_widths_and_densities(widths, density):
-    check(network(widths, density), *OPTIMIZERS["adam"], batches(widths, 33, 5))
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.6, 1.0])
+def test_widths_and_densities(widths, density, products):
+    check(network(widths, density), *OPTIMIZERS["adam"], batches(widths, 33, 4))
 
 
+@every_product
+@pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("batch", [1, 33, 60])
+def test_gradients_within_the_rounding_of_their_products(density, batch, products):
+    """The momentum of a first step is the gradient."""
+    model = network((130, 33, 10), density, frozen=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = next(batches((130, 10), batch))
+    layers = [model[1], model[3]]
+    w = [layer.weight_effective.double() for layer in layers]
+    b = [layer.bias.detach().double() for layer in layers]
+    inputs = [x.double(), (x.double() @ w[0].T + b[0]).relu()]
+    logits = inputs[1] @ w[1].T + b[1]
+    dy = [None, (logits.softmax(1) - F.one_hot(y, 10)) / batch]
+    dy[0] = (dy[1] @ w[1]) * (inputs[1] > 0)
+    # the same sums of absolute values; a softmax is as exact as its logits
+    sizes = [inputs[0].abs(), inputs[0].abs() @ w[0].abs().T + b[0].abs()]
+    logit_size = (sizes[1] @ w[1].abs().T + b[1].abs()).amax(1, keepdim=True)
+    lost = [None, dy[1].abs() + logits.softmax(1) * logit_size / batch]
+    lost[0] = (lost[1] @ w[1].abs()) * (inputs[1] > 0)
+    ls.train_step(model, optimizer)(x, y)
+    for i, layer in enumerate(layers):
+        got = optimizer.state[layer.weight]["momentum_buffer"].double()
+        rows, columns = layer.weight_mask.nonzero().unbind(1)
+        wanted, size = dy[i].T @ inputs[i], lost[i].T @ sizes[i]
+        assert ((got - wanted[rows, columns]).abs() <= 1e-6 * size[rows, columns] + 1e-12).all()
+
+
+@every_product
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=list(FROZEN))
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.9])
+def test_frozen_values(frozen, density, products):
+    model = network(density=density, frozen=frozen)
+    check(model, *OPTIMIZERS["momentum"], batches(WIDTHS[0], 33, 4))
+
+
+@pytest.mark.parametrize("plain", [(2,), (0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", ["adam", "nesterov", "sgd"])
+def test_plain_layers(plain, name):
+    model = network(plain=plain)
+    check(model, *OPTIMIZERS[name], batches(WIDTHS[0], 33, 6))
+    models = [network(plain=plain, density=d, seed=e) for e, d in enumerate((0.1, 0.7))]
+    check(ls.replicate(models), *OPTIMIZERS[name], batches(WIDTHS[0], 33, 4, (2,)))
+
+
+@every_product
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_batches(batch, bias):
+def test_batches(batch, bias, products):
     model = network(bias=bias)
     check(model, *OPTIMIZERS["momentum"], batches(WIDTHS[0], batch, 5))
 
@@ -131,9 +124,13 @@ def test_networks_side_by_side(own_x, own_y, name):
 
 
 @pytest.mark.parametrize("name", ["adam", "momentum"])
-def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name):
+@pytest.mark.parametrize("options_of_models", [{}, {"frozen": None}, {"plain": (1,)}], ids=str)
+def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name, options_of_models):
     kind, options = OPTIMIZERS[name]
-    models = [network(density=d, seed=e) for e, d in enumerate((0.05, 0.5, 1.0, 0.3, 0.1))]
+    models = [
+        network(density=d, seed=e, **options_of_models)
+        for e, d in enumerate((0.05, 0.5, 1.0, 0.3, 0.1))
+    ]
     results = []
     data = list(batches(WIDTHS[0], 35, 3))
     for threads in (1, 2, 3, 7):
@@ -170,6 +167,44 @@ def test_the_optimizer_keeps_its_state_and_modules_may_go_on():
     assert_same(model, other)
     assert {float(s["step"]) for s in optimizer.state.values()} == {float(STEPS)}
     assert len(optimizer.state) == 6
+
+
+@pytest.mark.parametrize("density", [0.2, 0.8])
+def test_weights_may_be_written_between_steps(density):
+    kind, options = OPTIMIZERS["momentum"]
+    model = network(density=density)
+    other, other_optimizer = twin(model, kind, options)
+    step = ls.train_step(model, kind(model.parameters(), **options))
+    for i, (x, y) in enumerate(batches(WIDTHS[0], 33, 6)):
+        loss = step(x, y)
+        expected = by_modules(other, other_optimizer, x, y)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).double(), other(x.double()), rtol=1e-4, atol=1e-5)
+            if i == 2:
+                for p in (*model.parameters(), *other.parameters()):
+                    p.mul_(0.5)
+            if i == 4:  # other storage under the same Parameters
+                for p in model.parameters():
+                    p.data = p.data.clone()
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize(
+    ("density", "products", "written"),
+    [(0.1, "auto", False), (0.1, "dense", True), (0.9, "auto", True)],
+)
+def test_effective_weights_are_written_where_something_reads_them(density, products, written):
+    model = network((40, 10), density)
+    layer = model[1]
+    before = layer.weight_effective.clone()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = list(batches((40, 10), 5, 2))
+    step(*data[0])
+    layer.products = products
+    step(*data[1])
+    assert torch.equal(layer._dense, before) != written
+    assert not torch.equal(layer.weight_effective, before)
 
 
 def test_options_are_read_in_every_call():
@@ -237,6 +272,25 @@ def test_spare_slots_stay_zero_and_masks_may_change():
             assert not torch.equal(layer.weight, before.weight)
 
 
+@every_product
+def test_spare_slots_of_dense_products(products):
+    model = network(compact=False)
+    masks = ls.masks_of(model)
+    ls.compact_(model, spare=40)
+    check(model, *OPTIMIZERS["adam"], batches(WIDTHS[0], 33, 3))
+    assert all((layer.weight[-40:] == 0).all() for layer in model if hasattr(layer, "kept"))
+    ls.set_masks_(model, {k: m | (torch.rand(m.shape) < 0.01) for k, m in masks.items()})
+    check(model, *OPTIMIZERS["adam"], batches(WIDTHS[0], 33, 3))
+
+
+def test_a_replaced_weight_is_an_error():
+    model = network()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+    with pytest.raises(ValueError, match=r"was replaced .* call it anew"):
+        step(*next(batches(WIDTHS[0], 5)))
+
+
 def test_not_a_number_stays_one():
     model = network()
     step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -251,69 +305,3 @@ def test_versions_are_raised():
     before = [p._version for p in model.parameters()]
     step(*next(batches(WIDTHS[0], 5)))
     assert all(p._version > b for p, b in zip(model.parameters(), before, strict=True))
-
-
-def _with(optimizer=torch.optim.SGD, model=network, parameters=None, **options):
-    def build():
-        m = model()
-        held = m.parameters() if parameters is None else parameters(m)
-        return m, optimizer(held, **{"lr": 0.1, **options})
-
-    return build
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (_with(torch.optim.RMSprop), TypeError, "must be SGD, Adam or AdamW.*RMSprop"),
-        (_with(torch.optim.Adam, amsgrad=True), ValueError, "amsgrad=True"),
-        (_with(torch.optim.Adam, capturable=True), ValueError, "capturable=True"),
-        (_with(parameters=lambda m: list(m.parameters())[:2]), ValueError, "holds 2 parameters"),
-        (_with(model=lambda: network(compact=False)), ValueError, "1 is a MaskedLinear.*compact_"),
-        (_with(model=lambda: nn.Sequential(nn.Linear(2, 2))), ValueError, "0 is a Linear"),
-        (_with(model=lambda: network().append(nn.Tanh())), ValueError, "5 is a Tanh|6 is a Tanh"),
-        (_with(model=lambda: network().append(nn.ReLU())), ValueError, "must end in a Compact"),
-        (_with(model=lambda: network().insert(2, nn.Dropout())), ValueError, "2 is a Dropout"),
-        (_with(model=lambda: network().double()), ValueError, "torch.float64"),
-        (_with(model=lambda: network()[1:2].requires_grad_(False)), ValueError, "not require a gr"),
-    ],
-)
-def test_what_is_not_done_is_refused_at_once(build, error, message):
-    with pytest.raises(error, match=message) as raised:
-        ls.train_step(*build())
-    assert "through the modules" in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "error", "message"),
-    [
-        (torch.randn(5, 41), torch.zeros(5, dtype=torch.int64), ValueError, "x has shape"),
-        (torch.randn(5, 40), torch.zeros(4, dtype=torch.int64), RuntimeError, "fit"),
-        (torch.randn(5, 40), torch.zeros(5), ValueError, "y must be int64"),
-        (torch.randn(5, 40), torch.full((5,), 10), RuntimeError, "in .0, 10."),
-        (torch.randn(5, 40), torch.full((5,), -1), RuntimeError, "in .0, 10."),
-        (torch.randn(0, 40), torch.zeros(0, dtype=torch.int64), RuntimeError, "batch"),
-        (torch.randn(5, 40).double(), torch.zeros(5, dtype=torch.int64), RuntimeError, "x must"),
-    ],
-)  # fmt: skip
-def test_bad_batches_change_nothing(x, y, error, message):
-    model = network()
-    step = ls.train_step(model, torch.optim.Adam(model.parameters(), lr=0.1))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=message):
-        step(x, y)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(float(s["step"]) == 0 for s in step.optimizer.state.values())
-
-
-def test_a_first_step_that_failed_leaves_the_next_one_first():
-    kind, options = OPTIMIZERS["dampening"]
-    model = network()
-    other, other_optimizer = twin(model, kind, options)
-    step = ls.train_step(model, kind(model.parameters(), **options))
-    with pytest.raises(RuntimeError, match="labels must be"):
-        step(torch.randn(5, 40), torch.full((5,), 10))
-    for x, y in batches(WIDTHS[0], 33, 3):
-        step(x, y)
-        by_modules(other, other_optimizer, x, y)
-    assert_same(model, other)

@@ -11,9 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.kernels.compact_linear import (
+    compact_linear,
+    compact_linear_backward,
+    gather_kept,
+    scatter_kept_,
+)
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
+from lottery_sparse.kernels.sampling import sample_bits
+from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
+from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Offsets within a tile, of up to 256 rows, are 32 bits. How many of an op's first arguments are
+# matrices that kernels read by tiles:
+LARGEST = 2**22
+_MATRICES = {
+    "masked_linear": 2,
+    "masked_linear_backward": 3,
+    "compact_linear_backward": 2,
+    "supermask_linear": 2,
+    "supermask_linear_backward": 3,
+}
 
 
 def refuses(op: str, *args: Any) -> str | None:
@@ -21,6 +40,10 @@ def refuses(op: str, *args: Any) -> str | None:
     floating = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
     if not floating <= set(_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
+    matrices = args[: _MATRICES.get(op, 0)]
+    largest = max((n for a in matrices for n in a.shape[-2:]), default=0)
+    if largest > LARGEST:
+        return f"its kernels take matrices of up to {LARGEST} rows and columns, got {largest}."
     return None
 
 
@@ -29,4 +52,18 @@ def wins(op: str, *args: Any) -> bool:
     return True
 
 
-__all__ = ["masked_linear", "masked_linear_backward", "refuses", "wins"]
+__all__ = [
+    "compact_linear",
+    "compact_linear_backward",
+    "gather_kept",
+    "masked_linear",
+    "masked_linear_backward",
+    "refuses",
+    "sample_bits",
+    "scatter_kept_",
+    "supermask_conv2d",
+    "supermask_conv2d_backward",
+    "supermask_linear",
+    "supermask_linear_backward",
+    "wins",
+]

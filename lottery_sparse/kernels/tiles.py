@@ -1,13 +1,17 @@
-"""What Triton kernels share: tiles of the effective weight, of x and of dy.
+"""What Triton kernels share: tiles of the effective weight, their sizes and their order.
 
 A kernel gets, as constexpr, how the mask and the frozen values come: `PACKED` (int32 words, else
 bool), `FROZEN` (one of ZERO, TENSOR, SIGNS). A tile is loaded with the frozen values substituted by
 selection, so nothing that a pruned entry holds gets further.
 """
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -53,11 +57,198 @@ def load_effective(
 
 
 @triton.jit
+def spread(words, shift):
+    """Packed words [R, W] as bool [R, 32 W]; `shift` is `shifts`, loaded."""
+    bits = (words[:, :, None] >> shift[None, None, :]) & 1
+    return tl.reshape(bits, (words.shape[0], 32 * words.shape[1])) != 0
+
+
+@triton.jit
+def spread_down(words, shift):
+    """Packed words [W, R], as columns, as bool [32 W, R]."""
+    bits = (words[:, None, :] >> shift[None, :, None]) & 1
+    return tl.reshape(bits, (32 * words.shape[0], words.shape[1])) != 0
+
+
+@triton.jit
+def load_tile(
+    weight, mask, frozen, signs, constant, shift, row, columns_total, mask_stride, signs_stride,
+    inside, COLUMNS: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, EDGE: tl.constexpr,
+    DOWN: tl.constexpr,
+):  # fmt: skip
+    """where(m, w, f) of a tile [R, COLUMNS] whose first entry the pointers point at.
+
+    `row` (int32) counts from there and never leaves the matrix. With EDGE, entries that are not
+    `inside` are 0. Packed rows are as long as whole chunks of 128 columns, so a tile that starts
+    at a multiple of COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R].
+    """
+    column, word = tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 32)
+    if DOWN:
+        at = (row * columns_total)[None, :] + column[:, None]
+        at_kept = (row * mask_stride)[None, :] + word[:, None]
+        at_plus = (row * signs_stride)[None, :] + word[:, None]
+    else:
+        at = (row * columns_total)[:, None] + column[None, :]
+        at_kept = (row * mask_stride)[:, None] + word[None, :]
+        at_plus = (row * signs_stride)[:, None] + word[None, :]
+    w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
+    if PACKED:
+        words = tl.load(mask + at_kept)
+        kept = spread_down(words, shift) if DOWN else spread(words, shift)
+    elif EDGE:
+        kept = tl.load(mask + at, mask=inside, other=0) != 0
+    else:
+        kept = tl.load(mask + at) != 0
+    if FROZEN == ZERO_:
+        return tl.where(kept, w, 0.0)
+    if FROZEN == TENSOR_:
+        held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
+        return tl.where(kept, w, held)
+    words = tl.load(signs + at_plus)
+    plus = spread_down(words, shift) if DOWN else spread(words, shift)
+    constant = constant.to(tl.float32)
+    held = tl.where(plus, constant.to(w.dtype), (-constant).to(w.dtype))
+    if EDGE:
+        held = tl.where(inside, held, 0.0)
+    return tl.where(kept, w, held)
+
+
+@triton.jit
+def aligned(number, BY: tl.constexpr):
+    """`number`, and Triton knows that BY divides it: rows of 300 are read 4 numbers at a time."""
+    return number // BY * BY if BY > 1 else number
+
+
+@triton.jit
+def in_order(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile of a matrix that this program computes: eight rows of tiles, column by column.
+
+    What programs near each other read, rows of the one operand and columns of the other, is then
+    still in the cache.
+    """
+    program, across = tl.program_id(0), tl.cdiv(columns, COLUMNS)
+    first = program // (8 * across) * 8
+    high = tl.minimum(tl.cdiv(rows, ROWS) - first, 8)
+    within = program % (8 * across)
+    return first + within % high, within // high
+
+
+@triton.jit
 def dot(a, b, sum, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """sum + a b, accumulated in float32."""
     if WIDEN:  # the interpreter's product of bfloat16 is wrong
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _finish(parts, bias, out, count, total, N, network, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = sum over s of parts[s, i], + bias of the row."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < total
+    sum = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(count):
+        sum += tl.load(parts + i, mask=inside, other=0.0)
+        parts += total
+    if BIAS:
+        row = i // network * N + i % N
+        sum += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, sum.to(out.dtype.element_ty), mask=inside)
+
+
+def finish(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = the sum of parts [S, *out.shape] in their order, + bias [.., N] on out [.., B, N]."""
+    rows, network = out.shape[-1], out.shape[-2:].numel()
+    _finish[(triton.cdiv(out.numel(), 1024),)](
+        parts, parts if bias is None else bias.contiguous(), out, len(parts), out.numel(),
+        rows, network, BIAS=bias is not None, BLOCK=1024,
+    )  # fmt: skip
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+# Rows of a product (its weight rows), columns (its batch) and depth of a tile, for batches up to
+# the number in front. Bytes rule for a small batch, so there tiles are small and many; above, a
+# wide tile reads less from the cache per product.
+_SIZES: dict[str, tuple[tuple[float, tuple[int, int, int], int, int], ...]] = {
+    "half": (
+        (64, (64, 64, 128), 4, 3),
+        (128, (128, 128, 64), 8, 3),
+        (math.inf, (128, 256, 32), 8, 5),
+    ),
+    "tf32": (
+        (64, (64, 64, 64), 4, 3),
+        (math.inf, (128, 128, 32), 8, 3),
+    ),
+    "ieee": ((math.inf, (64, 64, 32), 8, 3),),
+}
+MULTIPROCESSORS = 132  # of an H100. Not of this card: the same sums on every one
+
+
+def _sizes(dtype: torch.dtype) -> list[tuple[float, dict[str, int]]]:
+    kind = precision(dtype)["PRECISION"] if dtype == torch.float32 else "half"
+    return [
+        (most, {"ROWS": r, "BATCH": b, "DEPTH": d, "num_warps": warps, "num_stages": stages})
+        for most, (r, b, d), warps, stages in _SIZES[kind]
+    ]
+
+
+def tile(dtype: torch.dtype, batch: int) -> dict[str, int]:
+    """Size of tiles for a product with so many columns, as arguments of a kernel."""
+    return next(size for most, size in _sizes(dtype) if batch <= most)
+
+
+def tile_of_grid(
+    dtype: torch.dtype, rows: int, columns: int, networks: int, widest: int = 256
+) -> dict[str, int]:
+    """The largest tile of which a matrix (of each network) has one for every multiprocessor."""
+    sizes = [size for _, size in _sizes(dtype) if size["BATCH"] <= widest]
+    enough = (s for s in sizes[::-1] if tiles(rows, columns, s) * networks >= MULTIPROCESSORS)
+    return next(enough, sizes[0])
+
+
+def tiles(rows: int, columns: int, size: dict[str, int]) -> int:
+    return triton.cdiv(rows, size["ROWS"]) * triton.cdiv(columns, size["BATCH"])
+
+
+class Parts(NamedTuple):
+    """How a product is shared out: its grid, and steps of DEPTH per program."""
+
+    grid: tuple[int, int, int]  # tiles, parts of the depth, networks
+    steps: int
+
+    @classmethod
+    def of(cls, rows: int, columns: int, steps: int, networks: int, size: dict[str, int]) -> Parts:
+        """With so many steps in all; a part has at least four."""
+        count = tiles(rows, columns, size)
+        wanted = MULTIPROCESSORS * 8 // size["num_warps"] // max(count * networks, 1)
+        each = triton.cdiv(steps, max(min(wanted, steps // 4), 1))
+        return cls((count, triton.cdiv(steps, max(each, 1)) or 1, networks), each)
+
+    def workspace(self, out: Tensor) -> Tensor:
+        """Where programs write: `out` itself, or its parts in float32."""
+        count = self.grid[1]
+        return out if count == 1 else out.new_empty((count, *out.shape), dtype=torch.float32)
+
+
+# ---- what a launch is given ----------------------------------------------------------------------
+
+
+@cache
+def _shifts(device: torch.device) -> Tensor:
+    # copied from the host, which waits, so that every stream may read it
+    return torch.tensor(list(range(32)), dtype=torch.int32).to(device)
+
+
+def shifts(device: torch.device) -> Tensor:
+    """0 … 31: the bits of a word, as numbers that a kernel loads.
+
+    Triton lays out what it loads as the matrix unit takes it, but not what it counts itself: with
+    tl.arange, every weight tile would go through shared memory once more.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.arange(32, dtype=torch.int32, device=device)  # part of the graph
+    return _shifts(device)
 
 
 def interpreted() -> bool:
@@ -69,6 +260,11 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     """How products of `dtype` are computed: TF32 only where torch's own products may use it."""
     exact = interpreted() or not torch.backends.cuda.matmul.allow_tf32
     return {"PRECISION": "ieee" if exact else "tf32", "WIDEN": interpreted()}
+
+
+def alignment(rows: int, columns: int) -> dict[str, int]:
+    """What `aligned` is told of N and K."""
+    return {"N_BY": math.gcd(rows, 16), "K_BY": math.gcd(columns, 16)}
 
 
 def source(weight: Tensor, frozen: Tensor | None, signs: Tensor | None) -> int:

@@ -14,7 +14,13 @@ from lottery_sparse.native.conv2d import (
     kept_conv2d,
     kept_conv2d_backward,
 )
-from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED, refuses, wins
+from lottery_sparse.native.dispatch import (
+    MAX_DENSITY_COMPACT,
+    MAX_DENSITY_QUICK,
+    MAX_DENSITY_SAMPLED,
+    refuses,
+    wins,
+)
 from lottery_sparse.native.linear import (
     compact_linear,
     compact_linear_backward,
@@ -30,6 +36,8 @@ from lottery_sparse.native.random import (
     random_signs,
     random_uniform,
     random_words,
+    sample_bits,
+    sample_mask,
 )
 
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
@@ -38,6 +46,7 @@ adam_step = torch.ops.lottery_sparse_native.adam_step.default
 
 __all__ = [
     "MAX_DENSITY_COMPACT",
+    "MAX_DENSITY_QUICK",
     "MAX_DENSITY_SAMPLED",
     "adam_step",
     "bitmap_linear",
@@ -58,6 +67,8 @@ __all__ = [
     "random_uniform",
     "random_words",
     "refuses",
+    "sample_bits",
+    "sample_mask",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torc
 
 _PACKED = ("ternary_linear", "csr_linear", "bitmap_linear")
 _MOST_COLUMNS_INT8 = 2**18  # kTernaryMostColumns
+_LINEAR = (torch.float32, torch.bfloat16)  # all of a call's tensors alike
 
 
 def refuses(op: str, *args: Any) -> str | None:
@@ -22,13 +24,16 @@ def refuses(op: str, *args: Any) -> str | None:
     if op.startswith("masked_linear"):
         return _refuses_linear(*args[:6] if op == "masked_linear" else args[1:6])
     if op.startswith("compact_"):
-        dtypes = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
-        if dtypes != {torch.float32}:
-            return f"its kernels run float32, got {' and '.join(sorted(map(str, dtypes)))}."
+        inputs = (*args[:3], *args[4:])  # not `effective`, which is converted where it is read
+        dtypes = {a.dtype for a in inputs if isinstance(a, Tensor) and a.is_floating_point()}
+        linear = op.startswith("compact_linear")
+        if len(dtypes) > 1 or not dtypes.issubset(_LINEAR if linear else _LINEAR[:1]):
+            runs = "float32 or bfloat16" if linear else "float32"
+            return f"its kernels run {runs}, got {' and '.join(sorted(map(str, dtypes)))}."
     if op == "scatter_kept_" and not (
-        args[0].dtype == args[1].dtype == torch.float32 and args[0].is_contiguous()
+        args[0].dtype == args[1].dtype and args[0].dtype in _LINEAR and args[0].is_contiguous()
     ):
-        return f"its kernel writes a contiguous float32 tensor, got {args[0].dtype}."
+        return f"its kernel writes a contiguous float32 or bfloat16 tensor, got {args[0].dtype}."
     if op in _PACKED and any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
         return "its kernels run float32, got float64."
     if op == "ternary_linear" and args[5] and args[0].shape[1] > _MOST_COLUMNS_INT8:
@@ -44,8 +49,8 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
     *_, frozen, signs = arguments
     if frozen is not None or signs is not None:
         return "its sparse kernel takes pruned weights as zero, not as frozen values."
-    if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"its kernels run float32, got {x.dtype}."
+    if x.dtype not in _LINEAR or weight.dtype != x.dtype:
+        return f"its kernels run float32 or bfloat16, got {x.dtype}."
     return None
 
 
@@ -54,22 +59,52 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
-# A compact layer has its lists already; the limits for forward and dx, and for dvalues.
+# A compact layer has its lists already; the limits for forward and dx, for these where they are
+# quick or dense is slow (csrc/eager_linear.h, whose calls alone use it), and for dvalues.
 MAX_DENSITY_COMPACT = reference.MAX_DENSITY_LINEAR
+MAX_DENSITY_QUICK = 0.52
 MAX_DENSITY_SAMPLED = 0.45
+# bfloat16, both ops, on a processor that multiplies it: 2.2 times as fast dense as float32. From
+# this many rows of x on, up to this density.
+MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
 # Up to this size a call costs more than the product, and one kernel call is the cheapest.
 _SMALL_WEIGHT = 4096
+
+
+@cache
+def _multiplies_bfloat16() -> tuple[bool, bool]:
+    """Whether this processor multiplies bfloat16 by vectors, and by tiles (AMX)."""
+    return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+
+
+def most_density(x: Tensor, most: float, effective: Tensor | None = None) -> float:
+    """Up to which density sparse products of `x` win; `most` is that of float32.
+
+    A float32 `effective` is one under autocast: up to `most` it may lag behind, and the dense
+    product would first have to fill it and convert it.
+    """
+    if x.dtype != torch.bfloat16 or (effective is not None and effective.dtype != x.dtype):
+        return most
+    vectors, tiles = _multiplies_bfloat16()
+    if tiles:
+        return 0.0  # never measured
+    rows = x.shape[-2]
+    if not vectors and rows >= _SMALL_BATCH:  # the dense library takes eight times as long
+        return most
+    return next(density for least, density in MAX_DENSITY_BFLOAT16 if rows >= least)
 
 
 def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
     if op == "compact_linear" or op.startswith("compact_conv2d"):
-        effective, starts = args[3:5]
-        return reference.kept_share(starts, effective) <= reference.max_density(effective)
+        x, (effective, starts) = args[0], args[3:5]
+        most = most_density(x, reference.max_density(effective), effective)
+        return reference.kept_share(starts, effective) <= most
     if not op.startswith("masked_linear"):
         return True
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
     if weight.numel() <= _SMALL_WEIGHT:
         return True
     most = _MAX_DENSITY if x.shape[-2] >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
+    most = most_density(x, most)
     return count_kept(as_bool(mask, weight)) <= most * weight.numel()

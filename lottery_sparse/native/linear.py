@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import reference
-from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED
+from lottery_sparse.native.dispatch import MAX_DENSITY_COMPACT, MAX_DENSITY_SAMPLED, most_density
 from lottery_sparse.native.masks import as_bool
 
 _ops = torch.ops.lottery_sparse_native
@@ -51,7 +51,7 @@ def compact_linear(
     """(y, packed x). With frozen values other than zero nothing is left to skip: dense, no x."""
     if zero:
         return _ops.compact_linear(x, values, starts, columns, bias)
-    return reference.linear(x, effective, bias), x.new_empty(0)
+    return reference.linear(x, effective.to(x.dtype), bias), x.new_empty(0)
 
 
 def compact_linear_backward(
@@ -71,18 +71,20 @@ def compact_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, each by the kernel or, where too much is kept, by the dense library."""
     share = reference.kept_share(starts, effective)
-    sparse_dx = need_dx and zero and share <= MAX_DENSITY_COMPACT
-    sample = need_dv and share <= MAX_DENSITY_SAMPLED
+    most = most_density(x, MAX_DENSITY_COMPACT, effective)
+    sparse_dx = need_dx and zero and share <= most
+    sample = need_dv and share <= most_density(x, MAX_DENSITY_SAMPLED)
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or sample:
         if carried is None or carried.numel() == 0:
-            carried = _ops.pack_tiles(x) if sample else x.new_empty((1, 1, x.shape[-1], 1))
+            nothing = torch.empty(1, 1, x.shape[-1], 1)  # tiles are float32
+            carried = _ops.pack_tiles(x) if sample else nothing
         dx, dv, _ = _ops.compact_linear_backward(
             dy, carried, values, starts, columns, column_starts, rows, positions,
             x.dim() == 2, sparse_dx, sample, False,
         )  # fmt: skip
     if need_dx and not sparse_dx:
-        dx, _ = reference.linear_backward(dy, x, effective, True, False)
+        dx, _ = reference.linear_backward(dy, x, effective.to(x.dtype), True, False)
     if need_dv and not sample:
         _, dw = reference.linear_backward(dy, x, effective, False, True)
         dv = _ops.gather_kept(dw, starts, columns)

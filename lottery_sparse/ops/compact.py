@@ -7,6 +7,7 @@ two is the faster one. The arguments of the registered ops:
     forward   (x, values, bias, effective, *kept, zero, *rest) -> y
     backward  (dy, x, values, effective, *kept, zero, *rest, need_dx, need_dv) -> (dx, dvalues)
 
+Under autocast `effective` stays in its dtype: kernels do not read it, others convert it.
 `kept` is five tensors (`compact.KeptLists`); `zero` says that effective is 0 wherever no kept entry
 is. Backends have the same functions with one more result, or argument: what the forward carries to
 the backward (the packed x) where autograd calls them directly, empty otherwise.
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists
@@ -86,20 +86,18 @@ def linear(
 ) -> Tensor:
     """`compact_linear` without checks, for layers that hold what fits together."""
     args = (values, bias, effective, *kept, zero)
-    if effective.dim() == 3 or x.dim() == 2:
-        return _any_linear(products, x, *args)
-    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
-    return _any_linear(products, rows, *args).view(x.shape[:-1] + (effective.shape[0],))
-
-
-def _any_linear(products: str, x: Tensor, values: Tensor, *args: Any) -> Tensor:
-    """By one C++ autograd node where that is the same, else by the op."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not backends.overrides:
         node = _node()
-        if node is not None and _plain_call(x, values):
-            op, limits = node
-            return op(x, values, *args, *limits[products])
-    return _linear(x, values, *args)
+        if node is not None:
+            call, limits = node
+            y = call(x, *args, *limits[products])
+            if y is not None:  # [B, K] or [E, B, K], float32 on the CPU, and nobody watches ops
+                return y
+    if effective.dim() == 3 or x.dim() == 2:
+        return _linear(x, *args)
+    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    y = linear(rows, values, kept, effective, bias, zero, products)
+    return y.view(x.shape[:-1] + (effective.shape[0],))
 
 
 def has_node() -> bool:
@@ -108,36 +106,20 @@ def has_node() -> bool:
 
 
 @cache
-def _node() -> tuple[Callable, dict[str, tuple[float, float]]] | None:
+def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
     """The compact linear layer of csrc/eager.cpp, if it was built for this very torch.
 
-    With it, by what a layer wants: up to which density the forward and dx, and the dvalues, run on
-    sparse kernels.
+    With it, by what a layer wants: up to which density the forward and dx, the same where they are
+    quick or dense is slow, and the dvalues run on sparse kernels.
     """
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     try:
-        importlib.import_module(f"lottery_sparse._eager_{version}")
+        module = importlib.import_module(f"lottery_sparse._eager_{version}")
         native = backends.load("cpu")
     except ImportError:
         return None
-    op = torch.ops.lottery_sparse_eager.compact_linear.default
-    table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_SAMPLED
-    return op, {"auto": table, "sparse": (1.0, 1.0), "dense": (-1.0, -1.0)}
-
-
-def _plain_call(x: Tensor, values: Tensor) -> bool:
-    """float32 CPU tensors in eager mode, and nobody changes or watches what ops do."""
-    return (
-        type(x) in (Tensor, Parameter)
-        and x.dtype is torch.float32
-        and values.dtype is torch.float32
-        and x.is_cpu
-        and values.is_cpu
-        and backends.forced() is None
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    table = native.MAX_DENSITY_COMPACT, native.MAX_DENSITY_QUICK, native.MAX_DENSITY_SAMPLED
+    return module.compact_linear, {"auto": table, "sparse": (1.0,) * 3, "dense": (-1.0,) * 3}
 
 
 def compact_conv2d(
@@ -320,13 +302,19 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
     backward = differentiable(
         name_backward, op_backward, run_backward, save_backward, second_gradients, _one_by_one
     )
-    _register_autocast(name, op)
+    _register_autocast(name, op, _autocast_read)
 
     def forward_autocast(*args: Any) -> Tensor:
         device = args[0].device.type
-        return forward(*(_autocast(args, device) if autocasts(device) else args))
+        return forward(*(_autocast_read(args, device) if autocasts(device) else args))
 
     return forward_autocast
+
+
+def _autocast_read(args: tuple, device: str) -> tuple:
+    """All but `effective`, which most implementations do not read: those that do convert it."""
+    x, values, bias, *rest = args
+    return *_autocast((x, values, bias), device), *rest
 
 
 def _one_by_one(call: Callable) -> Callable:

@@ -1,17 +1,24 @@
 """ternary_linear, csr_linear and bitmap_linear: products with packed weights, for inference.
 
 They have no gradients. Sums run in float32 (float64 for a float64 `x`) and are rounded once to the
-dtype of `x`, whatever that of the weight is.
+dtype of `x`, whatever that of the weight is. Under torch.autocast `x` is cast, and with it the
+result, as for F.linear; the weight is used as it was packed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lottery_sparse import backends, reference
 from lottery_sparse.formats import BLOCK
+from lottery_sparse.ops.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.differentiable import _plain
+from lottery_sparse.ops.product import _cast
 
 
 def ternary_linear(
@@ -123,6 +130,11 @@ def check_x(x: Tensor) -> None:
             "x requires grad, but packed layers are for inference and have no gradients; use "
             "torch.inference_mode(), or train the model that was packed."
         )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            "x has a tangent (torch.func.jvp, forward_ad), but packed layers are for inference and "
+            "have no gradients; take the jvp of the model that was packed."
+        )
 
 
 def _check_entries(values: Tensor, starts: Tensor) -> None:
@@ -181,9 +193,42 @@ def _register(name: str):
         watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if watched or not _plain([a for a in args if isinstance(a, Tensor)]):
             return op(*args)
-        return run(*args)
+        return run(*_autocast(args, args[0].device.type))
 
+    torch.library.register_vmap(qualified, _vmap_rule(call))
+    for device, key in AUTOCAST_KEYS.items():
+
+        def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
+            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            args = _autocast(args, device)
+            with torch._C._ExcludeDispatchKeyGuard(below):
+                return op(*args)
+
+        torch.library.impl(qualified, key, cast)
     return call
+
+
+def _autocast(args: tuple, device: str) -> tuple:
+    if not autocasts(device):
+        return args
+    return _cast(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
+
+
+def _vmap_rule(op: Callable) -> Callable:
+    """More inputs of one weight are a larger batch; other weights are a loop."""
+
+    def rule(info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
+        if all(d is None for d in in_dims[1:]):
+            x = x.movedim(in_dims[0], 0)
+            return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
+        pairs = list(zip((x, *args), in_dims, strict=True))
+        each = [
+            op(*(a if d is None else a.select(d, i) for a, d in pairs))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
+
+    return rule
 
 
 _ternary, _csr, _bitmap = map(_register, SCHEMAS)

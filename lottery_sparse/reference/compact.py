@@ -1,7 +1,7 @@
 """Products whose weight is a vector of kept values, see `compact.KeptLists`.
 
 `effective` holds frozen values at pruned entries and `values` at kept ones, except where `may_lag`
-allows the latter to be out of date.
+allows the latter to be out of date. Its dtype is that of `values`, except under autocast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def max_density(effective: Tensor) -> float:
 
 def may_lag(effective: Tensor, starts: Tensor, zero: bool) -> bool:
     """Whether `effective` may lack the newest `values`, since the kernels do not read it."""
-    return zero and effective.is_cpu and kept_share(starts, effective) <= max_density(effective)
+    kernels = effective.is_cpu and effective.dtype == torch.float32
+    return zero and kernels and kept_share(starts, effective) <= max_density(effective)
 
 
 def kept_share(starts: Tensor, effective: Tensor) -> float:
@@ -39,6 +40,7 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
     if values.dim() == 2:
         each = zip(values, effective, starts, columns, strict=True)
         return torch.stack([kept_weight(*args) for args in each])
+    effective = effective.to(values.dtype)
     at = kept_positions(effective, starts, columns)
     flat = torch.cat([effective.flatten(), effective.new_zeros(1)])
     w = flat.index_put([at], values)[:-1].view(effective.shape)

@@ -1,0 +1,389 @@
+"""Compact: what masked layers whose Parameter holds kept weights only have in common."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse import backends, reference
+from lottery_sparse.compact import KeptLists, find_optimizers, optimizers_of, register, written
+from lottery_sparse.frozen import Held, hold, remake
+from lottery_sparse.modules import Masked, normal
+
+
+class Compact(Masked):
+    """What compact layers share. The Parameter `weight` is the vector of kept weights.
+
+    `weight` is [C], or [E, C] for E networks side by side: kept weights in row-major order, then
+    spare slots, which hold 0 and get no gradient. C is fixed when the layer becomes compact, so a
+    change of masks changes no shape. Besides the buffers of `Masked`:
+
+        weight_effective   dense, what the layer computes with: kept and frozen values
+        kept_*             where kept weights are, see `KeptLists`
+
+    Kept weights are copied into `weight_effective` whenever they change: by `ls.optim` as it steps,
+    by a hook after any other torch optimizer's step, and by the next forward that finds that
+    `weight` was written in between. Writes through `.data` go unnoticed: call `ls.refresh_`.
+    Where kernels skip what is pruned and never read it (`lags`), that waits until someone does.
+
+    state_dict and loading are those of `Masked`: the effective weight, the mask, the source.
+    """
+
+    masked_type: type[Masked]
+    weight: nn.Parameter
+    products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
+    fresh_version: int  # of `weight` when weight_effective last got its values
+    _skips: bool  # the kernels for this layer skip pruned weights
+    _listed: int  # version of `kept_starts` when the lists were last written
+    _known: weakref.ref | None  # the Parameter that the registry has for this layer
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._shrink(self.weight.shape[-self.rank :].numel())
+
+    # ---- becoming compact, and back --------------------------------------------------------------
+
+    def _shrink(self, capacity: int, parameter: nn.Parameter | None = None) -> None:
+        """From plain to compact, with the Parameter of a layer that shares it, if there is one."""
+        effective = reference.effective_weight(
+            self.weight.detach(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+        ).contiguous()
+        self.register_buffer("weight_effective", normal(effective), persistent=False)
+        self._list(KeptLists.of(self._matrix(self.weight_mask), capacity))
+        if parameter is None:
+            values = normal(self._gather(effective))
+            parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+        self.weight = parameter
+        # torch.export wants what may be None last
+        for name in ("weight_frozen", "weight_signs", "weight_signs_sum"):
+            self._buffers[name] = self._buffers.pop(name)
+        self._note_kernels()
+        self._mark_fresh()
+
+    def _grow(self, parameter: nn.Parameter | None = None) -> None:
+        """From compact to plain."""
+        if parameter is None:
+            dense = normal(self.effective_weight.detach().clone())
+            parameter = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        for name in ("weight_effective", *_KEPT):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("fresh_version", "_known", "_listed", "_skips"):
+            self.__dict__.pop(name, None)
+        self.weight = parameter
+
+    def _list(self, kept: KeptLists) -> None:
+        for name, numbers in kept._asdict().items():
+            held = self._buffers.get(f"kept_{name}")
+            if held is not None and held.shape == numbers.shape and held.dtype == numbers.dtype:
+                held.copy_(numbers)  # the same tensors: a compiled model runs on
+            else:
+                self.register_buffer(f"kept_{name}", normal(numbers), persistent=False)
+        self._listed = self.kept.starts._version
+
+    def _matrix(self, dense: Tensor) -> Tensor:
+        """[..., O, I, kh, kw] as [..., O, I kh kw]."""
+        return dense.flatten(dense.dim() - self.rank + 1) if self.rank > 2 else dense
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        return reference.gather_kept(dense, self.kept.starts, self.kept.columns)
+
+    @property
+    def kept(self) -> KeptLists:
+        held: Any = self._buffers  # by name, not in a loop: each forward asks
+        return KeptLists(
+            held["kept_starts"],
+            held["kept_columns"],
+            held["kept_column_starts"],
+            held["kept_rows"],
+            held["kept_positions"],
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Slots per network: how many weights a mask may keep."""
+        return self.weight.shape[-1]
+
+    @property
+    def zero(self) -> bool:
+        """Whether pruned weights hold zero."""
+        return self._buffers["weight_frozen"] is None
+
+    # ---- the effective weight --------------------------------------------------------------------
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The dense weight the layer computes with; differentiable in `weight`."""
+        if not torch.compiler.is_compiling():
+            self._keep_lists()
+        kept = self.kept
+        return reference.kept_weight(self.weight, self._dense, kept.starts, kept.columns)
+
+    @property
+    def weight_effective(self) -> Tensor:
+        """The dense weight as a buffer, without a gradient."""
+        if "weight_effective" not in self._buffers:
+            raise AttributeError("weight_effective")  # as long as the layer becomes compact
+        weight = self._parameters.get("weight")
+        if isinstance(weight, nn.Parameter) and not weight.is_meta:
+            self._settle(weight)
+        return self._dense
+
+    @property
+    def _dense(self) -> Tensor:
+        """`weight_effective` as it is, which may lag behind."""
+        return self._buffers["weight_effective"]  # pyright: ignore[reportReturnType]
+
+    @property
+    def lags(self) -> bool:
+        """Whether no kernel reads `weight_effective`, so that it is refreshed for readers only."""
+        return self._skips and self.products != "dense"
+
+    def _note_kernels(self) -> None:
+        effective, zero = self._dense, self.zero
+        self._skips = (
+            effective.dtype == torch.float32
+            and effective.is_contiguous()
+            and backends.built("cpu")
+            and not effective.is_meta
+            and reference.may_lag(effective, self.kept.starts, zero)
+        )
+
+    def refresh_(self) -> None:
+        """Copy the kept weights into `weight_effective`."""
+        self._keep_lists()  # first: wrong lists would write over frozen values
+        effective, kept = self._dense, self.kept
+        args = (effective, self.weight.detach(), kept.starts, kept.columns)
+        backends.kernel("scatter_kept_", effective.device, args)(*args)
+        torch.autograd.graph.increment_version(effective)
+        self._mark_fresh()
+
+    def _mark_fresh(self) -> None:
+        weight = self.weight
+        self.fresh_version = _version_of(weight)
+        known = self.__dict__.get("_known")
+        if known is None or known() is not weight:
+            register(self)
+            self._known = weakref.ref(weight)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """The kept weights, and `weight_effective` as it must be for them."""
+        # the dicts of nn.Module, which are quicker than its attributes
+        weight = self._parameters.get("weight")
+        effective: Any = self._buffers["weight_effective"]
+        if weight is None and "_is_replica" in self.__dict__:  # of nn.DataParallel
+            weight: Any = self.__dict__["weight"]
+        if weight is None:
+            raise RuntimeError(
+                "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
+                "call ls.expand_ and parametrize the masked layer."
+            )
+        is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
+        if not is_parameter:  # functional_call, a replica: not ours to keep
+            kept = self.kept
+            args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
+            return weight, reference.kept_weight(*args)
+        if not torch.compiler.is_compiling():
+            if not self.lags:
+                self._settle(weight)
+            self._keep_lists()
+        return weight, effective
+
+    def _is_stale(self, weight: nn.Parameter) -> bool:
+        if weight.is_inference():  # it counts no versions, and neither does who writes to it
+            return True
+        return weight._version != self.fresh_version or self._known() is not weight  # pyright: ignore
+
+    def _settle(self, weight: nn.Parameter) -> None:
+        if self._is_stale(weight):
+            self.refresh_()
+
+    def _keep_lists(self) -> None:
+        """Make lists and signs anew if buffers were averaged, which rounds integers down."""
+        starts: Any = self._buffers["kept_starts"]
+        if starts._version == self._listed:
+            return
+        held = self._held()
+        if held.signs is not None and held.descriptor is not None:
+            self._hold(hold("weight", held.descriptor, self._dense))
+        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        self._refill()
+
+    @torch.no_grad()
+    def _refill(self) -> None:
+        """Write frozen and kept values into `weight_effective` anew."""
+        blank = torch.zeros_like(self._dense)
+        self._dense.copy_(
+            reference.effective_weight(
+                blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+            )
+        )
+        self._note_kernels()
+        self.refresh_()
+
+    # ---- a new mask ------------------------------------------------------------------------------
+
+    def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        self._check_capacity(name, mask)
+        self._check_optimizers(name, optimizer)
+
+    def _check_optimizers(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        def others() -> list[str]:
+            return [
+                type(o).__name__
+                for o in optimizers_of(self.weight)
+                if o is not optimizer and _elementwise(o.state.get(self.weight, {}), self.weight)
+            ]
+
+        if others():
+            gc.collect()  # one that nobody uses any more may wait for it
+        for kind in others():
+            raise ValueError(
+                f"{kind} holds state for the kept weights of {name}, which a new mask would "
+                "misplace; pass it: set_masks_(..., optimizer=optimizer)."
+            )
+
+    def _check_capacity(self, name: str, mask: Tensor) -> None:
+        most = most_kept(mask, self.rank)
+        if most > self.capacity:
+            raise ValueError(
+                f"mask of {name} keeps {most} weights, but the compact layer has {self.capacity} "
+                "slots; call ls.expand_, set the mask, then ls.compact_."
+            )
+
+    @torch.no_grad()
+    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+        """Keep other weights: values, gradient and optimizer state move to their new slots.
+
+        A weight that was pruned starts from what it held, with a state of zero. `leader` is the
+        layer that moves the Parameter which several layers may share.
+        """
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        moving = [self.weight.grad] if self.weight.grad is not None else []
+        moving += _elementwise(state, self.weight)
+        old, effective = self.kept, self.effective_weight.clone()
+        blank = torch.zeros_like(effective)
+        dense = [reference.kept_weight(t, blank, old.starts, old.columns) for t in moving]
+        self.weight_mask.copy_(mask)
+        self._hold(held)
+        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        if leader is self:
+            self.weight.copy_(self._gather(effective))
+            for slots, values in zip(moving, dense, strict=True):
+                slots.copy_(self._gather(values))
+        self._refill()
+
+    # ---- moving, saving, loading -----------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # not the dtype of `weight`: a layer that shares it may have converted it already
+        was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
+        was_fresh = self.fresh_version == _version_of(self.weight)
+        nn.Module._apply(self, fn, recurse)
+        self._hold_normal()
+        if was_meta and not self.weight_mask.is_meta:
+            raise RuntimeError(
+                "a compact layer on the meta device has lost which weights it keeps; move the "
+                "masked model with to_empty, load it, then call ls.compact_."
+            )
+        self._listed = self.kept.starts._version
+        if self.weight.dtype != was_dtype:
+            self._hold(remake(self._held(), self._dense))
+            self._refill()
+        self._note_kernels()
+        if not self.weight.is_meta:
+            self._mark_fresh()
+            if not was_fresh:
+                written(self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
+            self._listed = self.kept.starts._version
+            self._mark_fresh()
+            self.fresh_version = -1
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.effective_weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        state = dict(state_dict)
+        weight, mask, frozen = (state.pop(name, None) for name in names)
+        if weight is None and mask is not None:  # a new mask for the weight that is here
+            weight = self.effective_weight.detach()
+            missing_keys.append(names[0])
+        if weight is None:  # "weight" is then reported as missing
+            nn.Module._load_from_state_dict(
+                self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                error_msgs,
+            )  # fmt: skip
+            return
+        try:  # check all of it before anything is written
+            if self.weight_mask.is_meta:
+                raise ValueError(
+                    f"{names[0]} is compact and on the meta device, where it has lost which "
+                    "weights it keeps; load the masked model, then call ls.compact_."
+                )
+            mask, held = self._check_entries(names[0], weight, mask, frozen)
+            mask = mask.to(self.weight_mask.device)
+            self._check_capacity(names[0], mask)
+            other_mask = not torch.equal(mask, self.weight_mask)
+            if other_mask:
+                find_optimizers()
+                self._check_optimizers(names[0])
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        like = self._dense
+        if other_mask:
+            self.weight.grad = None  # of weights that were kept
+        with torch.no_grad():
+            self.weight_mask.copy_(mask)
+            self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+            state[names[0]] = normal(self._gather(weight.to(like.device, like.dtype)))
+        nn.Module._load_from_state_dict(
+            self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._hold(held.like(like))
+        self._refill()
+
+
+def _version_of(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
+
+
+def most_kept(mask: Tensor, rank: int) -> int:
+    """Entries that the fullest network of a mask keeps."""
+    return int((mask != 0).flatten(-rank).sum(-1).max()) if mask.numel() else 0
+
+
+_KEPT = tuple(f"kept_{name}" for name in KeptLists._fields)
+
+
+def _elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    """The tensors of an optimizer's state that have an element per weight."""
+    return [
+        v
+        for v in state.values()
+        if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
+    ]

@@ -1,0 +1,82 @@
+"""What train_step does not do, and that a refused call changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from step_problems import OPTIMIZERS, WIDTHS, assert_same, batches, by_modules, network, twin
+from torch import nn
+
+import lottery_sparse as ls
+from lottery_sparse import backends
+
+if not backends.built("cpu"):
+    pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
+
+
+def _with(optimizer=torch.optim.SGD, model=network, parameters=None, **options):
+    def build():
+        m = model()
+        held = m.parameters() if parameters is None else parameters(m)
+        return m, optimizer(held, **{"lr": 0.1, **options})
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (_with(torch.optim.RMSprop), TypeError, "must be SGD, Adam or AdamW.*RMSprop"),
+        (_with(torch.optim.Adam, amsgrad=True), ValueError, "amsgrad=True"),
+        (_with(torch.optim.Adam, capturable=True), ValueError, "capturable=True"),
+        (_with(parameters=lambda m: list(m.parameters())[:2]), ValueError, "holds 2 parameters"),
+        (_with(model=lambda: network(compact=False)), ValueError, "1 is a MaskedLinear.*compact_"),
+        (_with(model=lambda: nn.Sequential(nn.Bilinear(2, 2, 2))), ValueError, "0 is a Bilinear"),
+        (_with(model=lambda: network().append(nn.Tanh())), ValueError, "5 is a Tanh|6 is a Tanh"),
+        (_with(model=lambda: network().append(nn.ReLU())), ValueError, "must end in a linear"),
+        (_with(model=lambda: network().insert(2, nn.Dropout())), ValueError, "2 is a Dropout"),
+        (_with(model=lambda: network().double()), ValueError, "torch.float64"),
+        (_with(model=lambda: network()[1:2].requires_grad_(False)), ValueError, "not require a gr"),
+    ],
+)
+def test_what_is_not_done_is_refused_at_once(build, error, message):
+    with pytest.raises(error, match=message) as raised:
+        ls.train_step(*build())
+    assert "through the modules" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (torch.randn(5, 41), torch.zeros(5, dtype=torch.int64), ValueError, "x has shape"),
+        (torch.randn(5, 40), torch.zeros(4, dtype=torch.int64), RuntimeError, "fit"),
+        (torch.randn(5, 40), torch.zeros(5), ValueError, "y must be int64"),
+        (torch.randn(5, 40), torch.full((5,), 10), RuntimeError, "in .0, 10."),
+        (torch.randn(5, 40), torch.full((5,), -1), RuntimeError, "in .0, 10."),
+        (torch.randn(0, 40), torch.zeros(0, dtype=torch.int64), RuntimeError, "batch"),
+        (torch.randn(5, 40).double(), torch.zeros(5, dtype=torch.int64), RuntimeError, "x must"),
+    ],
+)  # fmt: skip
+def test_bad_batches_change_nothing(x, y, error, message):
+    model = network()
+    step = ls.train_step(model, torch.optim.Adam(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        step(x, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(float(s["step"]) == 0 for s in step.optimizer.state.values())
+
+
+def test_a_first_step_that_failed_leaves_the_next_one_first():
+    kind, options = OPTIMIZERS["dampening"]
+    model = network()
+    other, other_optimizer = twin(model, kind, options)
+    step = ls.train_step(model, kind(model.parameters(), **options))
+    with pytest.raises(RuntimeError, match="labels must be"):
+        step(torch.randn(5, 40), torch.full((5,), 10))
+    for x, y in batches(WIDTHS[0], 33, 3):
+        step(x, y)
+        by_modules(other, other_optimizer, x, y)
+    assert_same(model, other)

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-# What Triton did until 3.9 by default, and will not from 3.10 on: a multiply and an add are one FMA.
+# Until Triton 3.9 the default, from 3.10 on not: a multiply and an add become one FMA.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 RESULTS = Path(__file__).parent / "results" / "compile.json"

@@ -38,6 +38,9 @@ BACKENDS: dict[str, Backend] = {
     "dense": Backend("lottery_sparse.dense", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
     "triton": Backend("lottery_sparse.kernels", needs="triton", devices=_TRITON),
+    "cuda": Backend(
+        "lottery_sparse.native_cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)
+    ),
 }
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
@@ -103,7 +106,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
-            effective weight), "cpu" (C++ kernels) or "triton".
+            effective weight), "cpu" (C++ kernels), "triton" or "cuda" (CUDA kernels).
 
     Raises:
         ValueError: no such backend.

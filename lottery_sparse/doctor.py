@@ -51,7 +51,7 @@ def report() -> dict[str, Any]:
     switch that cannot be followed, a backend that disagrees with the reference.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    native = {name: _native(name) for name in ("_C", "_host")}
+    native = {name: _native(name) for name in ("_C", "_host", "_C_cuda")}
     ops = {device: {op: _diagnose(op, device) for op in CASES} for device in devices}
     diagnoses = [found for by_op in ops.values() for found in by_op.values()]
     healthy = (
@@ -80,6 +80,17 @@ def native_line() -> str:
         return "lottery_sparse has its native kernels, but not _host, so their build is unknown."
     info = host["info"]
     return f"lottery_sparse has its native kernels: {info['cpu_variant']}, {info['compiler']}."
+
+
+def cuda_line() -> str:
+    """One sentence: are the CUDA kernels here, and if not, why."""
+    found = _native("_C_cuda")
+    if found["error"]:
+        return f"lottery_sparse has CUDA kernels, but they do not work: {found['error']}"
+    if found["state"] == "missing":
+        why = "" if torch.version.cuda else f"; torch {torch.__version__} is no CUDA build"
+        return f"no CUDA kernels: they are built where nvcc and a CUDA build of torch are{why}."
+    return f"CUDA kernels for {found['info']['architectures']}."
 
 
 # ---- what is installed -------------------------------------------------------------------------
@@ -123,6 +134,8 @@ def _native(name: str) -> dict[str, Any]:
         module = importlib.import_module(f"lottery_sparse.{name}")
         if name == "_host":
             found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
+        if name == "_C_cuda":
+            found["info"] = {"architectures": module.architectures}
     except (ImportError, RuntimeError) as error:
         remedy = f" To build them anew, {HOW_TO_BUILD}." if isinstance(error, ImportError) else ""
         return {"state": "broken", "error": f"{error}{remedy}"}
@@ -326,6 +339,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"machine    {machine['system']}, {machine['cores']} cores, "
         f"{machine['torch_threads']} torch threads, torch uses {machine['torch_cpu']}, {gpus}",
         f"native     {native_line()}",
+        f"cuda       {cuda_line()}",
         f"switches   {' · '.join(f'{k}={v or chr(45)}' for k, v in report['switches'].items())}",
     ]
     for device, ops in report["ops"].items():

@@ -1,0 +1,147 @@
+"""The GPU benchmarks on a machine without a GPU: every stage walks, rows are kept and compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, gpu_jobs, gpu_rows
+from benchmarks.gpu_rows import Case, Run, Store
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_dry_run_walks_every_stage(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--stage", "all", "--dry-run"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    wrong = [row for row in rows if "failed" in row or not row.get("ok", True)]
+    assert not wrong, wrong
+    measured = {(row["stage"], row["name"]) for row in rows if "us" in row}
+    assert measured >= {
+        ("ceilings", "rate"), ("train", "step"), ("train", "forward"), ("train", "dvalues"),
+        ("train", "conv step"), ("infer", "product"), ("study", "group step"),
+    }  # fmt: skip
+    checked = {row["name"] for row in rows if row["stage"] == "gate" and row.get("ok")}
+    assert checked == {"parity", "opcheck", "tests"}
+    reasons = ("dry run", "there is no", "not built", "cannot be imported", "need a GPU", "refuses",
+               "no registered op", "has no triton backend", "forced backend")  # fmt: skip
+    for row in rows:
+        assert "skipped" not in row or any(text in row["skipped"] for text in reasons), row
+    assert "# GPU benchmarks" in (tmp_path / "gpu.md").read_text()
+
+
+# ---- the file of rows ----------------------------------------------------------------------------
+
+
+def case(name: str, contender: str = "ours", **fields) -> Case:
+    return Case("train", name, contender, "64x64", lambda device: {}, **fields)
+
+
+def run(name: str, commit: str = "abc") -> Run:
+    return Run(name, commit, "a GPU", "2026-01-01")
+
+
+def test_never_measured_rows_come_first_and_rows_of_this_commit_are_left_out(tmp_path):
+    store = Store(tmp_path / "gpu.json")
+    store.put(case("old"), run("1", "older"), {"us": 1.0})
+    store.put(case("failed"), run("1"), {"failed": "no"})
+    store.put(case("done"), run("1"), {"us": 1.0})
+    store.put(case("tried"), run("2"), {"failed": "no"})
+    everything = [case(name) for name in ("failed", "old", "tried", "done", "new")]
+    found = Store(tmp_path / "gpu.json").left(everything, run("2"))
+    assert [c.name for c in found] == ["new", "old", "failed"]
+    other_card = Run("2", "abc", "another GPU", "2026-01-01")
+    assert len(store.left(everything, other_card)) == len(everything)
+
+
+def test_a_new_file_starts_from_the_stored_one(tmp_path):
+    stored = Store(tmp_path / "before.json")
+    stored.runs["1"] = {"driver": "5"}
+    stored.put(case("a"), run("1"), {"us": 2.0})
+    new = Store(tmp_path / "out" / "gpu.json", tmp_path / "before.json")
+    new.put(case("b"), run("2"), {"us": 3.0})
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["a", "b"]
+    assert found["runs"] == {"1": {"driver": "5"}}
+
+
+def test_ratios_and_limits_follow_from_rows_of_the_same_card(tmp_path):
+    store = Store(tmp_path / "gpu.json")
+    store.put(case("step", "dense", peer=True), run("1"), {"us": 30.0})
+    store.put(case("step", "other", density=0.5, peer=True), run("1"), {"us": 99.0})
+    store.put(case("step", density=0.1), run("1"), {"us": 10.0, "bytes": 15e6})
+    row = store.rows[gpu_rows._key(case("step", density=0.1).place | {"gpu": "a GPU"})]
+    assert row["ratios"] == {"dense": 3.0}
+    assert row["of_limit"] == 0.5  # 15 MB at 3 TB/s are 5 us
+    copy = Case("ceilings", "rate", "torch", "copy", lambda device: {})
+    store.put(copy, run("1"), {"us": 10.0, "bytes": 15e6})
+    assert row["of_limit"] == 1.0
+
+
+def test_the_table_is_short_and_names_what_is_wrong_first():
+    rows = [case(f"{i}").place | {"us": 1.0, "gpu": "a"} for i in range(500)]
+    rows.append(case("bad").place | {"ok": False, "summary": "error 1", "gpu": "a"})
+    text = gpu_rows.short_table(rows)
+    assert len(text) <= gpu_rows.TABLE
+    assert text.startswith("bad") and text.endswith("more rows in the file")
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def start(program: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+
+
+def test_a_worker_that_hangs_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CASE_SECONDS", 0.3)
+    process = start("import time; time.sleep(60)")
+    assert gpu.watch(process, tmp_path / "gpu.json", 1e12) == "stopped after 0 s"
+    assert process.returncode != 0
+    process = start("import time; time.sleep(60)")
+    assert gpu.watch(process, tmp_path / "gpu.json", 0.0) == "the time was up"
+    assert gpu.watch(start("pass"), tmp_path / "gpu.json", 1e12) is None
+
+
+def test_counts_of_tests_that_ran_alone_beside_others_or_were_stopped():
+    alone = "tests/a.py::test_b[x] PASSED [ 50%]\ntests/a.py::test_c FAILED [100%]\n"
+    row = gpu_jobs.read_tests(alone, 1)
+    assert (row["passed"], row["failed"], row["wrong"]) == (1, 1, ["test_c"])
+    beside = "[gw0] [ 50%] PASSED tests/a.py::test_b \n[gw1] [100%] ERROR tests/a.py::test_c \n"
+    row = gpu_jobs.read_tests(beside, None)
+    assert (row["passed"], row["error"], row["wrong"]) == (1, 1, ["test_c"])
+    assert row["summary"].endswith("stopped when the time was up") and not row["ok"]
+    assert not gpu_jobs.read_tests("", 4)["ok"]
+
+
+def test_a_real_file_of_tests(tmp_path):
+    path = tmp_path / "test_some.py"
+    path.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
+    job = gpu_jobs.tests(path)
+    ((_, row),) = gpu_jobs.collect([job], 1e12)
+    assert (row["passed"], row["failed"], row["wrong"]) == (1, 1, ["test_bad"])
+    assert "assert False" in row["log"]
+
+
+def test_sanitizers_must_say_that_they_found_nothing():
+    good = gpu_jobs.read_sanitizer("========= ERROR SUMMARY: 0 errors\n", 0)
+    assert good == {"ok": True, "summary": "0 errors"}
+    assert not gpu_jobs.read_sanitizer("========= ERROR SUMMARY: 2 errors\n", 99)["ok"]
+    assert not gpu_jobs.read_sanitizer("", 0)["ok"]

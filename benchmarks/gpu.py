@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("gate", "train", "infer", "study")
 RESERVE = 10.0  # seconds to end in
 CASE_SECONDS = 120.0  # a case that takes longer hangs
+GATE_SECONDS = 180.0
 RESTARTS = 30
 BROKEN = 3  # exit status of a worker whose GPU answers no more
 ENDED = "the process ended during this case"
@@ -50,12 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     store = Store(options.out / "gpu.json", None if options.dry_run else results() / "gpu.json")
     store.save()
-    built = gpu_jobs.build(options.dry_run, min(150.0, end - time.time()))
+    started = time.time()
+    built = gpu_jobs.build(options.dry_run, min(100.0, end - started))
     for stage in stages:
-        jobs = gpu_jobs.start(options.dry_run) if stage == "gate" else []
-        run_workers(options, stage, run, end)
+        gate = stage == "gate"
+        jobs = gpu_jobs.start(options.dry_run) if gate else []
+        until = min(end, started + GATE_SECONDS - RESERVE) if gate else end
+        run_workers(options, stage, run, until)
         store = Store(options.out / "gpu.json")
-        for case, row in [built, *gpu_jobs.collect(jobs, end)]:
+        for case, row in [built, *gpu_jobs.collect(jobs, until)]:
             store.put(case, run, row)
     (options.out / "gpu.md").write_text(gpu_rows.as_markdown(store))
     mine = [row for row in store.rows.values() if row["run"] == run.run]
@@ -125,16 +129,21 @@ def run_workers(options: argparse.Namespace, stage: str, run: Run, end: float) -
         *(["--dry-run"] if options.dry_run else []),
     ]
     variables = os.environ | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
+    tried = 0
     for _ in range(RESTARTS):
         process = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True)
         why = watch(process, options.out / "gpu.json", end)
+        store = Store(options.out / "gpu.json")
         if why is not None:
-            store = Store(options.out / "gpu.json")
             for row in store.rows.values():
                 if row.get("failed") == ENDED and row["run"] == run.run:
                     row["failed"] = why
             store.save()
+        before, tried = tried, sum(row["run"] == run.run for row in store.rows.values())
         if process.returncode == 0 or time.time() > end:
+            return
+        if tried == before:
+            print(f"the {stage} worker ended with status {process.returncode} before any case")
             return
 
 

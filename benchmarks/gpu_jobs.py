@@ -21,7 +21,6 @@ from benchmarks.gpu_rows import Case, Row
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
-JOB_SECONDS = 150.0
 
 
 def case(name: str, what: str) -> Case:
@@ -129,8 +128,7 @@ def tests(path: Path, collect_only: bool = False) -> Job:
     return Job(case("tests", path.name), read_tests).start(command, **variables)
 
 
-def collect(jobs: list[Job], end: float) -> list[tuple[Case, Row]]:
-    until = min(end, time.time() + JOB_SECONDS)
+def collect(jobs: list[Job], until: float) -> list[tuple[Case, Row]]:
     return [(job.case, job.row(until)) for job in jobs]
 
 

@@ -153,7 +153,7 @@ def line(row: Row) -> str:
             what.append(f"{row['peak_per_weight']:.1f} B/weight")
         what += [f"{ratio:.2f}x {name}" for name, ratio in row.get("ratios", {}).items()]
         what += [row[name] for name in ("mode", "note") if row.get(name, "graph") != "graph"]
-    return f"{' | '.join(place)}: {', '.join(what)}"
+    return f"{' | '.join(filter(None, place))}: {', '.join(what)}"
 
 
 def _outcome(row: Row) -> str:
@@ -164,17 +164,44 @@ def _outcome(row: Row) -> str:
 
 
 def short_table(rows: Iterable[Row], most: int = TABLE) -> str:
-    """One line per row, wrong ones first, cut to what fits."""
-    rows = sorted(rows, key=lambda row: (row.get("ok", True), "us" not in row, row["stage"]))
-    lines = [line(row)[:300] for row in rows]
+    """What is wrong; how many checks passed; a line of times for each shape; cut to what fits."""
+    rows = list(rows)
+    wrong = [row for row in rows if "failed" in row or not row.get("ok", True)]
+    lines = [line(row)[:250] for row in wrong]
+    for name in dict.fromkeys(row["name"] for row in rows if "ok" in row):
+        outcomes = [row["ok"] for row in rows if row["name"] == name and "ok" in row]
+        lines.append(f"{name}: {sum(outcomes)} of {len(outcomes)} ok")
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "us" in row:
+            groups.setdefault(_group(row), []).append(row)
+    for (_, _, name, shape, dtype), found in groups.items():
+        found.sort(key=lambda row: not row.get("peer", False))
+        lines.append(f"{name} {shape} {dtype}: " + "; ".join(map(_entry, found)))
+    reasons = [row["skipped"][:100] for row in rows if "skipped" in row]
+    lines += [f"skipped {reasons.count(why)}: {why}" for why in dict.fromkeys(reasons)]
     kept, size = [], 0
     for at, text in enumerate(lines):
         size += len(text) + 1
         if size > most - 60:
-            kept.append(f"... and {len(lines) - at} more rows in the file")
+            kept.append(f"... and {len(lines) - at} more lines, in gpu.md")
             break
         kept.append(text)
     return "\n".join(kept)
+
+
+def _entry(row: Row) -> str:
+    """Contender, time, and ratios to the first and to the fastest peer."""
+    text = row["contender"]
+    if row.get("density") is not None:
+        text += f" @{row['density']:g}"
+    text += f" {row['us']:.1f}"
+    if "of_limit" in row:
+        text += f" {row['of_limit']:.0%}"
+    ratios = list(row.get("ratios", {}).values())
+    if ratios and not row.get("peer"):
+        text += f" ({ratios[0]:.2f}x, {min(ratios):.2f}x)"
+    return text
 
 
 def as_markdown(store: Store) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -122,10 +123,8 @@ def vmapped(d: Device, networks: int) -> Row:
     def work() -> Work:
         models = [lenet.lenet().to(d.name) for _ in range(networks)]
         parameters, buffers = torch.func.stack_module_state(models)  # pyright: ignore
-        masks = {
-            name: mask.to(d.name)
-            for name, mask in lenet.masks_of(stacked(parameters), 0.2).items()
-        }
+        together: Any = SimpleNamespace(named_parameters=lambda: parameters.items())
+        masks = {n: m.to(d.name) for n, m in lenet.masks_of(together, 0.2).items()}
         optimizer = adam(d, list(parameters.values()))
         base = models[0]
 
@@ -151,13 +150,6 @@ def vmapped(d: Device, networks: int) -> Row:
 
     row = timed(d, work)
     return row | study(row["us"])
-
-
-def stacked(parameters: dict[str, Tensor]) -> Any:
-    """Something with the named_parameters of all networks together."""
-    holder = torch.nn.Module()
-    holder.named_parameters = lambda: iter(parameters.items())  # pyright: ignore
-    return holder
 
 
 def cases(dry: bool) -> list[Case]:

@@ -100,7 +100,7 @@ def test_the_table_is_short_and_names_what_is_wrong_first():
     rows.append(case("bad").place | {"ok": False, "summary": "error 1", "gpu": "a"})
     text = gpu_rows.short_table(rows)
     assert len(text) <= gpu_rows.TABLE
-    assert text.startswith("bad") and text.endswith("more rows in the file")
+    assert text.startswith("bad") and text.endswith("more lines, in gpu.md")
 
 
 # ---- processes -----------------------------------------------------------------------------------

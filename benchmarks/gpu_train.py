@@ -103,6 +103,8 @@ def masked(d: Device, layer: Any, mask: Tensor) -> tuple:
 def compact(d: Device, layer: Any, mask: Tensor, kind: Any = torch.optim.Adam) -> tuple:
     layer = ls.compact_(ls.set_masks_(ls.sparsify_(layer), {"weight": mask}))
     ours = kind is not torch.optim.Adam
+    if ours and not d.dry and "adam_step" not in dir(backends.load("triton")):
+        raise Skip("there is no adam_step on CUDA, so ls.optim is torch's")
     return layer, adam(layer.parameters(), d.dry, fused=not ours, kind=kind).step
 
 
@@ -197,7 +199,7 @@ def conv_cases(dry: bool) -> list[Case]:
     shape = f"{size[0]}ch {size[1]}x{size[1]} B{size[2]}"
     names = ("dense, no mask", "prune + fused Adam", "ls masked", "ls compact + fused Adam")
     found = []
-    for name in (*names, "ls compact + ls.optim"):
+    for name in (*names, "ls compact + ls.optim", "ls masked triton"):
         run = partial(conv_step, (PEERS | OURS)[name], size, 0.05)
         peer = name in PEERS
         place = None if peer else 0.05
@@ -396,5 +398,41 @@ def part_cases(dry: bool) -> list[Case]:
     ]
 
 
+def update_row(make: Callable, moved: float, n: int, k: int, density: float, d: Device) -> Row:
+    """An optimizer step alone, and with it what keeps an effective weight fresh."""
+
+    def work() -> Work:
+        layer = nn.Linear(k, n, bias=False, device=d.name)
+        layer, update = make(d, layer, d.mask(n, k, density=density))
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return Work(update, 1, moved * n * k, 0.0, moved * n * k / BANDWIDTH * 1e6)
+
+    return timed(d, work)
+
+
+def update_cases(dry: bool) -> list[Case]:
+    n, k, density = 64 if dry else 4096, 64 if dry else 4096, 0.05
+    contenders = {
+        "fused Adam, dense": (dense, 28.0, True),
+        "ls.optim": (partial(compact, kind=ls.optim.Adam), 32 * density, False),
+        "fused Adam and scatter": (compact, 32 * density, False),
+    }
+    return [
+        Case(
+            "train",
+            "update",
+            name,
+            f"{n}x{k}",
+            partial(update_row, make, moved, n, k, density),
+            None if peer else density,
+            dtype="fp32",
+            peer=peer,
+        )
+        for name, (make, moved, peer) in contenders.items()
+    ]
+
+
 def cases(dry: bool) -> list[Case]:
-    return linear_cases(dry) + part_cases(dry) + learned_cases(dry) + conv_cases(dry)
+    stages = linear_cases, part_cases, update_cases, learned_cases, conv_cases
+    return [case for of_one in stages for case in of_one(dry)]

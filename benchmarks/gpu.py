@@ -168,10 +168,16 @@ def watch(process: subprocess.Popen, path: Path, end: float) -> str | None:
 
 
 def cases_of(stage: str, dry: bool) -> list[Case]:
-    from benchmarks import gpu_gate, gpu_infer, gpu_study, gpu_timing, gpu_train
+    from benchmarks import gpu_gate, gpu_infer, gpu_parts, gpu_study, gpu_timing, gpu_train
 
-    modules = {"gate": gpu_gate, "train": gpu_train, "infer": gpu_infer, "study": gpu_study}
-    return gpu_timing.ceilings(dry) + modules[stage].cases(dry)
+    modules = {
+        "gate": [gpu_gate],
+        "train": [gpu_train, gpu_parts],
+        "infer": [gpu_infer],
+        "study": [gpu_study],
+    }
+    found = [case for module in modules[stage] for case in module.cases(dry)]
+    return gpu_timing.ceilings(dry) + found
 
 
 def worker(options: argparse.Namespace) -> int:

@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     store = Store(options.out / "gpu.json", None if options.dry_run else results() / "gpu.json")
     store.save()
     started = time.time()
-    built = gpu_jobs.build(options.dry_run, min(100.0, end - started))
+    built = gpu_jobs.build(options.dry_run, min(100.0, end - started), run.commit)
     for stage in stages:
         gate = stage == "gate"
         jobs = gpu_jobs.start(options.dry_run) if gate else []
         until = min(end, started + GATE_SECONDS - RESERVE) if gate else end
         run_workers(options, stage, run, until)
         store = Store(options.out / "gpu.json")
-        for case, row in [built, *gpu_jobs.collect(jobs, until)]:
+        for case, row in [*built, *gpu_jobs.collect(jobs, until)]:
             store.put(case, run, row)
     (options.out / "gpu.md").write_text(gpu_rows.as_markdown(store))
     mine = [row for row in store.rows.values() if row["run"] == run.run]

@@ -27,11 +27,14 @@ def case(name: str, what: str) -> Case:
     return Case("gate", name, what, "", lambda device: {}, dtype="")
 
 
-def build(dry: bool, limit: float) -> tuple[Case, Row]:
-    """The extension, in place, against the installed torch."""
+def build(dry: bool, limit: float, commit: str) -> list[tuple[Case, Row]]:
+    """The extension, in place, against the installed torch; nothing if this commit's is there."""
     place = case("build", "setup.py build_ext --inplace")
     if dry:
-        return place, {"skipped": "dry run: C++ for CUDA needs nvcc and a CUDA build of torch"}
+        return [(place, {"skipped": "dry run: C++ for CUDA needs nvcc and a CUDA build of torch"})]
+    stamp = ROOT / "build" / "gpu-commit"
+    if stamp.is_file() and stamp.read_text() == commit:
+        return []
     started = time.time()
     try:
         done = subprocess.run(
@@ -44,14 +47,15 @@ def build(dry: bool, limit: float) -> tuple[Case, Row]:
             timeout=limit,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return place, {"ok": False, "summary": f"{type(error).__name__}: {error}"[:300]}
+        return [(place, {"ok": False, "summary": f"{type(error).__name__}: {error}"[:300]})]
     built = sorted(path.name for path in (ROOT / "lottery_sparse").glob("*.so"))
     seconds = round(time.time() - started, 1)
-    return place, {
-        "ok": done.returncode == 0 and any("_C_cuda" in name for name in built),
-        "summary": f"{', '.join(built) or 'nothing built'}, {seconds} s",
-        "log": done.stdout[-2000:],
-    }
+    good = done.returncode == 0 and any("_C_cuda" in name for name in built)
+    if good:
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text(commit)
+    summary = f"{', '.join(built) or 'nothing built'}, {seconds} s"
+    return [(place, {"ok": good, "summary": summary, "log": done.stdout[-2000:]})]
 
 
 @dataclass

@@ -17,7 +17,6 @@ from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists
 
 
-
 def kernel(op: str) -> Callable:
     module = backends.load("triton")
     if not hasattr(module, op):
@@ -35,6 +34,8 @@ class Part:
         self.kept = KeptLists.of(mask)
         self.values = self.w[mask].contiguous()
         self.w = torch.where(mask, self.w, 0.0)
+        self.score = self.w.float()
+        self.key = torch.tensor([0, 1, 2], device=d.name)
 
     def masked(self, *needs: bool) -> tuple:
         run = kernel("masked_linear_backward")
@@ -64,11 +65,11 @@ PARTS: dict[str, dict[str, Callable[[Part], Any]]] = {
         "triton": lambda p: p.dvalues(kernel("compact_linear_backward")),
     },
     "scatter": {
-        "triton": lambda p: kernel("scatter_kept_")(
-            p.w, p.values, p.kept.starts, p.kept.columns
-        ),
+        "triton": lambda p: kernel("scatter_kept_")(p.w, p.values, p.kept.starts, p.kept.columns),
     },
+    "sample": {"triton": lambda p: kernel("sample_bits")(p.score, p.key)},
 }
+WITHOUT_BATCH = ("scatter", "sample")
 
 
 def part_row(part: str, call: Callable, n: int, k: int, batch: int, density: float, d: Device) -> Row:
@@ -79,8 +80,9 @@ def part_row(part: str, call: Callable, n: int, k: int, batch: int, density: flo
         moved = {
             "dvalues": activations + 4 * kept,
             "scatter": 4 * kept + 32 * kept,  # a sector for each write
+            "sample": 4.125 * n * k,
         }.get(part, size + n * k / 8 + activations)
-        flops = 0.0 if part == "scatter" else 2.0 * batch * n * k
+        flops = 0.0 if part in WITHOUT_BATCH else 2.0 * batch * n * k
 
         def run() -> None:
             for p in parts:
@@ -107,6 +109,7 @@ def part_cases(dry: bool) -> list[Case]:
         for batch in batches
         for part, contenders in PARTS.items()
         for name, call in contenders.items()
+        if batch == batches[0] or part not in WITHOUT_BATCH
     ]
 
 

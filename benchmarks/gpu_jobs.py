@@ -36,26 +36,22 @@ def build(dry: bool, limit: float, commit: str) -> list[tuple[Case, Row]]:
     if stamp.is_file() and stamp.read_text() == commit:
         return []
     started = time.time()
-    try:
-        done = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=ROOT,
-            env={"TORCH_CUDA_ARCH_LIST": "9.0a", "MAX_JOBS": "16"} | os.environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [(place, {"ok": False, "summary": f"{type(error).__name__}: {error}"[:300]})]
-    built = sorted(path.name for path in (ROOT / "lottery_sparse").glob("*.so"))
-    seconds = round(time.time() - started, 1)
-    good = done.returncode == 0 and any("_C_cuda" in name for name in built)
-    if good:
+    job = Job(place, read_build).start(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        TORCH_CUDA_ARCH_LIST=os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a"),
+        MAX_JOBS=str(os.cpu_count()),
+    )
+    row = job.row(started + limit)
+    if row["ok"]:
         stamp.parent.mkdir(exist_ok=True)
         stamp.write_text(commit)
-    summary = f"{', '.join(built) or 'nothing built'}, {seconds} s"
-    return [(place, {"ok": good, "summary": summary, "log": done.stdout[-2000:]})]
+    return [(place, row | {"seconds": round(time.time() - started, 1)})]
+
+
+def read_build(text: str, status: int | None) -> Row:
+    built = sorted(path.name for path in (ROOT / "lottery_sparse").glob("*.so"))
+    good = status == 0 and any("_C_cuda" in name for name in built)
+    return {"ok": good, "summary": ", ".join(built) or "nothing built"}
 
 
 @dataclass

@@ -111,9 +111,9 @@ def commit() -> str:
 
 def gpu_name() -> str:
     """Asked in another process, so that this one holds no GPU."""
-    command = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    command = "import torch; print(torch.cuda.is_available() and torch.cuda.get_device_name())"
     said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout
-    if not said.strip():
+    if said.strip() in ("", "False"):
         sys.exit("torch finds no GPU here; --dry-run walks the stages without one.")
     return said.strip()
 

@@ -249,7 +249,12 @@ def parity(op: str, backend: str, make: Problem, dtype: str, device: Device) -> 
     error = max(errors) if sum(errors) == sum(errors) else float("nan")
     far = max(worst) if sum(worst) == sum(worst) else float("nan")
     ok = error <= NORM[dtype] and far <= WORST * NORM[dtype]
-    return {"ok": ok, "error": error, "worst": far, "summary": f"error {error:.1e}, worst {far:.1e}"}
+    return {
+        "ok": ok,
+        "error": error,
+        "worst": far,
+        "summary": f"error {error:.1e}, worst {far:.1e}",
+    }
 
 
 def opcheck(op: str, make: Problem, device: Device) -> Row:

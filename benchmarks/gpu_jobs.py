@@ -65,7 +65,7 @@ class Job:
     why_not: str = ""
 
     def start(self, command: list[str], **variables: str) -> Job:
-        self.output = tempfile.TemporaryFile("w+")
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # `row` closes it
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -87,6 +87,7 @@ class Job:
             status = None
         self.output.seek(0)
         text = self.output.read()
+        self.output.close()
         row = self.read(text, status)
         return row if row["ok"] else row | {"log": text[-3000:]}
 
@@ -94,8 +95,8 @@ class Job:
 def start(dry: bool) -> list[Job]:
     """All of them at once: tests mostly compile, and the machine has cores for that."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    jobs = [tests(path, collect_only=dry) for path in files[:1] if dry]
-    jobs += [tests(path) for path in files if not dry]
+    jobs = [run_tests(path, collect_only=dry) for path in files[:1] if dry]
+    jobs += [run_tests(path) for path in files if not dry]
     found = shutil.which("compute-sanitizer") or (SANITIZER if Path(SANITIZER).exists() else None)
     for tool in TOOLS:
         job = Job(case("sanitizer", tool), read_sanitizer)
@@ -112,7 +113,7 @@ def start(dry: bool) -> list[Job]:
     return jobs
 
 
-def tests(path: Path, collect_only: bool = False) -> Job:
+def run_tests(path: Path, collect_only: bool = False) -> Job:
     command = [
         *(sys.executable, "-m", "pytest", "-v", "-rN", "--tb=short", str(path)),
         *("-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider"),
@@ -147,7 +148,8 @@ def read_tests(text: str, status: int | None) -> Row:
     listed = ", ".join(f"{n} {word}" for word, n in counts.items() if n) or "nothing ran"
     if collected := re.search(r"^(\d+) tests? collected", text, re.M):
         listed = f"{collected[1]} collected"
-    return counts | {
+    return {
+        "counts": counts,
         "ok": status == 0,
         "summary": listed + ("" if status is not None else ", stopped when the time was up"),
         "wrong": wrong[:20],

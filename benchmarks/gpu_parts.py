@@ -72,7 +72,9 @@ PARTS: dict[str, dict[str, Callable[[Part], Any]]] = {
 WITHOUT_BATCH = ("scatter", "sample")
 
 
-def part_row(part: str, call: Callable, n: int, k: int, batch: int, density: float, d: Device) -> Row:
+def part_row(
+    part: str, call: Callable, n: int, k: int, batch: int, density: float, d: Device
+) -> Row:
     def work() -> Work:
         size = 2.0 * n * k
         parts = [Part(d, n, k, batch, density) for _ in range(d.copies(size))]

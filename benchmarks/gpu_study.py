@@ -122,7 +122,7 @@ def vmapped(d: Device, networks: int) -> Row:
 
     def work() -> Work:
         models = [lenet.lenet().to(d.name) for _ in range(networks)]
-        parameters, buffers = torch.func.stack_module_state(models)  # pyright: ignore
+        parameters, _ = torch.func.stack_module_state(models)  # pyright: ignore
         together: Any = SimpleNamespace(named_parameters=lambda: parameters.items())
         masks = {n: m.to(d.name) for n, m in lenet.masks_of(together, 0.2).items()}
         optimizer = adam(d, list(parameters.values()))

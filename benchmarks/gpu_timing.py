@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def _times(call: Callable[[], Any], count: int) -> list[float]:
         call()
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) * 1e3 for a, b in pairwise(events)]
 
 
 def _summary(times: list[float], calls: int) -> Row:

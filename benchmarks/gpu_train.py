@@ -25,6 +25,7 @@ BATCHES = (256, 60, 512, 4096)
 LATE_BATCHES = (60, 4096)  # of the other densities
 CONV = (128, 32, 256)  # channels, height and width, batch
 
+
 def adam(parameters: Any, dry: bool, fused: bool = True, kind: Any = torch.optim.Adam) -> Any:
     options = {"fused": True} if fused else {}
     return kind(parameters, lr=1e-3, capturable=not dry, **options)  # a CPU captures nothing
@@ -154,7 +155,11 @@ def linear_cases(dry: bool) -> list[Case]:
     for batch in batches:
         for name, contender in (PEERS | OURS).items():
             add(name, contender, batch, DENSITIES[0], name in PEERS)
-    autotuned = (partial(remasked_compiled, mode="max-autotune-no-cudagraphs"), None, lambda s: 47.0)
+    autotuned = (
+        partial(remasked_compiled, mode="max-autotune-no-cudagraphs"),
+        None,
+        lambda s: 47.0,
+    )
     for density in DENSITIES[1:2] if dry else DENSITIES[1:]:
         for batch in late if density != 0.5 else batches:
             for name, contender in OURS.items():

@@ -100,7 +100,8 @@ def test_the_table_is_short_and_names_what_is_wrong_first():
     rows.append(case("bad").place | {"ok": False, "summary": "error 1", "gpu": "a"})
     text = gpu_rows.short_table(rows)
     assert len(text) <= gpu_rows.TABLE
-    assert text.startswith("bad") and text.endswith("more lines, in gpu.md")
+    assert text.startswith("bad")
+    assert text.endswith("more lines, in gpu.md")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -123,20 +124,21 @@ def test_a_worker_that_hangs_is_stopped(tmp_path, monkeypatch):
 def test_counts_of_tests_that_ran_alone_beside_others_or_were_stopped():
     alone = "tests/a.py::test_b[x] PASSED [ 50%]\ntests/a.py::test_c FAILED [100%]\n"
     row = gpu_jobs.read_tests(alone, 1)
-    assert (row["passed"], row["failed"], row["wrong"]) == (1, 1, ["test_c"])
+    assert (row["counts"]["passed"], row["counts"]["failed"], row["wrong"]) == (1, 1, ["test_c"])
     beside = "[gw0] [ 50%] PASSED tests/a.py::test_b \n[gw1] [100%] ERROR tests/a.py::test_c \n"
     row = gpu_jobs.read_tests(beside, None)
-    assert (row["passed"], row["error"], row["wrong"]) == (1, 1, ["test_c"])
-    assert row["summary"].endswith("stopped when the time was up") and not row["ok"]
+    assert (row["counts"]["passed"], row["counts"]["error"], row["wrong"]) == (1, 1, ["test_c"])
+    assert row["summary"].endswith("stopped when the time was up")
+    assert not row["ok"]
     assert not gpu_jobs.read_tests("", 4)["ok"]
 
 
 def test_a_real_file_of_tests(tmp_path):
     path = tmp_path / "test_some.py"
     path.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
-    job = gpu_jobs.tests(path)
+    job = gpu_jobs.run_tests(path)
     ((_, row),) = gpu_jobs.collect([job], 1e12)
-    assert (row["passed"], row["failed"], row["wrong"]) == (1, 1, ["test_bad"])
+    assert (row["counts"]["passed"], row["counts"]["failed"], row["wrong"]) == (1, 1, ["test_bad"])
     assert "assert False" in row["log"]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu, gpu_jobs, gpu_rows
+from benchmarks import gpu, gpu_jobs, gpu_rows, gpu_timing
 from benchmarks.gpu_rows import Case, Run, Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,13 +36,14 @@ def test_a_dry_run_walks_every_stage(tmp_path):
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     wrong = [row for row in rows if "failed" in row or not row.get("ok", True)]
     assert not wrong, wrong
-    measured = {(row["stage"], row["name"]) for row in rows if "us" in row}
+    measured = {(row["stage"], row["name"]) for row in rows if row.get("ok")}
     assert measured >= {
         ("ceilings", "rate"), ("train", "step"), ("train", "forward"), ("train", "dvalues"),
         ("train", "conv step"), ("infer", "product"), ("study", "group step"),
     }  # fmt: skip
     checked = {row["name"] for row in rows if row["stage"] == "gate" and row.get("ok")}
     assert checked == {"parity", "opcheck", "tests"}
+    assert not any("us" in row for row in rows)
     reasons = ("dry run", "there is no", "not built", "cannot be imported", "need a GPU", "refuses",
                "no registered op", "has no triton backend", "forced backend")  # fmt: skip
     for row in rows:
@@ -147,3 +151,68 @@ def test_sanitizers_must_say_that_they_found_nothing():
     assert good == {"ok": True, "summary": "0 errors"}
     assert not gpu_jobs.read_sanitizer("========= ERROR SUMMARY: 2 errors\n", 99)["ok"]
     assert not gpu_jobs.read_sanitizer("", 0)["ok"]
+
+
+# ---- timing, on a GPU that is pretended ----------------------------------------------------------
+
+
+class Pretended:
+    """What gpu_timing uses of torch.cuda; calls take a millisecond, one of them can refuse."""
+
+    def __init__(self, monkeypatch, refuses: bool):
+        self.recorded: list | None = None
+        self.refuses = refuses
+        pretended = {
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda: None,
+            "memory_allocated": lambda: 1000,
+            "max_memory_allocated": lambda: 9000,
+            "Event": lambda enable_timing: Event(),
+            "CUDAGraph": lambda: self,
+            "graph": self.capture,
+        }
+        for name, value in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        self.recorded = []
+        yield
+        if self.refuses:
+            raise RuntimeError("no capture of this")
+
+    def call(self) -> None:
+        time.sleep(1e-3)
+
+    def replay(self) -> None:
+        self.call()
+
+    def reset(self) -> None:
+        self.recorded = None
+
+
+class Event:
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.time - self.time) * 1e3
+
+
+def test_times_are_those_of_replays_per_call(monkeypatch):
+    monkeypatch.setattr(gpu_timing, "SECONDS", 0.01)
+    card = Pretended(monkeypatch, refuses=False)
+    work = gpu_timing.Work(card.call, calls=2, bytes=5.0, weights=1000, held=2000.0)
+    row = gpu_timing.timed(gpu_timing.Device(dry=False), lambda: work)
+    assert (row["mode"], row["rounds"]) == ("graph", gpu_timing.REPLAYS)
+    assert 500 <= row["min_us"] <= row["us"] < 5000  # a millisecond for two
+    assert (row["bytes"], row["peak_bytes"], row["peak_per_weight"]) == (5.0, 6000.0, 6.0)
+
+
+def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(monkeypatch):
+    card = Pretended(monkeypatch, refuses=True)
+    row = gpu_timing.timed(gpu_timing.Device(dry=False), lambda: gpu_timing.Work(card.call))
+    assert (row["mode"], row["no_graph"]) == ("eager", "no capture of this")
+    assert row["min_us"] >= 1000

@@ -242,6 +242,24 @@ def _packed_bitmap() -> tuple:
     return x, values, starts, reference.pack_mask(_linear()[1]), bias
 
 
+def _learned(*shape: int, rescale: bool = True) -> tuple:
+    """score, weight, bits, kept of a learned mask; no signs."""
+    mask = _mask(*shape)
+    kept = mask.sum() if rescale else None
+    bits = reference.pack_mask(mask.flatten(1))
+    return _values(*shape, stream=10) * 4, _values(*shape, stream=1), bits, kept
+
+
+def _learned_linear_forward() -> tuple:
+    network = _learned(_OUT, _IN)
+    return _values(_BATCH, _IN, stream=2), *network, _values(_OUT, stream=3), None
+
+
+def _learned_linear_backward() -> tuple:
+    x, *network, _, signs = _learned_linear_forward()
+    return _values(_BATCH, _OUT, stream=4), x, *network, signs, True, True, True
+
+
 _CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
 
 
@@ -254,6 +272,16 @@ def _conv_backward() -> tuple:
     x, weight, mask, *_ = _conv_forward()
     dy = _values(2, 4, 6, 6, stream=8)
     return dy, x, weight, mask, None, None, *_CONV_OPTIONS, True, True
+
+
+def _learned_conv_forward() -> tuple:
+    x, network = _values(2, 3, 6, 6, stream=5), _learned(4, 3, 3, 3)
+    return x, *network, _values(4, stream=7), None, *_CONV_OPTIONS
+
+
+def _learned_conv_backward() -> tuple:
+    x, network = _values(2, 3, 6, 6, stream=5), _learned(4, 3, 3, 3)
+    return _values(2, 4, 6, 6, stream=8), x, *network, None, *_CONV_OPTIONS, True, True, True
 
 
 def _selection() -> tuple:
@@ -273,6 +301,11 @@ CASES: dict[str, Callable[[], tuple]] = {
     "pack_mask": lambda: (_mask(_OUT, _IN),),
     "unpack_mask": lambda: (reference.pack_mask(_mask(_OUT, _IN)), _IN),
     "sample_mask": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
+    "sample_bits": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
+    "supermask_linear": _learned_linear_forward,
+    "supermask_linear_backward": _learned_linear_backward,
+    "supermask_conv2d": _learned_conv_forward,
+    "supermask_conv2d_backward": _learned_conv_backward,
     "random_words": lambda: (1001, _SEED, 1, 2),
     "random_signs": lambda: (1001, _SEED, 1, 2),
     "random_uniform": lambda: (1001, _SEED, 1, 2),

@@ -18,12 +18,21 @@ from lottery_sparse.kernels.compact_linear import (
     scatter_kept_,
 )
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
+from lottery_sparse.kernels.sampling import sample_bits
+from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
+from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets within a tile, of up to 256 rows, are 32 bits. How many of an op's first arguments are
 # matrices that kernels read by tiles:
 LARGEST = 2**22
-_MATRICES = {"masked_linear": 2, "masked_linear_backward": 3, "compact_linear_backward": 2}
+_MATRICES = {
+    "masked_linear": 2,
+    "masked_linear_backward": 3,
+    "compact_linear_backward": 2,
+    "supermask_linear": 2,
+    "supermask_linear_backward": 3,
+}
 
 
 def refuses(op: str, *args: Any) -> str | None:
@@ -50,6 +59,11 @@ __all__ = [
     "masked_linear",
     "masked_linear_backward",
     "refuses",
+    "sample_bits",
     "scatter_kept_",
+    "supermask_conv2d",
+    "supermask_conv2d_backward",
+    "supermask_linear",
+    "supermask_linear_backward",
     "wins",
 ]

@@ -121,7 +121,7 @@ def run_tests(path: Path, collect_only: bool = False) -> Job:
     if collect_only:
         command += ["--collect-only", "-q"]
     elif importlib.util.find_spec("xdist"):
-        command += ["-n", "3"]
+        command += ["-n", "2"]
     # tests run in torch's deterministic mode, in which cuBLAS asks for this
     variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if collect_only:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import prune
 
 import lottery_sparse as ls
 from benchmarks import lenet
@@ -84,7 +85,7 @@ def one_after_another(d: Device, networks: int, pruned: bool) -> Row:
         if pruned:
             for name, mask in lenet.masks_of(model, 0.2).items():
                 layer = model[int(name.split(".")[0])]
-                torch.nn.utils.prune.custom_from_mask(layer, "weight", mask)
+                prune.custom_from_mask(layer, "weight", mask)
         model = model.to(d.name)
         optimizer = torch.optim.Adam(model.parameters(), lenet.RATE, fused=True)
         steps.append(eager_step(model, optimizer, *numbers(d)))

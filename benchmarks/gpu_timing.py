@@ -187,7 +187,7 @@ def environment(device: Device) -> Row:
     found |= {
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
         "memory_bytes": properties.total_memory,
         "cudnn": torch.backends.cudnn.version(),
     }

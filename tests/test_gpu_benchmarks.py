@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_jobs, gpu_rows, gpu_timing
+from benchmarks import gpu, gpu_gate, gpu_jobs, gpu_rows, gpu_timing
 from benchmarks.gpu_rows import Case, Run, Store
+from lottery_sparse import dense, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,3 +217,22 @@ def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(monkeypatch):
     row = gpu_timing.timed(gpu_timing.Device(dry=False), lambda: gpu_timing.Work(card.call))
     assert (row["mode"], row["no_graph"]) == ("eager", "no capture of this")
     assert row["min_us"] >= 1000
+
+
+# ---- parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, torch.nan])
+def test_parity_sees_a_single_wrong_number(monkeypatch, wrong):
+    def forward(x, weight, mask, bias, frozen, signs):
+        y = reference.masked_linear(x, weight, mask, bias, frozen, signs)
+        if wrong is not None:
+            y[3, 4] += wrong * y.abs().mean()
+        return y
+
+    monkeypatch.setattr(dense, "masked_linear", forward)
+    problem = gpu_gate.linear(200, 300, 64)
+    for dtype in gpu_gate.DTYPES:
+        device = gpu_timing.Device(dry=True)
+        row = gpu_gate.parity("masked_linear", "dense", problem, dtype, device)
+        assert row["ok"] == (wrong is None), row

@@ -119,14 +119,18 @@ def gpu_name() -> str:
 # ---- processes that hold the GPU -----------------------------------------------------------------
 
 
-def run_workers(options: argparse.Namespace, run: Run, end: float) -> None:
-    """One worker after another, until none dies before its cases are done."""
-    command = [
+def worker_command(options: argparse.Namespace, run: Run, end: float) -> list[str]:
+    return [
         *(sys.executable, "-m", "benchmarks.gpu", "--worker", "1", "--stage", options.stage),
         *("--run", run.run, "--gpu", run.gpu, "--commit", run.commit, "--date", run.date),
         *("--until", str(end), "--out", str(options.out), "-k", options.k),
         *(["--dry-run"] if options.dry_run else []),
     ]
+
+
+def run_workers(options: argparse.Namespace, run: Run, end: float) -> None:
+    """One worker after another, until none dies before its cases are done."""
+    command = worker_command(options, run, end)
     variables = os.environ | ({"TRITON_INTERPRET": "1"} if options.dry_run else {})
     tried = 0
     for _ in range(RESTARTS):

@@ -126,6 +126,43 @@ def test_a_worker_that_hangs_is_stopped(tmp_path, monkeypatch):
     assert gpu.watch(start("pass"), tmp_path / "gpu.json", 1e12) is None
 
 
+DIES = """
+import os, sys
+from pathlib import Path
+from benchmarks.gpu import ENDED
+from benchmarks.gpu_rows import Case, Run, Store
+run = Run("1", "abc", "a GPU", "2026-01-01")
+store = Store(Path(sys.argv[1]))
+left = store.left([Case("gate", n, "ours", "", None) for n in "ab"], run)
+if left:
+    store.put(left[0], run, {"failed": ENDED})
+    os._exit(3)
+"""
+
+
+def test_a_worker_that_dies_is_followed_by_one_for_the_other_cases(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(
+        gpu, "worker_command", lambda *arguments: [sys.executable, "-c", DIES, str(path)]
+    )
+    options = gpu.parse(["--stage", "gate", "--dry-run", "--out", str(tmp_path)])
+    gpu.run_workers(options, run("1"), time.time() + 60)
+    rows = Store(path).rows.values()
+    assert [(row["name"], row["failed"]) for row in rows] == [("a", gpu.ENDED), ("b", gpu.ENDED)]
+
+
+def test_a_worker_that_dies_before_any_case_is_not_tried_again(tmp_path, monkeypatch, capsys):
+    program = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(1)"
+    count = tmp_path / "count"
+    monkeypatch.setattr(
+        gpu, "worker_command", lambda *arguments: [sys.executable, "-c", program, str(count)]
+    )
+    options = gpu.parse(["--stage", "gate", "--dry-run", "--out", str(tmp_path)])
+    gpu.run_workers(options, run("1"), time.time() + 60)
+    assert count.read_text() == "x"
+    assert "before any case" in capsys.readouterr().out
+
+
 def test_counts_of_tests_that_ran_alone_beside_others_or_were_stopped():
     alone = "tests/a.py::test_b[x] PASSED [ 50%]\ntests/a.py::test_c FAILED [100%]\n"
     row = gpu_jobs.read_tests(alone, 1)

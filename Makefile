@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench bench-peers instructions build clean distclean
+.PHONY: help venv quickstart test lint format bench bench-peers instructions compile-gate build clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares wit
 
 instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%
 	$(PY) -m benchmarks.instructions
+
+compile-gate: $(PACKAGE)  ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed); stores registers, spills, ...
+	$(PY) -m benchmarks.compile_gate
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build

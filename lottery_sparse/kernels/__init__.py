@@ -18,6 +18,7 @@ from lottery_sparse.kernels.compact_linear import (
     scatter_kept_,
 )
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
+from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets within a tile, of up to 256 rows, are 32 bits. How many of an op's first arguments are
@@ -44,6 +45,7 @@ def wins(op: str, *args: Any) -> bool:
 
 
 __all__ = [
+    "adam_step",
     "compact_linear",
     "compact_linear_backward",
     "gather_kept",
@@ -51,5 +53,6 @@ __all__ = [
     "masked_linear_backward",
     "refuses",
     "scatter_kept_",
+    "sgd_step",
     "wins",
 ]

@@ -101,4 +101,24 @@ def compact_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases()}
+def step_cases() -> dict[str, Callable[[], Any]]:
+    """A step of the optimizers: 4096 x 4096 at 5% kept, and its bias."""
+    n, k = 4096, 4096
+    params, grads, *states = (
+        [meta(n * k // 20, dtype=FP32), meta(n, dtype=FP32)] for _ in range(4)
+    )
+    starts, columns = meta(n + 1, dtype=torch.int64), meta(n * k // 20, dtype=torch.int16)
+    targets = [meta(n, k)], [starts], [columns], [0]
+    counts = [meta(dtype=FP32), meta(dtype=FP32)]
+    rates = 0.9, 0.999, 1e-8, 0.01
+    return {
+        "adam_step 4096x4096": call(
+            "adam_step", params, grads, *states, counts, *targets, 1e-3, *rates, True, False
+        ),
+        "sgd_step 4096x4096": call(
+            "sgd_step", params, grads, states[0], *targets, 0.1, 0.9, 0.0, 1e-4, True, False, False
+        ),
+    }
+
+
+CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases(), **step_cases()}

@@ -121,4 +121,24 @@ def step_cases() -> dict[str, Callable[[], Any]]:
     }
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases(), **step_cases()}
+def ternary_cases() -> dict[str, Callable[[], Any]]:
+    n, k = 28672, 8192
+    codes, scale = meta(n // 16, k // 16, 16, dtype=torch.int32), meta(n, dtype=FP32)
+    chosen = ((16, BF16), (64, BF16), (128, BF16), (512, BF16), (4096, BF16), (64, FP32))
+    cases = {}
+    for batch, dtype in chosen:
+        name = "bf16" if dtype == BF16 else "fp32"
+        kind = "product " if batch < 4096 else ""
+        own = scale if batch < 4096 else meta(n)  # for the dense library
+        args = meta(batch, k, dtype=dtype), codes, own, None, n, False
+        title = f"ternary_linear {kind}28672x8192 B{batch} {name}"
+        cases[title] = call("ternary_linear", *args)
+    return cases
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    **linear_cases(),
+    **compact_cases(),
+    **step_cases(),
+    **ternary_cases(),
+}

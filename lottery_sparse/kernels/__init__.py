@@ -19,12 +19,18 @@ from lottery_sparse.kernels.compact_linear import (
 )
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
+from lottery_sparse.kernels.ternary_linear import ternary_linear
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets within a tile, of up to 256 rows, are 32 bits. How many of an op's first arguments are
 # matrices that kernels read by tiles:
 LARGEST = 2**22
-_MATRICES = {"masked_linear": 2, "masked_linear_backward": 3, "compact_linear_backward": 2}
+_MATRICES = {
+    "masked_linear": 2,
+    "masked_linear_backward": 3,
+    "compact_linear_backward": 2,
+    "ternary_linear": 2,
+}
 
 
 def refuses(op: str, *args: Any) -> str | None:
@@ -32,6 +38,8 @@ def refuses(op: str, *args: Any) -> str | None:
     floating = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
     if not floating <= set(_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
+    if op == "ternary_linear" and args[-1]:
+        return "its kernels take exact activations."
     matrices = args[: _MATRICES.get(op, 0)]
     largest = max((n for a in matrices for n in a.shape[-2:]), default=0)
     if largest > LARGEST:
@@ -54,5 +62,6 @@ __all__ = [
     "refuses",
     "scatter_kept_",
     "sgd_step",
+    "ternary_linear",
     "wins",
 ]

@@ -136,9 +136,22 @@ def ternary_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def small_cases() -> dict[str, Callable[[], Any]]:
+    mask, table = meta(4096, 4096, dtype=torch.bool), meta(2**15, dtype=torch.int32)
+    key = 2**24, 2**40, 2**31, 0
+    return {
+        "pack_mask 4096x4096": call("pack_mask", mask),
+        "unpack_mask 4096x4096": call("unpack_mask", bits(4096, 4096), 4096),
+        "random_words": call("random_words", *key, "meta"),
+        "random_signs": call("random_signs", *key, "meta"),
+        "random_normal": call("random_normal", *key, table, "meta"),
+    }
+
+
 CASES: dict[str, Callable[[], Any]] = {
     **linear_cases(),
     **compact_cases(),
     **step_cases(),
     **ternary_cases(),
+    **small_cases(),
 }

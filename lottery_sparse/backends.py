@@ -71,6 +71,13 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "masked_linear": ("dense", "triton"),
         "masked_linear_backward": ("dense", "triton"),
         "scatter_kept_": ("triton", "reference"),
+        "pack_mask": ("triton", "reference"),
+        "unpack_mask": ("triton", "reference"),
+        "random_words": ("triton", "reference"),
+        "random_signs": ("triton", "reference"),
+        "random_uniform": ("triton", "reference"),
+        "random_normal": ("triton", "reference"),
+        "ternary_linear": ("triton", "reference"),
     },
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.kernels.bits import pack_mask, unpack_mask
 from lottery_sparse.kernels.compact_linear import (
     compact_linear,
     compact_linear_backward,
@@ -19,6 +20,12 @@ from lottery_sparse.kernels.compact_linear import (
 )
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
+from lottery_sparse.kernels.random import (
+    random_normal,
+    random_signs,
+    random_uniform,
+    random_words,
+)
 from lottery_sparse.kernels.ternary_linear import ternary_linear
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,9 +66,15 @@ __all__ = [
     "gather_kept",
     "masked_linear",
     "masked_linear_backward",
+    "pack_mask",
+    "random_normal",
+    "random_signs",
+    "random_uniform",
+    "random_words",
     "refuses",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",
+    "unpack_mask",
     "wins",
 ]

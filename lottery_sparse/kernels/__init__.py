@@ -18,8 +18,10 @@ from lottery_sparse.kernels.compact_linear import (
     gather_kept,
     scatter_kept_,
 )
+from lottery_sparse.kernels.keep_top import keep_top
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
+from lottery_sparse.kernels.packed_linear import bitmap_linear, csr_linear
 from lottery_sparse.kernels.random import (
     random_normal,
     random_signs,
@@ -61,9 +63,12 @@ def wins(op: str, *args: Any) -> bool:
 
 __all__ = [
     "adam_step",
+    "bitmap_linear",
     "compact_linear",
     "compact_linear_backward",
+    "csr_linear",
     "gather_kept",
+    "keep_top",
     "masked_linear",
     "masked_linear_backward",
     "pack_mask",

@@ -77,7 +77,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "random_signs": ("triton", "reference"),
         "random_uniform": ("triton", "reference"),
         "random_normal": ("triton", "reference"),
+        "keep_top": ("triton", "reference"),
         "ternary_linear": ("triton", "reference"),
+        "csr_linear": ("triton", "reference"),
+        "bitmap_linear": ("triton", "reference"),
     },
 }
 

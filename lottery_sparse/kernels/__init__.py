@@ -45,6 +45,8 @@ _MATRICES = {
 def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
     floating = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
+    if op == "keep_top":
+        floating = {score.dtype for score in args[0]}
     if not floating <= set(_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
     if op == "ternary_linear" and args[-1]:

@@ -88,7 +88,9 @@ def _narrow(state, counts, FIRST: tl.constexpr, TIES: tl.constexpr, LAST: tl.con
         tl.store(at, tl.load(at) * 256 + here)
         tl.store(state + MISSING_, missing)
         if LAST and not TIES:
-            tl.store(state + ALL_, (tl.sum(tl.where(digit == here, count, 0), 0) <= missing).to(tl.int64))
+            tl.store(
+                state + ALL_, (tl.sum(tl.where(digit == here, count, 0), 0) <= missing).to(tl.int64)
+            )
         if FIRST:
             tl.store(state + KEPT_, tl.sum(count, 0))
 
@@ -156,7 +158,7 @@ def keep_top(
                     )  # fmt: skip
                 first += chunks[i]
             equal = equal.cumsum(0) - equal
-    _raise(torch.cat([state[_KEPT :], bad]).tolist(), count)
+    _raise(torch.cat([state[_KEPT:], bad]).tolist(), count)
     return out
 
 

@@ -66,7 +66,13 @@ def random_normal(
 
 
 def _law(
-    law: int, count: int, seed: int, stream: int, step: int, device: Any, table: Tensor | None = None
+    law: int,
+    count: int,
+    seed: int,
+    stream: int,
+    step: int,
+    device: Any,
+    table: Tensor | None = None,
 ) -> Tensor:
     dtype = torch.float32 if law else torch.int32
     out = torch.empty(count, dtype=dtype, device=device)

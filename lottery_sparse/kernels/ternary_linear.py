@@ -1,8 +1,9 @@
 """ternary_linear: codes of 2 bits become -2, 0 and 2 in registers, the first operand of a product.
 
 2.0 has bit 14 as its only one in float16 and bfloat16, and the complement of a code is its sign and
-whether it is not 0. So a multiplication and a LOP3 make two weights of a word, those of columns 4 j + b and
-4 j + b + 2, which lie 16 bits apart. The product takes columns in that order; x is put in it first.
+whether it is not 0. So a multiplication and a LOP3 make two weights of a word, those of columns
+4 j + b and 4 j + b + 2, which lie 16 bits apart. The product takes columns in that order, in which
+x is put first.
 """
 # pyright: reportArgumentType=false
 # ... since a launch takes plain numbers for constexpr
@@ -192,7 +193,7 @@ def _parts(rows: int, batch: int, steps: int, shape: dict[str, int]) -> Parts:
 
 
 def _by_library(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    (batch, columns), rows, words = x.shape, y.shape[1], codes.shape[1]
+    columns, rows, words = x.shape[1], y.shape[1], codes.shape[1]
     panel = max(PANEL // columns // 128, 1) * 128
     weight = x.new_empty((min(panel, rows), columns))
     bias = None if bias is None else bias.to(x.dtype)

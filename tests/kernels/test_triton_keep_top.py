@@ -9,6 +9,7 @@ import torch
 
 import lottery_sparse as ls
 from lottery_sparse import ops, reference
+
 module = importlib.import_module("lottery_sparse.kernels.keep_top")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -94,7 +94,7 @@ def test_sixteen_bits_are_rounded_once(name, dtype):
     with ls.use_backend("triton"):
         mine.step()
     theirs.step()
-    half = 2.0**-12 if dtype == torch.float16 else 2.0**-9
+    half = 2.0**-11 if dtype == torch.float16 else 2.0**-8
     assert_close(params, exact, 1.1 * half)
     for a, b in zip(states(mine).values(), states(theirs).values(), strict=True):
         for key in a.keys() - {"step"}:
@@ -166,9 +166,10 @@ def test_compact_parameters(name, networks, columns, monkeypatch):
     by_triton(optimizer, params, 2)
     got = params[0].detach().cpu()
     assert (got[~used] == 0).all()
-    assert not optimizer.state[params[0]] or (
-        optimizer.state[params[0]]["exp_avg"].cpu()[~used] == 0
-    ).all()
+    assert (
+        not optimizer.state[params[0]]
+        or (optimizer.state[params[0]]["exp_avg"].cpu()[~used] == 0).all()
+    )
     with ls.use_backend("reference"):
         monkeypatch.undo()
         same = [other, *parameters(sizes=[(40,)])]
@@ -179,7 +180,6 @@ def test_compact_parameters(name, networks, columns, monkeypatch):
         expected = torch.full(mask.shape, 7.0).masked_scatter(mask, got[used]).to(weight.dtype)
         assert torch.equal(layer.weight_effective.cpu(), expected)
         assert layer.fresh_version == params[0]._version
-
 
 
 def test_views_that_no_vector_fits():
@@ -196,7 +196,7 @@ def test_views_that_no_vector_fits():
         return p, g, m
 
     for offsets in ((1, 1, 1), (0, 1, 3), (3, 3, 3)):
-        p, g, m = run(offsets, masked_optim.sgd_step)
+        p, _, m = run(offsets, masked_optim.sgd_step)
         start = [t[o : o + 1200].double() for t, o in zip(held, offsets, strict=False)]
         buffer = 0.9 * start[2] + start[1] + 0.1 * start[0]
         assert_close([m], [buffer])

@@ -11,6 +11,7 @@ from problems import DTYPES, SMALLEST, TOLERANCE
 import lottery_sparse as ls
 from lottery_sparse import ops
 from lottery_sparse.formats import pack_ternary
+
 kernel = importlib.import_module("lottery_sparse.kernels.ternary_linear")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

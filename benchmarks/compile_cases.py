@@ -5,6 +5,7 @@ A name says op, shapes and dtype; "product" in it asks for the matrix unit.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -134,15 +135,30 @@ def ternary_cases() -> dict[str, Callable[[], Any]]:
     return cases | {"ternary_linear 2048x8192 B4096 bf16": call("ternary_linear", *args)}
 
 
+def kernels_of(op: str, *args: Any) -> Callable[[], Any]:
+    """A call that reads a result back at its end, which meta tensors do not have."""
+
+    def run() -> None:
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            call(op, *args)()
+
+    return run
+
+
 def small_cases() -> dict[str, Callable[[], Any]]:
     mask, table = meta(4096, 4096, dtype=torch.bool), meta(2**15, dtype=torch.int32)
     key = 2**24, 2**40, 2**31, 0
+    values, starts = meta(4096 * 410), meta(4097, dtype=torch.int64)
+    packed = meta(16, 4096), values, starts, bits(4096, 4096), None
+    selection = [meta(4096, 4096, dtype=FP32)], [mask], 2**20, 2**40, [2**31]
     return {
         "pack_mask 4096x4096": call("pack_mask", mask),
         "unpack_mask 4096x4096": call("unpack_mask", bits(4096, 4096), 4096),
         "random_words": call("random_words", *key, "meta"),
         "random_signs": call("random_signs", *key, "meta"),
         "random_normal": call("random_normal", *key, table, "meta"),
+        "bitmap_linear 4096x4096": call("bitmap_linear", *packed),
+        "keep_top 4096x4096": kernels_of("keep_top", *selection),
     }
 
 

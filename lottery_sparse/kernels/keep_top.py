@@ -47,7 +47,7 @@ def load_words(first, seed, stream, CHUNK: tl.constexpr):
     return tl.reshape(words, (CHUNK,)).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["size", "seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream"])
 def _count(
     scores, mask, state, counts, bad, size, seed, stream,
     DOWN: tl.constexpr, TIES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -95,7 +95,7 @@ def _narrow(state, counts, FIRST: tl.constexpr, TIES: tl.constexpr, LAST: tl.con
             tl.store(state + KEPT_, tl.sum(count, 0))
 
 
-@triton.jit(do_not_specialize=["size", "seed", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream"])
 def _split(
     scores, mask, state, equal, out, size, seed, stream,
     WRITE: tl.constexpr, CHUNK: tl.constexpr,

@@ -5,8 +5,8 @@ weights that hold them. Where they lie is in a table on the device, see `step_ta
 anew when one has moved. What a mask keeps is read from the lists as the step runs, so a captured
 step follows a changed mask.
 """
-# pyright: reportArgumentType=false
-# ... since a launch takes plain numbers for constexpr
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# ... since a launch takes plain numbers for constexpr, and jit functions are not understood
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ def adam_step(
             "Adam's step counts are on the host, which a captured graph would not count; use "
             "capturable=True or fused=True, and take a step before the capture."
         )
-    torch._foreach_add_(steps, 1)
+    torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
     counts = [step.item() for step in steps]
     for count in sorted(set(counts)):
         mine = [i for i, c in enumerate(counts) if c == count]

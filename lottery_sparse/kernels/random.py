@@ -17,7 +17,7 @@ WORDS_, SIGNS_, UNIFORM_, NORMAL_ = (tl.constexpr(law) for law in range(4))
 _PER_WORD = 1, 32, 1, 2  # elements of a law that a word gives
 
 
-@triton.jit(do_not_specialize=["count", "seed", "stream", "step"])
+@triton.jit(do_not_specialize=["seed", "stream", "step"])
 def _draw(
     out, table, count, seed, stream, step,
     LAW: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr,

@@ -40,7 +40,7 @@ _SIZES: tuple[tuple[float, tuple[int, int, int], int, int], ...] = (
     (128, (128, 128, 64), 8, 4),
     (math.inf, (128, 256, 64), 8, 3),
 )
-_SIZES_FLOAT = ((math.inf, (64, 64, 32), 8, 3),)
+_FLOAT = math.inf, (64, 64, 32), 8, 3  # of float32
 
 
 @triton.jit
@@ -164,8 +164,8 @@ def ternary_linear(
 def _fused(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
     batch, rows = y.shape
     words, by_row = codes.shape[1], int(scale.numel() > 1)
-    sizes = _SIZES_FLOAT if x.dtype == torch.float32 else _SIZES
-    (r, b, d), warps, stages = next(size for most, *size in sizes if batch <= most)
+    sizes = _SIZES if x.dtype != torch.float32 else (_FLOAT,)
+    _, (r, b, d), warps, stages = next(size for size in sizes if batch <= size[0])
     shape = {"ROWS": r, "BATCH": b, "DEPTH": d, "num_warps": warps, "num_stages": stages}
     columns = triton.cdiv(x.shape[1], d) * d
     ordered = x.new_empty((batch, columns))

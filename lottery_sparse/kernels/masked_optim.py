@@ -306,7 +306,7 @@ def sgd_step(
             held = isinstance(lr, Tensor)
             _sgd[(table.chunks,)](
                 table.numbers, params[0], lr if held else params[0], table.parts, table.targets,
-                0.0 if held else lr, float(momentum), 1.0 - dampening, float(weight_decay),
+                0.0 if held else float(lr), float(momentum), 1.0 - dampening, float(weight_decay),
                 CHUNK=CHUNK, STATES=len(tensors) - 2, FIRST=first, NESTEROV=nesterov,
                 MAXIMIZE=maximize, DECAY=weight_decay != 0, HELD=held, TARGETS=table.has_targets,
             )  # fmt: skip

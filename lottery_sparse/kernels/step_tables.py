@@ -59,7 +59,8 @@ class Table:
 
 _tables: OrderedDict[tuple, Table] = OrderedDict()
 _captured: list[Tensor] = []  # a replayed graph copies its table again
-_spare: list[Tensor] = []  # pinned memory for the next capture, which must not allocate any
+_spare: list[Tensor] = []  # pinned memory for captures, which must not allocate any
+_SPARE = 8
 
 
 def table_of(tensors: Sequence[list[Tensor]], steps: list[Tensor], targets: Targets) -> Table:
@@ -144,8 +145,8 @@ def _upload(numbers: list[int], device: torch.device, capturing: bool) -> Tensor
         host = values.pin_memory()
     if capturing:
         _captured.append(host)
-    elif not _spare or _spare[0].numel() < len(numbers):
-        _spare[:] = [torch.empty_like(host, pin_memory=True)]
+    elif len(_spare) < _SPARE or _spare[0].numel() < len(numbers):
+        _spare[:] = [torch.empty_like(host, pin_memory=True) for _ in range(_SPARE)]
     return host.to(device, non_blocking=True)
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from optim_problems import CASES, PAIRS, by_kernel, states
-from test_optim_compact import Holder
+from test_optim_compact import Holder, assert_fresh, compact_model
 from torch import nn
 
 import lottery_sparse as ls
@@ -184,6 +184,24 @@ def test_compact_parameters(name, networks, columns, monkeypatch):
         else:
             assert torch.equal(weight.cpu(), expected)
         assert layer.fresh_version == params[0]._version
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_compact_model(name):
+    """Its layers share a weight, and without a GPU no kernel reads what a step would write."""
+    mine, theirs = compact_model(shared=True).to(DEVICE), compact_model(shared=True).to(DEVICE)
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    pairs = zip(PAIRS[name], (mine, theirs), strict=True)
+    optimizers = [cls(model.parameters(), **options) for cls, model in pairs]
+    for step in range(2):
+        x = torch.randn(8, 30, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        for model, optimizer in zip((mine, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            with ls.use_backend("triton" if model is mine else "reference"):
+                optimizer.step()
+    assert_close(mine.parameters(), theirs.parameters())
+    assert_fresh(mine)
 
 
 def test_views_that_no_vector_fits():

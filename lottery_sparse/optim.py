@@ -74,6 +74,9 @@ def _hooked(step: Callable) -> Callable:
     return run
 
 
+_WITH_KERNELS = (None, "cpu", "triton")  # backends that may be forced
+
+
 class _KernelStep:
     """What the steps share; comes before the class of torch among the bases."""
 
@@ -103,18 +106,23 @@ class _KernelStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._kernel_runs():
+        forced = backends.forced()
+        # a GradScaler leaves these for fused steps
+        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        if scaled or forced not in _WITH_KERNELS:
             self._step_by_torch(self.param_groups)
             return loss
         was_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
         try:
-            left = [rest for i in range(len(self.param_groups)) for rest in self._step_group(i)]
+            left = []
+            for i in range(len(self.param_groups)):
+                left += self._step_group(i, forced)
         finally:
             torch.set_grad_enabled(was_enabled)
-        if left and backends.forced():
+        if left and forced:
             raise RuntimeError(
-                f"{type(self).__name__}.step cannot run on the forced backend {backends.forced()} "
+                f"{type(self).__name__}.step cannot run on the forced backend {forced} "
                 f"for {sum(len(group['params']) for group in left)} of the Parameters; it takes "
                 "contiguous float32 tensors on its device and numbers as options."
             )
@@ -124,14 +132,9 @@ class _KernelStep:
 
     step = _hooked(step)
 
-    def _kernel_runs(self) -> bool:
-        # a GradScaler leaves these for fused steps
-        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
-        return not scaled and backends.forced() in (None, "cpu", "triton")
-
-    def _step_group(self, i: int) -> list[dict[str, Any]]:
+    def _step_group(self, i: int, forced: str | None) -> list[dict[str, Any]]:
         """Steps what the kernels take; the other Parameters come back as a group."""
-        group, forced = self.param_groups[i], backends.forced()
+        group = self.param_groups[i]
         params = group["params"]
         if len(self._plans) != len(self.param_groups):
             self._plans = (None,) * len(self.param_groups)

@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench bench-peers instructions build clean distclean
+.PHONY: help venv quickstart test lint format bench bench-peers instructions compile-gate build clean distclean cuda-build
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -55,8 +55,24 @@ bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares wit
 instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%
 	$(PY) -m benchmarks.instructions
 
+compile-gate: $(PACKAGE)  ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed); stores registers, spills, ...
+	$(PY) -m benchmarks.compile_gate
+
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build
+
+# A venv of its own with a CUDA build of torch, which imports without a GPU, and so does what is built
+# against it. pip prefers a CPU build where it is configured to find one: then the check names it.
+CUDA_PY    := build/cuda-venv/bin/python
+CUDA_TORCH := torch==2.13.0
+
+cuda-build:  ## build _C_cuda against a CUDA build of torch and import it (downloads several GB)
+	@test -x $(CUDA_PY) || $(PYTHON) -m venv build/cuda-venv
+	$(CUDA_PY) -m pip -qq --disable-pip-version-check install $(CUDA_TORCH)
+	@$(CUDA_PY) -c 'import sys, torch; sys.exit(None if torch.version.cuda else f"pip chose torch {torch.__version__}, no CUDA build: run it with PIP_CONFIG_FILE=/dev/null, or set CUDA_TORCH to a wheel of one")'
+	$(CUDA_PY) -m pip -qq --disable-pip-version-check install -c constraints.txt numpy safetensors setuptools wheel pybind11 ninja
+	LS_BUILD=require $(CUDA_PY) setup.py -q build --build-base build/cuda --build-lib build/cuda-lib
+	cd build/cuda-lib && ../../$(CUDA_PY) -c 'from lottery_sparse import doctor, native_cuda; print(doctor.cuda_line())'
 
 clean:  ## remove what builds and runs leave behind (.venv stays)
 	rm -rf build dist *.egg-info lottery_sparse/*.so $(OUT) .pytest_cache .ruff_cache .hypothesis
@@ -100,7 +116,7 @@ $(REQUIREMENTS): constraints.txt pyproject.toml | $(PY)
 	@echo "installing torch and the build tools; the first time this downloads some hundred MB"
 	@$(PIP) install -c constraints.txt `$(PY) -c "$$TORCH_INDEX"` torch numpy setuptools wheel pybind11 ninja
 	@echo "installing the tools of experiments and tests"
-	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,test]'
+	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,test,triton]'
 	@touch $@
 
 # pip hides what setup.py prints, so the package itself says what was built.

@@ -4,14 +4,20 @@ LS_BUILD=auto     (default) build if torch and a C++ compiler are found, else a 
 LS_BUILD=0        never build
 LS_BUILD=require  build, or fail with the reason
 MAX_JOBS=n        parallel compilations; unset: bounded by processors and free memory
+
+The kernels for NVIDIA GPUs (_C_cuda) are built too where nvcc and a CUDA build of torch are found:
+CUDA_HOME             the toolkit; unset: that of the nvcc on the path
+TORCH_CUDA_ARCH_LIST  what to compile for, from 8.0 on; unset: 8.0;9.0a;10.0+PTX
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 from setuptools import Extension, setup
@@ -39,6 +45,7 @@ KERNELS = [
     "masked_optim_cpu",
     "packed_linear_cpu",
     "random_fill_cpu",
+    "sample_mask_cpu",
     "sparse_conv2d_cpu",
     "sparse_conv2d_planes_cpu",
     "sparse_linear_bf16_cpu",
@@ -52,6 +59,7 @@ DRIVERS = [
     "bindings_linear",
     "bindings_optim",
     "bindings_packed",
+    "bindings_sample",
     "bindings_step",
     "compact_conv2d",
     "compact_linear",
@@ -65,6 +73,14 @@ DRIVERS = [
     "train_step",
     "variants",
 ]
+CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
+    "bitmap_linear_cuda",
+    "csr_linear_cuda",
+    "ternary_linear_cuda",
+    "tiles_linear_cuda",
+]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 VARIANTS = {"portable": []}
@@ -132,6 +148,70 @@ def compiler_fails(compiler):
     return f"{compiler} cannot compile C++20 with Python's headers: {said}"
 
 
+# ---- CUDA --------------------------------------------------------------------------------------
+
+
+def cuda_toolkit():
+    """Folder of the CUDA toolkit, or None. The nvcc on the path may be a script in another one."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    if not nvcc or not os.path.isfile(nvcc):
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    where = re.search(r"^#\$ _HERE_=(.+)$", said, re.MULTILINE)
+    return os.path.dirname(where[1].strip()) if where else home
+
+
+def cuda_architectures():
+    """Compute capabilities to compile for: "8.0", "9.0a", or "10.0+PTX" for newer ones as well."""
+    listed = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
+    return [name for name in listed if re.fullmatch(r"([89]|\d\d)\.\d[af]?(\+PTX)?", name)]
+
+
+def cuda_targets(architectures):
+    """nvcc's options for them."""
+    options = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+        options.append(f"-gencode=arch=compute_{number},code={code}")
+    return options
+
+
+def why_no_cuda():
+    """Why no kernels for NVIDIA GPUs are built here, or None."""
+    import torch
+
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is no CUDA build"
+    if not cuda_toolkit():
+        return "nvcc was not found ($CUDA_HOME, or nvcc on the path)"
+    if not cuda_architectures():
+        return "TORCH_CUDA_ARCH_LIST names no capability from 8.0 on, such as 8.0, 9.0a or 10.0+PTX"
+    return None
+
+
+def compile_cuda(folder):
+    """The objects of CUDA_KERNELS."""
+    nvcc = os.path.join(cuda_toolkit(), "bin", "nvcc")
+    os.makedirs(folder, exist_ok=True)
+
+    def compile_one(stem):
+        made = os.path.join(folder, f"{stem}.o")
+        options = [*CUDA_FLAGS, *cuda_targets(cuda_architectures())]
+        command = [nvcc, *options, "-c", f"csrc/{stem}.cu", "-o", made]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        return made
+
+    with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as jobs:
+        return list(jobs.map(compile_one, CUDA_KERNELS))
+
+
+# ---- the build ---------------------------------------------------------------------------------
+
+
 def native(required):
     """(ext_modules, cmdclass) of the native build."""
     import torch
@@ -149,14 +229,18 @@ def native(required):
 
         def build_extension(self, ext):
             try:
-                if not ext.name.endswith("._host"):
+                if ext.name.endswith("._C_cuda"):
+                    ext.extra_objects = compile_cuda(os.path.join(self.build_temp, "cuda"))
+                elif not ext.name.endswith("._host"):
                     ext.extra_objects = self.compile_kernels(ext)
                 super().build_extension(ext)
             except Exception as error:
                 if required:
                     raise
                 # setuptools goes on without an optional extension
-                print(f"lottery_sparse: pure Python, {ext.name} failed to build: {error}")
+                print(
+                    f"lottery_sparse: going on without {ext.name}, which failed to build: {error}"
+                )
 
         def compile_kernels(self, ext):
             """torch's ninja files hold one set of flags, so each variant is a run of its own."""
@@ -208,7 +292,26 @@ def native(required):
         language="c++",
         optional=not required,
     )
-    return [kernels, eager, host], {"build_ext": BuildKernels}
+    modules = [kernels, eager, host]
+    if not why_no_cuda():
+        modules.append(cuda_extension(CppExtension, macros, required))
+    return modules, {"build_ext": BuildKernels}
+
+
+def cuda_extension(CppExtension, macros, required):
+    toolkit = cuda_toolkit()
+    return CppExtension(
+        "lottery_sparse._C_cuda",
+        sources(["bindings_cuda"]),
+        define_macros=[*macros, ("LS_CUDA_ARCHITECTURES", f'"{" ".join(cuda_architectures())}"')],
+        extra_compile_args={"cxx": FLAGS},
+        include_dirs=[os.path.join(toolkit, "include")],
+        library_dirs=[os.path.join(toolkit, "lib64"), os.path.join(toolkit, "lib")],
+        # the runtime is linked in: a toolkit may be of another version than torch's own
+        libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        py_limited_api=True,
+        optional=not required,
+    )
 
 
 def main():

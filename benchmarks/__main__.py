@@ -1,4 +1,7 @@
-"""`python -m benchmarks cpu [--quick] [--only FILE] [--resume] [--out FOLDER]`: measure, store."""
+"""`python -m benchmarks cpu [--quick] [--only FILE] [--resume] [--out FOLDER]`: measure, store.
+
+`python -m benchmarks gpu --stage STAGE`: see gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["gpu"]:
+        from benchmarks import gpu
+
+        return gpu.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("suite", choices=["cpu"])
+    parser.add_argument("suite", choices=["cpu", "gpu"])
     parser.add_argument("--quick", action="store_true", help="few layers and rounds, two minutes")
     parser.add_argument(
         "--only",
@@ -31,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         help="folder of cpu.json and cpu.md (default: benchmarks/results, with --quick "
         "out/benchmarks)",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     quick = arguments.quick
     out = arguments.out or (HERE.parent / "out" / "benchmarks" if quick else HERE / "results")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of peers, which do not ask torch

@@ -69,6 +69,39 @@ def linear_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
+def supermask_cases() -> dict[str, Callable[[], Any]]:
+    shape, batch = (4096, 4096), 256
+    score, key, kept = meta(*shape, dtype=FP32), meta(3, dtype=torch.int64), meta(dtype=torch.int64)
+    cases = {
+        "sample_bits 4096x4096": call("sample_bits", score, key),
+        "sample_bits ragged 27": call("sample_bits", meta(64, 27, dtype=FP32), key),
+    }
+    for dtype, name in ((BF16, "bf16"), (FP32, "fp32")):
+        x, dy = (meta(batch, 4096, dtype=dtype) for _ in range(2))
+        weights = {"tensor": (meta(*shape, dtype=dtype), None), "signs": (meta(dtype=dtype), True)}
+        for weight, (w, signs) in weights.items():
+            plus = bits(*shape) if signs else None
+            title = f"supermask_linear product {weight} 4096x4096 B256 {name}"
+            network = score, w, bits(*shape), kept
+            cases[title] = call("supermask_linear", x, *network, None, plus)
+            cases[f"{title}, backward"] = call(
+                "supermask_linear_backward", dy, x, *network, plus, True, False, True
+            )
+    title = "supermask_linear product tensor 4096x4096 B256"
+    for part in ("", ", backward"):
+        cases[f"{title} tf32{part}"] = with_tf32(cases[f"{title} fp32{part}"])
+    image, shape = meta(60, 128, 32, 32), (128, 128, 3, 3)
+    network = meta(*shape, dtype=FP32), meta(*shape), bits(128, 1152), kept
+    options = [1, 1], [1, 1], [1, 1], 1
+    cases["supermask_conv2d 128x128x3x3 bf16"] = call(
+        "supermask_conv2d", image, *network, None, None, *options
+    )
+    cases["supermask_conv2d 128x128x3x3 bf16, backward"] = call(
+        "supermask_conv2d_backward", image, image, *network, None, *options, True, False, True
+    )
+    return cases
+
+
 def with_tf32(case: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -165,6 +198,7 @@ def small_cases() -> dict[str, Callable[[], Any]]:
 CASES: dict[str, Callable[[], Any]] = {
     **linear_cases(),
     **compact_cases(),
+    **supermask_cases(),
     **step_cases(),
     **ternary_cases(),
     **small_cases(),

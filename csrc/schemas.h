@@ -23,6 +23,7 @@ constexpr const char* kSchemas[] = {
     "random_signs(int count, int seed, int stream, int step) -> Tensor",
     "random_uniform(int count, int seed, int stream, int step) -> Tensor",
     "random_normal(int count, int seed, int stream, int step, Tensor table) -> Tensor",
+    "sample_mask(Tensor score, int seed, int stream, int step) -> Tensor",
     "masked_linear(Tensor x, Tensor weight, Tensor mask, Tensor? bias) -> Tensor",
     "masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask, bool need_dx, "
     "bool need_dw) -> (Tensor, Tensor)",

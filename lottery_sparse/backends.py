@@ -38,6 +38,9 @@ BACKENDS: dict[str, Backend] = {
     "dense": Backend("lottery_sparse.dense", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.native", needs="lottery_sparse._C", devices=("cpu",)),
     "triton": Backend("lottery_sparse.kernels", needs="triton", devices=_TRITON),
+    "cuda": Backend(
+        "lottery_sparse.native_cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)
+    ),
 }
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
@@ -64,12 +67,19 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "bitmap_linear": ("cpu", "reference"),
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
+        "sample_bits": ("cpu", "reference"),
+        "sample_mask": ("cpu", "reference"),
+        "supermask_linear": ("dense",),
+        "supermask_linear_backward": ("dense",),
+        "supermask_conv2d": ("dense",),
+        "supermask_conv2d_backward": ("dense",),
     },
     "cuda": {
         "compact_linear": ("dense", "triton"),
         "compact_linear_backward": ("dense", "triton"),
         "masked_linear": ("dense", "triton"),
         "masked_linear_backward": ("dense", "triton"),
+        "sample_bits": ("triton", "reference"),
         "scatter_kept_": ("triton", "reference"),
         "pack_mask": ("triton", "reference"),
         "unpack_mask": ("triton", "reference"),
@@ -81,6 +91,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "ternary_linear": ("triton", "reference"),
         "csr_linear": ("triton", "reference"),
         "bitmap_linear": ("triton", "reference"),
+        "supermask_linear": ("dense", "triton"),
+        "supermask_linear_backward": ("dense", "triton"),
+        "supermask_conv2d": ("dense", "triton"),
+        "supermask_conv2d_backward": ("dense", "triton"),
     },
 }
 
@@ -102,7 +116,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
-            effective weight), "cpu" (C++ kernels) or "triton".
+            effective weight), "cpu" (C++ kernels), "triton" or "cuda" (CUDA kernels).
 
     Raises:
         ValueError: no such backend.

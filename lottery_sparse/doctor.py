@@ -51,7 +51,7 @@ def report() -> dict[str, Any]:
     switch that cannot be followed, a backend that disagrees with the reference.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    native = {name: _native(name) for name in ("_C", "_host")}
+    native = {name: _native(name) for name in ("_C", "_host", "_C_cuda")}
     ops = {device: {op: _diagnose(op, device) for op in CASES} for device in devices}
     diagnoses = [found for by_op in ops.values() for found in by_op.values()]
     healthy = (
@@ -80,6 +80,17 @@ def native_line() -> str:
         return "lottery_sparse has its native kernels, but not _host, so their build is unknown."
     info = host["info"]
     return f"lottery_sparse has its native kernels: {info['cpu_variant']}, {info['compiler']}."
+
+
+def cuda_line() -> str:
+    """One sentence: are the CUDA kernels here, and if not, why."""
+    found = _native("_C_cuda")
+    if found["error"]:
+        return f"lottery_sparse has CUDA kernels, but they do not work: {found['error']}"
+    if found["state"] == "missing":
+        why = "" if torch.version.cuda else f"; torch {torch.__version__} is no CUDA build"
+        return f"no CUDA kernels: they are built where nvcc and a CUDA build of torch are{why}."
+    return f"CUDA kernels for {found['info']['architectures']}."
 
 
 # ---- what is installed -------------------------------------------------------------------------
@@ -123,6 +134,8 @@ def _native(name: str) -> dict[str, Any]:
         module = importlib.import_module(f"lottery_sparse.{name}")
         if name == "_host":
             found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
+        if name == "_C_cuda":
+            found["info"] = {"architectures": module.architectures}
     except (ImportError, RuntimeError) as error:
         remedy = f" To build them anew, {HOW_TO_BUILD}." if isinstance(error, ImportError) else ""
         return {"state": "broken", "error": f"{error}{remedy}"}
@@ -242,6 +255,24 @@ def _packed_bitmap() -> tuple:
     return x, values, starts, reference.pack_mask(_linear()[1]), bias
 
 
+def _learned(*shape: int, rescale: bool = True) -> tuple:
+    """score, weight, bits, kept of a learned mask; no signs."""
+    mask = _mask(*shape)
+    kept = mask.sum() if rescale else None
+    bits = reference.pack_mask(mask.flatten(1))
+    return _values(*shape, stream=10) * 4, _values(*shape, stream=1), bits, kept
+
+
+def _learned_linear_forward() -> tuple:
+    network = _learned(_OUT, _IN)
+    return _values(_BATCH, _IN, stream=2), *network, _values(_OUT, stream=3), None
+
+
+def _learned_linear_backward() -> tuple:
+    x, *network, _, signs = _learned_linear_forward()
+    return _values(_BATCH, _OUT, stream=4), x, *network, signs, True, True, True
+
+
 _CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
 
 
@@ -254,6 +285,16 @@ def _conv_backward() -> tuple:
     x, weight, mask, *_ = _conv_forward()
     dy = _values(2, 4, 6, 6, stream=8)
     return dy, x, weight, mask, None, None, *_CONV_OPTIONS, True, True
+
+
+def _learned_conv_forward() -> tuple:
+    x, network = _values(2, 3, 6, 6, stream=5), _learned(4, 3, 3, 3)
+    return x, *network, _values(4, stream=7), None, *_CONV_OPTIONS
+
+
+def _learned_conv_backward() -> tuple:
+    x, network = _values(2, 3, 6, 6, stream=5), _learned(4, 3, 3, 3)
+    return _values(2, 4, 6, 6, stream=8), x, *network, None, *_CONV_OPTIONS, True, True, True
 
 
 def _selection() -> tuple:
@@ -273,6 +314,11 @@ CASES: dict[str, Callable[[], tuple]] = {
     "pack_mask": lambda: (_mask(_OUT, _IN),),
     "unpack_mask": lambda: (reference.pack_mask(_mask(_OUT, _IN)), _IN),
     "sample_mask": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
+    "sample_bits": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
+    "supermask_linear": _learned_linear_forward,
+    "supermask_linear_backward": _learned_linear_backward,
+    "supermask_conv2d": _learned_conv_forward,
+    "supermask_conv2d_backward": _learned_conv_backward,
     "random_words": lambda: (1001, _SEED, 1, 2),
     "random_signs": lambda: (1001, _SEED, 1, 2),
     "random_uniform": lambda: (1001, _SEED, 1, 2),
@@ -293,6 +339,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"machine    {machine['system']}, {machine['cores']} cores, "
         f"{machine['torch_threads']} torch threads, torch uses {machine['torch_cpu']}, {gpus}",
         f"native     {native_line()}",
+        f"cuda       {cuda_line()}",
         f"switches   {' · '.join(f'{k}={v or chr(45)}' for k, v in report['switches'].items())}",
     ]
     for device, ops in report["ops"].items():

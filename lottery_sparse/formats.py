@@ -2,6 +2,7 @@
 
 ternary   weights of -c, 0 and +c: two bits each, and c
 csr       kept weights by row: value and 16-bit column
+tiles     kept weights of 16 bits by tiles of 64 x 64, for the matrix unit of a GPU
 """
 
 from __future__ import annotations
@@ -74,3 +75,182 @@ def unpack_csr(values: Tensor, starts: Tensor, columns: Tensor, in_features: int
 def unpack_bitmap(values: Tensor, kept: Tensor) -> Tensor:
     """Values in row-major order -> dense [N, K], 0 where the bool mask does not keep."""
     return values.new_zeros(kept.shape).masked_scatter_(kept, values)
+
+
+# ---- tiles for the matrix unit of a GPU --------------------------------------------------------
+# Kept weights of 16 bits by tiles of 64 x 64, with 12-bit places in the order in which the matrix
+# unit takes them: csrc/tile_fragments.h has the layout, and why. 3.5 bytes for a kept weight, in
+# groups of 64; `starts` says where each tile begins, in units of 64 bytes.
+
+TILE = 64
+GROUP = 64
+_VALUE, _LOW, _HIGH = 16, 8, 16  # units of 8 bytes: of a group, a group, and 4 groups
+_BANKS = 32
+
+
+def tile_places(row: Tensor, column: Tensor) -> Tensor:
+    """Rows and columns in a tile -> places 0 … 4095 of 16 bits in it."""
+    fragment = row // 16 * 4 + column % 16 // 4
+    lane = row % 8 * 4 + column // 16
+    word = row % 16 // 8 + column % 4 // 2 * 2
+    return fragment * 256 + lane * 8 + word * 2 + column % 2
+
+
+def pack_tiles(
+    values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Kept weights of a matrix -> (starts int32 [tiles + 1], data int64 [units, 8]).
+
+    Args:
+        values: [C], float16 or bfloat16.
+        rows, columns: int64 [C], where they are.
+        shape: N and K. Tiles go by rows of tiles; there are ceil(N / 64) · ceil(K / 64).
+    """
+    across = -(-shape[1] // TILE)
+    tiles = -(-shape[0] // TILE) * across
+    tile = rows // TILE * across + columns // TILE
+    place = tile_places(rows % TILE, columns % TILE)
+    bank = place // 2 % _BANKS
+
+    # in a tile: one entry of each bank of shared memory after another
+    order = torch.argsort(tile * _BANKS + bank)
+    rank = torch.empty_like(order)
+    rank[order] = _position_in_run((tile * _BANKS + bank)[order])
+    order = torch.argsort((tile * TILE * TILE + rank) * _BANKS + bank)
+    place, bits = place[order], values.view(torch.int16)[order]
+
+    # groups, the last of a tile filled with its last entry
+    count = torch.bincount(tile, minlength=tiles)
+    layout = _TileLayout((count + GROUP - 1) // GROUP)
+    position = layout.group.unsqueeze(1) * GROUP + torch.arange(GROUP, device=values.device)
+    last = (count[layout.tile] - 1).unsqueeze(1)
+    entry = (count.cumsum(0) - count)[layout.tile].unsqueeze(1) + position.minimum(last)
+
+    place, bits = _by_lane(place[entry]), _by_lane(bits[entry])
+    high = (place[..., 0] >> 8) | (place[..., 1] >> 8) << 4  # [groups, lane]
+    data = torch.zeros(layout.size, dtype=torch.int64, device=values.device)
+    data[layout.values] = bits.flatten(1).view(torch.int64)
+    data[layout.low] = (place & 0xFF).to(torch.uint8).flatten(1).view(torch.int64)
+    data.view(torch.uint8)[layout.high] = high.to(torch.uint8)
+    return layout.starts.to(torch.int32), data.view(-1, 8)
+
+
+def unpack_tiles(
+    starts: Tensor, data: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The inverse of `pack_tiles`: dense [N, K], 0 where nothing is kept."""
+    across = max(-(-shape[1] // TILE), 1)
+    units = starts.to(torch.int64).diff()
+    rest = units % 14  # of 4 groups: 3 units each, and 2
+    layout = _TileLayout(units // 14 * 4 + (rest - 2).clamp(min=0) // 3)
+    data = data.flatten()
+    bits = data[layout.values].view(torch.int16).view(-1, 32, 2)
+    low = data[layout.low].view(torch.uint8).view(-1, 32, 2).to(torch.int64)
+    high = data.view(torch.uint8)[layout.high].to(torch.int64)
+    place = low | torch.stack([high & 15, high >> 4], -1) << 8
+
+    grid = torch.arange(TILE, device=data.device)
+    where = torch.argsort(tile_places(*torch.meshgrid(grid, grid, indexing="ij")).flatten())[place]
+    height = -(-shape[0] // TILE) * TILE
+    dense = torch.zeros(height, across * TILE, dtype=torch.int16, device=data.device)
+    tile = layout.tile.view(-1, 1, 1)
+    rows, columns = tile // across * TILE + where // TILE, tile % across * TILE + where % TILE
+    dense[rows, columns] = bits
+    return dense[: shape[0], : shape[1]].contiguous().view(dtype)
+
+
+class _TileLayout:
+    """Where the groups of tiles are, given how many each tile has."""
+
+    def __init__(self, groups: Tensor):
+        device = groups.device
+        highs = (groups + 3) // 4
+        sizes = groups * (_VALUE + _LOW) + highs * _HIGH
+        begins = sizes.cumsum(0) - sizes
+        self.size = int(sizes.sum())
+        self.starts = F.pad(sizes.cumsum(0), (1, 0)) // 8
+        self.tile = torch.repeat_interleave(torch.arange(len(groups), device=device), groups)
+        before = (groups.cumsum(0) - groups)[self.tile]
+        self.group = torch.arange(len(self.tile), device=device) - before  # in its tile
+        values = begins[self.tile]
+        low = values + groups[self.tile] * _VALUE
+        high = low + groups[self.tile] * _LOW
+        # in units of 8 bytes, [groups, 16] and [groups, 8]; in bytes, [groups, 32]
+        self.values = (values + self.group * _VALUE).unsqueeze(1) + torch.arange(
+            _VALUE, device=device
+        )
+        self.low = (low + self.group * _LOW).unsqueeze(1) + torch.arange(_LOW, device=device)
+        first = (high + self.group // 4 * _HIGH) * 8 + self.group % 4
+        self.high = first.unsqueeze(1) + 4 * torch.arange(32, device=device)
+
+
+# bitmap tiles: the mask of a tile, 128 words, and its values in the order of its bits, padded to 16
+# bytes: csrc/bitmap_fragments.h. `starts` counts units of 16 bytes.
+
+_BITMAP_UNITS = 32
+
+
+def bitmap_places(place: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in a tile -> 32 · word + bit in its mask, and their order among values."""
+    half, register = place // 128 % 2, place // 256 * 4 + place % 8 // 2
+    bit = place // 8 % 16 * 2 + place % 2
+    return (half * 64 + register) * 32 + bit, (register * 2 + half) * 32 + bit
+
+
+def pack_bitmap_tiles(
+    values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """As `pack_tiles` -> (starts int32 [tiles + 1], data int64 [units, 2])."""
+    across = -(-shape[1] // TILE)
+    tiles = -(-shape[0] // TILE) * across
+    tile = rows // TILE * across + columns // TILE
+    bit, order = bitmap_places(tile_places(rows % TILE, columns % TILE))
+    count = torch.bincount(tile, minlength=tiles)
+    units = torch.where(count > 0, _BITMAP_UNITS + (count + 7) // 8, 0)
+    starts = F.pad(units.cumsum(0), (1, 0))
+    data = torch.zeros(int(starts[-1]), 8, dtype=torch.int16, device=values.device)
+
+    sorting = torch.argsort(tile * TILE * TILE + order)
+    tile, bit, bits = tile[sorting], bit[sorting], values.view(torch.int16)[sorting]
+    at = (starts[tile] + _BITMAP_UNITS) * 8 + _position_in_run(tile)
+    data.view(-1)[at] = bits
+    words = torch.zeros(len(data) * 4, dtype=torch.int64, device=values.device)
+    words.index_add_(0, starts[tile] * 4 + bit // 32, 1 << bit % 32)
+    data.view(-1).view(torch.int32).bitwise_or_(words.to(torch.int32))
+    return starts.to(torch.int32), data.view(torch.int64)
+
+
+def unpack_bitmap_tiles(
+    starts: Tensor, data: Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The inverse of `pack_bitmap_tiles`: dense [N, K], 0 where nothing is kept."""
+    down, across = -(-shape[0] // TILE), -(-shape[1] // TILE)
+    begins = starts.to(torch.int64)
+    full = (begins.diff() > 0).nonzero().flatten()
+    grid = torch.arange(TILE, device=data.device)
+    bit, order = bitmap_places(tile_places(*torch.meshgrid(grid, grid, indexing="ij")).flatten())
+    words = data.flatten().view(torch.int32)
+    masks = words[(begins[full] * 4).unsqueeze(1) + bit // 32] >> bit % 32 & 1  # by row, column
+    kept = torch.zeros(len(full), TILE * TILE, dtype=torch.bool, device=data.device)
+    kept[:, order] = masks.bool()
+    inside = kept.to(torch.int64).cumsum(1) - 1  # by order
+    at = ((begins[full] + _BITMAP_UNITS) * 8).unsqueeze(1) + inside.clamp(min=0)
+    bits = torch.where(kept, data.flatten().view(torch.int16)[at], 0)[:, order]
+    dense = torch.zeros(down * across, TILE * TILE, dtype=torch.int16, device=data.device)
+    dense[full] = bits
+    dense = dense.view(down, across, TILE, TILE).transpose(1, 2).reshape(down * TILE, across * TILE)
+    return dense[: shape[0], : shape[1]].contiguous().view(dtype)
+
+
+def _by_lane(entries: Tensor) -> Tensor:
+    """[groups, 64] -> [groups, 32, 2]: a lane has entries l and 32 + l."""
+    return entries.view(-1, 2, GROUP // 2).mT.contiguous()
+
+
+def _position_in_run(sorted_keys: Tensor) -> Tensor:
+    """0, 1, 2, … within each run of equal keys."""
+    index = torch.arange(len(sorted_keys), device=sorted_keys.device)
+    if not len(index):
+        return index
+    starts = F.pad(sorted_keys[1:] != sorted_keys[:-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(0).values

@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lottery_sparse"
 
-# module -> modules of the package it may import. The compiled modules are _C and _host.
+# module -> modules of the package it may import. The compiled modules are _C, _C_cuda and _host.
 MAY_IMPORT: dict[str, set[str]] = {
     # ways to compute
     "formats": set(),
     "reference": {"formats"},
     "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
+    "native_cuda": {"_C_cuda", "formats"},
     "kernels": {"reference"},
     # which one runs
     "backends": set(),
@@ -184,6 +185,7 @@ INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 MAY_INCLUDE = {
     "rim.h": {"torch"},
     "bindings.cpp": {"Python.h"},
+    "bindings_cuda.cpp": {"Python.h", "torch"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
     "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import lottery_sparse as ls
+from lottery_sparse import backends
 from lottery_sparse.ops import sample_mask
 
 OP = torch.ops.lottery_sparse.sample_mask.default
@@ -19,9 +20,10 @@ GOLDEN_MASK = "000000110000100111111011"
 
 
 def by_definition(score: torch.Tensor, seed: int, stream: int, step: int) -> torch.Tensor:
-    """From the words that NumPy draws: 24 bits below floor(p 2^24)."""
+    """From the words that NumPy draws: 24 bits below floor(p 2^24), p in float64."""
     words = ls.random.words(score.numel(), seed, stream, step).numpy().view(np.uint32)
-    probability = torch.sigmoid(score.float()).numpy().reshape(-1).astype(np.float64)
+    exact = score.detach().float().double().numpy().reshape(-1)
+    probability = 1 / (1 + np.exp(-exact))
     mask = (words >> 8) < np.floor(np.nan_to_num(probability) * 2.0**24)
     return torch.from_numpy(mask).view(score.shape).to(score.dtype)
 
@@ -36,12 +38,16 @@ def test_follows_its_definition(shape, dtype):
         assert torch.equal(mask, by_definition(score, seed, stream, step))
 
 
-def test_the_boundary_is_exact():
+@pytest.mark.parametrize("backend", backends.available("sample_mask", "cpu"))
+def test_the_boundary_is_exact(backend):
     draws = (ls.random.words(2000, *KEY.tolist()).to(torch.int64) >> 8) & 0xFFFFFF
-    low = draws < 2**20  # where a float32 sigmoid resolves halves of 2^-24
+    low = draws < 2**20  # where a float32 score resolves halves of 2^-24
     for beyond, expected in [(0.5, 0.0), (1.5, 1.0)]:  # floor(p 2^24) = draw, draw + 1
         score = torch.logit((draws.double() + beyond) * 2.0**-24).float()
-        assert (sample_mask(score, KEY)[low] == expected).all()
+        with ls.use_backend(backend):
+            mask = sample_mask(score, KEY)
+        assert torch.equal(mask, by_definition(score, *KEY.tolist()))
+        assert (mask[low] == expected).all()
     assert low.sum() > 50
 
 

@@ -28,6 +28,9 @@ from lottery_sparse.kernels.random import (
     random_uniform,
     random_words,
 )
+from lottery_sparse.kernels.sampling import sample_bits
+from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
+from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 from lottery_sparse.kernels.ternary_linear import ternary_linear
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,6 +42,8 @@ _MATRICES = {
     "masked_linear_backward": 3,
     "compact_linear_backward": 2,
     "ternary_linear": 2,
+    "supermask_linear": 2,
+    "supermask_linear_backward": 3,
 }
 
 
@@ -79,8 +84,13 @@ __all__ = [
     "random_uniform",
     "random_words",
     "refuses",
+    "sample_bits",
     "scatter_kept_",
     "sgd_step",
+    "supermask_conv2d",
+    "supermask_conv2d_backward",
+    "supermask_linear",
+    "supermask_linear_backward",
     "ternary_linear",
     "unpack_mask",
     "wins",

@@ -36,6 +36,8 @@ from lottery_sparse.native.random import (
     random_signs,
     random_uniform,
     random_words,
+    sample_bits,
+    sample_mask,
 )
 
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
@@ -65,6 +67,8 @@ __all__ = [
     "random_uniform",
     "random_words",
     "refuses",
+    "sample_bits",
+    "sample_mask",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",

@@ -8,6 +8,7 @@ from lottery_sparse.ops.linear import masked_linear
 from lottery_sparse.ops.packed import bitmap_linear, csr_linear, ternary_linear
 from lottery_sparse.ops.sampling import sample_mask
 from lottery_sparse.ops.selection import keep_top
+from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
 
 __all__ = [
     "SignConstant",
@@ -19,7 +20,10 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "pack_mask",
+    "sample_bits",
     "sample_mask",
+    "supermask_conv2d",
+    "supermask_linear",
     "ternary_linear",
     "unpack_mask",
 ]

@@ -92,6 +92,17 @@ def differentiable(
     return call
 
 
+def direct(op: Callable, run: Callable) -> Callable:
+    """For an op without gradients: the function that takes the first or third way above."""
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return op(*args)
+        return run(*args) if _plain([a for a in args if isinstance(a, Tensor)]) else op(*args)
+
+    return call
+
+
 _PLAIN = (Tensor, nn.Parameter)
 
 

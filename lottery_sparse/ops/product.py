@@ -87,14 +87,14 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         others = ("mask", "frozen", "signs", *ctx.rest, "need_dx", "need_dw")
         return (g_dy, g_x, g_w, *(None for _ in others))
 
-    forward = differentiable(name, op, run, save, gradients, partial(_vmap_forward, rank))
+    forward = differentiable(name, op, run, save, gradients, partial(vmap_forward, rank, 6))
     backward = differentiable(
         name_backward,
         op_backward,
         run_backward,
         save_backward,
         second_gradients,
-        partial(_vmap_backward, rank),
+        partial(vmap_backward, rank, 6),
     )
     _register_autocast(name, op)
 
@@ -134,13 +134,16 @@ def _cast(value: Any, device: str, dtype: torch.dtype) -> Any:
     return value.to(dtype) if eligible else value
 
 
-def _vmap_forward(rank: int, op: Callable) -> Callable:
-    """The vmap rule of op(x, weight, mask, bias, frozen, signs, *rest) -> y."""
+def vmap_forward(rank: int, tensors: int, op: Callable) -> Callable:
+    """The vmap rule of op(x, weight, mask, bias, frozen, signs, *rest) -> y.
+
+    tensors: x, and after it all that a network has of its own, the first like its weight.
+    """
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
-        size, dims = info.batch_size, in_dims[:6]
-        x, *network = (_front(a, d) for a, d in zip(args[:6], dims, strict=True))
-        rest = args[6:]
+        size, dims = info.batch_size, in_dims[:tensors]
+        x, *network = (_front(a, d) for a, d in zip(args[:tensors], dims, strict=True))
+        rest = args[tensors:]
         if all(d is None for d in dims[1:]):  # one network, more inputs: a larger batch
             batch_dim = x.dim() - rank  # x: [V, B, …] or [V, E, B, …]
             x = x.movedim(0, batch_dim - 1)
@@ -158,26 +161,28 @@ def _vmap_forward(rank: int, op: Callable) -> Callable:
     return rule
 
 
-def _vmap_backward(rank: int, op: Callable) -> Callable:
-    """The vmap rule of op(dy, x, weight, mask, frozen, signs, *rest) -> (dx, dw).
+def vmap_backward(rank: int, tensors: int, op: Callable) -> Callable:
+    """The vmap rule of op(dy, x, weight, mask, frozen, signs, *rest) -> (dx, dw, ...).
+
+    tensors: dy and x, and after them as above.
 
     Everything is expanded to one network per vmapped element: each wants its own gradients.
     """
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple]:
-        size, dims = info.batch_size, in_dims[:6]
-        dy, x, *network = (_front(a, d) for a, d in zip(args[:6], dims, strict=True))
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple]:
+        size, dims = info.batch_size, in_dims[:tensors]
+        dy, x, *network = (_front(a, d) for a, d in zip(args[:tensors], dims, strict=True))
         network = [_batched(a, d, size) for a, d in zip(network, dims[2:], strict=True)]
         inner = network[0].dim() - rank - 1
         shared = inner and x.dim() == rank + (dims[1] is not None)
         dy = _expanded(dy, dims[0], size, network[0], rank, inner)
         x = _expanded(x, dims[1], size, network[0], rank, inner)
-        grads = op(*(_fold(a, inner) for a in (dy, x, *network)), *args[6:])
-        dx, dw = (g.unflatten(0, (size, -1)) if inner and g.dim() > 1 else g for g in grads)
+        grads = op(*(_fold(a, inner) for a in (dy, x, *network)), *args[tensors:])
+        dx, *others = (g.unflatten(0, (size, -1)) if inner and g.dim() > 1 else g for g in grads)
         if shared and dx.dim() > 1:
             dx = dx.sum(1)
         # an output that was not asked for is empty and has no vmapped dimension
-        return (dx, dw), tuple(0 if g.dim() > 1 else None for g in (dx, dw))
+        return (dx, *others), tuple(0 if g.dim() > 1 else None for g in (dx, *others))
 
     return rule
 

@@ -15,8 +15,9 @@ from lottery_sparse.ops.differentiable import differentiable
 def sample_mask(score: Tensor, key: Tensor) -> Tensor:
     """Sample m ~ Bernoulli(p), p = sigmoid(score), from the counter-based generator.
 
-    Element i is 1 where the upper 24 bits of random word i are below floor(p 2^24), p computed
-    in float32. A pure function of score and key: the same key gives the same mask.
+    Element i is 1 where the upper 24 bits of random word i are below floor(p 2^24), with the exact
+    p of the score as a float32. A pure function of score and key: the same key gives the same mask
+    on every device.
 
     Args:
         score: [...], any floating dtype; or [E, ...] with one key per network.

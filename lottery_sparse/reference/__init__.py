@@ -51,6 +51,17 @@ from lottery_sparse.reference.random import (
     random_words,
     sample_mask,
 )
+from lottery_sparse.reference.supermask import (
+    rescaling,
+    sample_bits,
+    source_weight,
+    supermask_conv2d,
+    supermask_conv2d_backward,
+    supermask_gradients,
+    supermask_linear,
+    supermask_linear_backward,
+    supermask_weight,
+)
 
 __all__ = [
     "MAX_DENSITY_LINEAR",
@@ -84,8 +95,17 @@ __all__ = [
     "random_signs",
     "random_uniform",
     "random_words",
+    "rescaling",
+    "sample_bits",
     "sample_mask",
     "scatter_kept_",
+    "source_weight",
+    "supermask_conv2d",
+    "supermask_conv2d_backward",
+    "supermask_gradients",
+    "supermask_linear",
+    "supermask_linear_backward",
+    "supermask_weight",
     "ternary_linear",
     "unpack_mask",
     "words_per_row",

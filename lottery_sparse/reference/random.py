@@ -111,8 +111,9 @@ def keep_top(
 def sample_mask(score: Tensor, key: Tensor) -> Tensor:
     """Bernoulli(sigmoid(score)) as 0 / 1 in the score's dtype.
 
-    An integer draw of 24 bits is compared with floor(sigmoid(score) 2^24). key: int64 (seed,
-    stream, step), [3], or [E, 3] for score [E, ...]; element indices count within a network.
+    An integer draw of 24 bits is compared with floor(sigmoid(score) 2^24), the score as a float32
+    and the rest in float64, which leaves no doubt about the integer. key: int64 (seed, stream,
+    step), [3], or [E, 3] for score [E, ...]; element indices count within a network.
     """
     networks = score if key.dim() == 2 else score.unsqueeze(0)
     count = networks[0].numel() if networks.shape[0] else 0
@@ -124,6 +125,6 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
         seed & _LOW, (seed >> 32) & _LOW,
     )  # fmt: skip
     draw = torch.stack(words, -1).flatten(1)[:, :count].view_as(networks) >> 8
-    probability = torch.sigmoid(networks.to(torch.float32))
+    probability = torch.sigmoid(networks.to(torch.float32).to(torch.float64))
     threshold = (probability * 2.0**24).nan_to_num(0.0).to(torch.int64)
     return (draw < threshold).to(score.dtype).view_as(score)

@@ -1,0 +1,55 @@
+// CUDA on the host, for tests: the threads of a block take turns (a fiber each), collectives wait
+// for all of their warp or block, reads of global memory are checked against the ranges that the
+// test has registered, and a barrier that cannot be reached is an error. See emulate_cuda.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace lottery_sparse {
+
+struct Words4;
+struct BFloat16;
+struct Float16;
+
+int thread_index();
+int block_x();
+int block_y();
+int grid_x();
+void sync_block();
+void sync_warp();
+unsigned char* shared_memory();
+
+inline uint64_t evict_first() {
+    return 0;
+}
+Words4 stream(const Words4* p, uint64_t policy);
+uint32_t stream(const uint32_t* p, uint64_t policy);
+uint32_t stream(const uint16_t* p, uint64_t policy);
+
+uint32_t from_lane(uint32_t value, int lane);
+float float_from_lane(float value, int lane);
+inline float fused(float a, float b, float c) {
+    return std::fma(a, b, c);
+}
+inline int count_ones(uint32_t word) {
+    return __builtin_popcount(word);
+}
+
+template <class T>
+void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
+uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
+
+// Runs every block of a grid; the message of the first fault, or nullptr.
+const char* emulate_grid(const std::function<void()>& thread, int64_t grid_x, int64_t grid_y,
+                         int threads, int shared);
+
+template <class Problem>
+const char* emulate(void (*kernel)(Problem), int64_t grid_x, int64_t grid_y, int threads,
+                    int shared, const Problem& problem) {
+    return emulate_grid([&] { kernel(problem); }, grid_x, grid_y, threads, shared);
+}
+
+}  // namespace lottery_sparse

@@ -1,0 +1,175 @@
+"""The CUDA kernels, built for the host and run thread by thread: see csrc/emulate_cuda.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++20", "-O2", "-Wall", "-Werror", "-fPIC", "-ffp-contract=off"]
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SHARED = 163 << 10  # bytes of a block, as sm_80 has them
+
+
+class Linear(ctypes.Structure):  # CudaLinear of csrc/cuda_linear.h
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("bias_type", ctypes.c_int),
+        ("splits", ctypes.c_int64),
+    ]
+
+
+class Scale(ctypes.Structure):  # CudaScale
+    _fields_ = [
+        ("scale", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        ("by_row", ctypes.c_bool),
+        ("factor", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built into build/, once for each state of the sources."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    csrc = ROOT / "csrc"
+    kernels = sorted(csrc.glob("*_cuda.cu"))
+    sources = [csrc / "emulate_cuda.cpp", *kernels]
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted([*sources, *csrc.glob("*.h")]):
+        digest.update(path.read_bytes())
+    built = ROOT / "build" / "emulated" / f"{digest.hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        ours = built.with_suffix(f".{os.getpid()}")
+        command = [*compiler.split(), *FLAGS, "-shared", "-x", "c++", *sources, "-o", ours]
+        done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        ours.replace(built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.ls_ternary_splits.restype = ctypes.c_int64
+    loaded.ls_ternary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_emulate_readable.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.ls_tiles_splits.restype = ctypes.c_int64
+    sizes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_tiles_splits.argtypes = sizes
+    loaded.ls_emulate_tiles.restype = ctypes.c_char_p
+    loaded.ls_csr_fits.restype = ctypes.c_bool
+    loaded.ls_csr_fits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_emulate_csr.restype = ctypes.c_char_p
+    loaded.ls_emulate_ternary.restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.fixture(params=[False, True], ids=["first lanes first", "last lanes first"])
+def thread_order(request):
+    """Both orders of the threads between barriers: a barrier that is missing shows in one."""
+    library().ls_emulate_descending(ctypes.c_bool(request.param))
+    yield
+    library().ls_emulate_descending(ctypes.c_bool(False))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def linear(
+    x: Tensor, rows: int, bias: Tensor | None, splits: int
+) -> tuple[Linear, Tensor, Tensor | None]:
+    """The struct of a product, y filled with NaN, and room for partial sums."""
+    y = torch.full((len(x), rows), torch.nan, dtype=x.dtype)
+    partial = torch.full((splits, len(x), rows), torch.nan) if splits > 1 else None
+    struct = Linear(
+        len(x), x.shape[1], rows, pointer(x), pointer(bias), pointer(y), pointer(partial),
+        NUMBERS[x.dtype], NUMBERS[torch.float32 if bias is None else bias.dtype], splits,
+    )  # fmt: skip
+    return struct, y, partial
+
+
+def readable(*weights: Tensor) -> None:
+    """Kernels may stream these, and nothing else."""
+    library().ls_emulate_readable(None, 0)
+    for weight in weights:
+        library().ls_emulate_readable(weight.data_ptr(), weight.numel() * weight.element_size())
+
+
+def ternary_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    splits = library().ls_ternary_splits(len(x), x.shape[1], shared)
+    struct, y, _partial = linear(x, rows, bias, splits)
+    readable(codes)
+    by_row = Scale(pointer(scale), NUMBERS[scale.dtype], scale.numel() > 1, 0.0)
+    fault = library().ls_emulate_ternary(
+        ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(codes.data_ptr()),
+        processors, shared,
+    )  # fmt: skip
+    assert fault is None, fault.decode()
+    return y
+
+
+def tiles_linear(
+    bitmap: bool,
+    x: Tensor,
+    starts: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    splits = library().ls_tiles_splits(bitmap, len(x), x.shape[1], shared)
+    struct, y, _partial = linear(x, rows, bias, splits)
+    readable(data)
+    fault = library().ls_emulate_tiles(
+        ctypes.c_bool(bitmap), ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()),
+        ctypes.c_void_p(data.data_ptr()), processors, shared,
+    )  # fmt: skip
+    assert fault is None, fault.decode()
+    return y
+
+
+def csr_linear(
+    x: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    struct, y, _ = linear(x, len(starts) - 1, bias, 1)
+    readable(values, columns)
+    assert library().ls_csr_fits(len(x), x.shape[1], shared)
+    fault = library().ls_emulate_csr(
+        ctypes.byref(struct),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (starts, columns, values)),
+        processors,
+        shared,
+    )
+    assert fault is None, fault.decode()
+    return y

@@ -1,0 +1,40 @@
+"""The CUDA kernels compile, spill nothing, and take what the committed table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import cuda_resources as gate
+
+TABLE = json.loads(gate.RESULTS.read_text("utf-8"))
+RENEW = "run python -m benchmarks.cuda_resources, where nvcc is, and look at what changed"
+# threads of a block: a multiprocessor has 65,536 registers, and each warp an equal part of them
+THREADS = {"ternary_kernel": 2 * 8 * 32, "csr_kernel": 16 * 32, "add_kernel": 256}
+
+
+def test_the_table_is_of_these_sources():
+    assert TABLE["source"] == gate.source_hash(), RENEW
+
+
+@pytest.mark.parametrize("architecture", gate.ARCHITECTURES)
+def test_no_kernel_spills_and_every_block_has_its_registers(architecture):
+    for name, row in TABLE["kernels"][architecture].items():
+        assert row["stack"] == row["spills"] == 0, name
+        kernel, *rest = name.split()[1:]
+        threads = THREADS.get(kernel) or int(rest[-1]) * 32
+        assert -(-row["registers"] // 8) * 8 * -(-threads // 128) * 128 <= 1 << 16, name
+
+
+@pytest.mark.slow
+def test_nvcc_says_what_the_table_says():
+    if gate.nvcc_version() is None:
+        pytest.skip("nvcc is not installed here")
+    if gate.nvcc_version() != TABLE["nvcc"]:
+        pytest.skip(f"the table is of nvcc {TABLE['nvcc']}, here is {gate.nvcc_version()}")
+    found = gate.measure("90a")
+    expected = TABLE["kernels"]["90a"]
+    for row in (*found.values(), *expected.values()):
+        del row["loop"]  # cuobjdump need not be here
+    assert found == expected, RENEW

@@ -1,0 +1,129 @@
+"""The backend "cuda" in Python, its kernels emulated on the host: what it takes, refuses, keeps."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+import types
+
+import cuda_emulator as emulator
+import pytest
+import torch
+
+from lottery_sparse import formats, reference
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The module as if _C_cuda were built, with the emulator behind its ops."""
+    built = types.ModuleType("lottery_sparse._C_cuda")
+    vars(built)["architectures"] = "8.0 9.0a 10.0+PTX"
+    monkeypatch.setitem(sys.modules, "lottery_sparse._C_cuda", built)
+    monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
+    module = importlib.import_module("lottery_sparse.native_cuda")
+    monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
+        csr_linear=emulator.csr_linear,
+        ternary_linear=emulator.ternary_linear,
+        tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
+            bitmap, x, starts, data, bias, rows
+        ),
+    ))  # fmt: skip
+    yield module
+    sys.modules.pop("lottery_sparse.native_cuda", None)
+
+
+def problem(density=0.3, n=70, k=90, batch=9, dtype=torch.bfloat16):
+    kept = torch.rand(n, k) < density
+    weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
+    return torch.randn(batch, k).to(dtype), weight, weight != 0
+
+
+def arguments(op, x, weight, kept):
+    values, starts, columns = formats.pack_csr(weight, kept)
+    where = columns if op == "csr_linear" else reference.pack_mask(kept)
+    return x, values, starts, where, torch.randn(len(weight), dtype=x.dtype)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear"])
+def test_sparse_products_are_those_of_the_reference(backend, op, density):
+    args = arguments(op, *problem(density))
+    expected = getattr(reference, op)(*args)
+    torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+    assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
+    args = arguments("csr_linear", *problem(density, batch=batch))
+    expected = reference.csr_linear(*args)
+    torch.testing.assert_close(backend.csr_linear(*args), expected, rtol=2**-7, atol=1e-2)
+    assert (args[1] in backend._tiles) == (density > 0.12)
+
+
+def test_ternary_products_are_those_of_the_reference(backend):
+    x, weight, _ = problem()
+    codes, scale = formats.pack_ternary(weight.sign()), torch.rand(70) + 0.5
+    args = x, codes, scale, torch.randn(70), 70, False
+    expected = reference.ternary_linear(*args)
+    torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=2**-7, atol=1e-2)
+
+
+def test_tiles_are_made_once_and_anew_after_a_write(backend):
+    args = arguments("csr_linear", *problem())
+    backend.csr_linear(*args)
+    first = backend._tiles[args[1]]
+    backend.csr_linear(*args)
+    assert backend._tiles[args[1]] is first
+    args[1].mul_(2)
+    expected = reference.csr_linear(*args)
+    torch.testing.assert_close(backend.csr_linear(*args), expected, rtol=2**-7, atol=1e-2)
+    kept = len(backend._tiles)
+    del args, first
+    gc.collect()
+    assert len(backend._tiles) == kept - 1
+
+
+def test_refusals_say_what_and_why(backend):
+    x, weight, kept = problem()
+    args, one = arguments("csr_linear", x, weight, kept), torch.ones(1)
+
+    def says(text, op="csr_linear", x=x, values=args[1], int8=False, scale=one):
+        if op == "ternary_linear":
+            why = backend.refuses(op, x, None, scale, None, 70, int8)
+        else:
+            why = backend.refuses(op, x, values, *args[2:])
+        assert text in why
+        assert why.endswith(".")
+
+    says("x as float16 or bfloat16, got torch.float32", x=x.float())
+    says("up to 16 rows of x, got 17", x=x[:1].expand(17, -1))
+    says("got torch.float32 and torch.bfloat16", values=args[1].float())
+    says("no int8 activations", op="ternary_linear", int8=True)
+    says("scale as float32, float16 or bfloat16", op="ternary_linear", scale=one.double())
+    says("run on CUDA devices, got cpu", op="ternary_linear")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0 9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("8.0 9.0a", (10, 0), False),
+        ("8.0+PTX", (12, 0), True),
+        ("10.0+PTX", (9, 0), False),
+    ],
+)
+def test_which_devices_a_build_runs_on(backend, architectures, capability, runs):
+    assert backend.runs_on(architectures, capability) is runs
+
+
+def test_a_device_that_it_is_not_built_for_is_named(backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    why = backend._refuses_device(0)
+    assert "8.0 9.0a 10.0+PTX, and cuda:0 has 7.5; set TORCH_CUDA_ARCH_LIST" in why

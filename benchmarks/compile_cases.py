@@ -101,4 +101,32 @@ def compact_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases()}
+def conv_cases() -> dict[str, Callable[[], Any]]:
+    """masked_conv2d and its backward: channels, pixels of a side, batch, kernel, stride, frozen."""
+    both = {
+        "zero 128 ch 32x32 B256 3x3 bf16": (128, 32, 256, 3, 1, BF16, "zero"),
+        "tensor 64 ch 32x32 B256 3x3 bf16": (64, 32, 256, 3, 1, BF16, "tensor"),
+        "signs 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "signs"),
+        "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
+        "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
+    }
+    cases = {}
+    for title, (channels, side, batch, kernel, stride, dtype, source) in both.items():
+        last = torch.channels_last
+        x = meta(batch, channels, side, side, dtype=dtype).to(memory_format=last)
+        small = (side - 1) // stride + 1
+        dy = meta(batch, channels, small, small, dtype=dtype).to(memory_format=last)
+        w = meta(channels, channels, kernel, kernel, dtype=dtype)
+        mask = bits(channels, channels * kernel**2)
+        sources = {"tensor": (w, None), "signs": (meta(dtype=dtype), mask)}
+        frozen = sources.get(source, (None, None))
+        rest = *frozen, [stride] * 2, [kernel // 2] * 2, [1, 1], 1
+        name = f"masked_conv2d product {title}"
+        cases[name] = call("masked_conv2d", x, w, mask, meta(channels, dtype=dtype), *rest)
+        cases[f"{name}, backward"] = call(
+            "masked_conv2d_backward", dy, x, w, mask, *rest, True, True
+        )
+    return cases
+
+
+CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases(), **conv_cases()}

@@ -17,6 +17,9 @@ from lottery_sparse.kernels.compact_linear import (
     gather_kept,
     scatter_kept_,
 )
+from lottery_sparse.kernels import conv_tiles
+from lottery_sparse.kernels.compact_conv2d import compact_conv2d, compact_conv2d_backward
+from lottery_sparse.kernels.masked_conv2d import masked_conv2d, masked_conv2d_backward
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,6 +34,8 @@ def refuses(op: str, *args: Any) -> str | None:
     floating = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
     if not floating <= set(_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
+    if op.startswith("masked_conv2d"):
+        return conv_tiles.refuses(op, *args)
     matrices = args[: _MATRICES.get(op, 0)]
     largest = max((n for a in matrices for n in a.shape[-2:]), default=0)
     if largest > LARGEST:
@@ -44,9 +49,13 @@ def wins(op: str, *args: Any) -> bool:
 
 
 __all__ = [
+    "compact_conv2d",
+    "compact_conv2d_backward",
     "compact_linear",
     "compact_linear_backward",
     "gather_kept",
+    "masked_conv2d",
+    "masked_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
     "refuses",

@@ -1,0 +1,463 @@
+"""masked_conv2d as products of matrices, with no unfolded image in memory.
+
+A product has the output channels of a group as rows and the pixels of all images as columns; its
+depth runs over taps (places in the kernel) and over channels. Every tile of pixels reads the whole
+weight, a thousand tiles at 256 images of 32 x 32. So mask and frozen values are applied once, by a
+kernel that lays the weight out tap by tap, channels side by side as in an image that is channels
+last. Picked from the rows as they lie, entries of a tap would be loads of one number each.
+"""
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lottery_sparse.kernels.conv_tiles import (
+    alignment,
+    by_channels,
+    depth_of,
+    is_channels_last,
+    output_shape,
+    pixel_tile,
+    strides,
+)
+from lottery_sparse.kernels.tiles import (
+    Parts,
+    aligned,
+    dot,
+    in_order,
+    load_effective,
+    load_mask,
+    precision,
+    source,
+    tiles,
+)
+
+
+@triton.jit
+def within(position, size):
+    """0 <= position < size, in one comparison."""
+    return position.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def over(number, reciprocal):
+    """number // d of 0 <= number < 2^20 + 2^8, for a reciprocal of 2^40 // d + 1 (int64)."""
+    return ((number.to(tl.int64) * reciprocal) >> 40).to(tl.int32)
+
+
+@triton.jit
+def first_tap(offset, taps, dilation, stride):
+    """The first r < taps for which `stride` divides offset - r * dilation; taps if none does."""
+    first = taps
+    for i in range(taps):
+        r = taps - 1 - i
+        first = tl.where((offset - r * dilation) % stride == 0, r, first)
+    return first
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "rows_held", "channels_held", "taps", "groups"])
+def _arrange(
+    weight, mask, frozen, signs, out,
+    rows, channels, rows_held, channels_held, taps, groups, mask_stride, signs_stride,
+    PACKED: tl.constexpr, FROZEN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """out[e g, t, o, c] = where(m, w, f)[e g, o, c, t], and 0 up to the rows and channels held."""
+    group = tl.program_id(2).to(tl.int64)
+    tap = tl.program_id(1)
+    blocks = tl.cdiv(channels_held, CHANNELS)
+    o = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS))[:, None]
+    c = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    constant = tl.load(frozen + group // groups).to(tl.float32) if FROZEN == 2 else 0.0
+    w = load_effective(
+        weight, mask, frozen, signs, constant, channels * taps, mask_stride, signs_stride,
+        group * rows + o, (c * taps + tap).to(tl.int64), (o < rows) & (c < channels),
+        PACKED, FROZEN,
+    )  # fmt: skip
+    out += (group * taps + tap) * rows_held * channels_held
+    held = (o < rows_held) & (c < channels_held)
+    tl.store(out + o * channels_held + c, w.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "depth", "count", "down", "across", "x_h", "x_w", "y_h", "y_w", "taps_h", "taps_w",
+        "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "skip_h", "skip_w",
+        "groups", "networks", "x_network", "x_image", "x_row", "x_column", "y_network", "y_image",
+        "y_row", "y_column", "w_group", "w_tap",
+    ]
+)  # fmt: skip
+def _product(
+    x, weight, bias, y,
+    rows, depth, count, down, across, x_h, x_w, y_h, y_w, taps_h, taps_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, skip_h, skip_w, groups, networks,
+    x_network, x_image, x_channel, x_row, x_column,
+    y_network, y_image, y_channel, y_row, y_column, w_group, w_tap, w_row, w_depth,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, BACK: tl.constexpr,
+    SUM: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr, ROWS_BY: tl.constexpr,
+    DEPTH_BY: tl.constexpr, X_BY: tl.constexpr, Y_BY: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """y = the convolution of x with arranged weights [e g, t, row, depth]; BACK: its dx, from dy.
+
+    BACK, x is dy and y is dx. What a pixel of dx adds up depends on its place modulo the stride,
+    so programs take those of one remainder, `down` times `across` of them per image, and the taps
+    that reach them, every `skip`-th one. SUM: over all `networks`.
+    """
+    rows, depth = aligned(rows, ROWS_BY), aligned(depth, DEPTH_BY)
+    x_network, x_image = aligned(x_network, X_BY), aligned(x_image, X_BY)
+    x_row, x_column = aligned(x_row, X_BY), aligned(x_column, X_BY)
+    y_network, y_image = aligned(y_network, Y_BY), aligned(y_image, Y_BY)
+    y_row, y_column = aligned(y_row, Y_BY), aligned(y_column, Y_BY)
+    w_group, w_tap = aligned(w_group, 16), aligned(w_tap, 16)
+    row_tile, column_tile = in_order(rows, count, ROWS, BATCH)
+    n0, m0 = row_tile * ROWS, column_tile * BATCH
+    e, group = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
+
+    m = m0 + tl.arange(0, BATCH)
+    first_image = m0 // (down * across)
+    image = m // (down * across) - first_image
+    i, j = m // across % down, m % across
+    if BACK:
+        rest_h, rest_w = tl.program_id(1) // stride_w, tl.program_id(1) % stride_w
+        first_r = first_tap(rest_h + pad_h, taps_h, dilation_h, stride_h)
+        first_s = first_tap(rest_w + pad_w, taps_w, dilation_w, stride_w)
+        top, left = i, j
+        out_h, out_w = rest_h + i * stride_h, rest_w + j * stride_w
+    else:
+        rest_h, rest_w, first_r, first_s = 0, 0, 0, 0
+        top, left = i * stride_h - pad_h, j * stride_w - pad_w
+        out_h, out_w = i, j
+    origin = image * x_image + top * x_row + left * x_column
+    top = tl.where(m < count, top, -(2**30))  # so that no tap of it is within the image
+    x += first_image.to(tl.int64) * x_image + group * depth * x_channel
+
+    n, d = tl.arange(0, ROWS), tl.arange(0, DEPTH)
+    weight += n0 * w_row
+    tile = n[:, None] * w_row + d[None, :] * w_depth
+    taps = tl.cdiv(taps_h - first_r, skip_h) * tl.cdiv(taps_w - first_s, skip_w)
+    steps = taps * tl.cdiv(depth, DEPTH) * (networks if SUM else 1)
+    d0, r, s = 0, first_r, first_s
+    sum = tl.zeros((ROWS, BATCH), tl.float32)
+    for _ in range(steps):
+        if BACK:
+            below = (rest_h + pad_h - r * dilation_h) // stride_h
+            beside = (rest_w + pad_w - s * dilation_w) // stride_w
+        else:
+            below, beside = r * dilation_h, s * dilation_w
+        inside = within(top + below, x_h) & within(left + beside, x_w)
+        some = inside[None, :] & (d < depth - d0)[:, None] if EDGE else inside[None, :]
+        at = x + e * x_network + (below * x_row + beside * x_column + d0 * x_channel)
+        pixels = tl.load(at + origin[None, :] + (d * x_channel)[:, None], mask=some, other=0.0)
+        of_tap = weight + (e * groups + group) * w_group + (r * taps_w + s) * w_tap
+        w = tl.load(of_tap + d0 * w_depth + tile)
+        sum = dot(w, pixels, sum, PRECISION, WIDEN)
+        d0 += DEPTH
+        last = d0 >= depth
+        d0 = tl.where(last, 0, d0)
+        s = tl.where(last, s + skip_w, s)
+        last = s >= taps_w
+        s = tl.where(last, first_s, s)
+        r = tl.where(last, r + skip_h, r)
+        if SUM:
+            last = r >= taps_h
+            r = tl.where(last, first_r, r)
+            e = tl.where(last, e + 1, e)
+    if BIAS:
+        here = (e * groups + group) * rows + n0 + n
+        sum += tl.load(bias + here, mask=n < rows - n0, other=0.0).to(tl.float32)[:, None]
+    y += e * y_network + first_image.to(tl.int64) * y_image + (group * rows + n0) * y_channel
+    to = image * y_image + out_h * y_row + out_w * y_column
+    inside = (m < count) & (out_h < y_h) & (out_w < y_w)
+    held = (n < rows - n0)[:, None] & inside[None, :]
+    tl.store(y + (n * y_channel)[:, None] + to[None, :], sum.to(y.dtype.element_ty), mask=held)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "channels", "channels_held", "count", "down", "across", "x_h", "x_w",
+        "taps_h", "taps_w", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
+        "groups", "x_network", "x_image", "x_row", "x_column",
+        "y_network", "y_image", "y_row", "y_column", "steps", "part",
+    ]
+)  # fmt: skip
+def _dw(
+    dy, x, out,
+    rows, channels, channels_held, count, down, across, x_h, x_w, taps_h, taps_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups,
+    x_network, x_image, x_channel, x_row, x_column,
+    y_network, y_image, y_channel, y_row, y_column, steps, part,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr, ROWS_BY: tl.constexpr,
+    DEPTH_BY: tl.constexpr, X_BY: tl.constexpr, Y_BY: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """out[s, e g, o, t, c]: what the pixels of part s add to dw, for all channels held."""
+    rows, channels = aligned(rows, ROWS_BY), aligned(channels, DEPTH_BY)
+    channels_held = aligned(channels_held, 16)
+    x_network, x_image = aligned(x_network, X_BY), aligned(x_image, X_BY)
+    x_row, x_column = aligned(x_row, X_BY), aligned(x_column, X_BY)
+    y_network, y_image = aligned(y_network, Y_BY), aligned(y_image, Y_BY)
+    y_row, y_column = aligned(y_row, Y_BY), aligned(y_column, Y_BY)
+    columns = taps_h * taps_w * channels_held
+    row_tile, column_tile = in_order(rows, columns, ROWS, BATCH)
+    n0, k0 = row_tile * ROWS, column_tile * BATCH
+    e, group = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups
+    dy += e * y_network + (group * rows + n0) * y_channel
+    x += e * x_network + group * channels * x_channel
+
+    n, k = tl.arange(0, ROWS), k0 + tl.arange(0, BATCH)
+    tap, c = k // channels_held, k % channels_held
+    below, beside = tap // taps_w * dilation_h, tap % taps_w * dilation_w
+    offset = below * x_row + beside * x_column + c * x_channel
+    # a column that is none lies beyond the image
+    below = tl.where((k < columns) & (c < channels), below, 2**30)
+
+    area = down * across
+    one = tl.full((), 1 << 40, tl.int64)
+    per_area, per_row = one // area + 1, one // across + 1
+    b = tl.arange(0, DEPTH)
+    first = tl.program_id(1) * steps * DEPTH
+    last = tl.minimum(first + steps * DEPTH, count)
+    sum = tl.zeros((ROWS, BATCH), tl.float32)
+    for m0 in range(first, last, DEPTH):
+        first_image = m0 // area
+        m = m0 - first_image * area + b
+        image = over(m, per_area)
+        m -= image * area
+        i = over(m, per_row)
+        j = m - i * across
+        some = b < last - m0
+        at = dy + first_image.to(tl.int64) * y_image + (n * y_channel)[:, None]
+        at += (image * y_image + i * y_row + j * y_column)[None, :]
+        grads = tl.load(at, mask=(n < rows - n0)[:, None] & some[None, :], other=0.0)
+        top, left = i * stride_h - pad_h, j * stride_w - pad_w
+        origin = image * x_image + top * x_row + left * x_column
+        inside = within(top[:, None] + below[None, :], x_h) & some[:, None]
+        inside &= within(left[:, None] + beside[None, :], x_w)
+        at = x + first_image.to(tl.int64) * x_image + origin[:, None] + offset[None, :]
+        sum = dot(grads, tl.load(at, mask=inside, other=0.0), sum, PRECISION, WIDEN)
+    out += tl.program_id(1).to(tl.int64) * part + (tl.program_id(2).to(tl.int64) * rows + n0) * columns
+    held = (n < rows - n0)[:, None] & (k < columns)[None, :]
+    tl.store(out + n[:, None] * columns + k[None, :], sum, mask=held)
+
+
+@triton.jit(do_not_specialize=["count", "part", "rows", "channels", "channels_held", "taps"])
+def _dw_finish(
+    parts, mask, dw, count, part, rows, channels, channels_held, taps, mask_stride,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dw[o, c, t] = the sum over s of parts[s, o, t, c] where kept, else 0."""
+    tap = tl.program_id(1)
+    blocks = tl.cdiv(channels, CHANNELS)
+    o = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    c = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+    inside = (o < rows) & (c < channels)
+    at = (o * taps + tap) * channels_held + c
+    s = tl.arange(0, PARTS)[:, None, None]
+    sum = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for s0 in range(0, count, PARTS):
+        some = (s < count - s0) & inside[None, :, :]
+        mine = parts + (s0 + s).to(tl.int64) * part + at[None, :, :]
+        sum += tl.sum(tl.load(mine, mask=some, other=0.0), 0)
+    column = (c * taps + tap).to(tl.int64)
+    kept = load_mask(mask, mask_stride, o, column, inside, PACKED)
+    to = dw + o * (channels * taps) + column
+    tl.store(to, tl.where(kept, sum, 0.0).to(dw.dtype.element_ty), mask=inside)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = stride, padding, dilation
+    rows, depth = weight.shape[-4] // groups, weight.shape[-3]
+    last = weight.dim() == 4 and (is_channels_last(x) or is_channels_last(weight))
+    y = torch.empty(
+        output_shape(x, weight, *geometry), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )  # fmt: skip
+    if y.numel() == 0:
+        return y
+    x = by_channels(x)
+    count, networks = y.shape[-4] * y.shape[-2:].numel(), _networks(weight)
+    size = pixel_tile(x.dtype, rows, count, networks * groups)
+    size["DEPTH"] = depth_of(size["DEPTH"], depth)
+    with torch.cuda.device_of(x):
+        w = _arranged(
+            weight, mask, frozen, signs, groups, _up(rows, size["ROWS"]), _up(depth, size["DEPTH"])
+        )
+        _product[(tiles(rows, count, size), 1, networks * groups)](
+            x, w, w if bias is None else bias.contiguous(), y,
+            rows, depth, count, *y.shape[-2:], *x.shape[-2:], *y.shape[-2:], *weight.shape[-2:],
+            *stride, *padding, *dilation, 1, 1, groups, 1,
+            *strides(x), *strides(y), w.stride(0), w.stride(1), w.stride(2), 1,
+            BACK=False, SUM=False, BIAS=bias is not None,
+            **_options(x, y, rows, depth, size),
+        )  # fmt: skip
+    return y
+
+
+def masked_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = stride, padding, dilation
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    read = by_channels(dy)
+    with torch.cuda.device_of(x):
+        if need_dx:
+            dx = torch.empty_like(x)
+            _fill_dx(dx, read, weight, mask, frozen, signs, *geometry, groups)
+        if need_dw:
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            _fill_dw(dw, read, by_channels(x), mask, *geometry, groups)
+    return dx, dw
+
+
+def _fill_dx(
+    dx: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    if dx.numel() == 0:
+        return
+    rows, depth = weight.shape[-3], weight.shape[-4] // groups
+    networks = _networks(weight)
+    together, outputs = (networks, 1) if dx.dim() == 4 else (1, networks)
+    down, across = (triton.cdiv(n, s) for n, s in zip(dx.shape[-2:], stride, strict=True))
+    count, remainders = dx.shape[-4] * down * across, stride[0] * stride[1]
+    size = pixel_tile(dx.dtype, rows, count, outputs * groups * remainders)
+    size["DEPTH"] = depth_of(size["DEPTH"], depth)
+    w = _arranged(
+        weight, mask, frozen, signs, groups, _up(depth, size["DEPTH"]), _up(rows, size["ROWS"])
+    )
+    skip = (s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
+    _product[(tiles(rows, count, size), remainders, outputs * groups)](
+        dy, w, w, dx, rows, depth, count, down, across, *dy.shape[-2:], *dx.shape[-2:],
+        *weight.shape[-2:], *stride, *padding, *dilation, *skip, groups, together,
+        *strides(dy), *strides(dx), w.stride(0), w.stride(1), 1, w.stride(2),
+        BACK=True, SUM=together != 1, BIAS=False, **_options(dy, dx, rows, depth, size),
+    )  # fmt: skip
+
+
+def _fill_dw(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    if dw.numel() == 0:
+        return
+    rows, channels = dw.shape[-4] // groups, dw.shape[-3]
+    taps, held, copies = dw.shape[-2:].numel(), _up(channels, 16), _networks(dw) * groups
+    count = dy.shape[-4] * dy.shape[-2:].numel()
+    size = pixel_tile(x.dtype, rows, taps * held, copies * max(count // 256, 1))
+    steps = triton.cdiv(count, size["DEPTH"])
+    parts = Parts.of(rows, taps * held, steps, copies, size)
+    workspace = x.new_empty((parts.grid[1], copies * rows, taps, held), dtype=torch.float32)
+    options = _options(dy, x, rows, channels, size)
+    options["X_BY"], options["Y_BY"] = options["Y_BY"], options["X_BY"]
+    del options["EDGE"]
+    _dw[parts.grid](
+        dy, x, workspace, rows, channels, held, count, *dy.shape[-2:], *x.shape[-2:],
+        *dw.shape[-2:], *stride, *padding, *dilation, groups,
+        *strides(x), *strides(dy), parts.steps, workspace[0].numel(), **options,
+    )  # fmt: skip
+    grid = triton.cdiv(copies * rows, 8) * triton.cdiv(channels, 32), taps
+    _dw_finish[grid](
+        workspace, _bytes(mask), dw, parts.grid[1], workspace[0].numel(), copies * rows,
+        channels, held, taps, _mask_stride(mask, channels * taps),
+        PARTS=8, ROWS=8, CHANNELS=32, PACKED=mask.dtype == torch.int32,
+    )  # fmt: skip
+
+
+def _arranged(
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    groups: int,
+    rows_held: int,
+    channels_held: int,
+) -> Tensor:
+    """The effective weight as [E groups, taps, rows held, channels held]."""
+    copies, rows = _networks(weight) * groups, weight.shape[-4] // groups
+    channels, taps = weight.shape[-3], weight.shape[-2:].numel()
+    out = weight.new_empty((copies, taps, rows_held, channels_held))
+    weight = weight.contiguous()
+    _arrange[(triton.cdiv(rows_held, 64) * triton.cdiv(channels_held, 32), taps, copies)](
+        weight, _bytes(mask), weight if frozen is None else frozen.contiguous(),
+        weight if signs is None else signs.contiguous(), out,
+        rows, channels, rows_held, channels_held, taps, groups,
+        _mask_stride(mask, channels * taps),
+        0 if signs is None else signs.shape[-1],
+        PACKED=mask.dtype == torch.int32, FROZEN=source(weight, frozen, signs),
+        ROWS=64, CHANNELS=32,
+    )  # fmt: skip
+    return out
+
+
+def _options(x: Tensor, y: Tensor, rows: int, depth: int, size: dict[str, int]) -> dict[str, Any]:
+    """What kernels are told of sizes and alignments."""
+    return {
+        "EDGE": depth % size["DEPTH"] != 0,
+        "ROWS_BY": math.gcd(rows, 16),
+        "DEPTH_BY": math.gcd(depth, 16),
+        "X_BY": alignment(x),
+        "Y_BY": alignment(y),
+        **precision(x.dtype),
+        **size,
+    }
+
+
+def _networks(weight: Tensor) -> int:
+    return weight.shape[0] if weight.dim() == 5 else 1
+
+
+def _up(number: int, by: int) -> int:
+    return -(-number // by) * by
+
+
+def _mask_stride(mask: Tensor, columns: int) -> int:
+    return mask.shape[-1] if mask.dtype == torch.int32 else columns
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask

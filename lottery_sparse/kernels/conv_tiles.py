@@ -86,22 +86,22 @@ def refuses(op: str, *args: Any) -> str | None:
     backward = op.endswith("_backward")
     images, weight = args[: 1 + backward], args[1 + backward]
     geometry, groups = args[6:9], args[9]
-    shape = output_shape(args[backward], weight, *geometry)
-    x = args[backward]
-    area = shape[-2] * shape[-1]
+    x, shape = args[backward], output_shape(args[backward], weight, *geometry)
+    area, taps, remainders = shape[-2] * shape[-1], weight.shape[-2:].numel(), math.prod(geometry[0])
+    if min(shape[-2:]) < 1:
+        return f"the kernel is larger than the padded image, which leaves {shape[-2:]} pixels."
     if area > 1_000_000 or max(x.shape[-2:]) > 2**28:
         return f"its kernels make images of up to 1000000 pixels, got {area}."
-    pixels = max(x.shape[-4] * max(area, x.shape[-2:].numel()), weight[..., 0, 0].numel())
+    pixels = x.shape[-4] * max(area, x.shape[-2:].numel())
     if pixels > 2**30:
         return f"its kernels take up to 2**30 pixels in all, got {pixels}."
-    least = min(area, x.shape[-2:].numel() // (geometry[0][0] * geometry[0][1]))
-    reach = 2 + WIDEST // max(least, 1)
+    reach = 2 + WIDEST // max(min(area, x.shape[-2:].numel() // remainders), 1)
     largest = max(_extent(t) * min(reach, t.shape[-4] + 1) for t in images)
-    largest = max(largest, shape[-3] * area * min(reach, shape[-4] + 1), weight[0].numel())
+    largest = max(largest, shape[-3] * area * min(reach, shape[-4] + 1))
+    largest = max(largest, taps * (shape[-3] // groups + WIDEST) * (weight.shape[-3] + WIDEST))
     if largest > 2**30:
         return "its kernels take images and weights of up to 2**30 numbers in a tile's reach."
     copies = groups * (weight.shape[0] if weight.dim() == 5 else 1)
-    taps, remainders = weight.shape[-2:].numel(), geometry[0][0] * geometry[0][1]
     if max(copies, taps, remainders) > 65535:
         return (
             "its kernels take up to 65535 groups of all networks, places in a kernel and places in "

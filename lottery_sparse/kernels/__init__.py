@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.kernels import conv_tiles
+from lottery_sparse.kernels.compact_conv2d import compact_conv2d, compact_conv2d_backward
 from lottery_sparse.kernels.compact_linear import (
     compact_linear,
     compact_linear_backward,
     gather_kept,
     scatter_kept_,
 )
-from lottery_sparse.kernels import conv_tiles
-from lottery_sparse.kernels.compact_conv2d import compact_conv2d, compact_conv2d_backward
 from lottery_sparse.kernels.masked_conv2d import masked_conv2d, masked_conv2d_backward
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 

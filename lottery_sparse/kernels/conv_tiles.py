@@ -87,7 +87,11 @@ def refuses(op: str, *args: Any) -> str | None:
     images, weight = args[: 1 + backward], args[1 + backward]
     geometry, groups = args[6:9], args[9]
     x, shape = args[backward], output_shape(args[backward], weight, *geometry)
-    area, taps, remainders = shape[-2] * shape[-1], weight.shape[-2:].numel(), math.prod(geometry[0])
+    area, taps, remainders = (
+        shape[-2] * shape[-1],
+        weight.shape[-2:].numel(),
+        math.prod(geometry[0]),
+    )
     if min(shape[-2:]) < 1:
         return f"the kernel is larger than the padded image, which leaves {shape[-2:]} pixels."
     if area > 1_000_000 or max(x.shape[-2:]) > 2**28:

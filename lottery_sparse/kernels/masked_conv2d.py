@@ -243,7 +243,9 @@ def _dw(
         inside &= within(left[:, None] + beside[None, :], x_w)
         at = x + first_image.to(tl.int64) * x_image + origin[:, None] + offset[None, :]
         sum = dot(grads, tl.load(at, mask=inside, other=0.0), sum, PRECISION, WIDEN)
-    out += tl.program_id(1).to(tl.int64) * part + (tl.program_id(2).to(tl.int64) * rows + n0) * columns
+    out += (
+        tl.program_id(1).to(tl.int64) * part + (tl.program_id(2).to(tl.int64) * rows + n0) * columns
+    )
     held = (n < rows - n0)[:, None] & (k < columns)[None, :]
     tl.store(out + n[:, None] * columns + k[None, :], sum, mask=held)
 

@@ -155,6 +155,8 @@ def test_compact_conv2d():
         )
         a = Arguments.of(p)
         moved = {n: getattr(a, n).to(DEVICE) for n in ("values", "effective")}
-        a = replace(a, problem=p.to(DEVICE), kept=KeptLists(*(t.to(DEVICE) for t in a.kept)), **moved)
+        a = replace(
+            a, problem=p.to(DEVICE), kept=KeptLists(*(t.to(DEVICE) for t in a.kept)), **moved
+        )
         with ls.use_backend("triton"):
             check(p, a.run())

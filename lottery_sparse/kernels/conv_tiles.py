@@ -17,6 +17,7 @@ from lottery_sparse.kernels.tiles import precision
 
 # Within a tile offsets are 32 bits, and one may reach over this many pixels.
 WIDEST = 256
+LONGEST = 1500  # of rows or columns, so that rows * columns^2 < 2^32, see `over`
 # Rows (channels), columns (pixels) and depth of tiles, warps, stages; the largest first.
 _SIZES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "half": ((128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 64, 4, 3)),
@@ -94,8 +95,9 @@ def refuses(op: str, *args: Any) -> str | None:
     )
     if min(shape[-2:]) < 1:
         return f"the kernel is larger than the padded image, which leaves {shape[-2:]} pixels."
-    if area > 1_000_000 or max(x.shape[-2:]) > 2**28:
-        return f"its kernels make images of up to 1000000 pixels, got {area}."
+    if max(*shape[-2:], *x.shape[-2:]) > LONGEST:
+        longest = max(*shape[-2:], *x.shape[-2:])
+        return f"its kernels take images of up to {LONGEST} rows and columns, got {longest}."
     pixels = x.shape[-4] * max(area, x.shape[-2:].numel())
     if pixels > 2**30:
         return f"its kernels take up to 2**30 pixels in all, got {pixels}."

@@ -49,8 +49,8 @@ def within(position, size):
 
 @triton.jit
 def over(number, reciprocal):
-    """number // d of 0 <= number < 2^20 + 2^8, for a reciprocal of 2^40 // d + 1 (int64)."""
-    return ((number.to(tl.int64) * reciprocal) >> 40).to(tl.int32)
+    """number // d, for a reciprocal of (2^32 - 1) // d and 0 <= number < 2^32 / d - 1."""
+    return tl.umulhi((number + 1).to(tl.uint32), reciprocal).to(tl.int32)
 
 
 @triton.jit
@@ -129,10 +129,15 @@ def _product(
         rest_h, rest_w = tl.program_id(1) // stride_w, tl.program_id(1) % stride_w
         first_r = first_tap(rest_h + pad_h, taps_h, dilation_h, stride_h)
         first_s = first_tap(rest_w + pad_w, taps_w, dilation_w, stride_w)
+        below_first = (rest_h + pad_h - first_r * dilation_h) // stride_h
+        beside_first = (rest_w + pad_w - first_s * dilation_w) // stride_w
+        farther_h = -(skip_h * dilation_h // stride_h)
+        farther_w = -(skip_w * dilation_w // stride_w)
         top, left = i, j
         out_h, out_w = rest_h + i * stride_h, rest_w + j * stride_w
     else:
-        rest_h, rest_w, first_r, first_s = 0, 0, 0, 0
+        first_r, first_s, below_first, beside_first = 0, 0, 0, 0
+        farther_h, farther_w = dilation_h, dilation_w
         top, left = i * stride_h - pad_h, j * stride_w - pad_w
         out_h, out_w = i, j
     origin = image * x_image + top * x_row + left * x_column
@@ -144,14 +149,9 @@ def _product(
     tile = n[:, None] * w_row + d[None, :] * w_depth
     taps = tl.cdiv(taps_h - first_r, skip_h) * tl.cdiv(taps_w - first_s, skip_w)
     steps = taps * tl.cdiv(depth, DEPTH) * (networks if SUM else 1)
-    d0, r, s = 0, first_r, first_s
+    d0, r, s, below, beside = 0, first_r, first_s, below_first, beside_first
     sum = tl.zeros((ROWS, BATCH), tl.float32)
     for _ in range(steps):
-        if BACK:
-            below = (rest_h + pad_h - r * dilation_h) // stride_h
-            beside = (rest_w + pad_w - s * dilation_w) // stride_w
-        else:
-            below, beside = r * dilation_h, s * dilation_w
         inside = within(top + below, x_h) & within(left + beside, x_w)
         some = inside[None, :] & (d < depth - d0)[:, None] if EDGE else inside[None, :]
         at = x + e * x_network + (below * x_row + beside * x_column + d0 * x_channel)
@@ -160,16 +160,20 @@ def _product(
         w = tl.load(of_tap + d0 * w_depth + tile)
         sum = dot(w, pixels, sum, PRECISION, WIDEN)
         d0 += DEPTH
-        last = d0 >= depth
-        d0 = tl.where(last, 0, d0)
-        s = tl.where(last, s + skip_w, s)
-        last = s >= taps_w
-        s = tl.where(last, first_s, s)
-        r = tl.where(last, r + skip_h, r)
+        next_tap = d0 >= depth
+        d0 = tl.where(next_tap, 0, d0)
+        s = tl.where(next_tap, s + skip_w, s)
+        beside = tl.where(next_tap, beside + farther_w, beside)
+        next_row = s >= taps_w
+        s = tl.where(next_row, first_s, s)
+        beside = tl.where(next_row, beside_first, beside)
+        r = tl.where(next_row, r + skip_h, r)
+        below = tl.where(next_row, below + farther_h, below)
         if SUM:
-            last = r >= taps_h
-            r = tl.where(last, first_r, r)
-            e = tl.where(last, e + 1, e)
+            next_network = r >= taps_h
+            r = tl.where(next_network, first_r, r)
+            below = tl.where(next_network, below_first, below)
+            e = tl.where(next_network, e + 1, e)
     if BIAS:
         here = (e * groups + group) * rows + n0 + n
         sum += tl.load(bias + here, mask=n < rows - n0, other=0.0).to(tl.float32)[:, None]
@@ -220,8 +224,8 @@ def _dw(
     below = tl.where((k < columns) & (c < channels), below, 2**30)
 
     area = down * across
-    one = tl.full((), 1 << 40, tl.int64)
-    per_area, per_row = one // area + 1, one // across + 1
+    most = tl.full((), 0xFFFFFFFF, tl.uint32)
+    per_row, per_column = most // across.to(tl.uint32), most // down.to(tl.uint32)
     b = tl.arange(0, DEPTH)
     first = tl.program_id(1) * steps * DEPTH
     last = tl.minimum(first + steps * DEPTH, count)
@@ -229,10 +233,10 @@ def _dw(
     for m0 in range(first, last, DEPTH):
         first_image = m0 // area
         m = m0 - first_image * area + b
-        image = over(m, per_area)
-        m -= image * area
         i = over(m, per_row)
         j = m - i * across
+        image = over(i, per_column)
+        i -= image * down
         some = b < last - m0
         at = dy + first_image.to(tl.int64) * y_image + (n * y_channel)[:, None]
         at += (image * y_image + i * y_row + j * y_column)[None, :]

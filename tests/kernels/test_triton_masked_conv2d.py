@@ -142,10 +142,15 @@ def test_what_is_too_large_is_refused():
 
     assert why((256, 128, 32, 32), (128, 128, 3, 3)) is None
     assert why((256, 64, 224, 224), (64, 64, 3, 3)) is None
-    assert "images of up to 1000000 pixels" in str(why((1, 1, 1001, 1001), (1, 1, 1, 1)))
+    assert "up to 1500 rows and columns, got 1501" in str(why((1, 1, 9, 1501), (1, 1, 3, 3)))
     assert "pixels in all" in str(why((2**16, 1, 200, 200), (1, 1, 1, 1)))
-    assert "numbers in a tile's reach" in str(why((2, 2**11, 1000, 1000), (1, 2**11, 1, 1)))
+    assert "numbers in a tile's reach" in str(why((2, 2**10, 1500, 1500), (1, 2**10, 1, 1)))
     assert "got 70000, 1 and 1" in str(why((1, 70000, 2, 2), (70000, 1, 1, 1), 1, 70000))
+
+
+@pytest.mark.parametrize("image", [(1, 300), (150, 2), (17, 19)], ids=str)
+def test_images_of_any_proportions(image):
+    verify(conv_case(((1, 2), (1, 1), image), {"padding": (1, 0)}))
 
 
 def test_compact_conv2d():

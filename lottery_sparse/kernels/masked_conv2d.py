@@ -155,25 +155,27 @@ def _product(
         inside = within(top + below, x_h) & within(left + beside, x_w)
         some = inside[None, :] & (d < depth - d0)[:, None] if EDGE else inside[None, :]
         at = x + e * x_network + (below * x_row + beside * x_column + d0 * x_channel)
-        pixels = tl.load(at + origin[None, :] + (d * x_channel)[:, None], mask=some, other=0.0)
+        at += origin[None, :] + (d * x_channel)[:, None]
+        pixels = tl.load(at, mask=some, other=0.0, cache_modifier=".ca")
         of_tap = weight + (e * groups + group) * w_group + (r * taps_w + s) * w_tap
         w = tl.load(of_tap + d0 * w_depth + tile)
         sum = dot(w, pixels, sum, PRECISION, WIDEN)
-        d0 += DEPTH
-        next_tap = d0 >= depth
-        d0 = tl.where(next_tap, 0, d0)
-        s = tl.where(next_tap, s + skip_w, s)
-        beside = tl.where(next_tap, beside + farther_w, beside)
+        # taps first: what they read of the image then lies in the nearest cache
+        s += skip_w
+        beside += farther_w
         next_row = s >= taps_w
         s = tl.where(next_row, first_s, s)
         beside = tl.where(next_row, beside_first, beside)
         r = tl.where(next_row, r + skip_h, r)
         below = tl.where(next_row, below + farther_h, below)
+        all_taps = r >= taps_h
+        r = tl.where(all_taps, first_r, r)
+        below = tl.where(all_taps, below_first, below)
+        d0 = tl.where(all_taps, d0 + DEPTH, d0)
         if SUM:
-            next_network = r >= taps_h
-            r = tl.where(next_network, first_r, r)
-            below = tl.where(next_network, below_first, below)
-            e = tl.where(next_network, e + 1, e)
+            all_depth = d0 >= depth
+            d0 = tl.where(all_depth, 0, d0)
+            e = tl.where(all_depth, e + 1, e)
     if BIAS:
         here = (e * groups + group) * rows + n0 + n
         sum += tl.load(bias + here, mask=n < rows - n0, other=0.0).to(tl.float32)[:, None]
@@ -246,7 +248,8 @@ def _dw(
         inside = within(top[:, None] + below[None, :], x_h) & some[:, None]
         inside &= within(left[:, None] + beside[None, :], x_w)
         at = x + first_image.to(tl.int64) * x_image + origin[:, None] + offset[None, :]
-        sum = dot(grads, tl.load(at, mask=inside, other=0.0), sum, PRECISION, WIDEN)
+        pixels = tl.load(at, mask=inside, other=0.0, cache_modifier=".ca")
+        sum = dot(grads, pixels, sum, PRECISION, WIDEN)
     out += (
         tl.program_id(1).to(tl.int64) * part + (tl.program_id(2).to(tl.int64) * rows + n0) * columns
     )

@@ -76,8 +76,8 @@ def is_channels_last(images: Tensor) -> bool:
 
 
 def by_channels(images: Tensor) -> Tensor:
-    """As kernels read them: 16-bit numbers with the channels of a pixel side by side."""
-    if images.stride(-3) == 1 or images.dtype == torch.float32:
+    """As kernels read them: 16-bit numbers with the channels, if many, of a pixel side by side."""
+    if images.stride(-3) == 1 or images.shape[-3] < 8 or images.dtype == torch.float32:
         return images
     return images.movedim(-3, -1).contiguous().movedim(-1, -3)
 

@@ -225,6 +225,11 @@ def _dw(
     # a column that is none lies beyond the image
     below = tl.where((k < columns) & (c < channels), below, 2**30)
 
+    # what row and image of a pixel add to its offset, beyond its number times the column's stride
+    y_next_row, y_next_image = y_row - across * y_column, y_image - down * y_row
+    x_next_row = stride_h * x_row - across * (stride_w * x_column)
+    x_next_image = x_image - down * (stride_h * x_row)
+    x -= pad_h * x_row + pad_w * x_column
     area = down * across
     most = tl.full((), 0xFFFFFFFF, tl.uint32)
     per_row, per_column = most // across.to(tl.uint32), most // down.to(tl.uint32)
@@ -235,16 +240,15 @@ def _dw(
     for m0 in range(first, last, DEPTH):
         first_image = m0 // area
         m = m0 - first_image * area + b
-        i = over(m, per_row)
-        j = m - i * across
-        image = over(i, per_column)
-        i -= image * down
+        row = over(m, per_row)  # of all images, one below the other
+        image = over(row, per_column)
         some = b < last - m0
         at = dy + first_image.to(tl.int64) * y_image + (n * y_channel)[:, None]
-        at += (image * y_image + i * y_row + j * y_column)[None, :]
+        at += (m * y_column + row * y_next_row + image * y_next_image)[None, :]
         grads = tl.load(at, mask=(n < rows - n0)[:, None] & some[None, :], other=0.0)
-        top, left = i * stride_h - pad_h, j * stride_w - pad_w
-        origin = image * x_image + top * x_row + left * x_column
+        top = row * stride_h - image * (down * stride_h) - pad_h
+        left = m * stride_w - row * (across * stride_w) - pad_w
+        origin = m * (stride_w * x_column) + row * x_next_row + image * x_next_image
         inside = within(top[:, None] + below[None, :], x_h) & some[:, None]
         inside &= within(left[:, None] + beside[None, :], x_w)
         at = x + first_image.to(tl.int64) * x_image + origin[:, None] + offset[None, :]

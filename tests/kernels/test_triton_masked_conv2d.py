@@ -53,7 +53,7 @@ def verify(p, note=""):
 
 @pytest.mark.parametrize(("networks", "frozen", "dtype"), COMBINATIONS, ids=str)
 def test_matches_float64(networks, frozen, dtype):
-    p = conv_case(((5, 6), (2, 2), (4, 3)), {"padding": 1}, 0.5, frozen, networks, dtype).to(DEVICE)
+    p = conv_case(((5, 6), (2, 1), (4, 3)), {"padding": 1}, 0.5, frozen, networks, dtype).to(DEVICE)
     packed = p.packed
     with ls.use_backend("triton"):
         got, again = p.run(), p.run(packed)
@@ -114,7 +114,7 @@ def test_sizes_of_tiles():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("which", [("x",), ("weight", "mask"), ("x", "weight", "mask", "dy")])
 def test_channels_last(which, dtype):
-    p = conv_case(((3, 4), (2, 1), (4, 5)), {"padding": 1}, dtype=dtype).to(DEVICE)
+    p = conv_case(((9, 10), (2, 1), (4, 5)), {"padding": 1}, dtype=dtype).to(DEVICE)
     p = replace(p, **{n: getattr(p, n).to(memory_format=torch.channels_last) for n in which})
     verify(p, f"with {which} channels last")
     with ls.use_backend("triton"):

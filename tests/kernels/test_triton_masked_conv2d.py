@@ -124,7 +124,7 @@ def test_channels_last(which, dtype):
 
 @pytest.mark.parametrize("networks", ["single", "networks"])
 def test_any_strides(networks):
-    p = conv_case(SMALL, {"padding": 1}, 0.5, "zero", networks).to(DEVICE)
+    p = conv_case(((2, 2), (1, 2), (3, 4)), {"padding": 1}, 0.5, "zero", networks).to(DEVICE)
     names = ("x", "weight", "mask", "dy")
     verify(replace(p, **{n: getattr(p, n).mT.contiguous().mT for n in names}))
     verify(replace(p, **{n: getattr(p, n).repeat_interleave(2, -1)[..., ::2] for n in names}))
@@ -148,7 +148,7 @@ def test_what_is_too_large_is_refused():
     assert "got 70000, 1 and 1" in str(why((1, 70000, 2, 2), (70000, 1, 1, 1), 1, 70000))
 
 
-@pytest.mark.parametrize("image", [(1, 300), (150, 2), (17, 19)], ids=str)
+@pytest.mark.parametrize("image", [(1, 90), (75, 2)], ids=str)
 def test_images_of_any_proportions(image):
     verify(conv_case(((1, 2), (1, 1), image), {"padding": (1, 0)}))
 

@@ -40,7 +40,7 @@ GEOMETRIES = {
     "depthwise": (((3, 6), (2, 1), (4, 4)), {"groups": 3}),
     "kernel as large as the image": (((3, 2), (3, 2), (3, 2)), {}),
     "no batch": (SMALL, {"batch": 0}),
-    "several tiles of pixels, several parts of dw": (((3, 5), (1, 1), (11, 10)), {"batch": 3}),
+    "several tiles of pixels, several parts of dw": (((3, 5), (1, 1), (11, 10)), {"batch": 12}),
     "several tiles of channels": (((68, 70), (1, 1), (2, 3)), {}),
 }
 
@@ -64,6 +64,12 @@ def test_matches_float64(networks, frozen, dtype):
 @pytest.mark.parametrize(("shapes", "options"), GEOMETRIES.values(), ids=GEOMETRIES)
 def test_geometries(shapes, options):
     verify(conv_case(shapes, options, 0.5, "tensor"))
+
+
+def test_groups_of_several_networks():
+    options = {"groups": 2, "padding": 1, "stride": 2}
+    for networks, frozen in (("networks", "sign x constant"), ("shared x", "tensor")):
+        verify(conv_case(((4, 6), (2, 1), (3, 4)), options, 0.5, frozen, networks))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 1.0])

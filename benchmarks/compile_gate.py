@@ -163,7 +163,7 @@ def faults(name: str, arch: int, row: dict[str, Any]) -> list[str]:
     ):
         found.append(f"its grid {row['grid']} is too large")
     product = (
-        "product" in name and "fp32" not in name and not name.endswith(("_finish", "_arrange"))
+        "product" in name and "fp32" not in name and not name.endswith(("_finish", "conv_arrange"))
     )
     if product and not row["counts"].get(MATRIX[arch]):
         found.append(f"its products do not run on {MATRIX[arch]}")

@@ -59,15 +59,16 @@ def output_shape(
     return [*weight.shape[:-4], x.shape[-4], weight.shape[-4], *image]
 
 
-def strides(images: Tensor) -> tuple[int, ...]:
-    """Of network (0 = there is one, or all share it), image, channel, row and column."""
-    return (0, *images.stride()) if images.dim() == 4 else images.stride()
+def strides(name: str, images: Tensor) -> dict[str, int]:
+    """Those of `images`, as arguments of a kernel; network 0 = there is one, or all share it."""
+    axes = ("network", "image", "channel", "row", "column")
+    every = (0, *images.stride()) if images.dim() == 4 else images.stride()
+    return {f"{name}_{axis}": n for axis, n in zip(axes, every, strict=True)}
 
 
 def alignment(images: Tensor) -> int:
     """The largest of 1, 2, … 16 that divides all strides but that of a channel."""
-    network, image, _, row, column = strides(images)
-    return math.gcd(network, image, row, column, 16)
+    return math.gcd(*images.stride()[:-3], *images.stride()[-2:], 16)
 
 
 def is_channels_last(images: Tensor) -> bool:

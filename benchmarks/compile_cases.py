@@ -195,9 +195,55 @@ def small_cases() -> dict[str, Callable[[], Any]]:
     }
 
 
+def conv_cases() -> dict[str, Callable[[], Any]]:
+    """masked_conv2d and its backward: channels, pixels of a side, batch, kernel, stride, frozen."""
+    both = {
+        "zero 128 ch 32x32 B256 3x3 bf16": (128, 32, 256, 3, 1, BF16, "zero"),
+        "tensor 64 ch 32x32 B256 3x3 bf16": (64, 32, 256, 3, 1, BF16, "tensor"),
+        "signs 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "signs"),
+        "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
+        "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
+        "zero 8 of 64 ch 32x32 B60 3x3 bf16": (64, 32, 60, 3, 1, BF16, "zero", 8),
+    }
+    cases = {}
+    for title, arguments in both.items():
+        forward, backward = conv_case(*arguments)
+        name = f"masked_conv2d product {title}"
+        cases |= {name: forward, f"{name}, backward": backward}
+    return cases
+
+
+def conv_case(
+    channels: int,
+    side: int,
+    batch: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    source: str,
+    networks: int = 0,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """masked_conv2d and its backward; networks side by side share their x."""
+    lead, last = (networks,) if networks else (), torch.channels_last
+    x = meta(batch, channels, side, side, dtype=dtype).to(memory_format=last)
+    small = (side - 1) // stride + 1
+    dy = meta(*lead, batch, channels, small, small, dtype=dtype)
+    dy = dy if networks else dy.to(memory_format=last)
+    w = meta(*lead, channels, channels, kernel, kernel, dtype=dtype)
+    mask = bits(*lead, channels, channels * kernel**2)
+    sources = {"tensor": (w, None), "signs": (meta(*lead, dtype=dtype), mask)}
+    geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], 1
+    rest = *sources.get(source, (None, None)), *geometry
+    return (
+        call("masked_conv2d", x, w, mask, meta(*lead, channels, dtype=dtype), *rest),
+        call("masked_conv2d_backward", dy, x, w, mask, *rest, True, True),
+    )
+
+
 CASES: dict[str, Callable[[], Any]] = {
     **linear_cases(),
     **compact_cases(),
+    **conv_cases(),
     **supermask_cases(),
     **step_cases(),
     **ternary_cases(),

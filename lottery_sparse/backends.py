@@ -77,9 +77,13 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cuda": {
         "compact_linear": ("dense", "triton"),
         "compact_linear_backward": ("dense", "triton"),
+        "compact_conv2d": ("dense", "triton"),
+        "compact_conv2d_backward": ("dense", "triton"),
         "masked_linear": ("dense", "triton"),
         "masked_linear_backward": ("dense", "triton"),
         "sample_bits": ("triton", "reference"),
+        "masked_conv2d": ("dense", "triton"),
+        "masked_conv2d_backward": ("dense", "triton"),
         "scatter_kept_": ("triton", "reference"),
         "pack_mask": ("triton", "reference"),
         "unpack_mask": ("triton", "reference"),

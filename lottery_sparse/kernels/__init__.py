@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.kernels import conv_tiles
 from lottery_sparse.kernels.bits import pack_mask, unpack_mask
+from lottery_sparse.kernels.compact_conv2d import compact_conv2d, compact_conv2d_backward
 from lottery_sparse.kernels.compact_linear import (
     compact_linear,
     compact_linear_backward,
@@ -19,6 +21,7 @@ from lottery_sparse.kernels.compact_linear import (
     scatter_kept_,
 )
 from lottery_sparse.kernels.keep_top import keep_top
+from lottery_sparse.kernels.masked_conv2d import masked_conv2d, masked_conv2d_backward
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
 from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
 from lottery_sparse.kernels.packed_linear import bitmap_linear, csr_linear
@@ -56,6 +59,8 @@ def refuses(op: str, *args: Any) -> str | None:
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
     if op == "ternary_linear" and args[-1]:
         return "its kernels take exact activations."
+    if op.startswith("masked_conv2d"):
+        return conv_tiles.refuses(op, *args)
     matrices = args[: _MATRICES.get(op, 0)]
     largest = max((n for a in matrices for n in a.shape[-2:]), default=0)
     if largest > LARGEST:
@@ -71,11 +76,15 @@ def wins(op: str, *args: Any) -> bool:
 __all__ = [
     "adam_step",
     "bitmap_linear",
+    "compact_conv2d",
+    "compact_conv2d_backward",
     "compact_linear",
     "compact_linear_backward",
     "csr_linear",
     "gather_kept",
     "keep_top",
+    "masked_conv2d",
+    "masked_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
     "pack_mask",

@@ -53,7 +53,7 @@ class GroupPlan:
             holders = compact.holders_of(parameter)
             if holders:
                 compact.note_optimizer(parameter, optimizer)
-            backend = None if twice else _backend_of(parameter, forced)
+            backend = None if twice else _backend_of(parameter, forced, bool(holders))
             key = backend and (backend, parameter.device, parameter.dtype)
             plan = plans.setdefault(key, Plan(backend, [], [], []))
             plan.params.append(parameter)
@@ -70,8 +70,12 @@ class GroupPlan:
         )
 
 
-def _backend_of(parameter: Tensor, forced: str | None) -> str | None:
-    """The backend whose kernel steps the Parameter, if its tensors turn out to fit."""
+def _backend_of(parameter: Tensor, forced: str | None, kept: bool) -> str | None:
+    """The backend whose kernel steps the Parameter, if its tensors turn out to fit.
+
+    On a GPU, dense Parameters are left to torch until a run has shown that ours is faster; kept
+    ones are ours, since their new values go on into the effective weight.
+    """
     if not (
         type(parameter) in (Parameter, Tensor)
         and parameter.layout == torch.strided
@@ -79,6 +83,8 @@ def _backend_of(parameter: Tensor, forced: str | None) -> str | None:
     ):
         return None
     kind, dtype = parameter.device.type, parameter.dtype
+    if forced is None and kind != "cpu" and not kept:
+        return None
     name = forced or ("cpu" if kind == "cpu" else "triton")
     devices, narrow = backends.BACKENDS[name].devices, name == "triton" and dtype in _HALVES
     fits = kind in devices and (dtype == torch.float32 or narrow)

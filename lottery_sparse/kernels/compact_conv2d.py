@@ -46,8 +46,8 @@ def compact_conv2d_backward(
     *geometry_and_needs: Any,
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues; empty where not needed."""
-    *geometry_and_needs, _ = geometry_and_needs
-    need_dx, need_dv = geometry_and_needs[-2:]
+    needs = geometry_and_needs[:-1]  # the last one carries nothing
+    need_dx, need_dv = needs[-2:]
     w = filled(values, effective, starts, columns, zero) if need_dx else effective
-    dx, dw = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
+    dx, dw = reference.conv2d_backward(dy, x, w, *needs)
     return dx, gather_kept(dw, starts, columns) if need_dv else dw

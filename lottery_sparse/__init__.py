@@ -15,6 +15,8 @@ from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
 from lottery_sparse.replicate import replicate, select
 from lottery_sparse.step import train_step
+from lottery_sparse.supermask import SupermaskConv2d, SupermaskLinear
+from lottery_sparse.supermasking import masked_, sampled, supermask_, use_masks_
 from lottery_sparse.ticket import Ticket, find_ticket
 
 __version__ = "0.1.0"
@@ -32,12 +34,15 @@ __all__ = [
     "Masks",
     "PackedLinear",
     "Seeded",
+    "SupermaskConv2d",
+    "SupermaskLinear",
     "Ticket",
     "compact_",
     "dense_state_dict",
     "densify_",
     "expand_",
     "find_ticket",
+    "masked_",
     "masks_of",
     "ops",
     "optim",
@@ -47,9 +52,12 @@ __all__ = [
     "random",
     "refresh_",
     "replicate",
+    "sampled",
     "select",
     "set_masks_",
     "sparsify_",
+    "supermask_",
     "train_step",
     "use_backend",
+    "use_masks_",
 ]

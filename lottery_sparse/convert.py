@@ -14,6 +14,7 @@ from lottery_sparse.compact import find_optimizers
 from lottery_sparse.frozen import Held, Source, hold
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.supermask import Supermask
 
 MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
@@ -126,8 +127,16 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def masks_of(model: nn.Module) -> Masks:
-    """A copy of the model's masks by parameter name ("0.weight"); tied weights come once."""
-    return Masks({name: layers[0].weight_mask.clone() for name, layers in _by_parameter(model)})
+    """A copy of the model's masks by parameter name ("0.weight"); tied weights come once.
+
+    Of a layer that learns its mask it is the one that evaluations are told to use
+    (`ls.use_masks_`), else the weights more probable than not.
+    """
+    found = {name: layers[0].weight_mask.clone() for name, layers in _by_parameter(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, Supermask):
+            found[f"{name}.weight" if name else "weight"] = module.weight_mask.clone()
+    return Masks(found)
 
 
 def set_masks_(

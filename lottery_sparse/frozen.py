@@ -98,7 +98,7 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
             )
         return Held(source.detach().to(weight.device, weight.dtype, copy=True))
     if isinstance(source, Constant):
-        constant = _std(weight) if source.constant is None else float(source.constant)
+        constant = std_of(weight) if source.constant is None else float(source.constant)
         rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
         signs, value = SignConstant.of(weight.detach(), constant, rank)
         return Held(value, signs, Constant(constant))
@@ -107,7 +107,7 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
             Seeded(
                 source.law,
                 source.seed,
-                _std(weight) if source.std is None else float(source.std),
+                std_of(weight) if source.std is None else float(source.std),
                 stream_of(name) if source.stream is None else source.stream,
             ),
             weight,
@@ -134,7 +134,7 @@ def remake(held: Held, weight: Tensor) -> Held:
     return held
 
 
-def _std(weight: Tensor) -> float:
+def std_of(weight: Tensor) -> float:
     return float(weight.detach().double().std(correction=0))
 
 

@@ -15,6 +15,7 @@ from lottery_sparse.compacting import compact_
 from lottery_sparse.convert import _become
 from lottery_sparse.frozen import Constant, Held, hold
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal
+from lottery_sparse.supermask import Supermask, SupermaskConv2d, SupermaskLinear
 
 # Modules that map each number by itself, so that leading dimensions do not matter.
 ELEMENTWISE: tuple[type[nn.Module], ...] = (
@@ -109,6 +110,9 @@ def select(model: nn.Module, e: int) -> nn.Module:
             new._buffers["weight_mask"] = normal(new.weight_mask[e].clone())
             new._hold(_held_of(layer, e))
             new.__dict__.pop("_sources", None)
+        elif isinstance(new, Supermask):
+            for key, buffer in new._buffers.items():
+                new._buffers[key] = None if buffer is None else normal(buffer[e].clone())
         elif type(new) is _Linear:
             _become(new, nn.Linear)
         return compact_(new) if compact else new
@@ -202,6 +206,7 @@ def _named(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
 
 def _check(name: str, module: nn.Module) -> None:
     known = (nn.Linear, nn.Flatten, MaskedLinear, MaskedConv2d, *COMPACT_TYPES.values())
+    known = (*known, SupermaskLinear, SupermaskConv2d)
     if type(module) not in (*known, *ELEMENTWISE, *PER_IMAGE):
         hint = "call ls.sparsify_ first, or " if type(module) is nn.Conv2d else ""
         raise TypeError(
@@ -214,7 +219,7 @@ def _check(name: str, module: nn.Module) -> None:
         raise TypeError(f"{name} holds networks side by side already; select one first.")
     if isinstance(module, nn.Linear | Masked) and "weight" not in module._parameters:
         raise TypeError(f"{name} computes its weight; remove the parametrization first.")
-    if isinstance(module, Masked) and module.weight_mask.is_meta:
+    if isinstance(module, Masked | Supermask) and module.weight.is_meta:
         raise TypeError(f"{name} is on the meta device, which holds no mask; load it first.")
 
 
@@ -223,6 +228,8 @@ def _networks(module: nn.Module) -> int | None:
     if isinstance(module, Masked):
         mask = module.weight_mask
         return mask.shape[0] if mask.dim() > module.rank else None
+    if isinstance(module, Supermask):
+        return module.key.shape[0] if module.key.dim() > 1 else None
     return module.weight.shape[0] if type(module) is _Linear else None
 
 
@@ -269,6 +276,8 @@ def _reset(model: nn.Module, seed: int) -> None:
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
+            if isinstance(module, Supermask):
+                module.reseed(seed)
 
 
 def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) -> nn.Module:
@@ -297,6 +306,9 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
                 if any(v.shape != values[0].shape for v in values):
                     raise ValueError(f"models differ in the shape of layer {at}.")
                 new._parameters[key] = _parameter(torch.stack(values), parameter)
+        if isinstance(new, Supermask):
+            _stack_buffers(new, each)
+            return new
         if not isinstance(new, Masked):
             _become(new, _Linear)
             return new
@@ -313,6 +325,17 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
         return new
 
     return _map(plains[0], stack)
+
+
+def _stack_buffers(new: nn.Module, each: list[Any]) -> None:
+    for key in new._buffers:
+        values = [m._buffers[key] for m in each]
+        if any(v is None for v in values) != all(v is None for v in values):
+            raise ValueError(
+                "some models hold a mask to evaluate with and others do not; call ls.use_masks_ "
+                "on all of them first."
+            )
+        new._buffers[key] = None if values[0] is None else normal(torch.stack(values))
 
 
 def _stacked(held: list[Held], layers: list[Any]) -> Held:

@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
-    "convert": {"compact", "masks", "frozen", "modules"},
+    "supermask": {"ops", "random", "reference", "frozen", "modules"},
+    "convert": {"compact", "masks", "frozen", "modules", "supermask"},
+    "supermasking": {"random", "masks", "modules", "supermask", "convert"},
     "compact_base": {"backends", "reference", "compact", "frozen", "modules"},
     "compact_layers": {"compact_base", "modules", "ops"},
     "compacting": {"reference", "compact", "compact_base", "compact_layers", "convert"},
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compact_layers",
         "convert",
         "compacting",
+        "supermask",
     },
     "step": {"backends", "compact", "compact_layers", "replicate"},
     "packed": {

@@ -2,7 +2,9 @@
 // tensors.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
+#include <utility>
 
 #include "rim.h"
 #include "train_step.h"
@@ -52,25 +54,43 @@ T* in_place(const char* name, const Tensor& t, ScalarType dtype, int64_t count) 
     return output<T>(t);
 }
 
+std::vector<PhiloxKey> keys_of(const Tensor& keys, int64_t networks) {
+    constexpr int64_t kMax = std::numeric_limits<uint32_t>::max();
+    const int64_t* key = in_place<int64_t>("keys", keys, ScalarType::Long, 3 * networks);
+    std::vector<PhiloxKey> found;
+    for (int64_t e = 0; e < networks; ++e, key += 3) {
+        STD_TORCH_CHECK(0 <= key[1] && key[1] <= kMax && 0 <= key[2] && key[2] <= kMax,
+                        "stream and step of a key must fit 32 bits.");
+        found.push_back({static_cast<uint64_t>(key[0]), static_cast<uint32_t>(key[1]),
+                         static_cast<uint32_t>(key[2])});
+    }
+    return found;
+}
+
 // Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
 // (empty: none), in `steps` their counters; starts, columns, column_starts, rows, positions and
 // mask in `lists`, empty for a plain layer, whose values are `effective` too; `zero`: whether
-// pruned weights hold zero. `rates` has kRates numbers per parameter.
+// pruned weights hold zero. `rates` has kRates numbers per parameter. A layer with a learned mask
+// has scores for values, its weights in `frozen` and its `keys`, which go on by a step; both are
+// empty for others.
 Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                      std::vector<Tensor> first, std::vector<Tensor> second,
                      std::vector<Tensor> steps, std::vector<Tensor> effective,
                      std::vector<Tensor> lists, std::vector<int64_t> zero,
-                     std::vector<int64_t> keep_effective, std::vector<double> rates, bool adam,
-                     int64_t networks, int64_t threads, std::vector<double> limits) {
+                     std::vector<int64_t> keep_effective, std::vector<Tensor> frozen,
+                     std::vector<Tensor> keys, std::vector<int64_t> rescale,
+                     std::vector<double> rates, bool adam, int64_t networks, int64_t threads,
+                     std::vector<double> limits) {
     x = checked("x", x, ScalarType::Float);
     labels = checked("labels", labels, ScalarType::Long);
     const size_t layers = effective.size();
-    STD_TORCH_CHECK(layers > 0 && parameters.size() == 2 * layers &&
-                        lists.size() == kLists * layers && first.size() == 2 * layers &&
-                        second.size() == 2 * layers && steps.size() == 2 * layers &&
-                        zero.size() == layers && keep_effective.size() == layers &&
-                        limits.size() == 2 && rates.size() == 2 * layers * kRates,
-                    "the lists of tensors do not fit each other.");
+    STD_TORCH_CHECK(
+        layers > 0 && parameters.size() == 2 * layers && lists.size() == kLists * layers &&
+            first.size() == 2 * layers && second.size() == 2 * layers &&
+            steps.size() == 2 * layers && zero.size() == layers &&
+            keep_effective.size() == layers && frozen.size() == layers && keys.size() == layers &&
+            rescale.size() == layers && limits.size() == 2 && rates.size() == 2 * layers * kRates,
+        "the lists of tensors do not fit each other.");
     check_rank("x", x, 2, 3);
     check_rank("labels", labels, 1, 2);
     TrainStep p = {networks,
@@ -92,8 +112,10 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
     int64_t features = x.size(x.dim() - 1);
     for (size_t l = 0; l < layers; ++l) {
         const Tensor* list = &lists[kLists * l];
-        check_rank("effective", effective[l], 2, 3);
-        const int64_t k = features, n = effective[l].size(effective[l].dim() - 2);
+        const bool learned = keys[l].numel() > 0;
+        const Tensor& shaped = learned ? frozen[l] : effective[l];
+        check_rank("effective", shaped, 2, 3);
+        const int64_t k = features, n = shaped.size(shaped.dim() - 2);
         const int64_t slots = parameters[2 * l].numel();
         StepLayer layer = {};
         layer.in_features = k;
@@ -102,11 +124,19 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
         layer.zero = zero[l];
         layer.keep_effective = keep_effective[l];
         layer.values = in_place<float>("values", parameters[2 * l], ScalarType::Float, slots);
-        layer.effective =
-            in_place<float>("effective", effective[l], ScalarType::Float, networks * n * k);
+        layer.effective = learned ? nullptr
+                                  : in_place<float>("effective", effective[l], ScalarType::Float,
+                                                    networks * n * k);
         layer.bias =
             in_place<float>("bias", parameters[2 * l + 1], ScalarType::Float, networks * n);
-        if (layer.plain) {
+        if (learned) {
+            STD_TORCH_CHECK(layer.plain && slots == networks * n * k,
+                            "scores and weights must have one shape.");
+            layer.frozen =
+                in_place<float>("frozen", frozen[l], ScalarType::Float, networks * n * k);
+            layer.rescale = rescale[l];
+            layer.keys = keys_of(keys[l], networks);
+        } else if (layer.plain) {
             STD_TORCH_CHECK(layer.values == layer.effective && slots == networks * n * k,
                             "starts are missing.");
         } else {
@@ -130,12 +160,12 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
             float** state = i == 2 * l ? layer.values_state : layer.bias_state;
             state[0] = in_place<float>("a state", first[i], ScalarType::Float, count);
             state[1] = in_place<float>("a state", second[i], ScalarType::Float, count);
-            STD_TORCH_CHECK(!adam || count == 0 || (state[0] && state[1]),
+            STD_TORCH_CHECK(!adam || count == 0 || (learned && i % 2) || (state[0] && state[1]),
                             "Adam needs two states per parameter.");
             in_place<float>("step", steps[i], ScalarType::Float, 1);
         }
-        p.layers.push_back(layer);
-        features = layer.out_features;
+        p.layers.push_back(std::move(layer));
+        features = n;
     }
     for (int64_t i = 0; i < labels.numel(); ++i)
         STD_TORCH_CHECK(0 <= p.labels[i] && p.labels[i] < features, "labels must be in [0, ",
@@ -147,10 +177,12 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
         StepLayer& layer = p.layers[i / 2];
         (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
     }
-    const bool several = effective[0].dim() == 3;
+    const bool several = (keys[0].numel() ? frozen[0] : effective[0]).dim() == 3;
     Tensor loss = several ? empty({networks}, ScalarType::Float) : empty({}, ScalarType::Float);
     p.loss = output<float>(loss);
     train_step(p, kParallel);
+    for (const Tensor& key : keys)
+        for (int64_t e = 0; e < key.numel() / 3; ++e) ++output<int64_t>(key)[3 * e + 2];
     return loss;
 }
 

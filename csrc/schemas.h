@@ -34,8 +34,8 @@ constexpr const char* kSchemas[] = {
     "bool need_dx, bool need_dvalues, bool need_dbias) -> (Tensor, Tensor, Tensor)",
     "train_step(Tensor x, Tensor labels, Tensor(a!)[] parameters, Tensor(b!)[] first, "
     "Tensor(c!)[] second, Tensor(d!)[] steps, Tensor(e!)[] effective, Tensor[] lists, "
-    "int[] zero, int[] keep_effective, float[] rates, bool adam, int networks, int threads, "
-    "float[] limits) -> Tensor",
+    "int[] zero, int[] keep_effective, Tensor[] frozen, Tensor(f!)[] keys, int[] rescale, "
+    "float[] rates, bool adam, int networks, int threads, float[] limits) -> Tensor",
     "pack_tiles(Tensor x) -> Tensor",
     "gather_kept(Tensor dense, Tensor starts, Tensor columns) -> Tensor",
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",

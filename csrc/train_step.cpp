@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "dense_tiles.h"
+#include "sample_mask.h"
 #include "sparse_products.h"
 
 namespace lottery_sparse {
@@ -21,8 +22,10 @@ int64_t padded(int64_t features) {
 // What one network needs at a time. `activations[l]` are tiles of the input of layer l.
 struct Workspace {
     std::vector<Buffer<float>> activations;
-    Buffer<float> dy, dx;     // tiles of the widest layer
-    Buffer<float> by_column;  // values in the order of the lists by column
+    std::vector<Buffer<float>> drawn;  // the effective weights of layers with a learned mask
+    std::vector<int64_t> ones;         // how many of their weights are in use
+    Buffer<float> dy, dx;              // tiles of the widest layer
+    Buffer<float> by_column;           // values in the order of the lists by column
     Buffer<float> values_grad, bias_grad;
     Buffer<float> panels;      // the input by sample: [K / kTileBatch][B][kTileBatch]
     Buffer<float> dy_rows;     // [B][N]
@@ -33,8 +36,10 @@ struct Workspace {
         for (const StepLayer& layer : p.layers) {
             widest = std::max({widest, layer.in_features, layer.out_features});
             const int64_t rows = kDenseRows * layer.in_features;
-            capacity =
-                std::max(capacity, layer.plain ? rows : std::max(layer.lists.capacity, rows));
+            const bool all = !layer.plain || layer.frozen;
+            capacity = std::max({capacity, rows, all ? layer.lists.capacity : 1});
+            drawn.push_back(buffer<float>(layer.frozen ? layer.lists.capacity : 1));
+            ones.push_back(0);
             // x of all networks lies elsewhere
             const bool own = !activations.empty() || !p.shared_x;
             activations.push_back(buffer<float>(own ? tiles * layer.in_features * kTileBatch : 1));
@@ -106,16 +111,36 @@ class Network {
     float* effective(const StepLayer& layer) const {
         return layer.effective + e_ * layer.out_features * layer.in_features;
     }
+    const float* weight(size_t l) const {
+        return p_.layers[l].frozen ? w_.drawn[l].get() : effective(p_.layers[l]);
+    }
+
+    // What the drawn weights of a layer are multiplied by.
+    float factor(size_t l) const {
+        const StepLayer& layer = p_.layers[l];
+        if (!layer.rescale) return 1.0f;
+        return static_cast<float>(layer.lists.capacity) /
+               static_cast<float>(std::max<int64_t>(w_.ones[l], 1));
+    }
+
+    void draw(size_t l) {
+        const StepLayer& layer = p_.layers[l];
+        const int64_t size = layer.lists.capacity, at = e_ * size;
+        const auto& kernels = LS_CHOSEN_KERNELS(sample_mask);
+        w_.ones[l] = kernels.draw(layer.keys[e_], size, layer.values + at, layer.frozen + at,
+                                  w_.drawn[l].get());
+        if (layer.rescale) kernels.scale(factor(l), size, w_.drawn[l].get());
+    }
 
     void forward(size_t l) {
         const StepLayer& layer = p_.layers[l];
+        if (layer.frozen) draw(l);
         const int64_t n = layer.out_features, k = layer.in_features;
         const bool relu = l + 1 < p_.layers.size();
         float* out = relu ? w_.activations[l + 1].get() : w_.dy.get();
         const float* bias = layer.bias ? layer.bias + e_ * n : nullptr;
         if (multiplies_dense(layer)) {
-            multiply_dense(
-                n, {effective(layer), k, 1, input(l), k, bias, nullptr, out, kTileBatch, relu});
+            multiply_dense(n, {weight(l), k, 1, input(l), k, bias, nullptr, out, kTileBatch, relu});
             return;
         }
         with_lists(layer, [&](auto index) {
@@ -172,7 +197,8 @@ class Network {
     void backward(size_t l) {
         const StepLayer& layer = p_.layers[l];
         const int64_t n = layer.out_features;
-        if (layer.bias)
+        const bool trains_bias = layer.bias && !layer.frozen;
+        if (trains_bias)
             for (int64_t r = 0; r < n; ++r)
                 w_.bias_grad[r] =
                     chosen_kernels(uint16_t{})
@@ -182,9 +208,9 @@ class Network {
             sample_dense(l);
         } else {
             with_lists(layer, [&](auto index) { sample<decltype(index)>(l); });
-            update(layer, 0, n);
+            update(l, 0, n);
         }
-        if (layer.bias)
+        if (trains_bias)
             apply(layer.bias_rule, layer.bias + e_ * n, w_.bias_grad.get(), layer.bias_state,
                   e_ * n, n);
         std::swap(w_.dy, w_.dx);
@@ -194,7 +220,7 @@ class Network {
         const StepLayer& layer = p_.layers[l];
         const int64_t n = layer.out_features, k = layer.in_features, c = layer.lists.capacity;
         if (multiplies_dense(layer)) {
-            multiply_dense(k, {effective(layer), 1, k, w_.dy.get(), n, /*bias=*/nullptr, input(l),
+            multiply_dense(k, {weight(l), 1, k, w_.dy.get(), n, /*bias=*/nullptr, input(l),
                                w_.dx.get(), kTileBatch, /*relu=*/false});
             return;
         }
@@ -242,6 +268,8 @@ class Network {
                                   count, w_.panels.get() + c * p_.batch + b * kTileBatch,
                                   kTileBatch);
         }
+        // the gradient of a rescaled weight depends on all of them
+        const bool together = layer.frozen && layer.rescale;
         for (int64_t first = 0; first < n; first += kDenseRows) {
             const int64_t last = std::min(first + kDenseRows, n);
             for (int64_t c = 0; c < k; c += kTileBatch)
@@ -251,9 +279,10 @@ class Network {
                                  0, last - first);
             for (int64_t r = first; r < last; ++r)
                 gather(layer, r, w_.dense_grad.get() + (r - first) * stride,
-                       w_.values_grad.get() + slot(layer, r) - slot(layer, first));
-            update(layer, first, last);
+                       w_.values_grad.get() + slot(layer, r) - slot(layer, together ? 0 : first));
+            if (!together) update(l, first, last);
         }
+        if (together) update(l, 0, n);
     }
 
     // The first slot of a row.
@@ -290,15 +319,30 @@ class Network {
     }
 
     // The step of the kept weights of rows [first, last), whose gradients are in w_.values_grad.
-    void update(const StepLayer& layer, int64_t first, int64_t last) {
+    void update(size_t l, int64_t first, int64_t last) {
+        const StepLayer& layer = p_.layers[l];
         const int64_t begin = slot(layer, first), size = slot(layer, last) - begin;
         const int64_t at = e_ * layer.lists.capacity + begin;
+        if (layer.frozen) score_gradient(l, at, size);
         apply(layer.values_rule, layer.values + at, w_.values_grad.get(), layer.values_state, at,
               size);
         if (!writes_effective(layer)) return;
         for (int64_t r = first; r < last; ++r)
             scatter(layer, r, layer.values + at + slot(layer, r) - begin,
                     effective(layer) + r * layer.in_features);
+    }
+
+    // Straight through to the probability, and through the factor: each entry of m changes it.
+    void score_gradient(size_t l, int64_t at, int64_t size) {
+        const StepLayer& layer = p_.layers[l];
+        const auto& kernels = LS_CHOSEN_KERNELS(sample_mask);
+        float offset = 0.0f;
+        if (layer.rescale)
+            offset =
+                static_cast<float>(-kernels.dot(w_.values_grad.get(), w_.drawn[l].get(), size) /
+                                   static_cast<double>(std::max<int64_t>(w_.ones[l], 1)));
+        kernels.score_gradient(factor(l), offset, layer.frozen + at, layer.values + at, size,
+                               w_.values_grad.get());
     }
 
     static void apply(const StepRule& rule, float* value, const float* grad, float* const states[2],

@@ -1,5 +1,5 @@
-// train_step: forward, loss, backward and optimizer step of a stack of linear layers, compact or
-// plain, for one network or many, in one call.
+// train_step: forward, loss, backward and optimizer step of a stack of linear layers, compact,
+// plain or with a learned mask, for one network or many, in one call.
 //
 // A network is computed from end to end by one thread, and nothing in it depends on which others
 // there are: same bits alone or in company, for any thread count. Between layers activations stay
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "masked_optim.h"
+#include "philox.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -26,20 +27,24 @@ struct StepRule {
     float second_scale;  // the same
 };
 
-// A plain layer has no lists: its values are its effective weight, C = N K.
+// A plain layer has no lists: its values are its effective weight, C = N K. Nor has one with a
+// learned mask: its values are the scores, its effective weight is drawn from `frozen`.
 struct StepLayer {
     int64_t in_features;
     int64_t out_features;
     CompactLists lists;   // of a plain layer, only the capacity
     const uint8_t* mask;  // [E, N, K], not 0 = kept; the lists say the same
     bool plain;
-    bool zero;               // pruned weights hold zero
-    float* values;           // [E, C]
-    float* bias;             // [E, N], or nullptr
-    float* effective;        // [E, N, K]
-    bool keep_effective;     // write the new values into it even where no product reads it
-    float* values_state[2];  // [E, C], as StepPart's
-    float* bias_state[2];    // [E, N]
+    bool zero;                    // pruned weights hold zero
+    float* values;                // [E, C]
+    float* bias;                  // [E, N], or nullptr
+    float* effective;             // [E, N, K]
+    bool keep_effective;          // write the new values into it even where no product reads it
+    float* values_state[2];       // [E, C], as StepPart's
+    float* bias_state[2];         // [E, N]
+    const float* frozen;          // [E, N, K], or nullptr: no learned mask; its bias is frozen too
+    std::vector<PhiloxKey> keys;  // [E], of this step's draws
+    bool rescale;                 // multiply what is drawn by weights / ones
     StepRule values_rule;
     StepRule bias_rule;
 };

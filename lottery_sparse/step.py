@@ -13,6 +13,7 @@ from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
 from lottery_sparse.replicate import _Linear, as_rows
+from lottery_sparse.supermask import SupermaskLinear
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
 # Shares of a layer's weights above which dense products are quicker than those over kept weights:
@@ -29,13 +30,14 @@ def train_step(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A whole training step of a stack of linear layers as one call.
 
-    The model is an nn.Sequential of an optional nn.Flatten and CompactLinear or nn.Linear layers
-    with nn.ReLU between them, float32 on the CPU; the loss is softmax cross-entropy, averaged over
-    the batch. The result is that of
+    The model is an nn.Sequential of an optional nn.Flatten and CompactLinear, nn.Linear or
+    SupermaskLinear layers with nn.ReLU between them, float32 on the CPU; the loss is softmax
+    cross-entropy, averaged over the batch. The result is that of
 
         loss = F.cross_entropy(model(x), y); loss.backward(); optimizer.step()
 
-    within float32 rounding: parameters, optimizer state and effective weights are updated in place.
+    in training mode within float32 rounding: parameters, optimizer state, effective weights and the
+    keys of learned masks (which are the same ones) are updated in place.
     For E networks side by side (`ls.replicate`) it is E such steps; a network gets the same bits
     alone, in company, and with any number of threads. At small sizes most of a step by modules is
     the time of their calls, which this does without.
@@ -43,7 +45,7 @@ def train_step(
     Args:
         model: the network; forward hooks are not run.
         optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim` over exactly the model's
-            parameters. Its options are read in every call, so schedulers work; its state stays its
+            parameters (those that train). Its options are read in every call, so schedulers work; its state stays its
             own, so that steps by modules can follow.
 
     Returns:
@@ -61,14 +63,17 @@ class _Layer:
 
     def __init__(self, layer: nn.Linear):
         self.layer: Any = layer
-        self.weight, self.bias = layer.weight, layer.bias
         self.compact = isinstance(layer, CompactLinear)
-        self.addresses: tuple[int, int] | None = None  # None: not looked up yet
+        self.learned = isinstance(layer, SupermaskLinear)
+        self.name = "score" if self.learned else "weight"  # of the Parameter that trains
+        self.weight: nn.Parameter = layer._parameters[self.name]  # pyright: ignore
+        self.bias = layer.bias
+        self.addresses: tuple[int, ...] | None = None  # None: not looked up yet
         self.version = -1  # of the lists
         self.products: str | None = None  # as `ls.plan` has set it
         self.buffers: list[Tensor | None] = [None] * len(_BUFFERS)
         self.parameters: list[Tensor] = []  # weight and bias, detached
-        self.effective = self.empty = torch.empty(0)
+        self.effective = self.frozen = self.key = self.empty = torch.empty(0)
         self.lists: list[Tensor] = [self.empty] * len(_LISTS)
         self.zero = True
         self.dense = True  # whether the op reads `effective`
@@ -79,7 +84,7 @@ class _Layer:
         # the dicts of nn.Module, which are quicker than its attributes
         held, buffers = self.layer._parameters, self.layer._buffers
         weight, bias = self.weight, self.bias
-        if held["weight"] is not weight or held["bias"] is not bias:
+        if held[self.name] is not weight or held["bias"] is not bias:
             raise ValueError(
                 "a parameter of a layer was replaced after train_step was called; call it anew, "
                 "with an optimizer of the new parameters."
@@ -91,10 +96,17 @@ class _Layer:
             same = same and all(map(is_, now, self.buffers)) and now[0]._version == self.version
             if not same:
                 self._list(now)
+        if self.learned:
+            frozen, key = held["weight"], buffers["key"]
+            addresses = *addresses, frozen.data_ptr(), key.data_ptr()
+            same = addresses == self.addresses
+            if self.layer.round_mask:
+                raise ValueError(f"a layer rounds its mask (round_mask=True); {OTHERWISE}.")
+            self.frozen, self.key = frozen.detach(), key
         if not same:
             self.addresses = addresses
             self.parameters = [self.empty if p is None else p.detach() for p in (weight, bias)]
-            if not self.compact:
+            if not self.compact and not self.learned:
                 self.effective = self.parameters[0]
         if self.compact and self.dense and weight._version != self.layer.fresh_version:
             self.layer.refresh_()
@@ -123,12 +135,12 @@ class _Step:
         self.adam = _is_adam(optimizer)
         for group in optimizer.param_groups:
             _check_options(group)
-        self.parameters: list[Tensor | None] = []
-        for layer in layers:
-            self.parameters += [layer.weight, layer.bias]
+        self.parameters: list[Tensor | None] = []  # that train, two per layer
+        for layer in self.layers:
+            self.parameters += [layer.weight, None if layer.learned else layer.bias]
         self._check_parameters(model)
         first = self.layers[0]
-        weight, single = first.layer.weight, 1 if first.compact else 2
+        weight, single = first.weight, 1 if first.compact else 2
         self.networks = weight.shape[0] if weight.dim() > single else None
         self.empty = first.empty
         self.no_step = torch.zeros(1)
@@ -139,7 +151,9 @@ class _Step:
 
     def _check_parameters(self, model: nn.Module) -> None:
         held = [p for p in self.parameters if p is not None]
-        stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
+        frozen = {id(p) for layer in self.layers if layer.learned for p in _frozen(layer.layer)}
+        groups = self.optimizer.param_groups
+        stepped = [p for g in groups for p in g["params"] if id(p) not in frozen]
         if {id(p) for p in held} != {id(p) for p in stepped} or len(held) != len(stepped):
             raise ValueError(
                 f"optimizer holds {len(stepped)} parameters, which are not the {len(held)} of the "
@@ -151,8 +165,9 @@ class _Step:
                     f"{name} is {parameter.dtype} on {parameter.device}, train_step takes float32 "
                     f"on the CPU; {OTHERWISE}."
                 )
-            if not parameter.requires_grad:
-                raise ValueError(f"{name} does not require a gradient; {OTHERWISE}.")
+            if parameter.requires_grad == (id(parameter) in frozen):
+                does = "does not require" if id(parameter) not in frozen else "requires"
+                raise ValueError(f"{name} {does} a gradient; {OTHERWISE}.")
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         single = self.networks is None
@@ -167,11 +182,11 @@ class _Step:
         changed = [layer.look() for layer in self.layers]  # all of them, so no generator
         if any(changed):
             self._collect()
-        parameters, effective, lists, zero, keep, written, raised = self.arguments
+        parameters, effective, lists, zero, keep, learned, written, raised = self.arguments
         first, second, steps, rates = self._state()
         loss = torch.ops.lottery_sparse_native.train_step(
             x.detach() if x.requires_grad else x, y, parameters, first, second, steps, effective,
-            lists, zero, keep, rates, self.adam, self.networks or 1, torch.get_num_threads(),
+            lists, zero, keep, *learned, rates, self.adam, self.networks or 1, torch.get_num_threads(),
             (DENSE_MULTIPLY, DENSE_SAMPLE),
         )  # fmt: skip
         if not self.adam:  # only now, or a call that failed would have been the first step
@@ -193,6 +208,11 @@ class _Step:
             [t for layer in layers for t in layer.lists],
             [layer.zero for layer in layers],
             [layer.keep for layer in layers],
+            (
+                [layer.frozen for layer in layers],
+                [layer.key for layer in layers],
+                [layer.learned and layer.layer.rescale for layer in layers],
+            ),
             [layer.layer for layer in written],
             [p for p in self.parameters if p is not None] + [layer.effective for layer in written],
         )
@@ -286,7 +306,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True
-        elif type(module) in (CompactLinear, nn.Linear, _Linear) and relu:
+        elif type(module) in (CompactLinear, SupermaskLinear, nn.Linear, _Linear) and relu:
             if "weight" not in module._parameters:
                 raise ValueError(f"{name} computes its weight; {OTHERWISE}.")
             assert isinstance(module, nn.Linear)
@@ -304,6 +324,11 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
     if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(f"a layer stands twice in the model; {OTHERWISE}.")
     return layers
+
+
+def _frozen(layer: nn.Linear) -> list[Tensor]:
+    """What does not train of a layer with a learned mask."""
+    return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 
 def _kind(module: nn.Module) -> str:

@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compacting",
         "supermask",
     },
-    "step": {"backends", "compact", "compact_layers", "replicate"},
+    "step": {"backends", "compact", "compact_layers", "replicate", "supermask"},
     "packed": {
         "compacting",
         "convert",

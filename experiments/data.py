@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,42 @@ def batches(count: int, batch_size: int, seed: int, epoch: int) -> Tensor:
     stream = ls.random.stream_of("batch order")
     order = ls.random.permutation(count, seed, stream, step=epoch)
     return order[: count - count % batch_size].view(-1, batch_size)
+
+
+def permuted(dataset: Dataset, kind: str) -> Dataset:
+    """The set with its "pixels" or "classes" permuted, the same way in every image and run.
+
+    Pixels keep their channels together. "none" gives the set itself.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "none":
+        return dataset
+    if kind == "pixels":
+        height, width = dataset.train.images.shape[-2:]
+        order = _fixed_order("permuted pixels", height * width)
+
+        def change(split: Split) -> Split:
+            flat = split.images.flatten(2)
+            images = flat.index_select(2, order.to(flat.device)).view_as(split.images)
+            return replace(split, images=images)
+
+    elif kind == "classes":
+        order = _fixed_order("permuted classes", CLASSES)
+
+        def change(split: Split) -> Split:
+            return replace(split, labels=order.to(split.labels.device)[split.labels])
+
+    else:
+        raise ValueError(f"permuted must be none, pixels or classes; got {kind!r}.")
+    return replace(
+        dataset, train=change(dataset.train), val=change(dataset.val), test=change(dataset.test)
+    )
+
+
+def _fixed_order(name: str, count: int) -> Tensor:
+    return ls.random.permutation(count, seed=0, stream=ls.random.stream_of(name))
 
 
 def parse_idx(content: bytes, file: IdxFile, path: Path) -> np.ndarray:

@@ -1,0 +1,237 @@
+"""Learned masks: a network at its initial weights, of which gradient descent chooses the useful ones.
+
+The paper's protocol: every weight has a score, SGD with momentum trains the scores for the
+network's `score_iterations`, a mask is drawn anew in every step. Test accuracy is the mean of ten
+masks drawn at the end, each for the whole test part; the mask of the weights more probable than not
+is evaluated too. Nothing is chosen by validation or test data.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lottery_sparse as ls
+from experiments.data import Dataset, Split, batches, permuted
+from experiments.networks import build
+from experiments.runs import Run
+from experiments.train import Result, evaluation, stepper, train
+from lottery_sparse.supermask import Supermask
+
+MOMENTUM = 0.9
+SAMPLES = 10
+SEED_BITS = 64  # what tells the initial weights
+
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
+
+
+class Checkpoints:
+    """Where a run's state is kept. This one keeps nothing; a store has `load` and `save` alike."""
+
+    def load(self, run_id: str) -> State | None:
+        return None
+
+    def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a learned mask leaves: what its row says beside the run, and the masks of sample 0."""
+
+    run: Run
+    row: dict[str, Any]
+    masks: ls.Masks
+    engine: str  # how a step was computed: "modules", or "train_step" in one call
+
+
+def learn(
+    runs: Sequence[Run],
+    dataset: Dataset,
+    checkpoints: Checkpoints | None = None,
+    *,
+    every: int = 10_000,
+    on_step: Callable[[Run, int], None] = lambda run, iteration: None,
+) -> Iterator[Learned]:
+    """Yield the learned mask of each run as soon as it is there.
+
+    A function of the run and the data set alone: networks are trained one after another, as on one
+    core side by side gains nothing; killed and resumed from a checkpoint it gives the same bits.
+
+    Args:
+        runs: with schedule "learned". Those with `trained` train the weights that sample 0 keeps by
+            the network's protocol for weights afterwards, from their initial values.
+        dataset: as loaded; it is permuted here as a run asks.
+        checkpoints: keeps the state of a run every `every` iterations, and the last one.
+        on_step: called after every iteration with the number done.
+
+    Raises:
+        ValueError: a run that is not of a learned mask, or scores that diverge.
+    """
+    for run in runs:
+        if run.schedule != "learned":
+            raise ValueError(f"{run.id} has schedule {run.schedule!r}, expected 'learned'.")
+    sets: dict[str, Dataset] = {}
+    for run in runs:
+        if run.permuted not in sets:
+            sets = {run.permuted: permuted(dataset, run.permuted)}  # one at a time: they are large
+        yield _learn(run, sets[run.permuted], checkpoints or Checkpoints(), every, on_step)
+
+
+def _learn(
+    run: Run,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    every: int,
+    on_step: Callable[[Run, int], None],
+) -> Learned:
+    network = run.net
+    model = initial(run, dataset.train.images.device)
+    scores = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ls.optim.SGD(scores, lr=network.score_lr, momentum=MOMENTUM)
+    found = checkpoints.load(run.id)
+    done = 0 if found is None else restore(model, optimizer, found)
+    model.train()
+    engine, take_step = stepper(model, optimizer)
+    iterations = network.score_iterations
+    for images, labels in minibatches_from(
+        dataset.train, done, iterations, network.score_batch_size, run.seed
+    ):
+        take_step(images, labels)
+        done += 1
+        if done % every == 0 or done == iterations:
+            if not all(score.isfinite().all() for score in scores):
+                raise ValueError(
+                    f"scores of {run.id} are not finite at iteration {done}; with score_lr "
+                    f"{network.score_lr} they diverge: give a lower one."
+                )
+            checkpoints.save(run.id, *state(model, optimizer, done))
+        on_step(run, done)
+    row, masks = evaluated(model, dataset)
+    row = {"round": 1, "iterations": iterations, **row, **backend_of(model)}
+    if run.trained:
+        row |= trained_row(train_weights(run, model, masks, dataset))
+    return Learned(run, row, masks, engine)
+
+
+def initial(run: Run, device: torch.device | str) -> nn.Sequential:
+    """The network of a run with scores to learn, in training mode."""
+    model = build(run.net, run.seed, device)
+    ls.supermask_(model, run.weights, run.rescale, run.init_score, run.seed)
+    return model
+
+
+def minibatches_from(
+    split: Split, done: int, iterations: int, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What train.minibatches yields after the first `done` pairs."""
+    per_epoch = len(split) // batch_size
+    images = split.images.flatten(1)  # a view, of which rows are gathered faster
+    shape = split.images.shape[1:]
+    while done < iterations:
+        epoch, at = divmod(done, per_epoch)
+        order = batches(len(split), batch_size, seed, epoch).to(split.labels.device)
+        for indices in order[at : at + iterations - done]:
+            yield images.index_select(0, indices).unflatten(1, shape), split.labels[indices]
+        done += per_epoch - at
+
+
+# ---- state, for checkpoints ----------------------------------------------------------------------
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> State:
+    """Scores, keys of the draws, momentum. The weights are those of the run's seed."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers(model):
+        tensors[f"score.{name}"] = layer.score.detach()
+        tensors[f"key.{name}"] = layer.key
+        tensors[f"momentum.{name}"] = optimizer.state[layer.score]["momentum_buffer"]
+    return tensors, {"iteration": done}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, found: State) -> int:
+    """Put a state back; the number of iterations that led to it."""
+    tensors, metadata = found
+    for name, layer in layers(model):
+        layer.score.copy_(tensors[f"score.{name}"])
+        layer.key.copy_(tensors[f"key.{name}"])
+        momentum = tensors[f"momentum.{name}"].to(layer.score.device, copy=True)
+        optimizer.state[layer.score]["momentum_buffer"] = momentum
+    return metadata["iteration"]
+
+
+def layers(model: nn.Module) -> Iterable[tuple[str, Supermask]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Supermask)]
+
+
+# ---- what is reported ----------------------------------------------------------------------------
+
+
+def evaluated(model: nn.Module, dataset: Dataset) -> tuple[dict[str, Any], ls.Masks]:
+    """What a row says of the masks, and sample 0, which its density is that of."""
+    model.eval()
+    first: ls.Masks | None = None
+    accuracies, losses = [], []
+    for masks in ls.sampled(model, SAMPLES):
+        first = first or masks
+        accuracies.append(evaluation(model, dataset.test)[1])
+        losses.append(evaluation(model, dataset.val)[0])
+    assert first is not None
+    ls.use_masks_(model, "threshold")
+    threshold = evaluation(model, dataset.test)[1]
+    ls.use_masks_(model, "sample")
+    expected = sum(float(layer.score.detach().double().sigmoid().sum()) for _, layer in layers(model))
+    return {
+        "density": first.density,
+        "kept": first.kept,
+        "test_accuracy": sum(accuracies) / SAMPLES,
+        "sample_accuracies": accuracies,
+        "threshold_accuracy": threshold,
+        "expected_density": expected / first.total,
+        "final_validation_loss": sum(losses) / SAMPLES,
+        "mask_bits": sum(8 * packed.numel() for packed in first.to_bits().values()),
+        "seed_bits": SEED_BITS,
+    }, first
+
+
+def backend_of(model: nn.Module) -> dict[str, Any]:
+    """Whose kernels train the model; every product is one with a dense, masked weight."""
+    device = next(model.parameters()).device.type
+    ours = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    built = ours is not None and ls.backends.built(ours)
+    backend = ls.backends.forced() or (ours if built else "reference")
+    return {"backend": backend, "products": ["dense"] * len(list(layers(model)))}
+
+
+# ---- a learned mask as a ticket ------------------------------------------------------------------
+
+
+def train_weights(run: Run, model: nn.Module, masks: ls.Masks, dataset: Dataset) -> Result:
+    """Train the weights that the masks keep by the network's protocol; in place."""
+    ls.masked_(model, masks)
+    model.train()
+    ls.compact_(model)
+    return train(
+        model,
+        dataset,
+        iterations=run.iterations,
+        lr=run.net.lr,
+        batch_size=run.net.batch_size,
+        seed=run.seed,
+        evaluate_every=run.evaluate_every,
+    )
+
+
+def trained_row(result: Result) -> dict[str, Any]:
+    return {
+        "test_accuracy": result.test_accuracy,
+        "final_test_accuracy": result.final_test_accuracy,
+        "early_stop_iteration": result.early_stop_iteration,
+        "early_stop_validation_loss": result.early_stop_validation_loss,
+        "early_stop_validation_accuracy": result.early_stop_validation_accuracy,
+        "final_validation_loss": result.final_validation_loss,
+        "final_train_accuracy": result.final_train_accuracy,
+    }

@@ -183,7 +183,9 @@ def evaluated(model: nn.Module, dataset: Dataset) -> tuple[dict[str, Any], ls.Ma
     ls.use_masks_(model, "threshold")
     threshold = evaluation(model, dataset.test)[1]
     ls.use_masks_(model, "sample")
-    expected = sum(float(layer.score.detach().double().sigmoid().sum()) for _, layer in layers(model))
+    expected = sum(
+        float(layer.score.detach().double().sigmoid().sum()) for _, layer in layers(model)
+    )
     return {
         "density": first.density,
         "kept": first.kept,

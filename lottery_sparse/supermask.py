@@ -201,9 +201,7 @@ class Supermask(nn.Module):
         return ", ".join([super().extra_repr(), *options])
 
 
-def check_options(
-    weights: str, init_score: float, evaluation: str
-) -> None:
+def check_options(weights: str, init_score: float, evaluation: str) -> None:
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}.")
     if evaluation not in EVALUATIONS:

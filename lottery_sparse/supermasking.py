@@ -159,9 +159,7 @@ def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
 
 
 @torch.no_grad()
-def masked_(
-    model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = None
-) -> nn.Module:
+def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = None) -> nn.Module:
     """Turn supermask layers into masked ones with fixed masks, in place, ready to train.
 
     A layer computes what it computed when evaluated with that mask: where it rescales, its weights

@@ -1,0 +1,208 @@
+"""Learned masks as experiments: the protocol, resuming, and what mask and seed alone give back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import lottery_sparse as ls
+from experiments import learned
+from experiments.data import load, permuted
+from experiments.learned import Checkpoints, learn
+from experiments.networks import build
+from experiments.runs import DENSE, Run
+from experiments.train import evaluation, minibatches
+
+LEARNED = {"schedule": "learned", "trained": False, "criterion": DENSE}
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load("mnist-mini")
+
+
+def run(**changes):
+    return Run(network="fc", profile="smoke", seed=changes.pop("seed", 0), **LEARNED, **changes)
+
+
+class Memory(Checkpoints):
+    """Keeps copies, and may fail after some iterations as if the process had been killed."""
+
+    def __init__(self):
+        self.kept = {}
+        self.saved = []
+
+    def load(self, run_id):
+        return copy.deepcopy(self.kept.get(run_id))
+
+    def save(self, run_id, tensors, metadata):
+        self.kept[run_id] = copy.deepcopy((tensors, metadata))
+        self.saved.append(metadata["iteration"])
+
+
+def same(a, b):
+    assert a.row == b.row
+    assert a.masks == b.masks
+
+
+def test_a_mask_is_learned_and_reported(mini):
+    [found] = learn([run()], mini)
+    row = found.row
+    assert found.engine == ("train_step" if ls.backends.built("cpu") else "modules")
+    assert row["iterations"] == 440
+    assert row["test_accuracy"] == sum(row["sample_accuracies"]) / 10 > 0.75
+    assert len(row["sample_accuracies"]) == 10
+    assert len(set(row["sample_accuracies"])) > 1
+    assert row["threshold_accuracy"] > 0.75
+    assert row["density"] == row["kept"] / 266_200 == found.masks.density
+    assert abs(row["density"] - row["expected_density"]) < 0.01
+    assert (row["mask_bits"], row["seed_bits"]) == (266_200, 64)
+    assert row["products"] == ["dense"] * 3
+
+
+@pytest.mark.parametrize("weights", ["init", "signed_constant"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_mask_and_seed_give_the_network_back(mini, weights, rescale):
+    one = run(weights=weights, rescale=rescale, seed=3)
+    [found] = learn([one], mini)
+    model = build(one.net, seed=3)
+    for name, mask in found.masks.items():
+        w = model.get_parameter(name).detach()
+        if weights == "signed_constant":
+            w.copy_(w.sign() * w.std(unbiased=False))
+        w.mul_(mask / (mask.float().mean() if rescale else 1))
+    assert abs(evaluation(model, mini.test)[1] - found.row["sample_accuracies"][0]) <= 1 / 2000
+
+
+def test_killed_and_resumed_is_the_same(mini):
+    whole = Memory()
+    [expected] = learn([run(rescale=True)], mini, whole, every=100)
+    assert whole.saved == [100, 200, 300, 400, 440]
+
+    class Killed(Exception):
+        pass
+
+    def kill(run, iteration):
+        if iteration == 333:
+            raise Killed
+
+    resumed = Memory()
+    with pytest.raises(Killed):
+        next(learn([run(rescale=True)], mini, resumed, every=100, on_step=kill))
+    assert resumed.saved == [100, 200, 300]
+    steps = []
+    [again] = learn(
+        [run(rescale=True)], mini, resumed, every=100, on_step=lambda r, i: steps.append(i)
+    )
+    assert steps == list(range(301, 441))
+    same(again, expected)
+    for name, tensor in whole.kept[again.run.id][0].items():
+        assert torch.equal(resumed.kept[again.run.id][0][name], tensor), name
+    [finished] = learn([run(rescale=True)], mini, resumed, on_step=lambda r, i: steps.append(i))
+    assert len(steps) == 140  # nothing was left to do but the evaluation
+    same(finished, expected)
+
+
+def test_runs_together_are_the_runs_alone(mini):
+    runs = [run(seed=1), run(seed=1, permuted="pixels"), run(seed=2, init_score=-1.0)]
+    together = list(learn(runs, mini))
+    assert [found.run for found in together] == runs
+    for one, found in zip(runs, together, strict=True):
+        [alone] = learn([one], mini)
+        same(alone, found)
+    assert together[0].row["test_accuracy"] != together[1].row["test_accuracy"]
+    assert together[2].row["expected_density"] < 0.45
+
+
+def test_by_modules_it_learns_as_well(mini):
+    with ls.use_backend("reference"):
+        [found] = learn([run()], mini)
+    assert found.engine == "modules"
+    [other] = learn([run()], mini)
+    assert abs(found.row["test_accuracy"] - other.row["test_accuracy"]) < 0.02
+
+
+def test_a_learned_mask_is_trained_as_a_ticket(mini):
+    [found] = learn([replace(run(), trained=True)], mini)
+    assert found.row["test_accuracy"] > 0.5
+    assert found.row["early_stop_iteration"] > 0
+    assert found.row["final_train_accuracy"] is not None
+    assert len(found.row["sample_accuracies"]) == 10  # of the mask before the training
+
+
+def test_batches_are_those_of_training(mini):
+    every = list(minibatches(mini.train, 45, 250, seed=5))  # two epochs of 22, and one more
+    for done in (0, 1, 22, 30, 44):
+        rest = list(learned.minibatches_from(mini.train, done, 45, 250, seed=5))
+        assert len(rest) == 45 - done
+        for (a, la), (b, lb) in zip(every[done:], rest, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(la, lb)
+
+
+def test_diverging_scores_are_said(mini, monkeypatch):
+    def spoiled(model, optimizer):
+        def step(images, labels):
+            for p in model.parameters():
+                if p.requires_grad:
+                    optimizer.state[p]["momentum_buffer"] = p.data.fill_(torch.nan)
+
+        return "modules", step
+
+    monkeypatch.setattr(learned, "stepper", spoiled)
+    with pytest.raises(ValueError, match="not finite at iteration 7; with score_lr 100"):
+        next(learn([run()], mini, every=7))
+
+
+def test_other_runs_are_refused(mini):
+    with pytest.raises(ValueError, match="has schedule 'iterative', expected 'learned'"):
+        next(learn([Run(network="fc", profile="smoke", seed=0)], mini))
+
+
+@pytest.mark.parametrize("kind", ["pixels", "classes"])
+def test_permutations_are_fixed_and_lose_nothing(mini, kind):
+    changed, again = permuted(mini, kind), permuted(mini, kind)
+    for part in ("train", "val", "test"):
+        old, new, twice = (getattr(d, part) for d in (mini, changed, again))
+        assert torch.equal(new.images, twice.images)
+        assert torch.equal(new.labels, twice.labels)
+        same_images, same_labels = (
+            torch.equal(new.images, old.images),
+            torch.equal(new.labels, old.labels),
+        )
+        assert (same_images, same_labels) == (kind == "classes", kind == "pixels")
+        if kind == "pixels":
+            assert torch.equal(
+                new.images.flatten(1).sort(1).values, old.images.flatten(1).sort(1).values
+            )
+        else:
+            pairs = set(zip(old.labels.tolist(), new.labels.tolist(), strict=True))
+            assert len(pairs) == len({b for _, b in pairs}) == 10
+    assert permuted(mini, "none") is mini
+    with pytest.raises(ValueError, match="permuted must be none, pixels or classes; got 'rows'"):
+        permuted(mini, "rows")
+
+
+def test_colours_of_a_pixel_stay_together():
+    from experiments.data import Dataset, Split
+
+    images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    split = Split(images, torch.tensor([0, 1]))
+    new = permuted(Dataset("x", None, split, split, split), "pixels").test.images
+    assert not torch.equal(new, images)
+    assert torch.equal(new[:, 1] - new[:, 0], images[:, 1] - images[:, 0])
+
+
+def test_a_network_with_convolutions_learns_by_modules(mini):
+    model = nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    ls.supermask_(model)
+    engine, step = learned.stepper(model, ls.optim.SGD(model.parameters(), lr=50.0, momentum=0.9))
+    assert engine == "modules"
+    before = evaluation(model, mini.val)[0]
+    for images, labels in learned.minibatches_from(mini.train, 0, 40, 100, 0):
+        step(images, labels)
+    assert evaluation(model, mini.val)[0] < before

@@ -1,4 +1,4 @@
-"""Learned masks: a network at its initial weights, of which gradient descent chooses the useful ones.
+"""Learned masks: a network at its initial weights, the useful ones chosen by gradient descent.
 
 The paper's protocol: every weight has a score, SGD with momentum trains the scores for the
 network's `score_iterations`, a mask is drawn anew in every step. Test accuracy is the mean of ten

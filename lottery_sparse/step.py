@@ -45,8 +45,8 @@ def train_step(
     Args:
         model: the network; forward hooks are not run.
         optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim` over exactly the model's
-            parameters (those that train). Its options are read in every call, so schedulers work; its state stays its
-            own, so that steps by modules can follow.
+            parameters (those that train). Its options are read in every call, so schedulers work;
+            its state stays its own, so that steps by modules can follow.
 
     Returns:
         (x, y) -> loss: x [B, ...], or [E, B, ...] with inputs of each network's own; y int64 [B],
@@ -186,8 +186,8 @@ class _Step:
         first, second, steps, rates = self._state()
         loss = torch.ops.lottery_sparse_native.train_step(
             x.detach() if x.requires_grad else x, y, parameters, first, second, steps, effective,
-            lists, zero, keep, *learned, rates, self.adam, self.networks or 1, torch.get_num_threads(),
-            (DENSE_MULTIPLY, DENSE_SAMPLE),
+            lists, zero, keep, *learned, rates, self.adam, self.networks or 1,
+            torch.get_num_threads(), (DENSE_MULTIPLY, DENSE_SAMPLE),
         )  # fmt: skip
         if not self.adam:  # only now, or a call that failed would have been the first step
             for parameter, momentum in zip(self.parameters, first, strict=True):

@@ -266,6 +266,8 @@ def _plain(module: nn.Module) -> nn.Module:
     for key, parameter in module._parameters.items():
         if parameter is not None and new._parameters[key] is parameter:
             new._parameters[key] = _parameter(parameter.detach().clone(), parameter)
+    if isinstance(new, Supermask):  # they are written to
+        new._buffers = {k: None if b is None else b.clone() for k, b in new._buffers.items()}
     return new
 
 

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches, permuted
-from experiments.networks import build
+from experiments.networks import build, glorot_std
 from experiments.runs import Run
 from experiments.train import Result, evaluation, stepper, train
 from lottery_sparse.supermask import Supermask
 
 MOMENTUM = 0.9
 SAMPLES = 10
-SEED_BITS = 64  # what tells the initial weights
 
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
 
@@ -39,11 +38,14 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a learned mask leaves: what its row says beside the run, and the masks of sample 0."""
+    """What a learned mask leaves: what its row says beside the run, and sample 0 of the masks.
+
+    The ticket is a mask and a seed; it computes what the network computed under sample 0.
+    """
 
     run: Run
     row: dict[str, Any]
-    masks: ls.Masks
+    ticket: ls.Ticket
     engine: str  # how a step was computed: "modules", or "train_step" in one call
 
 
@@ -109,11 +111,11 @@ def _learn(
                 )
             checkpoints.save(run.id, *state(model, optimizer, done))
         on_step(run, done)
-    row, masks = evaluated(model, dataset)
+    row, ticket = evaluated(run, model, dataset)
     row = {"round": 1, "iterations": iterations, **row, **backend_of(model)}
     if run.trained:
-        row |= trained_row(train_weights(run, model, masks, dataset))
-    return Learned(run, row, masks, engine)
+        row |= trained_row(train_weights(run, model, ticket.masks, dataset))
+    return Learned(run, row, ticket, engine)
 
 
 def initial(run: Run, device: torch.device | str) -> nn.Sequential:
@@ -170,33 +172,40 @@ def layers(model: nn.Module) -> Iterable[tuple[str, Supermask]]:
 # ---- what is reported ----------------------------------------------------------------------------
 
 
-def evaluated(model: nn.Module, dataset: Dataset) -> tuple[dict[str, Any], ls.Masks]:
-    """What a row says of the masks, and sample 0, which its density is that of."""
+def evaluated(run: Run, model: nn.Module, dataset: Dataset) -> tuple[dict[str, Any], ls.Ticket]:
+    """What a row says of the masks, and sample 0, which density and sizes are those of."""
     model.eval()
-    first: ls.Masks | None = None
     accuracies, losses = [], []
-    for masks in ls.sampled(model, SAMPLES):
-        first = first or masks
+    for _ in ls.sampled(model, SAMPLES):
         accuracies.append(evaluation(model, dataset.test)[1])
         losses.append(evaluation(model, dataset.val)[0])
-    assert first is not None
     ls.use_masks_(model, "threshold")
     threshold = evaluation(model, dataset.test)[1]
-    ls.use_masks_(model, "sample")
-    expected = sum(
-        float(layer.score.detach().double().sigmoid().sum()) for _, layer in layers(model)
-    )
+    ls.use_masks_(model, 0)
+    ticket = ls.supermask_ticket(model, sources(run, model))
+    expected = sum(float(m.score.detach().double().sigmoid().sum()) for _, m in layers(model))
     return {
-        "density": first.density,
-        "kept": first.kept,
+        "density": ticket.masks.density,
+        "kept": ticket.masks.kept,
         "test_accuracy": sum(accuracies) / SAMPLES,
         "sample_accuracies": accuracies,
         "threshold_accuracy": threshold,
-        "expected_density": expected / first.total,
+        "expected_density": expected / ticket.masks.total,
         "final_validation_loss": sum(losses) / SAMPLES,
-        "mask_bits": sum(8 * packed.numel() for packed in first.to_bits().values()),
-        "seed_bits": SEED_BITS,
-    }, first
+        "mask_bits": ticket.bits["masks"],
+        "seed_bits": ticket.bits["seeds"],
+    }, ticket
+
+
+def sources(run: Run, model: nn.Module) -> dict[str, ls.Seeded | ls.SignOf]:
+    """How each weight is made of the run's seed."""
+    found: dict[str, ls.Seeded | ls.SignOf] = {}
+    for name, layer in layers(model):
+        weight = f"{name}.weight"
+        source = ls.Seeded("truncated_normal", run.seed, glorot_std(layer.weight.shape))
+        constant = float(layer.weight.abs().max())
+        found[weight] = source if run.weights == "init" else ls.SignOf(source, constant)
+    return found
 
 
 def backend_of(model: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
 from lottery_sparse.compacting import compact_, expand_, refresh_
 from lottery_sparse.convert import dense_state_dict, densify_, masks_of, set_masks_, sparsify_
 from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
-from lottery_sparse.frozen import Constant, Seeded
+from lottery_sparse.frozen import Constant, Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
 from lottery_sparse.packed import PackedLinear, pack_
@@ -16,7 +16,7 @@ from lottery_sparse.prune import prune
 from lottery_sparse.replicate import replicate, select
 from lottery_sparse.step import train_step
 from lottery_sparse.supermask import SupermaskConv2d, SupermaskLinear
-from lottery_sparse.supermasking import masked_, sampled, supermask_, use_masks_
+from lottery_sparse.supermasking import masked_, sampled, supermask_, supermask_ticket, use_masks_
 from lottery_sparse.ticket import Ticket, find_ticket
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "Masks",
     "PackedLinear",
     "Seeded",
+    "SignOf",
     "SupermaskConv2d",
     "SupermaskLinear",
     "Ticket",
@@ -57,6 +58,7 @@ __all__ = [
     "set_masks_",
     "sparsify_",
     "supermask_",
+    "supermask_ticket",
     "train_step",
     "use_backend",
     "use_masks_",

@@ -58,7 +58,33 @@ class Seeded:
         as_seed(self.seed)
 
 
+@dataclass(frozen=True)
+class SignOf:
+    """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
+    `Ticket` that needs no more room than a seed.
+
+    Args:
+        source: what is drawn.
+        constant: the magnitude.
+    """
+
+    source: Seeded
+    constant: float
+
+
 Source = str | Tensor | Constant | Seeded | None
+
+
+def drawn(name: str, source: Seeded | SignOf, shape: torch.Size) -> Tensor:
+    """The float32 values of a seeded source for the parameter `name`."""
+    if isinstance(source, SignOf):
+        return drawn(name, source.source, shape).sign() * source.constant
+    if source.std is None:
+        raise ValueError(
+            f"the seeded start of {name} needs a std, as there is no weight to take it of."
+        )
+    stream = stream_of(name) if source.stream is None else source.stream
+    return LAWS[source.law](shape, source.std, seed=source.seed, stream=stream)
 
 
 class Held(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.convert import _become, _owners, _refusal, masks_of
+from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.random import as_seed, stream_of
@@ -19,6 +20,7 @@ from lottery_sparse.supermask import (
     SupermaskLinear,
     check_options,
 )
+from lottery_sparse.ticket import Ticket
 
 SUPERMASK_TYPES: dict[type[nn.Module], type[Supermask]] = {
     nn.Linear: SupermaskLinear,
@@ -203,6 +205,54 @@ def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = N
         module._add_mask()
         module.weight_mask.copy_(mask)
     return model
+
+
+@torch.no_grad()
+def supermask_ticket(
+    model: nn.Module, sources: Mapping[str, Seeded | SignOf] | None = None
+) -> Ticket:
+    """The masks that `masks_of` gives now, and where their weights come from, as a ticket.
+
+    Args:
+        model: a model with supermask layers.
+        sources: parameter name -> what its weight was drawn from, of all or some weights: then the
+            ticket stores the seed instead of the weight, and is a mask and a seed. Biases at 0
+            are stored as "zero" in any case.
+
+    Raises:
+        ValueError: a source gives other weights than the layer's, or names none.
+    """
+    layers, sources = _layers(model), dict(sources or {})
+    unknown = sources.keys() - layers.keys()
+    if unknown:
+        raise ValueError(f"sources names {min(unknown)}, but weights are: {', '.join(layers)}.")
+    rescales = {layer.rescale for layer in layers.values()}
+    if len(rescales) > 1:
+        raise ValueError("some layers rescale and others do not; a ticket does it for all or none.")
+    masks = masks_of(model)
+    start: dict[str, Any] = {}
+    learned = {"score", "key", "sample_key"}
+    for name, value in model.state_dict().items():
+        prefix, _, last = name.rpartition(".")
+        weight = f"{prefix}.weight" if prefix else "weight"
+        if weight in layers and last in learned:
+            continue
+        if name in sources:
+            made = drawn(name, sources[name], value.shape).to(value.device, value.dtype)
+            if not torch.equal(made, value):
+                raise ValueError(
+                    f"the source of {name} gives other weights than the layer holds "
+                    f"({int((made != value).sum())} of {value.numel()} differ)."
+                )
+            start[name] = sources[name]
+        elif name in layers and layers[name].rescale:
+            ones = masks[name].sum().clamp(min=1)
+            start[name] = value * (masks[name].numel() / ones)
+        elif weight in layers and last == "bias" and not value.any():
+            start[name] = "zero"
+        else:
+            start[name] = value.clone()
+    return Ticket(masks, start, rescale=rescales.pop())
 
 
 def _layers(model: nn.Module) -> dict[str, Supermask]:

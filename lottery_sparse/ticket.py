@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,9 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
 from lottery_sparse.convert import dense_state_dict, masks_of, set_masks_, sparsify_
 from lottery_sparse.criteria import CRITERIA, Criterion
+from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked
 from lottery_sparse.prune import Keep, check_keep, find, prune
@@ -31,6 +34,10 @@ class Ticket:
 
     `start` is a state_dict of the whole model (biases and buffers too), `frozen` has no entry
     where pruned weights are zero, `history` one dict per round: round, density, metrics.
+
+    A start may also be a source instead of a tensor: `ls.Seeded` or `ls.SignOf` (with `rescale`,
+    drawn weights are multiplied by weights / kept), or "zero". With such starts a ticket is a mask
+    and a seed.
     """
 
     masks: Masks
@@ -38,6 +45,40 @@ class Ticket:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     released: bool = False  # mask-0 "original": every weight trains, masks only shape the start
+    rescale: bool = False
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """What the ticket takes: bits of its "masks", of its "seeds", and of "tensors" beside."""
+        drawn_from = [v for v in self.start.values() if isinstance(v, Seeded | SignOf)]
+        seeds = {v.source.seed if isinstance(v, SignOf) else v.seed for v in drawn_from}
+        tensors = [v for part in (self.start, self.frozen) for v in part.values()]
+        return {
+            "masks": sum(8 * packed.numel() for packed in self.masks.to_bits().values()),
+            "seeds": 64 * len(seeds),
+            "tensors": sum(8 * v.nbytes for v in tensors if isinstance(v, Tensor)),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ticket as safetensors, masks packed, sources as JSON; whole or not at all.
+
+        Raises:
+            TypeError: a start that is no tensor or source, or metrics that JSON cannot hold.
+        """
+        ticket_file.save(
+            path, self.masks, self.start, self.frozen,
+            {"history": self.history, "released": self.released, "rescale": self.rescale},
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ticket:
+        """The ticket that `save` wrote. Nothing in the file is executed.
+
+        Raises:
+            ValueError: the file is no ticket, or of a newer format.
+        """
+        masks, start, frozen, others = ticket_file.load(path)
+        return cls(masks, start, frozen, **others)
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the ticket into a model of the same architecture, ready to train; in place."""
@@ -47,8 +88,23 @@ class Ticket:
             if name in self.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
-        model.load_state_dict(self.start)
+        model.load_state_dict(self._start_of(model))
         return set_masks_(model, _trained(self.masks, self.released), self.frozen)
+
+    def _start_of(self, model: nn.Module) -> dict[str, Any]:
+        """`start` with tensors in place of sources."""
+        made, like = dict(self.start), model.state_dict()
+        for name, value in self.start.items():
+            if name not in like or isinstance(value, Tensor):
+                continue
+            if isinstance(value, str) and value == "zero":
+                made[name] = torch.zeros_like(like[name])
+            elif isinstance(value, Seeded | SignOf):
+                made[name] = drawn(name, value, like[name].shape)
+                if self.rescale and name in self.masks:
+                    mask = self.masks[name]
+                    made[name] *= mask.numel() / max(1, int(mask.sum()))
+        return made
 
 
 def find_ticket(

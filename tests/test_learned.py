@@ -12,7 +12,7 @@ import lottery_sparse as ls
 from experiments import learned, runs
 from experiments.data import load, permuted
 from experiments.learned import Checkpoints, learn
-from experiments.networks import build
+from experiments.networks import build, skeleton
 from experiments.runs import DENSE, Profile, Run
 from experiments.train import evaluation, minibatches
 
@@ -52,7 +52,7 @@ class Memory(Checkpoints):
 
 def same(a, b):
     assert a.row == b.row
-    assert a.masks == b.masks
+    assert a.ticket.masks == b.ticket.masks
 
 
 def test_a_mask_is_learned_and_reported(mini):
@@ -64,7 +64,7 @@ def test_a_mask_is_learned_and_reported(mini):
     assert len(row["sample_accuracies"]) == 10
     assert len(set(row["sample_accuracies"])) > 1
     assert row["threshold_accuracy"] > 0.75
-    assert row["density"] == row["kept"] / 266_200 == found.masks.density
+    assert row["density"] == row["kept"] / 266_200 == found.ticket.masks.density
     assert abs(row["density"] - row["expected_density"]) < 0.01
     assert (row["mask_bits"], row["seed_bits"]) == (266_200, 64)
     assert row["products"] == ["dense"] * 3
@@ -72,11 +72,17 @@ def test_a_mask_is_learned_and_reported(mini):
 
 @pytest.mark.parametrize("weights", ["init", "signed_constant"])
 @pytest.mark.parametrize("rescale", [False, True])
-def test_mask_and_seed_give_the_network_back(mini, weights, rescale):
+def test_mask_and_seed_give_the_network_back(mini, weights, rescale, tmp_path):
     one = run(weights=weights, rescale=rescale, seed=3)
     [found] = learn([one], mini)
-    model = build(one.net, seed=3)
-    for name, mask in found.masks.items():
+    assert found.ticket.bits == {"masks": 266_200, "seeds": 64, "tensors": 0}
+    found.ticket.save(tmp_path / "ticket.safetensors")
+    assert (tmp_path / "ticket.safetensors").stat().st_size < 266_200 / 8 + 2_000
+    model = skeleton(one.net).to_empty(device="cpu")
+    ls.Ticket.load(tmp_path / "ticket.safetensors").apply_(model)
+    assert evaluation(model, mini.test)[1] == found.row["sample_accuracies"][0]
+    model = build(one.net, seed=3)  # and by hand
+    for name, mask in found.ticket.masks.items():
         w = model.get_parameter(name).detach()
         if weights == "signed_constant":
             w.copy_(w.sign() * w.std(unbiased=False))

@@ -165,7 +165,8 @@ def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = N
     """Turn supermask layers into masked ones with fixed masks, in place, ready to train.
 
     A layer computes what it computed when evaluated with that mask: where it rescales, its weights
-    are multiplied by the factor. Weights and biases have requires_grad again, scores are gone.
+    are multiplied by the factor. Weights and biases have requires_grad again, scores are gone. From
+    there `ls.densify_` and `ls.compact_` go on.
 
     Args:
         masks: as for `use_masks_`, except "sample", which is sample 0 here; None: what

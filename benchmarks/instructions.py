@@ -35,6 +35,7 @@ KERNELS = (  # compiled for each variant
     "masked_optim_cpu",
     "packed_linear_cpu",
     "random_fill_cpu",
+    "sample_mask_cpu",
     "sparse_conv2d_cpu",
     "sparse_conv2d_planes_cpu",
     "sparse_linear_bf16_cpu",

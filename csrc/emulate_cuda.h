@@ -34,6 +34,15 @@ float float_from_lane(float value, int lane);
 inline float fused(float a, float b, float c) {
     return std::fma(a, b, c);
 }
+uint32_t ballot(bool holds);
+// Done only when they are waited for.
+void copy_async(void* shared, const void* global);
+void commit_copies();
+void finish_copies(int last);
+template <int kLast>
+void wait_copies() {
+    finish_copies(kLast);
+}
 inline int count_ones(uint32_t word) {
     return __builtin_popcount(word);
 }

@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"formats"},
     "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
-    "native_cuda": {"_C_cuda", "formats"},
+    "native_cuda_compact": {"reference"},
+    "native_cuda": {"_C_cuda", "formats", "native_cuda_compact"},
     "kernels": {"reference"},
     # which one runs
     "backends": set(),
@@ -185,7 +186,8 @@ INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 MAY_INCLUDE = {
     "rim.h": {"torch"},
     "bindings.cpp": {"Python.h"},
-    "bindings_cuda.cpp": {"Python.h", "torch"},
+    "cuda_rim.h": {"torch"},
+    "bindings_cuda.cpp": {"Python.h"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
     "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md

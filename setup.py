@@ -79,6 +79,7 @@ CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "compact_linear_cuda",
     "compact_pack_cuda",
     "csr_linear_cuda",
+    "masked_optim_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
 ]
@@ -305,7 +306,7 @@ def cuda_extension(CppExtension, macros, required):
     toolkit = cuda_toolkit()
     return CppExtension(
         "lottery_sparse._C_cuda",
-        sources(["bindings_cuda", "bindings_cuda_compact"]),
+        sources(["bindings_cuda", "bindings_cuda_compact", "bindings_cuda_optim"]),
         define_macros=[*macros, ("LS_CUDA_ARCHITECTURES", f'"{" ".join(cuda_architectures())}"')],
         extra_compile_args={"cxx": FLAGS},
         include_dirs=[os.path.join(toolkit, "include")],

@@ -211,6 +211,10 @@ LS_DEVICE float fused(float a, float b, float c) {
     return __fmaf_rn(a, b, c);
 }
 
+LS_DEVICE float square_root(float x) {
+    return __fsqrt_rn(x);
+}
+
 // c += a b^T for a of 16 x 16 and b of 8 x 16 (PTX: mma.m16n8k16). Lane 4 g + q holds rows g and
 // g + 8 of a, row g of b, and columns 2 q, 2 q + 1 of c.
 template <class T>

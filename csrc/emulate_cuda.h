@@ -43,6 +43,9 @@ template <int kLast>
 void wait_copies() {
     finish_copies(kLast);
 }
+inline float square_root(float x) {
+    return std::sqrt(x);
+}
 inline int count_ones(uint32_t word) {
     return __builtin_popcount(word);
 }

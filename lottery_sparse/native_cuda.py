@@ -1,8 +1,8 @@
 """The CUDA C++ kernels as the backend "cuda": the functions of `reference`, same signatures.
 
 Those of packed weights are for few rows of x, where a product takes as long as reading its weight;
-those of training are in native_cuda_compact. Importing this module loads lottery_sparse._C_cuda;
-ImportError means that it is not built.
+those of training are in native_cuda_compact and native_cuda_optim. Importing this module loads
+lottery_sparse._C_cuda; ImportError means that it is not built.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lottery_sparse.native_cuda_compact import (
     compact_linear_backward,
     scatter_kept_,
 )
+from lottery_sparse.native_cuda_optim import adam_step, sgd_step
 
 _ops = torch.ops.lottery_sparse_cuda
 
@@ -190,6 +191,7 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 __all__ = [
+    "adam_step",
     "bitmap_linear",
     "compact_linear",
     "compact_linear_backward",
@@ -197,6 +199,7 @@ __all__ = [
     "refuses",
     "runs_on",
     "scatter_kept_",
+    "sgd_step",
     "ternary_linear",
     "wins",
 ]

@@ -1,4 +1,4 @@
-"""The CUDA kernels for training, emulated: the ops of csrc/bindings_cuda_compact.cpp on the CPU."""
+"""The CUDA kernels for training, emulated: the ops of csrc/bindings_cuda_*.cpp on the CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cuda_emulator import NUMBERS, pointer
 from torch import Tensor
 
 WORD, POINTER, NUMBER, FLAG = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_bool
+FLOAT, DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 def struct(name: str, **fields: type) -> type[ctypes.Structure]:
@@ -34,6 +35,22 @@ Dvalues = struct(
 Scatter = struct(
     "Scatter", networks=WORD, rows=WORD, row_length=WORD, kept=Kept, values=POINTER, dense=POINTER,
     values_type=NUMBER, dense_type=NUMBER,
+)  # fmt: skip
+Step = struct(
+    "Step", table=POINTER, targets=POINTER, parts=WORD, chunks=WORD, type=NUMBER, lr=POINTER,
+    rate=FLOAT,
+)  # fmt: skip
+Sgd = struct(
+    "Sgd", step=Step, momentum=FLOAT, undamped=FLOAT, weight_decay=FLOAT, states=FLAG, first=FLAG,
+    nesterov=FLAG, maximize=FLAG,
+)  # fmt: skip
+Adam = struct(
+    "Adam", step=Step, factors=POINTER, step_size=FLOAT, second_scale=FLOAT, beta1_rest=FLOAT,
+    beta2=FLOAT, beta2_rest=FLOAT, eps=FLOAT, weight_decay=FLOAT, decoupled=FLAG, maximize=FLAG,
+)  # fmt: skip
+Count = struct(
+    "Count", steps=POINTER, count=WORD, lr=POINTER, rate=DOUBLE, log_beta1=DOUBLE,
+    log_beta2=DOUBLE, factors=POINTER,
 )  # fmt: skip
 
 
@@ -106,6 +123,38 @@ class Rim:
                 pointer(values), pointer(dense), NUMBERS[values.dtype], NUMBERS[dense.dtype],
             )  # fmt: skip
             check(emulator.library().ls_emulate_scatter_kept(ctypes.byref(p)))
+
+    def sgd_step(
+        self, table, like, parts, targets, chunks, lr, rate, momentum, dampening, weight_decay,
+        nesterov, maximize, states, first,
+    ):  # fmt: skip
+        step = step_of(table, like, parts, targets, chunks, lr, rate)
+        p = Sgd(step, momentum, 1 - dampening, weight_decay, states, first, nesterov, maximize)
+        check(emulator.library().ls_emulate_sgd_step(ctypes.byref(p)))
+
+    def adam_step(
+        self, table, like, parts, targets, chunks, lr, rate, factors, step_size, second_scale,
+        beta1, beta2, eps, weight_decay, decoupled, maximize,
+    ):  # fmt: skip
+        step = step_of(table, like, parts, targets, chunks, lr, rate)
+        p = Adam(
+            step, pointer(factors), step_size, second_scale, 1 - beta1, beta2, 1 - beta2, eps,
+            weight_decay, decoupled, maximize,
+        )  # fmt: skip
+        check(emulator.library().ls_emulate_adam_step(ctypes.byref(p)))
+
+    def count_steps(self, table, begin, count, lr, rate, log_beta1, log_beta2):
+        factors = torch.full((count, 2), torch.nan)
+        steps = table.data_ptr() + 8 * begin
+        p = Count(steps, count, pointer(lr), rate, log_beta1, log_beta2, pointer(factors))
+        check(emulator.library().ls_emulate_count_steps(ctypes.byref(p)))
+        return factors
+
+
+def step_of(table, like, parts, targets, chunks, lr, rate) -> ctypes.Structure:
+    assert targets == parts * 10 + 1
+    at = table.data_ptr()
+    return Step(at, at + 8 * targets, parts, chunks, NUMBERS[like.dtype], pointer(lr), rate)
 
 
 def networks_of(t: Tensor, dims: int) -> int:

@@ -1,6 +1,4 @@
 """The CUDA kernels of compact layers, emulated, against float64."""
-# pyright: reportCallIssue=false
-# ... since it does not count what stars unpack
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from lottery_sparse.native_cuda_compact import (
     compact_linear_backward,
     scatter_kept_,
 )
+from lottery_sparse.native_cuda_masks import pack_mask, unpack_mask
 from lottery_sparse.native_cuda_optim import adam_step, sgd_step
 
 _ops = torch.ops.lottery_sparse_cuda
@@ -125,6 +126,8 @@ def _version(tensor: Tensor) -> int:
 
 def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
+    if op in ("pack_mask", "unpack_mask"):
+        return _refuses_device_of(args[0])
     if op in native_cuda_compact.OPS:
         return native_cuda_compact.refuses(op, *args) or _refuses_device_of(args[0])
     x = args[0]
@@ -196,10 +199,12 @@ __all__ = [
     "compact_linear",
     "compact_linear_backward",
     "csr_linear",
+    "pack_mask",
     "refuses",
     "runs_on",
     "scatter_kept_",
     "sgd_step",
     "ternary_linear",
+    "unpack_mask",
     "wins",
 ]

@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL:
     loaded.ls_emulate_ternary.restype = ctypes.c_char_p
     for name in ("pack", "linear", "dvalues"):
         getattr(loaded, f"ls_emulate_compact_{name}").restype = ctypes.c_char_p
-    for name in ("scatter_kept", "sgd_step", "adam_step", "count_steps"):
+    for name in ("scatter_kept", "sgd_step", "adam_step", "count_steps", "mask_bits"):
         getattr(loaded, f"ls_emulate_{name}").restype = ctypes.c_char_p
     return loaded
 

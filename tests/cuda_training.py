@@ -53,6 +53,8 @@ Count = struct(
     log_beta2=DOUBLE, factors=POINTER,
 )  # fmt: skip
 
+Bits = struct("Bits", rows=WORD, columns=WORD, words=WORD, mask=POINTER, bits=POINTER)
+
 
 class Rim:
     """The ops, on a device of so many multiprocessors with so much shared memory."""
@@ -149,6 +151,21 @@ class Rim:
         p = Count(steps, count, pointer(lr), rate, log_beta1, log_beta2, pointer(factors))
         check(emulator.library().ls_emulate_count_steps(ctypes.byref(p)))
         return factors
+
+    def pack_mask(self, mask):
+        mask = mask.contiguous()
+        bits = torch.full((len(mask), -(-mask.shape[1] // 128) * 4), -1, dtype=torch.int32)
+        return self._move_bits(mask, bits, True)[1]
+
+    def unpack_mask(self, bits, columns):
+        mask = torch.full((len(bits), columns), 7, dtype=torch.uint8)
+        return self._move_bits(mask, bits.contiguous(), False)[0].view(torch.bool)
+
+    def _move_bits(self, mask, bits, pack):
+        p = Bits(len(mask), mask.shape[1], bits.shape[1], pointer(mask), pointer(bits))
+        emulator.readable(mask)
+        check(emulator.library().ls_emulate_mask_bits(ctypes.byref(p), FLAG(pack)))
+        return mask, bits
 
 
 def step_of(table, like, parts, targets, chunks, lr, rate) -> ctypes.Structure:

@@ -21,8 +21,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
     "native_cuda_compact": {"reference"},
+    "native_cuda_masks": set(),
     "native_cuda_optim": {"step_tables"},
-    "native_cuda": {"_C_cuda", "formats", "native_cuda_compact", "native_cuda_optim"},
+    "native_cuda": {
+        "_C_cuda",
+        "formats",
+        "native_cuda_compact",
+        "native_cuda_masks",
+        "native_cuda_optim",
+    },
     "step_tables": set(),
     "kernels": {"reference", "step_tables"},
     # which one runs

@@ -35,7 +35,7 @@ LS_DEVICE uint32_t bytes_of(uint32_t bits) {
 
 template <bool kAligned>
 LS_GLOBAL(kThreads, kBlocks)
-pack_kernel(CudaBits p) {
+pack_bits_kernel(CudaBits p) {
     const int lane = thread_index() % kLanes;
     const int64_t index = int64_t{block_x()} * kThreads + thread_index(), total = p.rows * p.words;
     uint32_t bits = 0;
@@ -67,7 +67,7 @@ pack_kernel(CudaBits p) {
 
 template <bool kAligned>
 LS_GLOBAL(kThreads, kBlocks)
-unpack_kernel(CudaBits p) {
+unpack_bits_kernel(CudaBits p) {
     const int lane = thread_index() % kLanes;
     const int64_t index = int64_t{block_x()} * kThreads + thread_index(), total = p.rows * p.words;
     const uint32_t bits = index < total ? p.bits[index] : 0;
@@ -109,11 +109,11 @@ const char* move(Kernel aligned, Kernel ragged, const CudaBits& p, const Device&
 }  // namespace
 
 const char* cuda_pack_mask(const CudaBits& p, const Device& device) {
-    return move(pack_kernel<true>, pack_kernel<false>, p, device);
+    return move(pack_bits_kernel<true>, pack_bits_kernel<false>, p, device);
 }
 
 const char* cuda_unpack_mask(const CudaBits& p, const Device& device) {
-    return move(unpack_kernel<true>, unpack_kernel<false>, p, device);
+    return move(unpack_bits_kernel<true>, unpack_bits_kernel<false>, p, device);
 }
 
 }  // namespace lottery_sparse

@@ -24,14 +24,14 @@ LS_DEVICE float transpose_sum(float sums[kSteps], int lane) {
     return sums[0];
 }
 
-template <class T>
+template <class T, bool kDirect>
 LS_GLOBAL(kPanelThreads, 1)
 dvalues_kernel(CudaDvalues p) {
     constexpr int kEach = each_of<T>(), kBatch = panel_rows<T>();
     const Walk at((p.batch + kBatch - 1) / kBatch);
     const int lane = at.lane, rows = static_cast<int>(p.rows);
-    const Chunks chunks(p.panels, (p.shared_x ? 0 : at.network * at.panels) + at.panel,
-                        p.in_features, p.chunk);
+    const Chunks<kDirect> chunks(p.panels, (p.shared_x ? 0 : at.network * at.panels) + at.panel,
+                                 p.in_features, p.chunk);
     const int64_t* const starts = p.kept.starts + at.network * (p.out_features + 1);
     const Columns columns(p.kept, at.network);
     float* const partial = p.partial + (at.panel * p.networks + at.network) * p.kept.slots;
@@ -40,7 +40,6 @@ dvalues_kernel(CudaDvalues p) {
         (at.network * at.panels + at.panel) * p.out_features * kPanelBytes + lane % kReaders * 16;
     uint32_t* const places = reinterpret_cast<uint32_t*>(shared_memory() + at.warp * kPairBytes);
     const uint32_t* const theirs = places + lane / kReaders * kSteps;
-    const unsigned char* const part = shared_memory() + lane % kReaders * 16;
     const int entry_of_lane = lane % kReaders * kAtOnce + lane / kReaders;
 
     int from = 0, end = 0;
@@ -62,13 +61,11 @@ dvalues_kernel(CudaDvalues p) {
         return n < p.out_features ? words_at(dy + n * kPanelBytes) : Words4{};
     };
 
-    if (thread_index() < kPanelBytes / 4)
-        reinterpret_cast<uint32_t*>(shared_memory() + kNothing)[thread_index()] = 0;
-    chunks.load(0);
+    chunks.start();
     LS_ROLLED
     for (int c = 0; c < chunks.count; ++c) {
         chunks.enter(c);
-        const int beyond = chunks.end(c), base = chunks.stage(c) - chunks.begin(c) * kPanelBytes;
+        const int beyond = chunks.end(c), base = chunks.base(c);
         Entries next = read_row(0);
         Words4 next_dy = read_dy(0);
         LS_ROLLED
@@ -86,7 +83,7 @@ dvalues_kernel(CudaDvalues p) {
                 const bool here = row.column < beyond;
                 const int count = count_ones(ballot(here));
                 places[lane % kAtOnce * kSteps + lane / kAtOnce] =
-                    here ? base + row.column * kPanelBytes : kNothing;
+                    here ? base + row.column * kPanelBytes : chunks.none();
                 sync_warp();
                 if (count) {
                     float sums[kSteps] = {};
@@ -94,7 +91,7 @@ dvalues_kernel(CudaDvalues p) {
                         const Words4 where = words_at(theirs + first);
                         Words4 x[4];
                         LS_UNROLL
-                        for (int i = 0; i < 4; ++i) x[i] = words_at(part + where.word[i]);
+                        for (int i = 0; i < 4; ++i) x[i] = chunks.read(where.word[i]);
                         LS_UNROLL
                         for (int j = 0; j < kEach; ++j) {
                             LS_UNROLL
@@ -115,7 +112,7 @@ dvalues_kernel(CudaDvalues p) {
             }
             if (lane == i) from = row.from;
         }
-        sync_block();
+        chunks.leave();
     }
 }
 
@@ -147,10 +144,12 @@ const char* launch_all(CudaDvalues p, const Device& device) {
             each * blocks / device.processors + (each * blocks % device.processors != 0);
         p.rows = wanted < kLanes ? wanted : kLanes;
         const int64_t groups = (each + p.rows - 1) / p.rows;
-        const Room room = room_of(p.in_features, 0, device);
+        const bool direct = reads_directly(p.kept, groups, p.in_features);
+        const Room room = room_of(direct ? 0 : p.in_features, 0, device);
+        const auto kernel = direct ? dvalues_kernel<T, true> : dvalues_kernel<T, false>;
         p.chunk = room.chunk;
-        const char* error = launch(dvalues_kernel<T>, groups * panels, p.networks, kPanelThreads,
-                                   room.shared, device, p);
+        const char* error =
+            launch(kernel, groups * panels, p.networks, kPanelThreads, room.shared, device, p);
         if (error) return error;
     }
     return launch(finish_kernel<T>, (p.kept.slots + kFinishThreads - 1) / kFinishThreads,

@@ -6,16 +6,16 @@ namespace lottery_sparse {
 namespace {
 
 // T: all numbers. kRows: rows of W that a warp keeps sums of.
-template <class T, int kRows>
-LS_GLOBAL(kPanelThreads, 1)
+template <class T, int kRows, bool kDirect>
+LS_GLOBAL(kPanelThreads, kDirect ? 2 : 1)
 compact_kernel(CudaCompact p) {
     constexpr int kEach = each_of<T>(), kBatch = panel_rows<T>();
     constexpr int kBlockRows = kRows * kPanelWarps;
     using Bits = typename T::Bits;
     const Walk at((p.batch + kBatch - 1) / kBatch);
     const int lane = at.lane;
-    const Chunks chunks(p.panels, (p.shared_x ? 0 : at.network * at.panels) + at.panel,
-                        p.in_features, p.chunk);
+    const Chunks<kDirect> chunks(p.panels, (p.shared_x ? 0 : at.network * at.panels) + at.panel,
+                                 p.in_features, p.chunk);
     const int64_t* const starts = p.kept.starts + at.network * (p.out_features + 1);
     const Columns columns(p.kept, at.network);
     const Bits* const values = static_cast<const Bits*>(p.values) + at.network * p.kept.slots;
@@ -23,7 +23,6 @@ compact_kernel(CudaCompact p) {
     // A lane reads two pairs of where and value at once, the second that of four entries further.
     unsigned char* const mine = pairs + ((lane / 8 * 4 + lane % 4) * 2 + lane / 4 % 2) * 8;
     const unsigned char* const theirs = pairs + lane / kReaders * 16;
-    const unsigned char* const part = shared_memory() + lane % kReaders * 16;
 
     // Lane i has where the warp's row i is in its entries.
     int from = 0, end = 0;
@@ -43,13 +42,11 @@ compact_kernel(CudaCompact p) {
     };
 
     float sums[kRows][kEach] = {};
-    if (thread_index() < kPanelBytes / 4)
-        reinterpret_cast<uint32_t*>(shared_memory() + kNothing)[thread_index()] = 0;
-    chunks.load(0);
+    chunks.start();
     LS_ROLLED
     for (int c = 0; c < chunks.count; ++c) {
         chunks.enter(c);
-        const int beyond = chunks.end(c), base = chunks.stage(c) - chunks.begin(c) * kPanelBytes;
+        const int beyond = chunks.end(c), base = chunks.base(c);
         Entries next = read_row(0);
         LS_UNROLL
         for (int i = 0; i < kRows; ++i) {
@@ -59,15 +56,14 @@ compact_kernel(CudaCompact p) {
             while (true) {
                 const bool here = row.column < beyond;
                 const int count = count_ones(ballot(here));
-                const uint32_t where = here ? base + row.column * kPanelBytes : kNothing;
+                const uint32_t where = here ? base + row.column * kPanelBytes : chunks.none();
                 const float value = here ? T::to_float(row.value) : 0.0f;
                 *reinterpret_cast<Words2*>(mine) = {{where, Float32::from_float(value)}};
                 sync_warp();
                 LS_ROLLED
                 for (int done = 0; done < count; done += 2 * kAtOnce) {
                     const Words4 two = words_at(theirs + done * 8);
-                    const Words4 x[2] = {words_at(part + two.word[0]),
-                                         words_at(part + two.word[2])};
+                    const Words4 x[2] = {chunks.read(two.word[0]), chunks.read(two.word[2])};
                     LS_UNROLL
                     for (int j = 0; j < 2 * kEach; ++j)
                         sums[i][j % kEach] =
@@ -81,7 +77,7 @@ compact_kernel(CudaCompact p) {
             }
             if (lane == i) from = row.from;
         }
-        sync_block();
+        chunks.leave();
     }
 
     // The four entries of a warp -> one lane for each row of x, then all rows together -> y.
@@ -130,12 +126,16 @@ const char* launch_rows(CudaCompact p, const Device& device) {
         return groups_of(rows) * panels * p.networks * 4 >= int64_t{3} * device.processors;
     };
     const int64_t rows = enough(kMost) ? kMost : enough(kSome) ? kSome : 1;
-    const Room room = room_of(p.in_features, kBatch * (rows * kPanelWarps + 1) * 4, device);
+    const bool direct = reads_directly(p.kept, groups_of(rows), p.in_features);
+    const int64_t used = direct ? 1 : rows;
+    const Room room =
+        room_of(direct ? 0 : p.in_features, kBatch * (used * kPanelWarps + 1) * 4, device);
     p.chunk = room.chunk;
-    const auto kernel = rows == kMost   ? compact_kernel<T, kMost>
-                        : rows == kSome ? compact_kernel<T, kSome>
-                                        : compact_kernel<T, 1>;
-    return launch(kernel, groups_of(rows) * panels, p.networks, kPanelThreads, room.shared, device,
+    const auto kernel = direct          ? compact_kernel<T, 1, true>
+                        : rows == kMost ? compact_kernel<T, kMost, false>
+                        : rows == kSome ? compact_kernel<T, kSome, false>
+                                        : compact_kernel<T, 1, false>;
+    return launch(kernel, groups_of(used) * panels, p.networks, kPanelThreads, room.shared, device,
                   p);
 }
 

@@ -5,8 +5,9 @@
 // memory from which each entry reads its column of x for all rows of x. So x is packed into panels,
 // 128 bytes of rows of x for each column: 8 lanes read them in one go without bank conflicts, and 4
 // entries of a row are four such reads. A block holds a chunk of the columns of a panel and takes
-// the entries of its rows that fall there, while the next chunk is on its way. Sums are in float,
-// in an order that is fixed: the same bits in every run.
+// the entries of its rows that fall there, while the next chunk is on its way; where so few entries
+// are left that chunks would be more bytes than they are, each reads from global memory. Sums are
+// in float, in an order that is fixed: the same bits in every run.
 #pragma once
 
 #include <cstdint>

@@ -54,21 +54,26 @@ struct Walk {
     }
 };
 
-// The columns of a panel, chunk by chunk, two at a time in shared memory.
+// Where entries read their columns of a panel: from shared memory, chunk by chunk, two at a time
+// there; or where few columns are read more than once (kDirect), from global memory.
+template <bool kDirect>
 struct Chunks {
     const unsigned char* panel;
     int64_t columns;
     int chunk, count;
+    int part;  // of this lane: bytes from the start of a column
 
     LS_MEMBER Chunks(const void* panels, int64_t which, int64_t of_columns, int64_t of_chunk) {
         columns = of_columns;
         chunk = static_cast<int>(of_chunk);
-        count = static_cast<int>((columns + chunk - 1) / chunk);
+        count = kDirect ? 1 : static_cast<int>((columns + chunk - 1) / chunk);
         panel = static_cast<const unsigned char*>(panels) + which * columns * kPanelBytes;
+        part = thread_index() % kReaders * 16;
     }
     LS_MEMBER int stage(int c) const { return kStages + c % 2 * chunk * kPanelBytes; }
     LS_MEMBER int begin(int c) const { return c * chunk; }
     LS_MEMBER int end(int c) const {
+        if (kDirect) return INT32_MAX;
         return c + 1 < count ? (c + 1) * chunk : static_cast<int>(columns);
     }
     LS_MEMBER void load(int c) const {
@@ -81,11 +86,28 @@ struct Chunks {
         }
         commit_copies();
     }
+    LS_MEMBER void start() const {
+        if (kDirect) return;
+        if (thread_index() < kPanelBytes / 4)
+            reinterpret_cast<uint32_t*>(shared_memory() + kNothing)[thread_index()] = 0;
+        load(0);
+    }
     // Begins the next one, and waits for this one.
     LS_MEMBER void enter(int c) const {
+        if (kDirect) return;
         load(c + 1);
         wait_copies<1>();
         sync_block();
+    }
+    LS_MEMBER void leave() const {
+        if (!kDirect) sync_block();
+    }
+    // Where column 0 would be while the warp is in a chunk; and where an entry that is none reads.
+    LS_MEMBER int base(int c) const { return kDirect ? 0 : stage(c) - begin(c) * kPanelBytes; }
+    LS_MEMBER uint32_t none() const { return kDirect ? UINT32_MAX : kNothing; }
+    LS_MEMBER Words4 read(uint32_t where) const {
+        if (!kDirect) return words_at(shared_memory() + part + where);
+        return where == UINT32_MAX ? Words4{} : words_at(panel + part + where);
     }
 };
 
@@ -109,6 +131,11 @@ struct Entries {
     int column;     // INT32_MAX: there is none
     uint32_t value;
 };
+
+// Whether so many groups of rows read more bytes as chunks than their entries do directly.
+bool reads_directly(const CudaKept& kept, int64_t groups, int64_t columns) {
+    return kept.slots < groups * columns && columns < INT32_MAX / kPanelBytes;
+}
 
 // Columns of a chunk, and bytes of shared memory, with `least` of them at least.
 struct Room {

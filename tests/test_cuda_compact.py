@@ -26,7 +26,7 @@ def rim(monkeypatch):
 
 def problem(form, n, k, batch, density, dtype, spare=3):
     """(x, values, lists, weight, dy, mask); spare slots hold NaN."""
-    networks = () if form == "single" else (3,)
+    networks = () if form == "single" else (2,)
     mask = torch.rand(*networks, n, k) < density
     lists = KeptLists.of(mask)
     lists = KeptLists.of(mask, lists.columns.shape[-1] + spare)
@@ -73,11 +73,20 @@ def verify(x, values, lists, weight, dy, mask, carry=True):
     return y, dx, dv
 
 
-@pytest.mark.usefixtures("thread_order")
+DENSITIES = pytest.mark.parametrize("density", [0.2, 0.03], ids=["from chunks", "directly"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_matches_float64(form, dtype):
-    verify(*problem(form, 17, 70, 37, 0.2, dtype))
+@DENSITIES
+def test_matches_float64(form, density, dtype):
+    verify(*problem(form, 17, 70, 33, density, dtype))
+
+
+@pytest.mark.usefixtures("thread_order")
+@DENSITIES
+def test_no_barrier_is_missing(density):
+    verify(*problem("single", 33, 50, 37, density, torch.float32))
 
 
 # (N, K, B): ones, none, around panels of 32 and 64, groups of 16 rows, windows of 32 entries
@@ -133,12 +142,13 @@ def test_numbers_beyond_sixteen_bits(width):
     torch.testing.assert_close(dx, x @ weight)
 
 
-def test_what_is_pruned_is_not_multiplied():
+@pytest.mark.parametrize("density", [1.0, 0.02])
+def test_what_is_pruned_is_not_multiplied(density):
     """An infinity in a column that nothing keeps reaches nothing."""
-    x, _, _, weight, dy, mask = problem("single", 6, 9, 3, 1.0, torch.float32)
-    mask[:, 4] = mask[2] = False
+    x, _, _, weight, dy, mask = problem("single", 6, 90, 3, density, torch.float32)
+    mask[:, 4] = mask[2] = mask[:, 0] = False
     lists, weight = KeptLists.of(mask), torch.where(mask, weight, 0)
-    x[:, 4], dy[:, 2] = torch.inf, torch.nan
+    x[:, [0, 4]], dy[:, 2] = torch.inf, torch.nan
     y, packed = kernels.compact_linear(x, weight[mask], None, weight, *lists, True)
     rest = weight[mask], weight, *lists, True, True, True, packed
     assert y.isfinite().all()

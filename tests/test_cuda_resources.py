@@ -38,6 +38,8 @@ def test_no_kernel_spills_and_every_block_has_its_registers(architecture):
         assert row["stack"] == row["spills"] == 0, name
         kernel, *rest = name.split()[1:]
         threads = THREADS.get(kernel) or int(rest[-1]) * 32
+        if kernel == "compact_kernel":  # two blocks, where entries are read directly
+            threads *= 1 + int(rest[-1])
         assert -(-row["registers"] // 8) * 8 * -(-threads // 128) * 128 <= 1 << 16, name
 
 

@@ -76,11 +76,10 @@ def refuses(op: str, *args: Any) -> str | None:
         effective, values = args[:2]
         tensors = {"effective": effective, "values": values}
     elif op == "compact_linear":
-        x, values, bias, *_, zero = args
+        x, values, bias, zero = *args[:3], args[9]
         tensors = {"x": x, "values": values, "bias": x if bias is None else bias}
     else:
-        dy, x, values, *_, zero, need_dx, _ = args
-        zero = zero or not need_dx
+        dy, x, values, zero = *args[:3], args[9] or not args[10]
         tensors = {"x": x, "dy": dy, "values": values}
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:

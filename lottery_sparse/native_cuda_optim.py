@@ -50,7 +50,8 @@ def sgd_step(
     position = refused(tensors, [], targets, lr)
     if position >= 0:
         return position
-    table = table_of(tensors, [], targets)
+    with torch.cuda.device_of(params[0]):
+        table = table_of(tensors, [], targets)
     if table.chunks:
         _ops.sgd_step(
             *_where(table, params[0], lr), momentum, dampening, weight_decay, nesterov, maximize,
@@ -90,7 +91,8 @@ def adam_step(
         return position
     rates = beta1, beta2, eps, weight_decay, decoupled, maximize
     if on_device(steps, params):
-        table = table_of(tensors, steps, targets)
+        with torch.cuda.device_of(params[0]):
+            table = table_of(tensors, steps, targets)
         held, rate = _rate(lr)
         factors = _ops.count_steps(
             table.numbers, table.steps, len(steps), held, rate, _log(beta1), _log(beta2)
@@ -112,7 +114,8 @@ def adam_step(
         some, held = tensors, targets
         if len(mine) < len(params):
             some, held = tuple([t[p] for p in mine] for t in tensors), targets.of(mine)
-        table = table_of(some, [], held)
+        with torch.cuda.device_of(params[0]):
+            table = table_of(some, [], held)
         if table.chunks:
             factors = -lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
             _ops.adam_step(*_where(table, params[0], lr), None, *factors, *rates)

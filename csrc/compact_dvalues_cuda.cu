@@ -18,7 +18,7 @@ LS_DEVICE float transpose_sum(float sums[kSteps], int lane) {
         LS_UNROLL
         for (int j = 0; j < width; ++j) {
             const float low = sums[j], up = sums[j + width];
-            sums[j] = (high ? up : low) + float_from_lane(high ? low : up, lane ^ width);
+            sums[j] = (high ? up : low) + float_across(high ? low : up, width);
         }
     }
     return sums[0];
@@ -34,13 +34,11 @@ dvalues_kernel(CudaDvalues p) {
                                  p.in_features, p.chunk);
     const int64_t* const starts = p.kept.starts + at.network * (p.out_features + 1);
     const Columns columns(p.kept, at.network);
-    float* const partial = p.partial + (at.panel * p.networks + at.network) * p.kept.slots;
-    const unsigned char* const dy =
-        static_cast<const unsigned char*>(p.dy_panels) +
-        (at.network * at.panels + at.panel) * p.out_features * kPanelBytes + lane % kReaders * 16;
+    const int entry_of_lane = lane % kReaders * kAtOnce + lane / kReaders;
+    float* const partial =
+        p.partial + (at.panel * p.networks + at.network) * p.kept.slots + entry_of_lane;
     uint32_t* const places = reinterpret_cast<uint32_t*>(shared_memory() + at.warp * kPairBytes);
     const uint32_t* const theirs = places + lane / kReaders * kSteps;
-    const int entry_of_lane = lane % kReaders * kAtOnce + lane / kReaders;
 
     int from = 0, end = 0;
     const int64_t own = row_of_warp(at.group, at.groups, lane, at.warp);
@@ -56,9 +54,15 @@ dvalues_kernel(CudaDvalues p) {
         const int begin = static_cast<int>(from_lane(from, i));
         return read(begin, static_cast<int>(from_lane(end, i)));
     };
-    const auto read_dy = [&](int i) -> Words4 {
-        const int64_t n = row_of_warp(at.group, at.groups, i, at.warp);
-        return n < p.out_features ? words_at(dy + n * kPanelBytes) : Words4{};
+    // dy of the warp's rows, one after the other
+    const int64_t rows_apart = at.groups * kPanelWarps * kPanelBytes;
+    const int64_t first_dy = row_of_warp(at.group, at.groups, 0, at.warp) * kPanelBytes;
+    const int64_t dy_bytes = p.out_features * kPanelBytes;
+    const unsigned char* const dy = static_cast<const unsigned char*>(p.dy_panels) +
+                                    (at.network * at.panels + at.panel) * dy_bytes +
+                                    lane % kReaders * 16;
+    const auto read_dy = [&](int64_t offset) -> Words4 {
+        return offset < dy_bytes ? words_at(dy + offset) : Words4{};
     };
 
     chunks.start();
@@ -67,7 +71,8 @@ dvalues_kernel(CudaDvalues p) {
         chunks.enter(c);
         const int beyond = chunks.end(c), base = chunks.base(c);
         Entries next = read_row(0);
-        Words4 next_dy = read_dy(0);
+        int64_t dy_at = first_dy;
+        Words4 next_dy = read_dy(dy_at);
         LS_ROLLED
         for (int i = 0; i < rows; ++i) {
             Entries row = next;
@@ -76,7 +81,8 @@ dvalues_kernel(CudaDvalues p) {
             for (int j = 0; j < kEach; ++j) factors[j] = number_of<T>(next_dy, j);
             if (i + 1 < rows) {
                 next = read_row(i + 1);
-                next_dy = read_dy(i + 1);
+                dy_at += rows_apart;
+                next_dy = read_dy(dy_at);
             }
             LS_ROLLED
             while (true) {
@@ -103,7 +109,7 @@ dvalues_kernel(CudaDvalues p) {
                     add(0);
                     if (count > 4 * kAtOnce) add(4);
                     const float sum = transpose_sum(sums, lane);
-                    if (entry_of_lane < count) partial[row.from + entry_of_lane] = sum;
+                    if (entry_of_lane < count) partial[row.from] = sum;
                 }
                 sync_warp();
                 row.from += count;

@@ -91,12 +91,12 @@ compact_kernel(CudaCompact p) {
         LS_UNROLL
         for (int j = 0; j < kEach / 2; ++j) {
             const float low = sums[i][j], up = sums[i][j + kEach / 2];
-            half[j] = (high ? up : low) + float_from_lane(high ? low : up, lane ^ 16);
+            half[j] = (high ? up : low) + float_across(high ? low : up, 16);
         }
         LS_UNROLL
         for (int j = 0; j < kEach / 4; ++j) {
             const float low = half[j], up = half[j + kEach / 4];
-            const float sum = (second ? up : low) + float_from_lane(second ? low : up, lane ^ 8);
+            const float sum = (second ? up : low) + float_across(second ? low : up, 8);
             out[(first + j) * kStride + i * kPanelWarps + at.warp] = sum;
         }
     }

@@ -189,6 +189,11 @@ LS_DEVICE uint32_t ballot(bool holds) {
     return __ballot_sync(0xFFFFFFFFu, holds);
 }
 
+// The same of the lane whose number differs in these bits.
+LS_DEVICE float float_across(float value, int bits) {
+    return __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+}
+
 LS_DEVICE int count_ones(uint32_t word) {
     return __popc(word);
 }

@@ -31,6 +31,9 @@ uint32_t stream(const uint16_t* p, uint64_t policy);
 
 uint32_t from_lane(uint32_t value, int lane);
 float float_from_lane(float value, int lane);
+inline float float_across(float value, int bits) {
+    return float_from_lane(value, thread_index() % 32 ^ bits);
+}
 inline float fused(float a, float b, float c) {
     return std::fma(a, b, c);
 }

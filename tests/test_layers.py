@@ -60,6 +60,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "compacting",
     },
+    "channels": {
+        "frozen",
+        "modules",
+        "compact_base",
+        "compact_layers",
+        "compacting",
+        "replicate",
+    },
     "step": {"backends", "compact", "compact_layers", "replicate"},
     "packed": {
         "compacting",

@@ -1,0 +1,455 @@
+"""drop_channels: a narrower model that computes and trains as a very sparse one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lottery_sparse.compact_base import Compact
+from lottery_sparse.compact_layers import COMPACT_TYPES
+from lottery_sparse.compacting import compact_
+from lottery_sparse.frozen import Held
+from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal
+from lottery_sparse.replicate import ELEMENTWISE, PER_IMAGE, _map, _parameter, _plain
+
+WEIGHTED = (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d, *COMPACT_TYPES.values())
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+# What these map from is <= 0 becomes 0 and gets no gradient.
+RECTIFIERS = (nn.ReLU, nn.ReLU6)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which channels of a model a narrower one has, and the way back.
+
+    Attributes:
+        outputs: layer name -> int64 [N'], its output channels in the model, ascending; for layers
+            with weights and batch norms.
+        inputs: layer name -> int64 [K'], its input channels, or features of a linear layer.
+        flop: of one input through the narrow model's linear and convolutional layers, run densely:
+            two per weight and position. That of a training step is three times as much.
+        flop_before: the same of the model.
+        training: the argument of `drop_channels`.
+    """
+
+    outputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    flop: int
+    flop_before: int
+    training: bool
+
+    @property
+    def flop_ratio(self) -> float:
+        """flop / flop_before, in (0, 1]."""
+        return self.flop / self.flop_before if self.flop_before else 1.0
+
+    def state_dict(self, model: nn.Module, narrow: nn.Module) -> dict[str, Tensor]:
+        """A state_dict of the model, with the narrow model's values where it has the channel.
+
+        Weights, masks, biases, running statistics. What belongs to dropped channels stays.
+
+        Raises:
+            ValueError: the narrow model was made for inference, or is not one of this model.
+        """
+        if not self.training:
+            raise ValueError(
+                "these channels are those of a model for inference, whose biases hold folded "
+                "constants; train one of ls.drop_channels(model, input, training=True)."
+            )
+        state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        for key, value in narrow.state_dict().items():
+            if key not in state:
+                raise ValueError(f"narrow holds {key}, which the model does not.")
+            name = key.rpartition(".")[0]
+            if value.dim() == 0 or name not in self.outputs:
+                state[key] = value.clone()
+                continue
+            at: Any = self.outputs[name].to(value.device)
+            if value.dim() > 1:
+                at = at[:, None], self.inputs[name].to(value.device)
+            if state[key][at].shape != value.shape:
+                raise ValueError(
+                    f"{key} of narrow has shape {tuple(value.shape)}, but these channels of the "
+                    f"model have {tuple(state[key][at].shape)}."
+                )
+            state[key][at] = value
+        return state
+
+    def restore_(self, model: nn.Module, narrow: nn.Module) -> nn.Module:
+        """Write what the narrow model has learnt into the model, in place; see `state_dict`.
+
+        Parameters keep their identity. Returns `model`.
+        """
+        model.load_state_dict(self.state_dict(model, narrow))
+        return model
+
+
+def drop_channels(
+    model: nn.Module, input: Tensor, training: bool = True
+) -> tuple[nn.Module, Channels]:
+    """A narrower model with the same outputs: without the channels that cannot matter.
+
+    A channel is dropped, with the weights into it and out of it,
+
+    1. if no kept weight of a channel that stays reads it;
+    2. if no kept weight leads to it and what the next layer then reads is 0 for good: the layer has
+       no bias, or one <= 0 that a ReLU follows, which gets no gradient. Behind a batch norm this
+       needs an input and a running mean of 0, and its bias takes that role;
+    3. `training=False` only: if no kept weight leads to it, whatever constant the next layer reads.
+       It goes into that layer's bias. Zeros around an image are not that constant, so before a
+       convolution with zero padding only constants of 0 go.
+
+    Both apply again to what they leave. A layer keeps at least one channel; the model's own inputs
+    and outputs stay. Names in the state_dict stay.
+
+    With `training`, what is dropped gets a gradient of exactly 0 in the model at every step, so the
+    narrow model trains as the model does, within rounding (nn.Dropout draws other numbers), under
+    any optimizer that starts without momentum and works element by element. Every weight of an
+    unmasked layer counts as kept. Weight decay would still shrink what is dropped, which no output
+    shows unless it carries a bias of rule 2 past 0, as the decay of torch.optim.Adam can (that of
+    AdamW, or of SGD at usual rates, cannot).
+
+    Without, the outputs are those of `model.eval()`, and every weight that is not 0 counts as kept.
+
+    Args:
+        model: an nn.Sequential (nested too) of linear, convolutional, masked and compact layers,
+            batch norms, elementwise modules, pooling, nn.Dropout2d and nn.Flatten; it is not
+            changed. Pruned weights hold zero, convolutions have one group.
+        input: [B, K] or [B, C, H, W]; only its shape is used.
+        training: whether the narrow model is to train.
+
+    Returns:
+        (narrow, channels): a new model with Parameters of its own, masked where `model` is masked
+        and compact where it is compact, and the way back, `channels.restore_(model, narrow)`.
+
+    Raises:
+        TypeError: a module that may mix channels, such as one with a forward of its own, named.
+        ValueError: groups, frozen values, or an input of another shape.
+    """
+    modules = list(_walk(model))
+    owners: dict[int, str] = {}
+    for name, module in modules:
+        _check(name, module, owners)
+    layers = _layers(modules, input, training)
+    stay = _staying(layers)
+    outputs, inputs = {}, {}
+    for layer, columns, rows in zip(layers, stay, stay[1:], strict=False):
+        outputs[layer.name] = rows.nonzero().squeeze(1)
+        inputs[layer.name] = columns.repeat_interleave(layer.spread).nonzero().squeeze(1)
+        for name, spread in layer.norms:
+            outputs[name] = rows.repeat_interleave(spread).nonzero().squeeze(1)
+    read = {layer.name: (layer, columns) for layer, columns in zip(layers, stay, strict=False)}
+    names = iter(name for name, _ in modules)
+
+    def narrowed(module: nn.Module) -> nn.Module:
+        name = next(names)
+        new = _sliced(module, outputs.get(name), inputs.get(name))
+        if name in read and not training:
+            layer, columns = read[name]
+            _add_to_bias(new, layer.constant(layer.settled & ~columns)[outputs[name]])
+        return compact_(new) if isinstance(module, Compact) else new
+
+    return _map(model, narrowed), Channels(
+        outputs,
+        inputs,
+        flop=sum(2 * len(outputs[x.name]) * len(inputs[x.name]) * x.uses for x in layers),
+        flop_before=sum(2 * x.reads.numel() * x.spread * x.uses for x in layers),
+        training=training,
+    )
+
+
+# ---- what a model is made of -------------------------------------------------------------------
+
+
+def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside nested Sequentials, in the order of `_map`; one used twice comes twice."""
+    if any((module._forward_hooks, module._forward_pre_hooks, "forward" in vars(module))):
+        raise TypeError(
+            f"{name or 'the model'} has a forward hook or a forward of its own, which may read any "
+            "channel; remove it first."
+        )
+    if type(module) is not nn.Sequential:
+        yield name, module
+        return
+    for key, child in module._modules.items():
+        assert child is not None
+        yield from _walk(child, f"{name}.{key}" if name else key)
+
+
+def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
+    name, kind = name or "the model", type(module)
+    if kind not in (*WEIGHTED, *NORMS, *ELEMENTWISE, *PER_IMAGE, nn.Dropout2d, nn.Flatten):
+        raise TypeError(
+            f"{name} is a {kind.__name__}, which may mix channels (a residual sum does); "
+            "drop_channels takes an nn.Sequential of linear and convolutional layers, batch norms, "
+            "pooling, activations and nn.Flatten: pass a part of the model that is one."
+        )
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        raise TypeError(f"{name} is a {module}; drop_channels takes one of dimensions 1 to -1.")
+    if getattr(module, "return_indices", False):
+        raise TypeError(f"{name} returns indices; drop_channels takes pooling without them.")
+    for parameter in module._parameters.values():
+        if parameter is not None and owners.setdefault(id(parameter), name) != name:
+            raise TypeError(
+                f"{name} shares a parameter with {owners[id(parameter)]}, so a channel of one is "
+                "a channel of both; drop_channels takes layers with parameters of their own."
+            )
+    if kind not in WEIGHTED:
+        return
+    if "weight" not in module._parameters:
+        raise TypeError(f"{name} computes its weight; remove the parametrization first.")
+    if getattr(module, "groups", 1) != 1:
+        raise ValueError(
+            f"{name} has groups={module.groups}; drop_channels takes convolutions of one group, "
+            "where any channel can go alone."
+        )
+    if isinstance(module, Masked):
+        if module.weight_mask.dim() > module.rank:
+            raise ValueError(f"{name} holds networks side by side; ls.select one first.")
+        if module.weight_frozen is not None:
+            raise ValueError(
+                f"{name} holds frozen values, which read every channel; drop_channels takes layers "
+                'whose pruned weights hold "zero".'
+            )
+    parameter = module._parameters["weight"]
+    assert parameter is not None
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
+
+
+class _Constants(NamedTuple):
+    """Numbers that no input of the model changes, per channel, or feature behind nn.Flatten."""
+
+    known: Tensor  # bool: this one is such a number
+    value: Tensor  # float64; 0 where not known
+    fixed: Tensor  # bool: training does not change it either
+
+    @classmethod
+    def none(cls, count: int) -> _Constants:
+        no = torch.zeros(count, dtype=torch.bool)
+        return cls(no, torch.zeros(count, dtype=torch.float64), no)
+
+
+@dataclass
+class _Layer:
+    """A layer with weights [N, K, ...], by channel: features of one channel are one."""
+
+    name: str
+    module: Any
+    spread: int  # features per input channel
+    uses: int  # of each [N, K] of the weight: kernel entries x positions
+    entering: _Constants  # [K]
+    settled: Tensor  # bool [K]: constants that need not enter
+    reads: Tensor  # bool [N, K]: kept weights at those that do
+    norms: list[tuple[str, int]]  # names of batch norms behind it, and their features per channel
+
+    def constant(self, which: Tensor) -> Tensor:
+        """What constants add to the outputs: float64 [N]."""
+        values = torch.where(which, self.entering.value, 0.0)
+        if not values.any():
+            return torch.zeros(len(self.reads), dtype=torch.float64)
+        return _by_channel(_effective(self.module).double(), self.spread).sum(2) @ values
+
+
+def _effective(module: Any) -> Tensor:
+    weight = module.effective_weight if isinstance(module, Masked) else module.weight
+    return weight.detach().cpu()
+
+
+def _by_channel(weight: Tensor, spread: int) -> Tensor:
+    """[N, K spread] or [N, K, kh, kw] as [N, K, entries]."""
+    return weight.flatten(2) if weight.dim() > 2 else weight.unflatten(1, (-1, spread))
+
+
+# ---- from the input on: what is constant -------------------------------------------------------
+
+
+def _layers(modules: list[tuple[str, nn.Module]], input: Tensor, training: bool) -> list[_Layer]:
+    if input.dim() not in (2, 4):
+        raise ValueError(f"input must be [B, K] or [B, C, H, W], got {tuple(input.shape)}.")
+    x = torch.empty((1, *input.shape[1:]), device="meta")
+    constants, spread = _Constants.none(x.shape[1]), 1
+    layers: list[_Layer] = []
+    for name, module in modules:
+        if type(module) in (*WEIGHTED, *NORMS):
+            _check_shape(name, module, x)
+        if type(module) in WEIGHTED:
+            layer, x = _layer(name, module, constants, spread, x, training)
+            layers.append(layer)
+            constants, spread = _leaving(layer), 1
+            continue
+        if isinstance(module, nn.Flatten):
+            new = x.flatten(1)
+            each = new.shape[1] // max(x.shape[1], 1)
+            constants = _Constants(*(t.repeat_interleave(each) for t in constants))
+            x, spread = new, spread * each
+        elif type(module) in PER_IMAGE:
+            if x.dim() != 4:
+                raise ValueError(f"{name} is a {type(module).__name__}, but gets {_shape(x)}.")
+            x = module(x)
+        elif type(module) in NORMS and layers:
+            layers[-1].norms.append((name, spread))
+        constants = _behind(module, constants, training)
+    return layers
+
+
+def _shape(x: Tensor) -> str:
+    return f"[{', '.join(['B', *map(str, x.shape[1:])])}]"
+
+
+def _check_shape(name: str, module: Any, x: Tensor) -> None:
+    spatial = isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    names = ("in_channels", "in_features", "num_features")
+    wanted = next(getattr(module, n) for n in names if hasattr(module, n))
+    if x.dim() != (4 if spatial else 2) or x.shape[1] != wanted:
+        raise ValueError(
+            f"{name or 'the model'} needs [B, {wanted}{', H, W' if spatial else ''}], but for this "
+            f"input it gets {_shape(x)}."
+        )
+
+
+def _layer(
+    name: str, module: Any, entering: _Constants, spread: int, x: Tensor, training: bool
+) -> tuple[_Layer, Tensor]:
+    """The layer, and its output for x, both on the meta device."""
+    known, value, fixed = (t.view(-1, spread) for t in entering)
+    # features of one channel stay or go together, and as one number
+    known = known.all(1) & (value == value[:, :1]).all(1)
+    entering = _Constants(known, torch.where(known, value[:, 0], 0.0), fixed.all(1))
+    zero = entering.known & (entering.value == 0)
+    weight = _effective(module)
+    if training:
+        settled = zero & entering.fixed
+        kept = module.weight_mask.cpu() if isinstance(module, Masked) else torch.ones_like(weight)
+    else:
+        settled, kept = zero if _pads_zeros(module) else entering.known, weight
+    reads = (_by_channel(kept, spread) != 0).any(2) & ~settled
+    uses = 1
+    if weight.dim() > 2:
+        like = torch.empty(weight.shape, device="meta")
+        x = F.conv2d(x, like, None, module.stride, module.padding, module.dilation)
+        uses = weight[0, 0].numel() * x[0, 0].numel()
+    else:
+        x = x.new_empty(1, len(weight))
+    return _Layer(name, module, spread, uses, entering, settled, reads, []), x
+
+
+def _pads_zeros(module: Any) -> bool:
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        return False
+    return any(module._reversed_padding_repeated_twice) and module.padding != "valid"
+
+
+def _leaving(layer: _Layer) -> _Constants:
+    """Outputs that nothing leads to: their bias, and what settled constants add."""
+    known, bias = ~layer.reads.any(1), layer.module.bias
+    value = layer.constant(layer.settled)
+    if bias is not None:
+        value = value + bias.detach().cpu().double()
+    trains = bias is not None and bias.requires_grad
+    return _Constants(known, torch.where(known, value, 0.0), known & (not trains))
+
+
+def _behind(module: Any, constants: _Constants, training: bool) -> _Constants:
+    """The constants behind a module without weights."""
+    known, value, fixed = constants
+    if type(module) in RECTIFIERS:
+        zero = known & (value <= 0)
+        return _Constants(known, _map_values(module, value), fixed | zero)
+    if type(module) in NORMS:
+        return _behind_norm(module, constants, training)
+    if isinstance(module, nn.AvgPool2d):
+        padding = module.padding if isinstance(module.padding, tuple) else (module.padding,)
+        if (any(padding) and module.count_include_pad) or module.divisor_override:
+            known = known & (value == 0)  # other numbers at the border, or another number
+    elif isinstance(module, nn.Dropout | nn.Dropout2d):
+        if training and module.p:  # other constants become 0 at times
+            known = known & (value == 0)
+    elif type(module) in ELEMENTWISE:
+        value = _map_values(module, value)
+    return _Constants(known, torch.where(known, value, 0.0), fixed)
+
+
+def _map_values(module: Any, value: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(value.clone())
+
+
+def _behind_norm(norm: Any, constants: _Constants, training: bool) -> _Constants:
+    """Training and evaluation must agree; in training the mean of a constant is only nearly it."""
+    known, value, fixed = constants
+    mean, var = (
+        (t if t is None else t.cpu().double()) for t in (norm.running_mean, norm.running_var)
+    )
+    weight, bias = (t if t is None else t.detach().cpu().double() for t in (norm.weight, norm.bias))
+    if training or mean is None:
+        known = known & (value == 0)
+        if mean is not None:
+            known = known & (mean == 0)
+        new = torch.zeros_like(value) if bias is None else bias
+        fixed = fixed & (bias is None or not norm.bias.requires_grad)
+    else:
+        new = F.batch_norm(value[None], mean, var, weight, bias, False, 0.0, norm.eps)[0]
+    return _Constants(known, torch.where(known, new, 0.0), fixed)
+
+
+# ---- from the output back: what is read --------------------------------------------------------
+
+
+def _staying(layers: list[_Layer]) -> list[Tensor]:
+    """Which input channels each layer keeps, and which outputs the last one: bool."""
+    if not layers:
+        return []
+    rows = torch.ones(len(layers[-1].reads), dtype=torch.bool)
+    stay = [rows]
+    for before, layer in zip([None, *layers[:-1]][::-1], layers[::-1], strict=True):
+        if before is None:
+            rows = torch.ones_like(layer.settled)
+        else:
+            rows = layer.reads[rows].any(0)
+            if not rows.any() and len(rows):  # no layer has 0 channels: the one that reads least
+                rows[before.reads.sum(1).argmin()] = True
+        stay.insert(0, rows)
+    return stay
+
+
+# ---- the narrow model --------------------------------------------------------------------------
+
+
+def _sliced(module: Any, rows: Tensor | None, columns: Tensor | None) -> nn.Module:
+    """A new module with these outputs and inputs, and Parameters and buffers of its own."""
+    new: Any = _plain(module)
+    if isinstance(new, Masked):
+        new._hold(Held())
+    for key, value in [*new._parameters.items(), *new._buffers.items()]:
+        if value is None:
+            continue
+        small = value.detach()
+        if rows is not None and small.dim():
+            small = small.index_select(0, rows.to(small.device))
+        if columns is not None and small.dim() > 1:
+            small = small.index_select(1, columns.to(small.device))
+        if key in new._parameters:
+            new._parameters[key] = _parameter(small.clone(), value)
+        else:
+            new._buffers[key] = normal(small.clone())
+    sizes = {"in": columns, "out": rows, "num": rows}
+    for name in ("in_channels", "in_features", "out_channels", "out_features", "num_features"):
+        indices = sizes[name.split("_")[0]]
+        if indices is not None and hasattr(new, name):
+            setattr(new, name, len(indices))
+    return new
+
+
+def _add_to_bias(layer: Any, constant: Tensor) -> None:
+    if not constant.any():
+        return
+    weight, bias = layer.weight, layer.bias
+    total = constant if bias is None else bias.detach().cpu().double() + constant
+    like = weight if bias is None else bias
+    layer.bias = _parameter(total.to(like.device, like.dtype), like)

@@ -60,13 +60,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "compacting",
     },
+    "channel_reads": {"modules", "compact_layers", "replicate"},
     "channels": {
         "frozen",
         "modules",
         "compact_base",
-        "compact_layers",
         "compacting",
         "replicate",
+        "channel_reads",
     },
     "step": {"backends", "compact", "compact_layers", "replicate"},
     "packed": {

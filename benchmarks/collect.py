@@ -27,7 +27,9 @@ class Rows:
         self.path, self.resume = path, resume
         self.machine, self.run = report.machine(), report.run(os.getloadavg()[0])
         stored = json.loads(path.read_text())["rows"] if path.is_file() else []
-        self.rows: dict[tuple, dict[str, Any]] = {_key(row): row for row in stored}
+        # a file that an older version wrote may hold rows without
+        kept = [row for row in stored if "commit" in row]
+        self.rows: dict[tuple, dict[str, Any]] = {_key(row): row for row in kept}
         self._seen: set[tuple] = set()
         self._saved = time.monotonic()
 

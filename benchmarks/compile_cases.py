@@ -5,6 +5,7 @@ A name says op, shapes and dtype; "product" in it asks for the matrix unit.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -134,4 +135,117 @@ def compact_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-CASES: dict[str, Callable[[], Any]] = {**linear_cases(), **compact_cases(), **supermask_cases()}
+def step_cases() -> dict[str, Callable[[], Any]]:
+    """A step of the optimizers: 4096 x 4096 at 5% kept, and its bias."""
+    n, k = 4096, 4096
+    params, grads, *states = (
+        [meta(n * k // 20, dtype=FP32), meta(n, dtype=FP32)] for _ in range(4)
+    )
+    starts, columns = meta(n + 1, dtype=torch.int64), meta(n * k // 20, dtype=torch.int16)
+    targets = [meta(n, k)], [starts], [columns], [0]
+    counts = [meta(dtype=FP32), meta(dtype=FP32)]
+    rates = 0.9, 0.999, 1e-8, 0.01
+    return {
+        "adam_step 4096x4096": call(
+            "adam_step", params, grads, *states, counts, *targets, 1e-3, *rates, True, False
+        ),
+        "sgd_step 4096x4096": call(
+            "sgd_step", params, grads, states[0], *targets, 0.1, 0.9, 0.0, 1e-4, True, False, False
+        ),
+    }
+
+
+def ternary_cases() -> dict[str, Callable[[], Any]]:
+    n, k = 28672, 8192
+    codes, scale = meta(n // 16, k // 16, 16, dtype=torch.int32), meta(n, dtype=FP32)
+    cases = {}
+    for batch, dtype in ((16, BF16), (64, BF16), (128, BF16), (512, BF16), (64, FP32)):
+        args = meta(batch, k, dtype=dtype), codes, scale, None, n, False
+        title = f"ternary_linear product 28672x8192 B{batch} {'bf16' if dtype == BF16 else 'fp32'}"
+        cases[title] = call("ternary_linear", *args)
+    # where the dense library multiplies: what writes its weight
+    args = meta(4096, k), meta(128, k // 16, 16, dtype=torch.int32), meta(2048), None, 2048, False
+    return cases | {"ternary_linear 2048x8192 B4096 bf16": call("ternary_linear", *args)}
+
+
+def kernels_of(op: str, *args: Any) -> Callable[[], Any]:
+    """A call that reads a result back at its end, which meta tensors do not have."""
+
+    def run() -> None:
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            call(op, *args)()
+
+    return run
+
+
+def small_cases() -> dict[str, Callable[[], Any]]:
+    mask, table = meta(4096, 4096, dtype=torch.bool), meta(2**15, dtype=torch.int32)
+    key = 2**24, 2**40, 2**31, 0
+    values, starts = meta(4096 * 410), meta(4097, dtype=torch.int64)
+    packed = meta(16, 4096), values, starts, bits(4096, 4096), None
+    selection = [meta(4096, 4096, dtype=FP32)], [mask], 2**20, 2**40, [2**31]
+    return {
+        "pack_mask 4096x4096": call("pack_mask", mask),
+        "unpack_mask 4096x4096": call("unpack_mask", bits(4096, 4096), 4096),
+        "random_words": call("random_words", *key, "meta"),
+        "random_signs": call("random_signs", *key, "meta"),
+        "random_normal": call("random_normal", *key, table, "meta"),
+        "bitmap_linear 4096x4096": call("bitmap_linear", *packed),
+        "keep_top 4096x4096": kernels_of("keep_top", *selection),
+    }
+
+
+def conv_cases() -> dict[str, Callable[[], Any]]:
+    """masked_conv2d and its backward: channels, pixels of a side, batch, kernel, stride, frozen."""
+    both = {
+        "zero 128 ch 32x32 B256 3x3 bf16": (128, 32, 256, 3, 1, BF16, "zero"),
+        "tensor 64 ch 32x32 B256 3x3 bf16": (64, 32, 256, 3, 1, BF16, "tensor"),
+        "signs 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "signs"),
+        "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
+        "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
+        "zero 8 of 64 ch 32x32 B60 3x3 bf16": (64, 32, 60, 3, 1, BF16, "zero", 8),
+    }
+    cases = {}
+    for title, arguments in both.items():
+        forward, backward = conv_case(*arguments)
+        name = f"masked_conv2d product {title}"
+        cases |= {name: forward, f"{name}, backward": backward}
+    return cases
+
+
+def conv_case(
+    channels: int,
+    side: int,
+    batch: int,
+    kernel: int,
+    stride: int,
+    dtype: torch.dtype,
+    source: str,
+    networks: int = 0,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """masked_conv2d and its backward; networks side by side share their x."""
+    lead, last = (networks,) if networks else (), torch.channels_last
+    x = meta(batch, channels, side, side, dtype=dtype).to(memory_format=last)
+    small = (side - 1) // stride + 1
+    dy = meta(*lead, batch, channels, small, small, dtype=dtype)
+    dy = dy if networks else dy.to(memory_format=last)
+    w = meta(*lead, channels, channels, kernel, kernel, dtype=dtype)
+    mask = bits(*lead, channels, channels * kernel**2)
+    sources = {"tensor": (w, None), "signs": (meta(*lead, dtype=dtype), mask)}
+    geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], 1
+    rest = *sources.get(source, (None, None)), *geometry
+    return (
+        call("masked_conv2d", x, w, mask, meta(*lead, channels, dtype=dtype), *rest),
+        call("masked_conv2d_backward", dy, x, w, mask, *rest, True, True),
+    )
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    **linear_cases(),
+    **compact_cases(),
+    **conv_cases(),
+    **supermask_cases(),
+    **step_cases(),
+    **ternary_cases(),
+    **small_cases(),
+}

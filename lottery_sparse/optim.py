@@ -1,30 +1,31 @@
-"""SGD, Adam and AdamW of torch.optim, with a step that is one call of a CPU kernel.
+"""SGD, Adam and AdamW of torch.optim, with a step that is one call of a kernel.
 
 Each is a subclass of torch's and takes its place: same arguments, same state, same hooks, same
 schedulers, state_dicts in both directions. `step` updates all contiguous float32 Parameters on the
-CPU in one call, which also writes the new values of compact Parameters (`ls.compact_`) into the
-dense effective weights of their layers. Spare slots of compact Parameters are not touched.
+CPU in one call, and those of each device and dtype (float16 and bfloat16, too) on CUDA in one
+launch. It also writes the new values of compact Parameters (`ls.compact_`) into the dense effective
+weights of their layers. Spare slots of compact Parameters are not touched.
 
-What the kernel does not take goes through torch's own step: other devices and dtypes, sparse
-gradients, subclasses of Tensor, amsgrad, capturable, differentiable, tensors as hyperparameters,
-gradient scaling inside a fused step, any backend but "cpu" if one is forced. Under torch.compile
-a step runs as it is, outside the graph: a compiled function that takes steps breaks its graph there
-and goes on, and with fullgraph=True it fails (compile the loss alone, and step outside).
+On CUDA a step can be captured in a graph: SGD as it is, Adam with `capturable` or `fused`, where
+one more launch counts the steps; `lr` may then be a float32 tensor on the device.
+
+What the kernels do not take goes through torch's own step: other devices and dtypes, sparse
+gradients, subclasses of Tensor, amsgrad, differentiable, other tensors as hyperparameters, gradient
+scaling inside a fused step, any backend but "cpu" and "triton" if one is forced. Under
+torch.compile a step runs as it is, outside the graph: a compiled function that takes steps breaks
+its graph there and goes on, and with fullgraph=True it fails (compile the loss alone, and step
+outside).
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
-from torch.nn import Parameter
 from torch.optim.optimizer import (
     Optimizer,
     _get_scalar_dtype,
@@ -33,7 +34,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact
-from lottery_sparse.ops import compact as products
+from lottery_sparse.optim_plan import Call, GroupPlan, Plan, op_of
 
 
 def _unhooked(step: Any) -> Callable:
@@ -73,113 +74,7 @@ def _hooked(step: Callable) -> Callable:
     return run
 
 
-@dataclass
-class _Plan:
-    """What is known of a group's Parameters from one step to the next."""
-
-    params: list[Tensor]
-    layers: list[list[weakref.ref]]  # per Parameter: the compact layers that hold it
-    refused: list[bool]  # per Parameter: the kernel does not take it
-    registrations: int
-
-    @classmethod
-    def of(cls, params: list[Tensor], optimizer: Any) -> _Plan:
-        registrations = compact.registrations()
-        layers = []
-        for parameter in params:
-            holders = compact.holders_of(parameter)
-            if holders:
-                compact.note_optimizer(parameter, optimizer)
-            layers.append([weakref.ref(holder) for holder in holders])
-        twice = len(set(map(id, params))) < len(params)
-        return cls(list(params), layers, [twice or not _may_take(p) for p in params], registrations)
-
-    def refuse(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Remembers what the kernel did not take."""
-        for parameter in parameters:
-            self.refused[next(i for i, p in enumerate(self.params) if p is parameter)] = True
-        return parameters
-
-    def holds(self, params: list[Tensor]) -> bool:
-        return (
-            self.registrations == compact.registrations()
-            and len(self.params) == len(params)
-            and all(map(is_, self.params, params))
-        )
-
-
-def _may_take(parameter: Tensor) -> bool:
-    return (
-        type(parameter) in (Parameter, Tensor)
-        and parameter.device.type == "cpu"
-        and parameter.dtype == torch.float32
-        and parameter.layout == torch.strided
-        and parameter.is_contiguous()
-    )
-
-
-_NONE = torch.empty(0)
-
-
-class _Call:
-    """The tensors of one call of the kernel, Parameter by Parameter."""
-
-    __slots__ = ("columns", "effective", "grads", "layers", "owners", "params", "starts", "states")
-
-    def __init__(self, states: int) -> None:
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.states: tuple[list[Tensor], ...] = tuple([] for _ in range(states))
-        self.effective: list[Tensor] = []
-        self.starts: list[Tensor] = []
-        self.columns: list[Tensor] = []
-        self.owners: list[int] = []  # position of each target's Parameter
-        self.layers: list[Any] = []
-
-    def add_targets(self, references: list[weakref.ref]) -> None:
-        """Those of the Parameter that was added last."""
-        parameter, owner = self.params[-1], len(self.params) - 1
-        for reference in references:
-            layer: Any = reference()
-            # the dicts of nn.Module, which are quicker than its attributes
-            if layer is None or layer._parameters.get("weight") is not parameter:
-                continue
-            buffers = layer._buffers
-            # without an effective weight, a target only says which slots are kept
-            self.effective.append(_NONE if layer.lags else buffers["weight_effective"])
-            self.starts.append(buffers["kept_starts"])
-            self.columns.append(buffers["kept_columns"])
-            self.owners.append(owner)
-            self.layers.append(layer)
-
-    def drop(self, position: int) -> Tensor:
-        """Takes one Parameter out."""
-        for tensors in (self.grads, *self.states):
-            del tensors[position : position + 1]  # SGD without momentum has no state
-        for t in reversed(range(len(self.owners))):
-            if self.owners[t] == position:
-                for held in (self.effective, self.starts, self.columns, self.owners, self.layers):
-                    del held[t]
-            elif self.owners[t] > position:
-                self.owners[t] -= 1
-        return self.params.pop(position)
-
-    def run(self, op: Callable, options: tuple[Any, ...]) -> list[Tensor]:
-        """Calls the kernel; returns the Parameters that it does not take."""
-        refused = []
-        while self.params:
-            position = op(
-                self.params, self.grads, *self.states, self.effective, self.starts, self.columns,
-                self.owners, *options,
-            )  # fmt: skip
-            if position < 0:
-                torch.autograd.graph.increment_version(self.params + self.effective)
-                for layer, owner in zip(self.layers, self.owners, strict=True):
-                    if not layer.lags:
-                        object.__setattr__(layer, "fresh_version", self.params[owner]._version)
-                break
-            refused.append(self.drop(position))
-        return refused
+_WITH_KERNELS = (None, "cpu", "triton")  # backends that may be forced
 
 
 class _KernelStep:
@@ -188,13 +83,13 @@ class _KernelStep:
     state: Any
     param_groups: list[dict[str, Any]]
     _torch_step: Callable
-    _plans: tuple[_Plan | None, ...] = ()
+    _plans: tuple[GroupPlan | None, ...] = ()
 
-    def _plain(self, group: dict[str, Any]) -> bool:
+    def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
         """Whether the kernel knows what the group's options ask for."""
         raise NotImplementedError
 
-    def _step_plan(self, plan: _Plan, group: dict[str, Any]) -> list[Tensor]:
+    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
         """Steps what the kernel takes; returns the other Parameters."""
         raise NotImplementedError
 
@@ -211,20 +106,25 @@ class _KernelStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._kernel_runs():
+        forced = backends.forced()
+        # a GradScaler leaves these for fused steps
+        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
+        if scaled or forced not in _WITH_KERNELS:
             self._step_by_torch(self.param_groups)
             return loss
         was_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
         try:
-            left = [rest for i in range(len(self.param_groups)) for rest in self._step_group(i)]
+            left = []
+            for i in range(len(self.param_groups)):
+                left += self._step_group(i, forced)
         finally:
             torch.set_grad_enabled(was_enabled)
-        if left and backends.forced():
+        if left and forced:
             raise RuntimeError(
-                f"{type(self).__name__}.step cannot run on the forced backend cpu for "
-                f"{sum(len(group['params']) for group in left)} of the Parameters; it takes "
-                "contiguous float32 tensors on the CPU and numbers as options."
+                f"{type(self).__name__}.step cannot run on the forced backend {forced} "
+                f"for {sum(len(group['params']) for group in left)} of the Parameters; it takes "
+                "contiguous float32 tensors on its device and numbers as options."
             )
         if left:
             self._step_by_torch(left)
@@ -232,24 +132,20 @@ class _KernelStep:
 
     step = _hooked(step)
 
-    def _kernel_runs(self) -> bool:
-        # a GradScaler leaves these for fused steps
-        scaled = "grad_scale" in self.__dict__ or "found_inf" in self.__dict__
-        return not scaled and backends.forced() in (None, "cpu") and backends.built("cpu")
-
-    def _step_group(self, i: int) -> list[dict[str, Any]]:
-        """Steps what the kernel takes; the other Parameters come back as a group."""
+    def _step_group(self, i: int, forced: str | None) -> list[dict[str, Any]]:
+        """Steps what the kernels take; the other Parameters come back as a group."""
         group = self.param_groups[i]
         params = group["params"]
-        if not self._plain(group):
-            return [group]
         if len(self._plans) != len(self.param_groups):
             self._plans = (None,) * len(self.param_groups)
         plan = self._plans[i]
-        if plan is None or not plan.holds(params):
-            plan = _Plan.of(params, self)
+        if plan is None or not plan.holds(params, forced):
+            plan = GroupPlan.of(params, self, forced)
             self._plans = (*self._plans[:i], plan, *self._plans[i + 1 :])
-        rest = self._step_plan(plan, group)
+        rest = []
+        for part in plan.plans:
+            plain = part.backend is not None and self._plain(group, part.backend)
+            rest += self._step_plan(part, group) if plain else part.params
         return [dict(group, params=rest)] if rest else []
 
     def _step_by_torch(self, groups: list[dict[str, Any]]) -> None:
@@ -269,6 +165,11 @@ def _numbers(*values: Any) -> bool:
     return not any(isinstance(value, Tensor) for value in values)
 
 
+def _is_rate(lr: Any, backend: str | None) -> bool:
+    """Whether the kernel reads such a learning rate: a number, or on CUDA a tensor."""
+    return not isinstance(lr, Tensor) or (backend == "triton" and lr.dtype == torch.float32)
+
+
 class SGD(_KernelStep, torch.optim.SGD):
     """Stochastic gradient descent, torch.optim.SGD with a quicker step.
 
@@ -284,12 +185,14 @@ class SGD(_KernelStep, torch.optim.SGD):
 
     _torch_step = _unhooked(torch.optim.SGD.step)
 
-    def _plain(self, group: dict[str, Any]) -> bool:
-        return not group["differentiable"] and _numbers(group["lr"], group["weight_decay"])
+    def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
+        if group["differentiable"] or not _numbers(group["weight_decay"]):
+            return False
+        return _is_rate(group["lr"], backend)
 
-    def _step_plan(self, plan: _Plan, group: dict[str, Any]) -> list[Tensor]:
+    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
         momentum = group["momentum"]
-        calls = _Call(1), _Call(1)  # with a momentum buffer, and in their first step
+        calls = Call(1), Call(1)  # with a momentum buffer, and in their first step
         rest = []
         for parameter, layers, refused in zip(plan.params, plan.layers, plan.refused, strict=True):
             grad = parameter.grad
@@ -315,7 +218,7 @@ class SGD(_KernelStep, torch.optim.SGD):
         for first, call in enumerate(calls):
             if not call.params:
                 continue
-            refused = call.run(_op("sgd_step"), (*options, bool(first)))
+            refused = call.run(op_of("sgd_step", plan.backend), (*options, bool(first)))
             rest += plan.refuse(refused)
             if first:
                 for parameter, buffer in zip(call.params, call.states[0], strict=True):
@@ -324,13 +227,17 @@ class SGD(_KernelStep, torch.optim.SGD):
 
 
 class _AdamStep(_KernelStep):
-    def _plain(self, group: dict[str, Any]) -> bool:
-        if group["amsgrad"] or group["capturable"] or group["differentiable"]:
+    def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
+        if group["amsgrad"] or group["differentiable"]:
             return False
-        return _numbers(group["lr"], group["weight_decay"], *group["betas"])
+        if group["capturable"] and backend == "cpu":
+            return False
+        if not (group["capturable"] or group["fused"] or _numbers(group["lr"])):
+            return False
+        return _is_rate(group["lr"], backend) and _numbers(group["weight_decay"], *group["betas"])
 
-    def _step_plan(self, plan: _Plan, group: dict[str, Any]) -> list[Tensor]:
-        call, state = _Call(3), self.state
+    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
+        call, state = Call(3), self.state
         params, grads, (first, second, steps) = call.params, call.grads, call.states
         rest = []
         for parameter, layers, refused in zip(plan.params, plan.layers, plan.refused, strict=True):
@@ -342,7 +249,12 @@ class _AdamStep(_KernelStep):
                 continue
             held = state[parameter]
             if not held:
-                held["step"] = torch.zeros((), dtype=_get_scalar_dtype(group["fused"]))
+                beside = group["capturable"] or group["fused"]
+                held["step"] = torch.zeros(
+                    (),
+                    dtype=_get_scalar_dtype(group["fused"]),
+                    device=parameter.device if beside else "cpu",
+                )
                 held["exp_avg"] = torch.zeros_like(parameter)
                 held["exp_avg_sq"] = torch.zeros_like(parameter)
             params.append(parameter)
@@ -357,7 +269,7 @@ class _AdamStep(_KernelStep):
                 group["lr"], *group["betas"], group["eps"], group["weight_decay"],
                 group["decoupled_weight_decay"], group["maximize"],
             )  # fmt: skip
-            rest += plan.refuse(call.run(_op("adam_step"), options))
+            rest += plan.refuse(call.run(op_of("adam_step", plan.backend), options))
         return rest
 
 
@@ -390,11 +302,3 @@ class AdamW(_AdamStep, torch.optim.AdamW):
     """
 
     _torch_step = _unhooked(torch.optim.AdamW.step)
-
-
-@functools.cache
-def _op(name: str) -> Callable:
-    """An op of the kernel library, in the quickest form that was built."""
-    if products.has_node():  # then _eager is loaded
-        return getattr(torch.ops.lottery_sparse_eager, name).default
-    return getattr(backends.load("cpu"), name)

@@ -176,7 +176,7 @@ OPTIMIZERS = {
     "Adam-fused": (torch.optim.Adam, {"lr": 0.01, "fused": True}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
     "AdamW-fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
-    "RMSprop": (torch.optim.RMSprop, {"lr": 0.001, "momentum": 0.9, "centered": True}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.001, "momentum": 0.9, "centered": True, "eps": 1e-3}),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
 }
 

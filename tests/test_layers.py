@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compacting",
         "packed",
     },
-    "optim": {"backends", "compact", "ops"},
+    "optim_plan": {"backends", "compact", "ops"},
+    "optim": {"backends", "compact", "optim_plan"},
     "replicate": {
         "reference",
         "frozen",

@@ -151,7 +151,7 @@ def compact_linear(
     zero: bool,
 ) -> tuple[Tensor, Tensor]:
     """By the dense library, and nothing to carry to the backward."""
-    w = _filled(values, effective, starts, columns, zero)
+    w = filled(values, effective, starts, columns, zero)
     return reference.linear(x, w, bias), x.new_empty(0)
 
 
@@ -173,7 +173,7 @@ def compact_linear_backward(
     """dx by the dense library; dvalues by a kernel that computes tiles of dW, or gathers it."""
     dv = x.new_empty(0)
     sample = need_dv and values.numel() <= MAX_DENSITY_SAMPLED * effective.numel()
-    w = _filled(values, effective, starts, columns, zero) if need_dx else effective
+    w = filled(values, effective, starts, columns, zero) if need_dx else effective
     dx, dw = reference.linear_backward(dy, x, w, need_dx, need_dv and not sample)
     if sample:
         dv = sampled(dy, x, values, starts, columns)
@@ -233,9 +233,10 @@ def _move(dense: Tensor, values: Tensor, starts: Tensor, columns: Tensor, gather
     return values
 
 
-def _filled(
+def filled(
     values: Tensor, effective: Tensor, starts: Tensor, columns: Tensor, zero: bool
 ) -> Tensor:
+    """The effective weight, in the dtype of the product."""
     if reference.may_lag(effective, starts, zero):  # on a CPU only, in the interpreter
         return reference.kept_weight(values, effective, starts, columns)
-    return effective
+    return effective.to(values.dtype)

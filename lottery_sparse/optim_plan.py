@@ -1,0 +1,163 @@
+"""What the steps of `optim` know from one call to the next, and the tensors of a call."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lottery_sparse import backends, compact
+from lottery_sparse.ops import compact as products
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Plan:
+    """Parameters of a group that one call of a kernel steps."""
+
+    backend: str | None  # "cpu", "triton"; None: torch's own step
+    params: list[Tensor]
+    layers: list[list[weakref.ref]]  # per Parameter: the compact layers that hold it
+    refused: list[bool]  # per Parameter: the kernel does not take it
+
+    def refuse(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Remembers what the kernel did not take."""
+        for parameter in parameters:
+            self.refused[next(i for i, p in enumerate(self.params) if p is parameter)] = True
+        return parameters
+
+
+@dataclass
+class GroupPlan:
+    """The Parameters of a group, by what steps them."""
+
+    params: list[Tensor]
+    plans: list[Plan]
+    forced: str | None
+    registrations: int
+
+    @classmethod
+    def of(cls, params: list[Tensor], optimizer: Any, forced: str | None) -> GroupPlan:
+        registrations = compact.registrations()
+        twice = len(set(map(id, params))) < len(params)
+        plans: dict[Any, Plan] = {}
+        for parameter in params:
+            holders = compact.holders_of(parameter)
+            if holders:
+                compact.note_optimizer(parameter, optimizer)
+            backend = None if twice else _backend_of(parameter, forced, bool(holders))
+            key = backend and (backend, parameter.device, parameter.dtype)
+            plan = plans.setdefault(key, Plan(backend, [], [], []))
+            plan.params.append(parameter)
+            plan.layers.append([weakref.ref(holder) for holder in holders])
+            plan.refused.append(backend is None)
+        return cls(list(params), list(plans.values()), forced, registrations)
+
+    def holds(self, params: list[Tensor], forced: str | None) -> bool:
+        return (
+            self.registrations == compact.registrations()
+            and self.forced == forced
+            and len(self.params) == len(params)
+            and all(map(is_, self.params, params))
+        )
+
+
+def _backend_of(parameter: Tensor, forced: str | None, kept: bool) -> str | None:
+    """The backend whose kernel steps the Parameter, if its tensors turn out to fit.
+
+    On a GPU, dense Parameters are left to torch until a run has shown that ours is faster; kept
+    ones are ours, since their new values go on into the effective weight.
+    """
+    if not (
+        type(parameter) in (Parameter, Tensor)
+        and parameter.layout == torch.strided
+        and parameter.is_contiguous()
+    ):
+        return None
+    kind, dtype = parameter.device.type, parameter.dtype
+    if forced is None and kind != "cpu" and not kept:
+        return None
+    name = forced or ("cpu" if kind == "cpu" else "triton")
+    devices, narrow = backends.BACKENDS[name].devices, name == "triton" and dtype in _HALVES
+    fits = kind in devices and (dtype == torch.float32 or narrow)
+    return name if fits and backends.built(name) else None
+
+
+_NONE = torch.empty(0)
+
+
+class Call:
+    """The tensors of one call of a kernel, Parameter by Parameter."""
+
+    __slots__ = ("columns", "effective", "grads", "layers", "owners", "params", "starts", "states")
+
+    def __init__(self, states: int) -> None:
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: tuple[list[Tensor], ...] = tuple([] for _ in range(states))
+        self.effective: list[Tensor] = []
+        self.starts: list[Tensor] = []
+        self.columns: list[Tensor] = []
+        self.owners: list[int] = []  # position of each target's Parameter
+        self.layers: list[Any] = []
+
+    def add_targets(self, references: list[weakref.ref]) -> None:
+        """Those of the Parameter that was added last."""
+        parameter, owner = self.params[-1], len(self.params) - 1
+        for reference in references:
+            layer: Any = reference()
+            # the dicts of nn.Module, which are quicker than its attributes
+            if layer is None or layer._parameters.get("weight") is not parameter:
+                continue
+            buffers = layer._buffers
+            # without an effective weight, a target only says which slots are kept
+            self.effective.append(_NONE if layer.lags else buffers["weight_effective"])
+            self.starts.append(buffers["kept_starts"])
+            self.columns.append(buffers["kept_columns"])
+            self.owners.append(owner)
+            self.layers.append(layer)
+
+    def drop(self, position: int) -> Tensor:
+        """Takes one Parameter out."""
+        for tensors in (self.grads, *self.states):
+            del tensors[position : position + 1]  # SGD without momentum has no state
+        for t in reversed(range(len(self.owners))):
+            if self.owners[t] == position:
+                for held in (self.effective, self.starts, self.columns, self.owners, self.layers):
+                    del held[t]
+            elif self.owners[t] > position:
+                self.owners[t] -= 1
+        return self.params.pop(position)
+
+    def run(self, op: Callable, options: tuple[Any, ...]) -> list[Tensor]:
+        """Calls the kernel; returns the Parameters that it does not take."""
+        refused = []
+        while self.params:
+            position = op(
+                self.params, self.grads, *self.states, self.effective, self.starts, self.columns,
+                self.owners, *options,
+            )  # fmt: skip
+            if position < 0:
+                torch.autograd.graph.increment_version(self.params + self.effective)
+                for layer, owner in zip(self.layers, self.owners, strict=True):
+                    if not layer.lags:
+                        object.__setattr__(layer, "fresh_version", self.params[owner]._version)
+                break
+            refused.append(self.drop(position))
+        return refused
+
+
+@functools.cache
+def op_of(name: str, backend: str) -> Callable:
+    """An op of a backend, the one of the kernel library in the quickest form that was built."""
+    if backend == "cpu" and products.has_node():  # then _eager is loaded
+        return getattr(torch.ops.lottery_sparse_eager, name).default
+    return getattr(backends.load(backend), name)

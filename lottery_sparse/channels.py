@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lottery_sparse.channel_reads import NORMS, WEIGHTED, layers_of, staying
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_
-from lottery_sparse.frozen import Held
-from lottery_sparse.modules import Masked, normal
-from lottery_sparse.replicate import ELEMENTWISE, PER_IMAGE, _map, _parameter, _plain
+from lottery_sparse.modules import Masked
+from lottery_sparse.replicate import ELEMENTWISE, PER_IMAGE, _map, _networks, _parameter, _plain
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,25 @@ class Channels:
                 "constants; train one of ls.drop_channels(model, input, training=True)."
             )
         state = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        for key, value in narrow.state_dict().items():
-            if key not in state:
-                raise ValueError(f"narrow holds {key}, which the model does not.")
-            name = key.rpartition(".")[0]
-            if value.dim() == 0 or name not in self.outputs:
-                state[key] = value.clone()
-                continue
-            at: Any = self.outputs[name].to(value.device)
-            if value.dim() > 1:
-                at = at[:, None], self.inputs[name].to(value.device)
-            if state[key][at].shape != value.shape:
+        small = narrow.state_dict()
+        if other := sorted(state.keys() ^ small.keys()):
+            raise ValueError(
+                f"narrow and model must have the same entries, but only one has {other[0]}; make "
+                "both masked or both dense (ls.sparsify_, ls.densify_)."
+            )
+        for key, value in small.items():
+            whole, name = state[key], key.rpartition(".")[0]
+            at: Any = ...
+            if value.dim() and name in self.outputs:
+                at = self.outputs[name].to(whole.device)
+            if value.dim() > 1 and name in self.inputs:
+                at = at[:, None], self.inputs[name].to(whole.device)
+            if whole[at].shape != value.shape:
                 raise ValueError(
                     f"{key} of narrow has shape {tuple(value.shape)}, but these channels of the "
-                    f"model have {tuple(state[key][at].shape)}."
+                    f"model have {tuple(whole[at].shape)}; pass the model that narrow came with."
                 )
-            state[key][at] = value
+            whole[at] = value.to(whole)
         return state
 
     def restore_(self, model: nn.Module, narrow: nn.Module) -> nn.Module:
@@ -82,6 +85,8 @@ class Channels:
         return model
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def drop_channels(
     model: nn.Module, input: Tensor, training: bool = True
 ) -> tuple[nn.Module, Channels]:
@@ -125,6 +130,8 @@ def drop_channels(
         ValueError: groups, frozen values, or an input of another shape.
     """
     modules = list(_walk(model))
+    if any(_networks(module) is not None for _, module in modules):
+        raise ValueError("model holds networks side by side (ls.replicate); ls.select one first.")
     owners: dict[int, str] = {}
     for name, module in modules:
         _check(name, module, owners)
@@ -145,7 +152,10 @@ def drop_channels(
         if name in read and not training:
             layer, columns = read[name]
             _add_to_bias(new, layer.constant(layer.settled & ~columns)[outputs[name]])
-        return compact_(new) if isinstance(module, Compact) else new
+        if isinstance(module, Compact):
+            vars(new).pop("products", None)  # what was quicker at another size
+            compact_(new)
+        return new
 
     return _map(model, narrowed), Channels(
         outputs,
@@ -158,13 +168,16 @@ def drop_channels(
 
 # ---- what a model is made of -------------------------------------------------------------------
 
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules inside nested Sequentials, in the order of `_map`; one used twice comes twice."""
-    if any((module._forward_hooks, module._forward_pre_hooks, "forward" in vars(module))):
+    hooks = (getattr(module, f"_{kind}_hooks") for kind in _HOOKS)
+    if any((*hooks, "forward" in vars(module))):
         raise TypeError(
-            f"{name or 'the model'} has a forward hook or a forward of its own, which may read any "
-            "channel; remove it first."
+            f"{name or 'the model'} has a hook or a forward of its own, which may read any channel; "
+            "remove it first."
         )
     if type(module) is not nn.Sequential:
         yield name, module
@@ -178,7 +191,7 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
     name, kind = name or "the model", type(module)
     if kind not in (*WEIGHTED, *NORMS, *ELEMENTWISE, *PER_IMAGE, nn.Dropout2d, nn.Flatten):
         raise TypeError(
-            f"{name} is a {kind.__name__}, which may mix channels (a residual sum does); "
+            f"{name} is a {kind.__name__}, which may mix channels, for all that is known of it; "
             "drop_channels takes an nn.Sequential of linear and convolutional layers, batch norms, "
             "pooling, activations and nn.Flatten: pass a part of the model that is one."
         )
@@ -186,12 +199,18 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
         raise TypeError(f"{name} is a {module}; drop_channels takes one of dimensions 1 to -1.")
     if getattr(module, "return_indices", False):
         raise TypeError(f"{name} returns indices; drop_channels takes pooling without them.")
-    for parameter in module._parameters.values():
-        if parameter is not None and owners.setdefault(id(parameter), name) != name:
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if owners.setdefault(id(tensor), name) != name:
             raise TypeError(
-                f"{name} shares a parameter with {owners[id(parameter)]}, so a channel of one is "
-                "a channel of both; drop_channels takes layers with parameters of their own."
+                f"{name} shares its {key} with {owners[id(tensor)]}, so a channel of one is a "
+                "channel of both; drop_channels takes layers with tensors of their own."
             )
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise TypeError(f"{key} of {name} has a hook, which may change any gradient; remove it.")
     if kind not in WEIGHTED:
         return
     if "weight" not in module._parameters:
@@ -202,17 +221,11 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
             "where any channel can go alone."
         )
     if isinstance(module, Masked):
-        if module.weight_mask.dim() > module.rank:
-            raise ValueError(f"{name} holds networks side by side; ls.select one first.")
         if module.weight_frozen is not None:
             raise ValueError(
                 f"{name} holds frozen values, which read every channel; drop_channels takes layers "
                 'whose pruned weights hold "zero".'
             )
-    parameter = module._parameters["weight"]
-    assert parameter is not None
-    if parameter.is_meta:
-        raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
 
 
 # ---- the narrow model --------------------------------------------------------------------------
@@ -221,20 +234,20 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
 def _sliced(module: Any, rows: Tensor | None, columns: Tensor | None) -> nn.Module:
     """A new module with these outputs and inputs, and Parameters and buffers of its own."""
     new: Any = _plain(module)
-    if isinstance(new, Masked):
-        new._hold(Held())
     for key, value in [*new._parameters.items(), *new._buffers.items()]:
         if value is None:
             continue
-        small = value.detach()
+        small = value.clone()
         if rows is not None and small.dim():
             small = small.index_select(0, rows.to(small.device))
         if columns is not None and small.dim() > 1:
             small = small.index_select(1, columns.to(small.device))
+        if value.dim() == 4 and not value.is_contiguous():
+            small = small.contiguous(memory_format=torch.channels_last)
         if key in new._parameters:
-            new._parameters[key] = _parameter(small.clone(), value)
+            new._parameters[key] = _parameter(small, value)
         else:
-            new._buffers[key] = normal(small.clone())
+            new._buffers[key] = small
     sizes = {"in": columns, "out": rows, "num": rows}
     for name in ("in_channels", "in_features", "out_channels", "out_features", "num_features"):
         indices = sizes[name.split("_")[0]]

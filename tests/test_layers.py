@@ -63,7 +63,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "channel_reads": {"modules", "compact_layers", "replicate"},
     "channels": {
-        "frozen",
         "modules",
         "compact_base",
         "compacting",

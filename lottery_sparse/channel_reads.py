@@ -132,7 +132,7 @@ def _layer(
         like = torch.empty(weight.shape, device="meta")
         conv: Any = module  # a type checker would take it for any masked layer
         x = F.conv2d(x, like, None, conv.stride, conv.padding, conv.dilation)
-        uses = weight[0, 0].numel() * x[0, 0].numel()
+        uses = weight.shape[2:].numel() * x.shape[2:].numel()
     else:
         x = x.new_empty(1, len(weight))
     return Layer(name, module, spread, uses, entering, settled, reads, []), x
@@ -141,7 +141,7 @@ def _layer(
 def _pads_zeros(module: Any) -> bool:
     if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
         return False
-    return any(module._reversed_padding_repeated_twice) and module.padding != "valid"
+    return module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
 
 
 def _leaving(layer: Layer) -> Constants:

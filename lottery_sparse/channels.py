@@ -18,14 +18,15 @@ from lottery_sparse.replicate import ELEMENTWISE, PER_IMAGE, _map, _networks, _p
 
 @dataclass(frozen=True)
 class Channels:
-    """Which channels of a model a narrower one has, and the way back.
+    """Which channels of a model its narrow version has, and the way back.
 
     Attributes:
         outputs: layer name -> int64 [N'], its output channels in the model, ascending; for layers
             with weights and batch norms.
         inputs: layer name -> int64 [K'], its input channels, or features of a linear layer.
         flop: of one input through the narrow model's linear and convolutional layers, run densely:
-            two per weight and position. That of a training step is three times as much.
+            two per weight and position, also where a kernel meets padding. A training step has
+            three times as many, but for the gradient of the model's own input.
         flop_before: the same of the model.
         training: the argument of `drop_channels`.
     """
@@ -44,10 +45,11 @@ class Channels:
     def state_dict(self, model: nn.Module, narrow: nn.Module) -> dict[str, Tensor]:
         """A state_dict of the model, with the narrow model's values where it has the channel.
 
-        Weights, masks, biases, running statistics. What belongs to dropped channels stays.
+        Weights, masks, biases, running statistics; any device and dtype. What belongs to dropped
+        channels stays.
 
         Raises:
-            ValueError: the narrow model was made for inference, or is not one of this model.
+            ValueError: the narrow model was made for inference, or does not fit this model.
         """
         if not self.training:
             raise ValueError(
@@ -79,7 +81,7 @@ class Channels:
     def restore_(self, model: nn.Module, narrow: nn.Module) -> nn.Module:
         """Write what the narrow model has learnt into the model, in place; see `state_dict`.
 
-        Parameters keep their identity. Returns `model`.
+        Parameters keep their identity; an optimizer's state does not come along. Returns `model`.
         """
         model.load_state_dict(self.state_dict(model, narrow))
         return model
@@ -96,23 +98,26 @@ def drop_channels(
 
     1. if no kept weight of a channel that stays reads it;
     2. if no kept weight leads to it and what the next layer then reads is 0 for good: the layer has
-       no bias, or one <= 0 that a ReLU follows, which gets no gradient. Behind a batch norm this
-       needs an input and a running mean of 0, and its bias takes that role;
+       no bias (or one of 0 that does not train), or one <= 0 with a ReLU behind it, which lets no
+       gradient through. Behind a batch norm this needs an input and a running mean of 0, and the
+       bias of the norm takes that role;
     3. `training=False` only: if no kept weight leads to it, whatever constant the next layer reads.
        It goes into that layer's bias. Zeros around an image are not that constant, so before a
        convolution with zero padding only constants of 0 go.
 
-    Both apply again to what they leave. A layer keeps at least one channel; the model's own inputs
-    and outputs stay. Names in the state_dict stay.
+    All apply again to what they leave. A layer keeps at least one channel; the model's own inputs
+    and outputs stay. Names in the state_dict stay. Every weight of an unmasked layer counts as kept
+    in training.
 
-    With `training`, what is dropped gets a gradient of exactly 0 in the model at every step, so the
-    narrow model trains as the model does, within rounding (nn.Dropout draws other numbers), under
-    any optimizer that starts without momentum and works element by element. Every weight of an
-    unmasked layer counts as kept. Weight decay would still shrink what is dropped, which no output
-    shows unless it carries a bias of rule 2 past 0, as the decay of torch.optim.Adam can (that of
-    AdamW, or of SGD at usual rates, cannot).
+    With `training`, what is dropped has a gradient of exactly 0 in the model at every step. So the
+    narrow model trains as the model does, within rounding (dropout draws other numbers), with masks
+    that stay or shrink, under any optimizer that starts without state and moves each weight by its
+    own gradients alone; also with gradients clipped by norm. Weight decay goes on shrinking what is
+    dropped, which no output shows unless it carries a bias of rule 2 past 0. Decoupled decay (AdamW)
+    and that of SGD, where lr x decay <= (1 - sqrt(momentum))^2, cannot; torch.optim.Adam's can.
 
-    Without, the outputs are those of `model.eval()`, and every weight that is not 0 counts as kept.
+    Without, narrow.eval() computes what model.eval() does, and every weight that is not 0 counts as
+    kept.
 
     Args:
         model: an nn.Sequential (nested too) of linear, convolutional, masked and compact layers,
@@ -123,11 +128,14 @@ def drop_channels(
 
     Returns:
         (narrow, channels): a new model with Parameters of its own, masked where `model` is masked
-        and compact where it is compact, and the way back, `channels.restore_(model, narrow)`.
+        and compact, without spare slots, where it is compact; and the way back,
+        `channels.restore_(model, narrow)`.
 
     Raises:
-        TypeError: a module that may mix channels, such as one with a forward of its own, named.
-        ValueError: groups, frozen values, or an input of another shape.
+        TypeError: a module that may mix channels, such as one with a forward of its own or a hook,
+            or two that share a tensor; named.
+        ValueError: groups, frozen values, networks side by side, the meta device, or an input of
+            another shape.
     """
     modules = list(_walk(model))
     if any(_networks(module) is not None for _, module in modules):

@@ -113,8 +113,8 @@ def drop_channels(
     narrow model trains as the model does, within rounding (dropout draws other numbers), with masks
     that stay or shrink, under any optimizer that starts without state and moves each weight by its
     own gradients alone; also with gradients clipped by norm. Weight decay goes on shrinking what is
-    dropped, which no output shows unless it carries a bias of rule 2 past 0. Decoupled decay (AdamW)
-    and that of SGD, where lr x decay <= (1 - sqrt(momentum))^2, cannot; torch.optim.Adam's can.
+    dropped, which no output shows unless it carries a bias of rule 2 past 0. That of AdamW cannot,
+    nor that of SGD while lr x decay <= (1 - sqrt(momentum))^2; that of torch.optim.Adam can.
 
     Without, narrow.eval() computes what model.eval() does, and every weight that is not 0 counts as
     kept.
@@ -184,8 +184,8 @@ def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     hooks = (getattr(module, f"_{kind}_hooks") for kind in _HOOKS)
     if any((*hooks, "forward" in vars(module))):
         raise TypeError(
-            f"{name or 'the model'} has a hook or a forward of its own, which may read any channel; "
-            "remove it first."
+            f"{name or 'the model'} has a hook or a forward of its own, which may read any "
+            "channel; remove it first."
         )
     if type(module) is not nn.Sequential:
         yield name, module
@@ -218,7 +218,9 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-            raise TypeError(f"{key} of {name} has a hook, which may change any gradient; remove it.")
+            raise TypeError(
+                f"{name} has a hook on its {key}, which may change any gradient; remove it first."
+            )
     if kind not in WEIGHTED:
         return
     if "weight" not in module._parameters:
@@ -228,12 +230,11 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
             f"{name} has groups={module.groups}; drop_channels takes convolutions of one group, "
             "where any channel can go alone."
         )
-    if isinstance(module, Masked):
-        if module.weight_frozen is not None:
-            raise ValueError(
-                f"{name} holds frozen values, which read every channel; drop_channels takes layers "
-                'whose pruned weights hold "zero".'
-            )
+    if isinstance(module, Masked) and module.weight_frozen is not None:
+        raise ValueError(
+            f"{name} holds frozen values, which read every channel; drop_channels takes layers "
+            'whose pruned weights hold "zero".'
+        )
 
 
 # ---- the narrow model --------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def drop_channels(
     def narrowed(module: nn.Module) -> nn.Module:
         name = next(names)
         new = _sliced(module, outputs.get(name), inputs.get(name))
-        if name in read and not training:
+        if name in read:  # in training the constants are 0
             layer, columns = read[name]
             _add_to_bias(new, layer.constant(layer.settled & ~columns)[outputs[name]])
         if isinstance(module, Compact):

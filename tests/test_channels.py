@@ -123,6 +123,7 @@ def norm(bias=0.0, mean=0.0, trains=True, kind=nn.BatchNorm2d, count=4, **option
         (lambda: behind(nn.MaxPool2d(2, padding=1), nn.ReLU(), bias=-1.0), [0, 2]),
         (lambda: behind(nn.AdaptiveAvgPool2d(3), nn.ReLU(), bias=-1.0), [0, 2]),
         (lambda: behind(nn.AvgPool2d(2, padding=1), nn.ReLU(), bias=-1.0), [0, 1, 2]),
+        (lambda: behind(nn.AvgPool2d(2, divisor_override=3), nn.ReLU(), bias=-1.0), [0, 1, 2]),
         (lambda: behind(nn.Hardtanh(-0.5, 0.5), nn.ReLU(), nn.GELU(), bias=-1.0), [0, 2]),
         (lambda: behind(nn.Hardtanh(0.1, 0.5), nn.ReLU(), bias=-1.0), [0, 1, 2]),
         (lambda: behind(nn.LeakyReLU(), bias=-1.0), [0, 1, 2]),
@@ -134,6 +135,7 @@ def norm(bias=0.0, mean=0.0, trains=True, kind=nn.BatchNorm2d, count=4, **option
         (lambda: behind(nn.Sigmoid()), [0, 1, 2]),
         (lambda: behind(nn.Softplus(), nn.ReLU()), [0, 1, 2]),
         (lambda: behind(nn.ReLU(), nn.Flatten(), bias=-1.0, features=9), [0, 2]),
+        (lambda: behind(nn.Flatten(), nn.ReLU(), nn.Flatten(), bias=-1.0, features=9), [0, 2]),
         # batch norms
         (lambda: behind(norm(), nn.ReLU()), [0]),
         (lambda: behind(norm(-1.0), nn.ReLU()), [0]),
@@ -161,14 +163,65 @@ def test_what_trains_stays_and_what_cannot_goes(make, stay):
     assert channels.inputs["0"].tolist() == [0, 1]
 
 
-def test_one_feature_that_differs_keeps_the_channel():
+@pytest.mark.parametrize("name", ["bias", "running_mean"])
+def test_one_feature_that_differs_keeps_the_channel(name):
     one = norm(-1.0, 0.0, True, nn.BatchNorm1d, 36)
     with torch.no_grad():
-        one.bias[9 + 4] = 0.1  # of channel 1
+        getattr(one, name)[9 + 4] = 0.1  # of channel 1
     model = behind(nn.Flatten(), one, nn.ReLU(), features=9)
     channels = check_training(model, torch.randn(4, 2, 5, 5, dtype=torch.float64))
     assert channels.outputs["0"].tolist() == [0, 1]
     assert channels.outputs["2"].tolist() == channels.inputs["4"].tolist() == list(range(18))
+
+
+def test_a_kept_weight_of_0_is_kept_in_training():
+    model = behind(nn.ReLU(), bias=-1.0)
+    masks = ls.masks_of(model)
+    masks["0.weight"][1, 0, 0, 0] = True
+    set_masks_(model, masks)
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+        model[0].bias[1] = 0.2
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    assert check_training(model, x).outputs["0"].tolist() == [0, 1, 2]
+    assert model[0].weight[1].any()  # it has learnt
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+    assert ls.drop_channels(model, x, training=False)[1].outputs["0"].tolist() == [0]
+
+
+def test_a_norm_of_the_input_and_a_layer_of_no_channels():
+    model = nn.Sequential(nn.BatchNorm2d(2), *behind(norm(), nn.ReLU()))
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    before = copy.deepcopy(model.double().state_dict())
+    narrow, channels = ls.drop_channels(model, x)
+    assert (narrow[0].num_features, narrow[2].num_features) == (2, 1)
+    assert channels.outputs["1"].tolist() == [0]
+    train(narrow, "momentum", x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    close(evaluated(channels.restore_(model, narrow), x), evaluated(narrow, x))
+    empty = nn.Sequential(nn.Linear(3, 0), nn.ReLU(), nn.Linear(0, 2))
+    assert torch.equal(
+        ls.drop_channels(empty, torch.ones(1, 3))[0](torch.ones(1, 3)), empty[2].bias[None]
+    )
+
+
+def test_of_channels_that_all_could_go_the_cheapest_stays():
+    torch.manual_seed(0)
+    model = ls.sparsify_(nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2)).double())
+    masks = ls.masks_of(model)
+    masks["0.weight"][1, 1:], masks["2.weight"][:] = False, False
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert check_training(set_masks_(model, masks), x).outputs["0"].tolist() == [1]
+    # all constant, and read: the one that stays is not folded
+    masks["0.weight"][:], masks["2.weight"][:] = False, True
+    set_masks_(model, masks)
+    with torch.no_grad():
+        model[0].bias.fill_(0.3)
+        model[2].weight.fill_(0.5)
+    narrow, channels = ls.drop_channels(model.eval(), x, training=False)
+    assert channels.outputs["0"].tolist() == [0]
+    close(narrow(x), model(x))
 
 
 @pytest.mark.parametrize("dropout", [nn.Dropout(0.5), nn.Dropout2d(0.5)])
@@ -178,8 +231,9 @@ def test_dropout_keeps_constants_that_it_would_change(dropout):
         ((dropout, nn.ReLU()), None, [0]),
         ((nn.ReLU(), dropout), -1.0, [0, 2]),
         ((nn.Sigmoid(), dropout), None, [0, 1, 2]),
+        ((dropout, nn.Sigmoid()), -800.0, [0, 1, 2]),  # of -800 it is 0, of 0 it is not
     ]:
-        model = behind(*modules, bias=bias)
+        model = behind(*modules, bias=bias, trains=bias != -800.0)
         narrow, channels = ls.drop_channels(model, x)
         assert channels.outputs["0"].tolist() == stay
         narrow, channels = ls.drop_channels(model.eval(), x, training=False)

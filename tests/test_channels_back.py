@@ -132,9 +132,23 @@ def hooked(kind):
     return model
 
 
-def hooked_parameter():
+def hooked_parameter(kind):
     model = nn.Sequential(nn.Linear(3, 3))
-    model[0].weight.register_hook(lambda gradient: gradient + 1)
+    getattr(model[0].weight, f"register_{kind}")(lambda gradient: None)
+    return model
+
+
+def computed():
+    model = nn.Sequential(nn.Linear(3, 3))
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].weight = weight
+    return model
+
+
+def patched():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].forward = lambda input: input
     return model
 
 
@@ -158,7 +172,13 @@ IMAGE, ROW = torch.ones(1, 4, 5, 5), torch.ones(1, 3)
         (lambda: nn.MaxPool2d(2, return_indices=True), IMAGE, TypeError, "indices"),
         (shared, ROW, TypeError, "2 shares its weight with 0"),
         *((lambda h=h: hooked(h), ROW, TypeError, "0 has a hook") for h in HOOKS),
-        (hooked_parameter, ROW, TypeError, "0 has a hook on its weight"),
+        *(
+            (lambda h=h: hooked_parameter(h), ROW, TypeError, "0 has a hook on its weight")
+            for h in ("hook", "post_accumulate_grad_hook")
+        ),
+        (computed, ROW, TypeError, "0 computes its weight"),
+        (patched, ROW, TypeError, "0 has a hook or a forward"),
+        (lambda: nn.Sequential(nn.MaxPool2d(2)), ROW, ValueError, r"gets \[B, 3\]"),
         (shared_statistics, IMAGE, TypeError, "2 shares its running_mean with 0"),
         (lambda: ls.replicate(linear_only(), 2), torch.ones(1, 3, 12, 12), ValueError, "ls.select"),
         (lambda: ls.replicate(ls.sparsify_(linear_only()), 2), IMAGE, ValueError, "ls.select"),
@@ -186,5 +206,11 @@ def test_the_way_back_refuses_other_models():
     narrow, channels = ls.drop_channels(model, x)
     with pytest.raises(ValueError, match="shape"):
         channels.restore_(model, model)
+    with pytest.raises(ValueError, match="only one has 0.weight_mask"):
+        channels.restore_(model, ls.densify_(copy.deepcopy(narrow)))
+    before = copy.deepcopy(model.state_dict())
+    train(narrow, "sgd", x)
+    channels.state_dict(model, narrow)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match=r"same entries.*0\.0\.bias"):
         channels.restore_(model, nn.Sequential(narrow))

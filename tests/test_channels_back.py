@@ -206,7 +206,7 @@ def test_the_way_back_refuses_other_models():
     narrow, channels = ls.drop_channels(model, x)
     with pytest.raises(ValueError, match="shape"):
         channels.restore_(model, model)
-    with pytest.raises(ValueError, match="only one has 0.weight_mask"):
+    with pytest.raises(ValueError, match=r"only one has 0\.weight_mask"):
         channels.restore_(model, ls.densify_(copy.deepcopy(narrow)))
     before = copy.deepcopy(model.state_dict())
     train(narrow, "sgd", x)

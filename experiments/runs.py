@@ -1,0 +1,219 @@
+"""A run of a study as data: what decides its numbers, and the id made of that.
+
+A run is a curve of one figure with one seed: a chain of rounds, masks on an untrained network over
+density, or one learned mask. Its rows are a function of the run alone (and of the machine's
+arithmetic): not of the study that asked for it, of what it was grouped with, or of restarts.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import lottery_sparse as ls
+from experiments.networks import NETWORKS, Network
+
+SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
+
+DENSE = "none"  # the criterion of what has no criterion: the dense network, a learned mask
+
+Schedule = Literal["iterative", "one_shot", "learned"]
+Weights = Literal["init", "signed_constant"]
+Permuted = Literal["none", "pixels", "classes"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of the paper's protocol is run.
+
+    Attributes:
+        share: of the network's iterations, of a round and of a learned mask alike.
+        evaluate_every: iterations between two looks at the validation part.
+        rounds: at most so many of a study's; None: all.
+        mini: whether MNIST is the subset that ships here.
+        deviations: from the protocol, in words; they stand in every figure's title.
+    """
+
+    name: str
+    share: float = 1.0
+    evaluate_every: int = 100
+    rounds: int | None = None
+    mini: bool = False
+    deviations: tuple[str, ...] = ()
+
+    def iterations(self, of: int) -> int:
+        return max(1, math.ceil(self.share * of))
+
+    def dataset(self, name: str) -> str:
+        return "mnist-mini" if self.mini and name == "mnist" else name
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("paper"),
+        Profile("short", share=0.1, deviations=("a tenth of the iterations",)),
+        Profile(
+            "smoke",
+            share=0.001,
+            evaluate_every=20,
+            rounds=3,
+            mini=True,
+            deviations=("a thousandth of the iterations", "three rounds", "a subset of MNIST"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One curve with one seed. The defaults are a lottery ticket as in the paper.
+
+    Attributes:
+        schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
+            network is pruned at once to what each number of rounds leaves. "learned": a mask is
+            learned by gradient descent on scores.
+        criterion: one of ls.CRITERIA; "none": the dense network, or a learned mask.
+        mask1: what kept weights restart from, of ls.MASK1_ACTIONS.
+        mask0: what pruned weights hold, of ls.MASK0_ACTIONS.
+        weights: what a network that is not trained computes with, "init" or "signed_constant".
+        trained: whether the weights are trained under the mask.
+        rewind_to: iteration of the dense run whose weights a ticket starts from.
+        final_at: iteration of the dense run whose weights count as final; None: its last.
+        compounding: mask-1 actions start from the last round's start, as in the authors' code.
+        rescale: learned masks: weights are divided by the share of them that a sample keeps.
+        init_score: learned masks: the score of every weight at the start.
+        permuted: what of the data a fixed permutation permutes: "none", "pixels" or "classes".
+    """
+
+    network: str
+    profile: str
+    seed: int
+    schedule: Schedule = "iterative"
+    criterion: str = "large_final"
+    mask1: str = "rewind"
+    mask0: str = "zero"
+    weights: Weights = "init"
+    trained: bool = True
+    rewind_to: int = 0
+    final_at: int | None = None
+    compounding: bool = False
+    rescale: bool = False
+    init_score: float = 0.0
+    permuted: Permuted = "none"
+
+    def __post_init__(self) -> None:
+        _check("network", self.network, NETWORKS)
+        _check("profile", self.profile, PROFILES)
+        _check("schedule", self.schedule, get_args(Schedule))
+        _check("criterion", self.criterion, (*ls.CRITERIA, DENSE))
+        _check("mask1", self.mask1, ls.MASK1_ACTIONS)
+        _check("mask0", self.mask0, ls.MASK0_ACTIONS)
+        _check("weights", self.weights, get_args(Weights))
+        _check("permuted", self.permuted, get_args(Permuted))
+        if self.schedule == "learned" and self.criterion != DENSE:
+            raise ValueError(f"a learned mask has no criterion, got {self.criterion!r}.")
+        for name in ("rewind_to", "final_at"):
+            at = getattr(self, name)
+            if at is not None and not 0 <= at <= self.iterations:
+                raise ValueError(
+                    f"{name} must be an iteration of the dense run, 0 to {self.iterations}; "
+                    f"got {at}."
+                )
+
+    @property
+    def net(self) -> Network:
+        """The network with the iterations of the profile."""
+        network, profile = NETWORKS[self.network], PROFILES[self.profile]
+        return replace(
+            network,
+            iterations=profile.iterations(network.iterations),
+            score_iterations=profile.iterations(network.score_iterations),
+        )
+
+    @property
+    def iterations(self) -> int:
+        return self.net.iterations
+
+    @property
+    def dataset(self) -> str:
+        return PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
+
+    @property
+    def evaluate_every(self) -> int:
+        return PROFILES[self.profile].evaluate_every
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults; network, profile and seed do always."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """Readable, and unique for what decides the numbers: fc-one_shot-movement-s0-paper-1f0c55…
+
+        The hash is one of what differs from the defaults (so that a new field leaves old ids
+        alone) and of the numbers of the protocol.
+        """
+        network = self.net
+        numbers: dict[str, Any] = {
+            "schema": SCHEMA,
+            "dataset": self.dataset,
+            "evaluate_every": self.evaluate_every,
+            "iterations": network.iterations,
+            "lr": network.lr,
+            "batch_size": network.batch_size,
+            "keep": {kind: str(share) for kind, share in network.keep.items()},
+        }
+        if self.schedule == "learned":
+            numbers |= {
+                "score_lr": network.score_lr,
+                "score_iterations": network.score_iterations,
+                "score_batch_size": network.score_batch_size,
+            }
+        text = json.dumps(self.changed | numbers, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return "-".join([self.network, *self._words(), f"s{self.seed}", self.profile, digest])
+
+    def _words(self) -> Iterable[str]:
+        if self.schedule != "iterative":
+            yield self.schedule
+        if self.criterion != DENSE:
+            yield self.criterion
+        elif self.schedule == "iterative":
+            yield "dense"
+        changed = self.changed
+        for name in ("mask1", "mask0", "weights", "permuted"):
+            if name in changed:
+                yield str(changed[name])
+        for name in ("rewind_to", "final_at", "init_score"):
+            if name in changed:
+                yield f"{name}_{changed[name]:g}"
+        for name in ("compounding", "rescale"):
+            if name in changed:
+                yield name
+        if self.schedule == "learned" and self.trained:
+            yield "trained"
+
+    @property
+    def dense(self) -> "Run":
+        """The dense run that this one starts from: round 0."""
+        return Run(
+            network=self.network,
+            profile=self.profile,
+            seed=self.seed,
+            criterion=DENSE,
+            permuted=self.permuted,
+        )
+
+
+def _check(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")

@@ -120,7 +120,7 @@ def levels(rows: Iterable[Mapping[str, Any]], value: str = "test_accuracy") -> t
 
 
 @dataclass(frozen=True)
-class Test:
+class Comparison:
     """Two curves at one level: difference of the means (a - b), p, and p corrected by Holm."""
 
     round: int
@@ -136,12 +136,12 @@ class Test:
         return stars(self.p)
 
 
-def compare(a: Sequence[Level], b: Sequence[Level]) -> list[Test]:
+def compare(a: Sequence[Level], b: Sequence[Level]) -> list[Comparison]:
     """Welch's test at each pruned level that both curves have; Holm over these levels."""
     other = {level.round: level for level in b}
     pairs = [(x, other[x.round]) for x in a if x.round > 0 and x.round in other]
     p_values = [welch(x.values, y.values) for x, y in pairs]
     return [
-        Test(x.round, x.density, x.n, y.n, x.mean - y.mean, p, p_holm)
+        Comparison(x.round, x.density, x.n, y.n, x.mean - y.mean, p, p_holm)
         for (x, y), p, p_holm in zip(pairs, p_values, holm(p_values), strict=True)
     ]

@@ -61,7 +61,10 @@ class Curve:
     def levels(self, value: str = ACCURACY) -> tuple[Level, ...]:
         rows = self.rows
         if self.trained:
-            rows = self.dense + tuple(row for row in rows if row["round"] > 0)
+            starts = {row["seed"] for row in self.dense}
+            rows = self.dense + tuple(
+                row for row in rows if row["round"] > 0 or row["seed"] not in starts
+            )
         return levels(rows, value)
 
 

@@ -78,9 +78,15 @@ class Drawing:
         return paths
 
 
-def sheet(height: float, title: str, selection: Selection, note: str = "") -> Figure:
-    """An empty figure; its head says the network, the seeds and what is not as in the paper."""
-    facts = ", ".join(fact for fact in (selection.place, selection.seeds, note) if fact)
+def sheet(
+    height: float, title: str, selection: Selection, note: str = "", seeds: str = ""
+) -> Figure:
+    """An empty figure; its head says the network, the seeds and what is not as in the paper.
+
+    seeds: instead of their number per curve.
+    """
+    known = (selection.place, seeds or selection.seeds, note)
+    facts = ", ".join(fact for fact in known if fact)
     lines = textwrap.wrap(facts, 74) + textwrap.wrap(selection.caveat, 74)
     figure = Figure(figsize=(WIDTH, height))
     rows = 0.27 + 0.155 * len(lines)  # inches of the head

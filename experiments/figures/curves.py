@@ -1,6 +1,7 @@
 """Accuracy, or the iteration of the early stop, over density: figures 3, 4, 5, 7 and S5."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
@@ -46,7 +47,12 @@ def same_sign(selection: Selection) -> Drawing:
 
 
 def late_rewinding(selection: Selection) -> Drawing:
-    return trained(selection, "Rewinding to a later iteration")
+    """Tickets that restart from the dense run's weights at a later iteration."""
+    renamed = tuple(
+        replace(curve, label=f"from iteration {curve.fields['rewind_to']:,}")
+        for curve in selection.curves
+    )
+    return trained(replace(selection, curves=renamed), "Rewinding to a later iteration")
 
 
 def rescaling(selection: Selection) -> Drawing:
@@ -200,7 +206,7 @@ def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
     axes.text(
         0,
         1.12,
-        f"* {names} differ (Welch, p < {ALPHA}); lower row: also by Holm's p",
+        f"* {names}: p < {ALPHA} (Welch); lower row: Holm's p",
         transform=axes.transAxes,
         fontsize=7.5,
     )

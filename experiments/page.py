@@ -35,7 +35,7 @@ figcaption { font-size: 0.9rem; margin-top: 0.3rem; }
 .scroll { overflow-x: auto; margin: 0.4rem 0; }
 .scroll:focus-visible { outline: 2px solid var(--link); }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: 0.88rem; padding-bottom: 0.3rem; }
+.caption { font-size: 0.88rem; margin: 1rem 0 0.2rem; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
 thead th { border-bottom: 2px solid var(--line); background: var(--soft); }
@@ -63,12 +63,14 @@ code { font-size: 0.9em; overflow-wrap: anywhere; }
     --link: #000; --good: #000; --bad: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-before: page; border: 0; margin-top: 0; }
-  h2, h3, h4, caption { break-after: avoid; }
+  #overview { break-before: auto; }
+  h2, h3, h4, .caption { break-after: avoid; }
   figure, tr, dl { break-inside: avoid; }
   figure img { filter: none; width: auto; max-width: 100%; max-height: 205mm; }
   .scroll { overflow: visible; }
   table { font-size: 8pt; }
-  .wide td, .wide th { white-space: normal; padding: 0.2rem 0.35rem; }
+  .wide td, .wide th { white-space: normal; padding: 0.15rem 0.3rem; }
+  .range { font-size: 0.9em; }
   .download { display: none; } }
 """
 
@@ -137,11 +139,11 @@ def claims(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _scroll(caption: str, head: str, body: Sequence[str], kind: str) -> str:
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or kind)
     return (
-        f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{label}">'
-        f"<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>\n"
+        (tag("p", caption, class_="caption") if caption else "")
+        + f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n"
         + "\n".join(body)
         + "\n</tbody></table></div>"
     )

@@ -10,15 +10,21 @@ from typing import Any, Protocol
 from experiments import figures, page
 from experiments.networks import NETWORKS
 from experiments.runs import PROFILES, Run
-from experiments.selection import Row, Selection, Study, select
-from experiments.tables import ITERATION, Table, masks, seven, summary, tests
+from experiments.selection import ACCURACY, Row, Selection, Study, select
+from experiments.tables import ITERATION, Table, masks, seven, summary, summary_of_tests, tests
 
 TITLE = "Zeros, signs and the supermask: a reproduction"
 PAPER = (
     'The studies of "Deconstructing Lottery Tickets: Zeros, Signs, and the Supermask" '
     "(Zhou, Lan, Liu, Yosinski, NeurIPS 2019), run with lottery_sparse."
 )
-STATUSES = ("holds", "fails", "too few runs", "not run", "not the paper profile")
+STATUSES = {  # of a verdict -> in a count of them
+    "holds": "hold",
+    "fails": "fail",
+    "too few runs": "with too few runs",
+    "not run": "not run",
+    "not the paper profile": "not judged",
+}
 REFERENCES = ("rewind", "zero", "large_final")  # what other curves are tested against
 
 
@@ -135,8 +141,8 @@ def _overview(
             elif not present[key]:
                 cells.append("not run")
             else:
-                told = [f"{counts[word]} {word}" for word in STATUSES if counts[word]]
-                cells.append(", ".join(told) or "run; no claims")
+                told = [f"{counts[word]} {said}" for word, said in STATUSES.items() if counts[word]]
+                cells.append(", ".join(told) or "run")
         lines.append((study.name, *cells))
     caption = "Claims by study and network"
     counted = Table(("study", *map(_shown, networks)), tuple(lines), caption)
@@ -200,38 +206,36 @@ def _network(
 ) -> list[str]:
     parts = [page.tag("h3", selection.place, id=f"{selection.study}-{selection.network}")]
     for stem, drawing in figures.draw(selection, weights):
-        caption = f"{selection.seeds}; numbers: {page.download(f'{stem}.csv', drawing.numbers)}"
-        if selection.caveat:
-            caption = f"{page.escape(selection.caveat)}; {caption}"
+        caption = f"Numbers: {page.download(f'{stem}.csv', drawing.numbers)}"
         parts.append(
             page.box(
                 "figure",
-                [page.image(drawing.svg(), drawing.alt), f"<figcaption>{caption}</figcaption>"],
+                [page.image(drawing.svg(), drawing.alt), f"<figcaption class='download'>{caption}</figcaption>"],
             )
         )
     if verdicts:
         found = [(v.claim.text, v.status, v.numbers) for v in verdicts]
         parts += [page.tag("h4", "Claims"), page.claims(found)]
-    numbers = _numbers(selection)
-    if numbers:
-        parts += [page.tag("h4", "Numbers"), *map(page.table, numbers)]
+    parts += [page.tag("h4", "Numbers"), *_numbers(selection)]
     return [*parts, page.tag("h4", "How it was run"), page.facts(_how(selection, records))]
 
 
-def _numbers(selection: Selection) -> list[Table]:
+def _numbers(selection: Selection) -> list[str]:
     """The tables of a study on a network: means and ranges, and tests against one curve."""
     kind = selection.curves[0].fields
     if kind["schedule"] == "learned":
-        return [masks(selection)]
-    if all(curve.fields["criterion"] == "none" for curve in selection.curves):
-        return [summary(selection)]
-    value = ITERATION if selection.study == "early-stop" else "test_accuracy"
-    found = [summary(selection, value)]
+        return [page.table(masks(selection))]
+    value = ITERATION if selection.study == "early-stop" else ACCURACY
+    parts = [page.table(summary(selection, value))]
     labels = {curve.label: curve for curve in selection.curves}
     against = next((labels[name] for name in REFERENCES if name in labels), None)
     if against is not None and len(labels) > 1:
-        found.append(tests(selection, against, value))
-    return [table for table in found if table.rows]
+        link = page.download(f"{selection.stem}-tests.csv", tests(selection, against, value))
+        parts += [
+            page.table(summary_of_tests(selection, against, value)),
+            f'<p class="download">All levels: {link}</p>',
+        ]
+    return parts
 
 
 def _how(

@@ -150,14 +150,15 @@ def select(study: Study, network: str, profile: str, rows: Iterable[Row]) -> Sel
     for arm in study.arms():
         runs = arm.runs(network, profile, seeds)
         found = tuple(row for run in runs for row in by_run.get(run.id, ()))
+        label = "dense" if found and is_dense(found[0]) else arm.label
         if not found:
-            missing.append(arm.label)
+            missing.append(label)
             continue
         starts = {run.dense.id for run in runs if run.id in by_run}
         before = tuple(
             row for start in sorted(starts) for row in by_run.get(start, ()) if row["round"] == 0
         )
-        curves.append(Curve(arm.label, found, before))
+        curves.append(Curve(label, found, before))
     return Selection(
         study.name,
         study.question,

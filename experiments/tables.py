@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.selection import ACCURACY, Curve, Row, Selection
-from experiments.statistics import TOO_FEW, Level, levels, mean
+from experiments.statistics import ALPHA, TOO_FEW, Comparison, Level, levels, mean
 
 Cell = str | int | float | None
 
@@ -106,40 +106,62 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
         found = [nearest(its_levels, tick) for tick in ticks]
         rows.append((label, *(spread(level, value) if level else "" for level in found)))
     unit = "iterations" if value == ITERATION else "percent"
-    columns = ("curve", *(f"{percent(tick, 1).replace('100.0', '100')}% kept" for tick in ticks))
-    return Table(columns, tuple(rows), f"{value} in {unit}: mean [lowest, highest seed]")
+    return Table(("curve", *map(_kept, ticks)), tuple(rows), f"{value} in {unit}: mean [lowest, highest seed]")
 
 
 def tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Welch's test of each curve against one of them, at the levels of the short table.
-
-    Holm's correction is over all pruned levels of the pair, also those not shown.
-    """
+    """Welch's test of each curve against one of them at each pruned level, Holm over the levels."""
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
         if curve is against:
             continue
-        compared = selection.compare(curve, against, value)
-        for tick in TICKS:
-            near = [c for c in compared if abs(c.density / tick - 1) < 0.1]
-            if not near:
-                continue
-            c = min(near, key=lambda found: abs(found.density - tick))
-            difference = c.difference if value == ITERATION else 100 * c.difference
-            rows.append(
-                (
-                    curve.label,
-                    f"{percent(c.density, 1)}%",
-                    f"{min(c.n_a, c.n_b)}",
-                    f"{difference:+.2f}",
-                    p_value(c.p),
-                    p_value(c.p_holm),
-                    "" if c.p is None else c.stars,
-                )
-            )
-    columns = ("curve", "kept", "n", f"minus {against.label}", "p (Welch)", "p (Holm)", "p < 0.05")
+        for c in selection.compare(curve, against, value):
+            numbers = (c.n_a, c.n_b, c.difference, c.p, c.p_holm, c.stars)
+            rows.append((curve.label, against.label, c.round, c.density, *numbers))
+    columns = (
+        "curve", "against", "round", "density", "n", "n_against", "difference", "p_welch", "p_holm",
+        "star",
+    )  # fmt: skip
+    return Table(columns, tuple(rows), f"{value}: Welch's test, Holm's correction over the levels")
+
+
+def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
+    """Curves down, the levels of the paper's ticks across: difference, star, p, p by Holm.
+
+    Holm's correction is over all pruned levels of a curve, also those not shown.
+    """
     unit = "iterations" if value == ITERATION else "points"
-    return Table(columns, tuple(rows), f"{value} against {against.label}, difference in {unit}")
+    compared = {
+        curve.label: selection.compare(curve, against, value)
+        for curve in selection.curves
+        if curve is not against
+    }
+
+    def at(tick: float, found: Sequence[Comparison]) -> Comparison | None:
+        near = [c for c in found if abs(c.density / tick - 1) < 0.1]
+        return min(near, key=lambda c: abs(c.density - tick), default=None)
+
+    def cell(c: Comparison | None) -> str:
+        if c is None:
+            return ""
+        told = f"{c.difference:+,.0f}" if value == ITERATION else f"{100 * c.difference:+.2f}"
+        if c.p is None:
+            return f"{told} [{TOO_FEW}]"
+        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
+
+    ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
+    rows = tuple(
+        (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
+    )
+    caption = (
+        f"{value} minus that of {against.label}, in {unit}; * where p < {ALPHA}; in brackets p by "
+        "Welch's test, then p corrected by Holm over the levels"
+    )
+    return Table(("curve", *map(_kept, ticks)), rows, caption)
+
+
+def _kept(tick: float) -> str:
+    return f"{percent(tick, 1).replace('100.0', '100')}% kept"
 
 
 def best(rows: Sequence[Row]) -> Level | None:

@@ -41,6 +41,7 @@ th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-alig
 thead th { border-bottom: 2px solid var(--line); background: var(--soft); }
 tbody th { font-weight: 600; }
 .wide td, .wide th { white-space: nowrap; }
+.wide tbody th { white-space: normal; min-width: 7rem; }
 .range { display: block; font-size: 0.8rem; opacity: 0.8; }
 .claims table { width: 100%; }
 .claims td:nth-child(2) { white-space: nowrap; }
@@ -70,7 +71,8 @@ code { font-size: 0.9em; overflow-wrap: anywhere; }
   .scroll { overflow: visible; }
   table { font-size: 8pt; }
   .wide td, .wide th { white-space: normal; padding: 0.15rem 0.3rem; }
-  .range { font-size: 0.9em; }
+  .wide tbody th { white-space: normal; min-width: 7rem; }
+.range { font-size: 0.9em; }
   .download { display: none; } }
 """
 
@@ -123,7 +125,8 @@ def table(content: Table, kind: str = "wide") -> str:
     body = []
     for first, *others in content.rows:
         cells = "".join(f"<td>{_cell(shown(cell))}</td>" for cell in others)
-        body.append(f'<tr><th scope="row">{escape(shown(first))}</th>{cells}</tr>')
+        name = escape(shown(first)).replace("_", "_<wbr>")
+        body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     return _scroll(content.caption, head, body, kind)
 
 

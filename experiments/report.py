@@ -25,7 +25,7 @@ STATUSES = {  # of a verdict -> in a count of them
     "not run": "not run",
     "not the paper profile": "not judged",
 }
-REFERENCES = ("rewind", "zero", "large_final")  # what other curves are tested against
+REFERENCES = ("rewind", "zero", "large_final", "large_final, init")  # others are tested against it
 
 
 class Claim(Protocol):
@@ -146,7 +146,9 @@ def _overview(
         lines.append((study.name, *cells))
     caption = "Claims by study and network"
     counted = Table(("study", *map(_shown, networks)), tuple(lines), caption)
-    mine = [(n, [r for r in rows if r["network"] == n and r["profile"] == profile]) for n in networks]
+    mine = [
+        (n, [r for r in rows if r["network"] == n and r["profile"] == profile]) for n in networks
+    ]
     parts = [
         page.tag("h2", "Overview", id="overview"),
         page.table(counted, "overview"),
@@ -210,7 +212,10 @@ def _network(
         parts.append(
             page.box(
                 "figure",
-                [page.image(drawing.svg(), drawing.alt), f"<figcaption class='download'>{caption}</figcaption>"],
+                [
+                    page.image(drawing.svg(), drawing.alt),
+                    f"<figcaption class='download'>{caption}</figcaption>",
+                ],
             )
         )
     if verdicts:
@@ -238,9 +243,7 @@ def _numbers(selection: Selection) -> list[str]:
     return parts
 
 
-def _how(
-    selection: Selection, records: Sequence[Mapping[str, Any]]
-) -> Iterable[tuple[str, str]]:
+def _how(selection: Selection, records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
     rows = [row for curve in selection.curves for row in curve.rows]
     network = Run(network=selection.network, profile=selection.profile, seed=0).net
     keep = ", ".join(f"{float(share):g} of {kind}" for kind, share in network.keep.items())
@@ -298,12 +301,15 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str
         if isinstance(record.get("versions"), Mapping)
     }
     yield "versions", _list(versions)
-    yield "commits", _list(
-        {
-            str(r["commit"])[:10] + (" with changes" if r.get("dirty") else "")
-            for r in records
-            if r.get("commit")
-        }
+    yield (
+        "commits",
+        _list(
+            {
+                str(r["commit"])[:10] + (" with changes" if r.get("dirty") else "")
+                for r in records
+                if r.get("commit")
+            }
+        ),
     )
     yield "engines", _list({str(r["engine"]) for r in records if r.get("engine")})
     outcomes = Counter(str(r.get("outcome", "done")) for r in records)

@@ -106,7 +106,11 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
         found = [nearest(its_levels, tick) for tick in ticks]
         rows.append((label, *(spread(level, value) if level else "" for level in found)))
     unit = "iterations" if value == ITERATION else "percent"
-    return Table(("curve", *map(_kept, ticks)), tuple(rows), f"{value} in {unit}: mean [lowest, highest seed]")
+    return Table(
+        ("curve", *map(_kept, ticks)),
+        tuple(rows),
+        f"{value} in {unit}: mean [lowest, highest seed]",
+    )
 
 
 def tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
@@ -144,7 +148,11 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
     def cell(c: Comparison | None) -> str:
         if c is None:
             return ""
-        told = f"{c.difference:+,.0f}" if value == ITERATION else f"{100 * c.difference:+.2f}"
+        told = (
+            f"{c.difference:+,.0f}"
+            if value == ITERATION
+            else f"{round(100 * c.difference, 2) + 0.0:+.2f}"
+        )
         if c.p is None:
             return f"{told} [{TOO_FEW}]"
         return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"

@@ -88,9 +88,7 @@ def save(
     """
     selection = select(study, network, profile, rows)
     paths = [
-        path
-        for stem, drawing in draw(selection, weights)
-        for path in drawing.save(folder, stem)
+        path for stem, drawing in draw(selection, weights) for path in drawing.save(folder, stem)
     ]
     if not paths:
         what = "no rows" if not selection.curves else "no checkpoint of a dense run"

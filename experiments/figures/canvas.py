@@ -57,6 +57,12 @@ class Drawing:
     numbers: Table
     alt: str
 
+    def __post_init__(self) -> None:
+        """Lay it out once: each run of the layout engine moves things by a little."""
+        with style():
+            self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+
     def svg(self) -> bytes:
         return self._bytes("svg", {"Date": None, "Creator": None})
 

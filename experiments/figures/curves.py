@@ -59,9 +59,7 @@ def rescaling(selection: Selection) -> Drawing:
     return trained(selection, "Initial weights scaled by 1 / density")
 
 
-def trained(
-    selection: Selection, title: str, pair: tuple[Curve, Curve] | None = None
-) -> Drawing:
+def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None = None) -> Drawing:
     """Curves of trained networks, the dense network as a line, bands from lowest to highest seed.
 
     Where some curves fall far below the others, a second panel shows the upper part enlarged.

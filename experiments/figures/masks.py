@@ -15,7 +15,7 @@ from experiments.figures.styles import CYCLE
 from experiments.networks import NETWORKS, build
 from experiments.runs import Run
 from experiments.selection import ACCURACY, Row, Selection
-from experiments.statistics import Level, levels, mean
+from experiments.statistics import Level, mean
 from experiments.tables import Table, all_levels, best, masks, nearest, percent
 
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++", "oo")
@@ -151,9 +151,7 @@ def early_masks(selection: Selection) -> Drawing:
         level = best(curve.rows)
         at = curve.fields["final_at"]
         if at is None:  # the last iteration
-            at = Run(
-                network=selection.network, profile=selection.profile, seed=0
-            ).iterations
+            at = Run(network=selection.network, profile=selection.profile, seed=0).iterations
         if level:
             key = curve.fields["criterion"], curve.fields["weights"]
             groups.setdefault(key, []).append((at, level))
@@ -246,7 +244,9 @@ def plane(
         "a sample of the weights; 1 = kept",
     )
     flipped = (w_init.flatten() * w_final.flatten()) < 0
-    told = ", ".join(f"{n} {percent(float(flipped[m].float().mean()), 0)}%" for n, m in kept.items())
+    told = ", ".join(
+        f"{n} {percent(float(flipped[m].float().mean()), 0)}%" for n, m in kept.items()
+    )
     alt = f"{title}: initial against final weights, {note}. Share of kept weights with a new sign: "
     return Drawing(figure, table, f"{alt}{told}.")
 
@@ -258,7 +258,6 @@ def layer_shown(network: str) -> str:
 
 def dense_pair(row: Row, tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     """Initial and final weights of a layer of a dense run, from its row and its checkpoint."""
-
 
     initial = dict(build(NETWORKS[row["network"]], row["seed"]).named_parameters())
     return initial[layer].detach(), tensors[f"final.{layer}"]

@@ -18,7 +18,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 50rem; color: var(--ink); backg
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
   overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; }
-h2 { font-size: 1.3rem; margin: 3rem 0 0.3rem; padding-top: 0.8rem; border-top: 2px solid var(--line); }
+h2 { font-size: 1.3rem; margin: 3rem 0 0.3rem; padding-top: 0.8rem;
+  border-top: 2px solid var(--line); }
 h3 { font-size: 1.1rem; margin: 1.8rem 0 0.5rem; }
 h4 { font-size: 1rem; margin: 1.4rem 0 0.4rem; }
 a { color: var(--link); }

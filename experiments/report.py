@@ -235,7 +235,7 @@ def _numbers(selection: Selection) -> list[str]:
     labels = {curve.label: curve for curve in selection.curves}
     against = next((labels[name] for name in REFERENCES if name in labels), None)
     if against is not None and len(labels) > 1:
-        link = page.download(f"{selection.stem}-tests.csv", tests(selection, against, value))
+        link = page.download(f"{selection.stem}-tests.csv", differences(selection, against, value))
         parts += [
             page.table(summary_of_tests(selection, against, value)),
             f'<p class="download">All levels: {link}</p>',

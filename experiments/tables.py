@@ -113,7 +113,7 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
     )
 
 
-def tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
+def differences(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
     """Welch's test of each curve against one of them at each pruned level, Holm over the levels."""
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:

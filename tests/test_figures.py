@@ -211,7 +211,7 @@ def test_the_short_table_has_the_ticks_of_the_axis(rows):
 
 def test_tests_against_a_curve(rows):
     selection = select(STUDIES["mask-0"], "fc", "paper", rows)
-    full = tables.tests(selection, selection.curves[0])
+    full = tables.differences(selection, selection.curves[0])
     assert len(full.rows) == 5 * 20
     p, corrected = full.columns.index("p_welch"), full.columns.index("p_holm")
     assert all(row[p] <= row[corrected] for row in full.rows)
@@ -226,8 +226,8 @@ def test_table_1_has_seven_columns(rows):
     fc, conv4 = table.rows
     assert all("(n = 3)" in cell for cell in fc[1:])
     assert set(conv4[1:]) == {"not run"}
-    by_round = [level for level in select(STUDIES["supermasks"], "fc", "paper", rows).curves]
-    curve = next(c for c in by_round if c.label == "large_final_same_sign, init")
+    curves = select(STUDIES["supermasks"], "fc", "paper", rows).curves
+    curve = next(c for c in curves if c.label == "large_final_same_sign, init")
     assert fc[1].startswith(tables.percent(max(level.mean for level in curve.levels()[1:])))
 
 

@@ -69,7 +69,7 @@ def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None =
     zoom = _zoom([levels for _, levels in curves])
     with style():
         figure = sheet(_height(len(curves) + 1, 2 if zoom else 1), title, selection)
-        panels = figure.subplots(2 if zoom else 1, 1, sharex=True, squeeze=False)[:, 0]
+        panels = figure.subplots(2 if zoom else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
         for axes in panels:
             _dense_line(axes, selection)
             _draw(axes, curves)
@@ -120,7 +120,7 @@ def supermasks(selection: Selection) -> Drawing:
     count = max((len(curves) for curves in shown.values()), default=0)
     with style():
         figure = sheet(_height(count + 3, len(shown)), title, selection)
-        panels = figure.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0]
+        panels = figure.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0].tolist()
         for axes, (weights, curves) in zip(panels, shown.items(), strict=False):
             _dense_line(axes, selection)
             axes.axhline(CHANCE, color="black", linewidth=1, linestyle=":", label="chance")

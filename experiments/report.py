@@ -11,7 +11,15 @@ from experiments import figures, page
 from experiments.networks import NETWORKS
 from experiments.runs import PROFILES, Run
 from experiments.selection import ACCURACY, Row, Selection, Study, select
-from experiments.tables import ITERATION, Table, masks, seven, summary, summary_of_tests, tests
+from experiments.tables import (
+    ITERATION,
+    Table,
+    differences,
+    masks,
+    seven,
+    summary,
+    summary_of_tests,
+)
 
 TITLE = "Zeros, signs and the supermask: a reproduction"
 PAPER = (

@@ -81,7 +81,10 @@ def _bars(
             if level is None:
                 axes.text(0.01, place, "not run", va="center")
                 continue
-            look: dict[str, Any] = {"color": SHADES[place % len(SHADES)], "hatch": HATCHES[place % len(HATCHES)]}
+            look: dict[str, Any] = {
+                "color": SHADES[place % len(SHADES)],
+                "hatch": HATCHES[place % len(HATCHES)],
+            }
             axes.barh(place, level.mean, 0.62, edgecolor="black", linewidth=0.8, **look)
             whisker = [[level.mean - level.low], [level.high - level.mean]]
             axes.errorbar(level.mean, place, xerr=whisker, color="black", capsize=3, linewidth=1.2)

@@ -1,4 +1,4 @@
-"""Command line: python -m experiments list | quickstart | run | status | figure | table | report."""
+"""Command line: python -m experiments list, quickstart, run, status, figure, table or report."""
 
 import argparse
 import importlib.util

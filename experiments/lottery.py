@@ -8,6 +8,7 @@ that the mask-1 action gives. Pruned weights hold what the mask-0 action says.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.networks import Network, build, keep_by_parameter, skeleton
 from experiments.train import Result, evaluation, train_together
+from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 
 Weights = dict[str, Tensor]  # parameter name -> value, biases included
@@ -78,7 +80,7 @@ class Round:
     """What one round leaves: its row for a results file, and the tensors behind it."""
 
     number: int
-    row: dict[str, object]
+    row: dict[str, Any]
     start: Start
     w_final: Weights
     seconds: float  # of all networks that were trained together
@@ -276,7 +278,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 def row_of(
     run: Lottery, number: int, model: nn.Module, start: Start, result: Result
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a results file says of a round. The density is measured from the masks, not the plan."""
     return {
         "criterion": run.criterion,
@@ -303,8 +305,8 @@ def backend_of(model: nn.Module) -> dict[str, object]:
     """Whose kernels train the model, and of each layer whether they skip what is pruned."""
     device = next(model.parameters()).device
     ours = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    built = ours is not None and ls.backends.built(ours)
-    backend = ls.backends.forced() or (ours if built else "reference")
+    built = ours is not None and backends.built(ours)
+    backend = backends.forced() or (ours if built else "reference")
     return {"backend": backend, "products": products_of(model)}
 
 
@@ -324,7 +326,7 @@ def untrained(
     w_final: Weights,
     curves: Iterable[tuple[str, str]],
     rounds: Iterable[int],
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """The supermask effect: test accuracy without training, by criterion, weights and density.
 
     The dense network of `seed`, which ended at `w_final`, is pruned at once to what each of

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ SUPERMASKS = {  # curve -> (criterion, weights)
 REPEATS = 60  # of each timing; the minimum is reported
 
 
-def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, object]:
+def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, Any]:
     """Train, prune, compare, time; print as it goes, and return the numbers.
 
     Accuracies are test accuracies as fractions; those of trained networks are taken at the
@@ -82,7 +83,7 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
 
 def tickets(
     run: Lottery, dataset: Dataset, progress: Progress
-) -> tuple[list[Round], dict[str, object]]:
+) -> tuple[list[Round], dict[str, Any]]:
     """Every round of the lottery loop, each beside its two controls with as many weights per layer.
 
     reinit: the ticket's masks, weights drawn anew. random: the initial weights, masks at random.
@@ -90,8 +91,8 @@ def tickets(
     progress.line("\nTest accuracy after training")
     progress.line(f"{'density':>9}{'weights':>10}{'ticket':>9}{'reinit':>9}{'random':>9}")
     rounds: list[Round] = []
-    dense: dict[str, object] = {}
-    curves: dict[str, list[dict[str, object]]] = {"ticket": [], "reinit": [], "random": []}
+    dense: dict[str, Any] = {}
+    curves: dict[str, list[dict[str, Any]]] = {"ticket": [], "reinit": [], "random": []}
 
     def on_step(number: int, iteration: int) -> None:
         progress.advance()
@@ -164,11 +165,11 @@ def describe(dense: Round, best: Round) -> str:
 
 def supermasks(
     run: Lottery, dataset: Dataset, dense: Round, progress: Progress
-) -> dict[str, list[dict[str, object]]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of masked but untrained networks, over density. The masks come from `dense`."""
     network = replace(FC, iterations=run.network.iterations)  # the paper's shares
     start = model_of(network, dense.start, "cpu")
-    curves: dict[str, list[dict[str, object]]] = {
+    curves: dict[str, list[dict[str, Any]]] = {
         "init": [{"density": 1.0, "accuracy": evaluation(start, dataset.test)[1]}]
     }
     progress.describe("supermasks")
@@ -192,7 +193,7 @@ def supermasks(
 
 def measure(
     run: Lottery, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Milliseconds of a training step, per layer and whole: nn.Linear against the ticket, compact.
 
     A layer's step is forward and backward at the run's batch size; the whole step adds loss and

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
+from lottery_sparse import backends
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
@@ -164,7 +165,7 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[str, Callable[[Tensor, Tensor], object]]:
     """How steps are computed: in one call if the model is a stack of linear layers."""
-    if ls.backends.forced() in (None, "cpu"):
+    if backends.forced() in (None, "cpu"):
         with contextlib.suppress(ValueError, TypeError):  # not such a stack
             return "train_step", ls.train_step(model, optimizer)
     return "modules", partial(step, model, optimizer)
@@ -219,7 +220,7 @@ def evaluations(model: nn.Module, split: Split) -> list[tuple[float, float]]:
         logits = model(images)
         if logits.dim() == 2:
             logits = logits.unsqueeze(0)
-        labels = labels.expand(logits.shape[0], -1)  # noqa: PLW2901
+        labels = labels.expand(logits.shape[0], -1)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         loss += losses.view_as(labels).double().sum(1)
         correct += (logits.argmax(2) == labels).sum(1)

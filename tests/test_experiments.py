@@ -242,7 +242,9 @@ def test_late_rewinding_starts_from_the_dense_run_at_that_iteration(tiny):
 
 def test_compounding_acts_on_the_last_start(tiny):
     plain = list(lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2), tiny))
-    compound = list(lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny))
+    compound = list(
+        lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny)
+    )
     starts = [[this.start.weights["fc1.weight"] for this in rounds] for rounds in (plain, compound)]
     assert torch.equal(starts[0][1], starts[1][1])  # the first round has nothing to compound
     assert not torch.equal(starts[0][2], starts[1][2])
@@ -350,37 +352,6 @@ def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypat
     assert main(["quickstart", "--iterations", "1", "--png", f"{tmp_path / 'figure.png'}"]) == 0
     assert "pip install 'lottery-sparse[experiments]'" in capsys.readouterr().out
     assert not (tmp_path / "figure.png").exists()
-
-
-def test_run_appends_a_line_per_round(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("LS_BACKEND", raising=False)
-    out = tmp_path / "rows" / "rows.jsonl"
-    out.parent.mkdir()
-    out.write_text('{"earlier": 1}\n')
-    command = "run --dataset mnist-mini --iterations 3 --rounds 1 --mask1 reinit --keep 0.5 --out"
-    assert main([*command.split(), f"{out}"]) == 0
-    earlier, *rows = (json.loads(line) for line in out.read_text().splitlines())
-    assert earlier == {"earlier": 1}
-    assert [row["round"] for row in rows] == [0, 1]
-    assert rows[1]["density"] == 0.5
-    assert rows[1]["mask1"] == "reinit"
-    assert rows[1]["dataset"] == "mnist-mini"
-    assert rows[1]["backend"] == "auto"
-    assert "round  1" in capsys.readouterr().out
-
-
-def test_run_without_data_says_what_to_do(tmp_path, capsys):
-    assert main(["run", "--data-dir", f"{tmp_path}"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: mnist was not found. Tried:")
-    assert "train-images-idx3-ubyte.gz" in said
-
-
-def test_an_unknown_criterion_lists_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--criterion", "largest"])
-    said = capsys.readouterr().err
-    assert "magnitude_increase" in said
 
 
 def test_list_names_everything(capsys):

@@ -61,6 +61,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "compacting",
     },
+    "channel_reads": {"modules", "compact_layers", "replicate"},
+    "channels": {
+        "modules",
+        "compact_base",
+        "compacting",
+        "replicate",
+        "channel_reads",
+    },
     "step": {"backends", "compact", "compact_layers", "replicate"},
     "packed": {
         "compacting",

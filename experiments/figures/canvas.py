@@ -108,6 +108,8 @@ def density_axis(axes: Axes, lowest: float) -> None:
     """Weights kept, log scale, from 100% on the left; ticks where the paper has them."""
     axes.set_xscale("log")
     ticks = [tick for tick in (*TICKS, 0.005) if tick >= lowest * 0.95]
+    if lowest < 0.85 * ticks[-1]:  # a curve that ends between two of them
+        ticks.append(lowest)
     axes.set_xticks(ticks)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(

@@ -183,6 +183,7 @@ PROBE = """<script>addEventListener("load", () => {
     const box = e.getBoundingClientRect();
     if (box.right > width + 1 && !e.closest(".scroll")) out.push(e.outerHTML.slice(0, 80));
   }
+  if (document.documentElement.scrollWidth > width) out.push("the page scrolls sideways");
   const size = parseFloat(getComputedStyle(document.body).fontSize);
   const loaded = [...document.images].every(i => i.complete && i.naturalWidth > 0);
   parent.postMessage(JSON.stringify({width, out, size, loaded}), "*");

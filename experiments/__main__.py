@@ -155,9 +155,9 @@ def run_quickstart(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no figure: matplotlib is not installed ({INSTALL})")
         return
-    from experiments import figures
+    from experiments.figures.quickstart import quickstart as draw
 
-    write_whole(options.png, figures.quickstart(numbers))
+    write_whole(options.png, draw(numbers))
     print(f"figure: {options.png}")
 
 

@@ -52,7 +52,9 @@ class Arm:
         for name, value in self.changes:
             if name in ("schedule", "trained") or (name == "criterion" and value == DENSE):
                 continue
-            if isinstance(value, bool):
+            if value is None:
+                words.append(f"{name} the end")
+            elif isinstance(value, bool):
                 words.append(name if value else f"no {name}")
             elif isinstance(value, str):
                 words.append(value)

@@ -75,9 +75,20 @@ DRIVERS = [
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "bitmap_linear_cuda",
+    "compact_dvalues_cuda",
+    "compact_linear_cuda",
+    "compact_pack_cuda",
     "csr_linear_cuda",
+    "mask_bits_cuda",
+    "masked_optim_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
+]
+CUDA_DRIVERS = [
+    "bindings_cuda",
+    "bindings_cuda_bits",
+    "bindings_cuda_compact",
+    "bindings_cuda_optim",
 ]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
@@ -302,7 +313,7 @@ def cuda_extension(CppExtension, macros, required):
     toolkit = cuda_toolkit()
     return CppExtension(
         "lottery_sparse._C_cuda",
-        sources(["bindings_cuda"]),
+        sources(CUDA_DRIVERS),
         define_macros=[*macros, ("LS_CUDA_ARCHITECTURES", f'"{" ".join(cuda_architectures())}"')],
         extra_compile_args={"cxx": FLAGS},
         include_dirs=[os.path.join(toolkit, "include")],

@@ -88,12 +88,13 @@ def _readable(mangled: str) -> str:
     name = re.search(r"\d+([a-z_]+_kernel)", mangled)
     if name is None:
         return mangled
-    arguments = re.findall(r"\d(BFloat16|Float16)|Li(\d+)E", mangled[name.end() :])
-    return " ".join([name[1].lstrip("_"), *(a or b for a, b in arguments)])
+    found = re.findall(r"\d(BFloat16|Float\d+)|L[ib](\d+)E|I([tj])E", mangled[name.end() :])
+    arguments = (a or b or {"t": "16", "j": "32"}[c] for a, b, c in found)
+    return " ".join([name[1].lstrip("_"), *arguments])
 
 
 def _loops(cubin: Path) -> dict[str, dict[str, int]]:
-    """Function -> instructions of its innermost loop with matrix products, by name."""
+    """Function -> instructions of its innermost loop with products of matrices, else of numbers."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return {}
@@ -108,12 +109,13 @@ def _loops(cubin: Path) -> dict[str, dict[str, int]]:
             )
         ]
         best: list[str] | None = None
+        product = "HMMA" if any(name == "HMMA" for _, name, _ in lines) else "FFMA"
         for at, name, rest in lines:
             to = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
             if to is None or int(to[1], 16) >= at:
                 continue
             body = [other for where, other, _ in lines if int(to[1], 16) <= where <= at]
-            if "HMMA" in body and (best is None or len(body) < len(best)):
+            if product in body and (best is None or len(body) < len(best)):
                 best = body
         if best is not None:
             counts = {name: best.count(name) for name in sorted(set(best))}

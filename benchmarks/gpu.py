@@ -170,11 +170,19 @@ def watch(process: subprocess.Popen, path: Path, end: float) -> str | None:
 
 
 def cases_of(stage: str, dry: bool) -> list[Case]:
-    from benchmarks import gpu_gate, gpu_infer, gpu_parts, gpu_study, gpu_timing, gpu_train
+    from benchmarks import (
+        gpu_gate,
+        gpu_infer,
+        gpu_parts,
+        gpu_sparse,
+        gpu_study,
+        gpu_timing,
+        gpu_train,
+    )
 
     modules = {
         "gate": [gpu_gate],
-        "train": [gpu_train, gpu_parts],
+        "train": [gpu_train, gpu_parts, gpu_sparse],
         "infer": [gpu_infer],
         "study": [gpu_study],
     }

@@ -1,41 +1,15 @@
 // The rim of _C_cuda: packed inference on CUDA tensors, on their device and its current stream.
 #include <Python.h>
-#include <cuda_runtime_api.h>
 
 #include <optional>
 
-#define USE_CUDA  // declares the stream functions of the next header
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "cuda_linear.h"
-#include "rim.h"
+#include "cuda_rim.h"
 
 namespace lottery_sparse {
 namespace {
 
 constexpr int64_t kAlignment = 16;  // of what is read 16 bytes at a time
-
-// `t`, contiguous, after checking that it is on the device of x.
-Tensor checked_on(const char* name, const Tensor& t, const Tensor& x) {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name,
-                    " must be on the CUDA device of x.");
-    return torch::stable::contiguous(t);
-}
-
-Number number_of(const char* name, const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float:
-            return Number::kFloat;
-        case ScalarType::Half:
-            return Number::kFloat16;
-        case ScalarType::BFloat16:
-            return Number::kBFloat16;
-        default:
-            STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16, got ",
-                            toString(t.scalar_type()), ".");
-    }
-}
 
 // Words of 32 bits that are read 16 bytes at a time.
 const uint32_t* checked_words(const char* name, Tensor& t, const Tensor& x) {
@@ -45,19 +19,6 @@ const uint32_t* checked_words(const char* name, Tensor& t, const Tensor& x) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0, name,
                     " must start at a multiple of ", kAlignment, " bytes; clone it.");
     return static_cast<const uint32_t*>(t.const_data_ptr());
-}
-
-Device device_of(const Tensor& x) {
-    const int index = x.get_device_index();
-    Device device = {};
-    const cudaError_t failed[] = {
-        cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index),
-        cudaDeviceGetAttribute(&device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
-    for (cudaError_t error : failed)
-        STD_TORCH_CHECK(error == cudaSuccess, "device ", index, ": ", cudaGetErrorString(error));
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &device.stream) == 0, "device ",
-                    index, " has no current stream.");
-    return device;
 }
 
 // A product of x [B, K] with a weight of `rows` rows, and the tensors that its pointers point to.
@@ -98,10 +59,6 @@ void check_x(const Tensor& x) {
                     shape_text(x), ".");
     STD_TORCH_CHECK(x.size(0) <= kCudaBatch, "x has ", x.size(0), " rows, but the kernel takes ",
                     kCudaBatch, " at most.");
-}
-
-void check_launch(const char* error) {
-    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error);
 }
 
 Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias,

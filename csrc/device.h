@@ -36,9 +36,28 @@ struct alignas(8) Words2 {
     uint32_t word[2];
 };
 
-// ---- 16-bit numbers -----------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
+
+struct Float32 {
+    using Bits = uint32_t;
+    LS_METHOD float to_float(uint32_t bits) {
+        union {
+            uint32_t from;
+            float to;
+        } u = {bits};
+        return u.to;
+    }
+    LS_METHOD uint32_t from_float(float x) {
+        union {
+            float from;
+            uint32_t to;
+        } u = {x};
+        return u.to;
+    }
+};
 
 struct BFloat16 {
+    using Bits = uint16_t;
     LS_METHOD float to_float(uint32_t bits) {
         union {
             uint32_t from;
@@ -62,6 +81,7 @@ uint16_t half_from_float(float x);
 #endif
 
 struct Float16 {
+    using Bits = uint16_t;
     LS_METHOD float to_float(uint32_t bits) {
 #if defined(__CUDACC__)
         float x;
@@ -89,6 +109,14 @@ LS_DEVICE float number_at(const void* numbers, Number type, int64_t i) {
     if (type == Number::kFloat) return static_cast<const float*>(numbers)[i];
     const uint16_t bits = static_cast<const uint16_t*>(numbers)[i];
     return type == Number::kFloat16 ? Float16::to_float(bits) : BFloat16::to_float(bits);
+}
+
+LS_DEVICE void store_number(void* numbers, Number type, int64_t i, float x) {
+    if (type == Number::kFloat)
+        static_cast<float*>(numbers)[i] = x;
+    else
+        static_cast<uint16_t*>(numbers)[i] =
+            type == Number::kFloat16 ? Float16::from_float(x) : BFloat16::from_float(x);
 }
 
 // ---- threads and memory -------------------------------------------------------------------------
@@ -156,12 +184,40 @@ LS_DEVICE float float_from_lane(float value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
+// The lanes of the warp for which it holds, as bits. All lanes call it together.
+LS_DEVICE uint32_t ballot(bool holds) {
+    return __ballot_sync(0xFFFFFFFFu, holds);
+}
+
+// The same of the lane whose number differs in these bits.
+LS_DEVICE float float_across(float value, int bits) {
+    return __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+}
+
 LS_DEVICE int count_ones(uint32_t word) {
     return __popc(word);
 }
 
+// 16 bytes of global memory -> shared memory, while the thread goes on. The copies since the last
+// commit are a group; wait_copies<n> waits for all groups of this thread but the last n.
+LS_DEVICE void copy_async(void* shared, const void* global) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+LS_DEVICE void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kLast>
+LS_DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLast) : "memory");
+}
+
 LS_DEVICE float fused(float a, float b, float c) {
     return __fmaf_rn(a, b, c);
+}
+
+LS_DEVICE float square_root(float x) {
+    return __fsqrt_rn(x);
 }
 
 // c += a b^T for a of 16 x 16 and b of 8 x 16 (PTX: mma.m16n8k16). Lane 4 g + q holds rows g and

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,8 +29,14 @@ struct Meeting {
     int64_t round = 0;
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     ucontext_t context;
+    std::deque<std::vector<Copy>> copies;  // by group, the last one not committed yet
     std::unique_ptr<char[]> stack;
     bool done;
     const Meeting* waits;  // or nullptr
@@ -130,6 +137,7 @@ void run_block(int threads) {
     for (int i = 0; i < threads; ++i) {
         Fiber& fiber = block.fibers[i];
         fiber.done = false;
+        fiber.copies.assign(1, {});
         fiber.waits = nullptr;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -194,6 +202,31 @@ uint32_t stream(const uint32_t* p, uint64_t) {
 uint32_t stream(const uint16_t* p, uint64_t) {
     check_read(p, sizeof *p);
     return fault.empty() ? *p : 0;
+}
+
+void copy_async(void* shared, const void* global) {
+    check_read(global, 16);
+    block.fibers[block.current].copies.back().push_back({shared, global});
+}
+
+void commit_copies() {
+    block.fibers[block.current].copies.emplace_back();
+}
+
+void finish_copies(int last) {
+    auto& groups = block.fibers[block.current].copies;
+    for (; static_cast<int>(groups.size()) > last + 1 && fault.empty(); groups.pop_front())
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+}
+
+uint32_t ballot(bool holds) {
+    const int first = block.current / kLanes * kLanes;
+    block.operands[block.current].a[0] = holds;
+    sync_warp();
+    uint32_t found = 0;
+    for (int i = 0; i < kLanes; ++i) found |= block.operands[first + i].a[0] << i;
+    sync_warp();
+    return found;
 }
 
 uint32_t from_lane(uint32_t value, int lane) {

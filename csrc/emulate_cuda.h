@@ -31,8 +31,23 @@ uint32_t stream(const uint16_t* p, uint64_t policy);
 
 uint32_t from_lane(uint32_t value, int lane);
 float float_from_lane(float value, int lane);
+inline float float_across(float value, int bits) {
+    return float_from_lane(value, thread_index() % 32 ^ bits);
+}
 inline float fused(float a, float b, float c) {
     return std::fma(a, b, c);
+}
+uint32_t ballot(bool holds);
+// Done only when they are waited for.
+void copy_async(void* shared, const void* global);
+void commit_copies();
+void finish_copies(int last);
+template <int kLast>
+void wait_copies() {
+    finish_copies(kLast);
+}
+inline float square_root(float x) {
+    return std::sqrt(x);
 }
 inline int count_ones(uint32_t word) {
     return __builtin_popcount(word);

@@ -1,7 +1,8 @@
 """The CUDA C++ kernels as the backend "cuda": the functions of `reference`, same signatures.
 
-They are for few rows of x, where a product takes as long as reading its weight. Importing this
-module loads lottery_sparse._C_cuda; ImportError means that it is not built.
+Those of packed weights are for few rows of x, where a product takes as long as reading its weight;
+those of training are in native_cuda_compact and native_cuda_optim. Importing this module loads
+lottery_sparse._C_cuda; ImportError means that it is not built.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lottery_sparse._C_cuda as _built  # pyright: ignore[reportMissingImports]
-from lottery_sparse import formats
+from lottery_sparse import formats, native_cuda_compact
+from lottery_sparse.native_cuda_compact import (
+    compact_linear,
+    compact_linear_backward,
+    scatter_kept_,
+)
+from lottery_sparse.native_cuda_masks import pack_mask, unpack_mask
+from lottery_sparse.native_cuda_optim import adam_step, sgd_step
 
 _ops = torch.ops.lottery_sparse_cuda
 
@@ -118,6 +126,10 @@ def _version(tensor: Tensor) -> int:
 
 def refuses(op: str, *args: Any) -> str | None:
     """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
+    if op in ("pack_mask", "unpack_mask"):
+        return _refuses_device_of(args[0])
+    if op in native_cuda_compact.OPS:
+        return native_cuda_compact.refuses(op, *args) or _refuses_device_of(args[0])
     x = args[0]
     if x.dtype not in _DTYPES:
         return f"its kernels take x as float16 or bfloat16, got {x.dtype}."
@@ -136,6 +148,10 @@ def refuses(op: str, *args: Any) -> str | None:
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype not in _SCALARS:
             return f"its kernels take {name} as float32, float16 or bfloat16, got {tensor.dtype}."
+    return _refuses_device_of(x)
+
+
+def _refuses_device_of(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"its kernels run on CUDA devices, got {x.device}."
     return _refuses_device(x.device.index)
@@ -175,3 +191,20 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
         ):
             return True
     return False
+
+
+__all__ = [
+    "adam_step",
+    "bitmap_linear",
+    "compact_linear",
+    "compact_linear_backward",
+    "csr_linear",
+    "pack_mask",
+    "refuses",
+    "runs_on",
+    "scatter_kept_",
+    "sgd_step",
+    "ternary_linear",
+    "unpack_mask",
+    "wins",
+]

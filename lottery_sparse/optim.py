@@ -11,7 +11,7 @@ one more launch counts the steps; `lr` may then be a float32 tensor on the devic
 
 What the kernels do not take goes through torch's own step: other devices and dtypes, sparse
 gradients, subclasses of Tensor, amsgrad, differentiable, other tensors as hyperparameters, gradient
-scaling inside a fused step, any backend but "cpu" and "triton" if one is forced. Under
+scaling inside a fused step, the backends "reference" and "dense" if forced. Under
 torch.compile a step runs as it is, outside the graph: a compiled function that takes steps breaks
 its graph there and goes on, and with fullgraph=True it fails (compile the loss alone, and step
 outside).
@@ -74,7 +74,7 @@ def _hooked(step: Callable) -> Callable:
     return run
 
 
-_WITH_KERNELS = (None, "cpu", "triton")  # backends that may be forced
+_WITH_KERNELS = (None, "cpu", "triton", "cuda")  # backends that may be forced
 
 
 class _KernelStep:
@@ -167,7 +167,9 @@ def _numbers(*values: Any) -> bool:
 
 def _is_rate(lr: Any, backend: str | None) -> bool:
     """Whether the kernel reads such a learning rate: a number, or on CUDA a tensor."""
-    return not isinstance(lr, Tensor) or (backend == "triton" and lr.dtype == torch.float32)
+    return not isinstance(lr, Tensor) or (
+        backend in ("triton", "cuda") and lr.dtype == torch.float32
+    )
 
 
 class SGD(_KernelStep, torch.optim.SGD):

@@ -23,7 +23,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 class Plan:
     """Parameters of a group that one call of a kernel steps."""
 
-    backend: str | None  # "cpu", "triton"; None: torch's own step
+    backend: str | None  # "cpu", "triton", "cuda"; None: torch's own step
     params: list[Tensor]
     layers: list[list[weakref.ref]]  # per Parameter: the compact layers that hold it
     refused: list[bool]  # per Parameter: the kernel does not take it
@@ -86,7 +86,7 @@ def _backend_of(parameter: Tensor, forced: str | None, kept: bool) -> str | None
     if forced is None and kind != "cpu" and not kept:
         return None
     name = forced or ("cpu" if kind == "cpu" else "triton")
-    devices, narrow = backends.BACKENDS[name].devices, name == "triton" and dtype in _HALVES
+    devices, narrow = backends.BACKENDS[name].devices, name != "cpu" and dtype in _HALVES
     fits = kind in devices and (dtype == torch.float32 or narrow)
     return name if fits and backends.built(name) else None
 

@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL:
         pytest.skip("no C++ compiler to build the emulated kernels with")
     csrc = ROOT / "csrc"
     kernels = sorted(csrc.glob("*_cuda.cu"))
-    sources = [csrc / "emulate_cuda.cpp", *kernels]
+    sources = [*sorted(csrc.glob("emulate_cuda*.cpp")), *kernels]
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in sorted([*sources, *csrc.glob("*.h")]):
         digest.update(path.read_bytes())
@@ -76,6 +76,10 @@ def library() -> ctypes.CDLL:
     loaded.ls_csr_fits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.ls_emulate_csr.restype = ctypes.c_char_p
     loaded.ls_emulate_ternary.restype = ctypes.c_char_p
+    for name in ("pack", "linear", "dvalues"):
+        getattr(loaded, f"ls_emulate_compact_{name}").restype = ctypes.c_char_p
+    for name in ("scatter_kept", "sgd_step", "adam_step", "count_steps", "mask_bits"):
+        getattr(loaded, f"ls_emulate_{name}").restype = ctypes.c_char_p
     return loaded
 
 

@@ -20,8 +20,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"formats"},
     "dense": {"reference", "kernels"},
     "native": {"_C", "reference"},
-    "native_cuda": {"_C_cuda", "formats"},
-    "kernels": {"reference"},
+    "native_cuda_compact": {"reference"},
+    "native_cuda_masks": set(),
+    "native_cuda_optim": {"step_tables"},
+    "native_cuda": {
+        "_C_cuda",
+        "formats",
+        "native_cuda_compact",
+        "native_cuda_masks",
+        "native_cuda_optim",
+    },
+    "step_tables": set(),
+    "kernels": {"reference", "step_tables"},
     # which one runs
     "backends": set(),
     "random": {"backends"},
@@ -71,6 +81,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "compacting",
         "supermask",
+    },
+    "channel_reads": {"modules", "compact_layers", "replicate"},
+    "channels": {
+        "modules",
+        "compact_base",
+        "compacting",
+        "replicate",
+        "channel_reads",
     },
     "step": {"backends", "compact", "compact_layers", "replicate", "supermask"},
     "packed": {
@@ -207,7 +225,8 @@ INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 MAY_INCLUDE = {
     "rim.h": {"torch"},
     "bindings.cpp": {"Python.h"},
-    "bindings_cuda.cpp": {"Python.h", "torch"},
+    "cuda_rim.h": {"torch"},
+    "bindings_cuda.cpp": {"Python.h"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
     "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md

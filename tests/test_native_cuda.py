@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import sys
@@ -10,8 +11,19 @@ import types
 import cuda_emulator as emulator
 import pytest
 import torch
+from cuda_training import Rim
 
-from lottery_sparse import formats, reference
+import lottery_sparse as ls
+from lottery_sparse import (
+    backends,
+    formats,
+    native_cuda_compact,
+    native_cuda_masks,
+    native_cuda_optim,
+    ops,
+    optim_plan,
+    reference,
+)
 
 
 @pytest.fixture
@@ -127,3 +139,35 @@ def test_a_device_that_it_is_not_built_for_is_named(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     why = backend._refuses_device(0)
     assert "8.0 9.0a 10.0+PTX, and cuda:0 has 7.5; set TORCH_CUDA_ARCH_LIST" in why
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
+    """Forward, backward, step and refresh of a layer, all forced, as they are on a GPU."""
+    here = backends.Backend("lottery_sparse.native_cuda", needs="torch", devices=("cpu",))
+    monkeypatch.setitem(backends.BACKENDS, "cuda", here)
+    monkeypatch.setattr(backend, "_refuses_device_of", lambda x: None)
+    for module in (native_cuda_compact, native_cuda_masks, native_cuda_optim):
+        monkeypatch.setattr(module, "_ops", Rim())
+    optim_plan.op_of.cache_clear()
+    first = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+    masks = {f"{i}.weight": torch.rand(first[i].weight.shape) < 0.2 for i in (0, 2)}
+    models, x = [], torch.randn(9, 40)
+    for forced in ("cuda", "reference"):
+        model = ls.compact_(ls.set_masks_(ls.sparsify_(copy.deepcopy(first)), masks), spare=2)
+        models.append(model)
+        optimizer = getattr(ls.optim, name)(model.parameters(), lr=0.05, weight_decay=0.1)
+        with ls.use_backend(forced):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            ls.refresh_(model)
+            mask = masks["0.weight"]
+            assert torch.equal(ops.unpack_mask(ops.pack_mask(mask), 40), mask)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q)
+    for i in (0, 2):
+        torch.testing.assert_close(*(m[i].weight_effective for m in models))
+        assert (models[0][i].weight_effective != 0).equal(masks[f"{i}.weight"])
+    optim_plan.op_of.cache_clear()

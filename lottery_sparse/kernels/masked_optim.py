@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_sparse.kernels.compact_linear import load_columns
-from lottery_sparse.kernels.step_tables import CHUNK, PART, TARGET, Targets, refused, table_of
+from lottery_sparse.step_tables import CHUNK, PART, TARGET, Targets, refused, table_of
 
 PART_, TARGET_ = tl.constexpr(PART), tl.constexpr(TARGET)
 

@@ -12,8 +12,9 @@ from test_optim_compact import Holder, assert_fresh, compact_model
 from torch import nn
 
 import lottery_sparse as ls
+from lottery_sparse import step_tables
 from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels import masked_optim, step_tables
+from lottery_sparse.kernels import masked_optim
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # none, one, chunks with and without a tail

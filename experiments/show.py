@@ -1,0 +1,116 @@
+"""Commands that show what a store holds: figure, table, report. They change nothing in it.
+
+Each takes options with the attributes store (a folder), study and network (a name, or None for
+all), profile, and out (a folder; for the report a file or a folder).
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments import studies
+from experiments.claims import judge
+from experiments.files import write_whole
+from experiments.networks import NETWORKS
+from experiments.report import build, weights_from
+from experiments.runs import PROFILES
+from experiments.selection import Selection, select
+from experiments.store import Store
+from experiments.tables import ITERATION, Table, all_levels, masks, seven, summary
+
+
+def figure(options: argparse.Namespace) -> None:
+    """PNG, SVG and CSV of each study that has rows, into the folder `out`."""
+    from experiments import figures  # matplotlib loads slowly, and tables do without
+
+    store = Store(options.store, create=False)
+    weights = weights_from(store.load)
+    for selection in _selections(options, store):
+        for stem, drawing in figures.draw(selection, weights):
+            for path in drawing.save(Path(options.out), stem):
+                print(path)
+
+
+def table(options: argparse.Namespace) -> None:
+    """A short table of each study on standard output; with `out`, text, Markdown and CSV there."""
+    store = Store(options.store, create=False)
+    rows = store.rows()
+    found: list[tuple[str, Table, Table]] = []
+    for selection in _selections(options, store):
+        learned = selection.curves[0].fields["schedule"] == "learned"
+        value = ITERATION if selection.study == "early-stop" else "test_accuracy"
+        short = masks(selection) if learned else summary(selection, value)
+        found.append((selection.stem, short, all_levels(selection, value)))
+    if options.study in (None, "learned", "supermasks"):
+        networks = [options.network] if options.network else list(NETWORKS)
+        of = {
+            name: [r for r in rows if r["network"] == name and r["profile"] == options.profile]
+            for name in networks
+        }
+        both = seven([(name, its_rows) for name, its_rows in of.items() if its_rows])
+        found.append((f"table-1-{options.profile}", both, both))
+    for stem, short, full in found:
+        print(f"{stem}\n\n{short.text()}")
+        if options.out is not None:
+            write_whole(Path(options.out) / f"{stem}.txt", short.text().encode())
+            write_whole(Path(options.out) / f"{stem}.md", short.markdown().encode())
+            write_whole(Path(options.out) / f"{stem}.csv", full.csv())
+
+
+def report(options: argparse.Namespace) -> None:
+    """One self-contained HTML page, written to `out`; in a folder its name is report.html."""
+    store = Store(options.store, create=False)
+    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
+    networks = _networks(options.network)
+    _check_profile(options.profile)
+    text = build(
+        chosen,
+        store.rows(),
+        store.records(),
+        judge,
+        options.profile,
+        networks,
+        weights_from(store.load),
+    )
+    path = Path(options.out)
+    if path.suffix != ".html":
+        path /= "report.html"
+    write_whole(path, text.encode())
+    print(path)
+
+
+def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:
+    """What the options choose of the studies and networks that have rows.
+
+    Raises:
+        ValueError: none has.
+    """
+    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
+    networks, rows = _networks(options.network), store.rows()
+    _check_profile(options.profile)
+    any_found = False
+    for study in chosen:
+        for network in networks:
+            if network not in study.networks:
+                continue
+            selection = select(study, network, options.profile, rows)
+            if selection.curves:
+                any_found = True
+                yield selection
+    if not any_found:
+        names = ", ".join(study.name for study in chosen)
+        raise ValueError(
+            f"no rows in {options.store} of {names} on {', '.join(networks)} with profile "
+            f"{options.profile}; `python -m experiments run` makes them."
+        )
+
+
+def _networks(name: str | None) -> tuple[str, ...]:
+    if name is not None and name not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}.")
+    return tuple(NETWORKS) if name is None else (name,)
+
+
+def _check_profile(name: str) -> None:
+    if name not in PROFILES:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}.")

@@ -1,0 +1,254 @@
+"""Tables of the numbers behind figures: as text, Markdown, CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.selection import ACCURACY, Curve, Row, Selection
+from experiments.statistics import ALPHA, TOO_FEW, Comparison, Level, levels, mean
+
+Cell = str | int | float | None
+
+ITERATION = "early_stop_iteration"
+NOT_RUN = "not run"
+# Levels that a short table shows: those nearest to the ticks of the paper's axis.
+TICKS = (1.0, 0.41, 0.168, 0.069, 0.028, 0.012)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of cells, and a sentence that says what they are."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+    def csv(self) -> bytes:
+        """RFC 4180 with line feeds; floats as Python's shortest form, null as an empty field."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue().encode()
+
+    def text(self) -> str:
+        lines = [self.columns, *(tuple(map(shown, row)) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        body = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        body.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(([self.caption, ""] if self.caption else []) + body) + "\n"
+
+    def markdown(self) -> str:
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        body = [line(self.columns), line(["---"] * len(self.columns))]
+        body += [line([shown(cell) for cell in row]) for row in self.rows]
+        return "\n".join(([self.caption, ""] if self.caption else []) + body) + "\n"
+
+
+def shown(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def percent(value: float, digits: int = 2) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def spread(level: Level, value: str = ACCURACY) -> str:
+    """Mean and range of a level: "97.87 [97.51, 98.10]", in percent or in iterations."""
+
+    def number(x: float) -> str:
+        return f"{x:,.0f}" if value == ITERATION else percent(x)
+
+    if level.n == 1:
+        return number(level.mean)
+    return f"{number(level.mean)} [{number(level.low)}, {number(level.high)}]"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return TOO_FEW
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+def all_levels(selection: Selection, value: str = ACCURACY) -> Table:
+    """Each level of each curve: what a figure shows, and the interval that it does not."""
+    rows: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        for level in curve.levels(value):
+            low, high = level.interval or (None, None)
+            values = " ".join(map(str, level.values))
+            numbers = (level.mean, level.low, level.high, low, high, values)
+            rows.append((curve.label, level.round, level.density, level.n, *numbers))
+    columns = ("curve", "round", "density", "n", "mean", "min", "max", "low95", "high95", "values")
+    return Table(columns, tuple(rows), f"{value} of each level, its range and 95% t-interval")
+
+
+def nearest(curve: Sequence[Level], density: float) -> Level | None:
+    """The level at a tick, if the curve has one within a tenth of it."""
+    close = [level for level in curve if abs(level.density / density - 1) < 0.1]
+    return min(close, key=lambda level: abs(level.density - density), default=None)
+
+
+def summary(selection: Selection, value: str = ACCURACY) -> Table:
+    """Curves down, the levels of the paper's ticks across."""
+    curves = [(curve.label, curve.levels(value)) for curve in selection.curves]
+    ticks = [t for t in TICKS if any(nearest(levels_, t) for _, levels_ in curves)]
+    rows = []
+    for label, its_levels in curves:
+        found = [nearest(its_levels, tick) for tick in ticks]
+        rows.append((label, *(spread(level, value) if level else "" for level in found)))
+    unit = "iterations" if value == ITERATION else "percent"
+    return Table(
+        ("curve", *map(_kept, ticks)),
+        tuple(rows),
+        f"{value} in {unit}: mean [lowest, highest seed]",
+    )
+
+
+def differences(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
+    """Welch's test of each curve against one of them at each pruned level, Holm over the levels."""
+    rows: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        if curve is against:
+            continue
+        for c in selection.compare(curve, against, value):
+            numbers = (c.n_a, c.n_b, c.difference, c.p, c.p_holm, c.stars)
+            rows.append((curve.label, against.label, c.round, c.density, *numbers))
+    columns = (
+        "curve", "against", "round", "density", "n", "n_against", "difference", "p_welch", "p_holm",
+        "star",
+    )  # fmt: skip
+    return Table(columns, tuple(rows), f"{value}: Welch's test, Holm's correction over the levels")
+
+
+def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
+    """Curves down, the levels of the paper's ticks across: difference, star, p, p by Holm.
+
+    Holm's correction is over all pruned levels of a curve, also those not shown.
+    """
+    unit = "iterations" if value == ITERATION else "points"
+    compared = {
+        curve.label: selection.compare(curve, against, value)
+        for curve in selection.curves
+        if curve is not against
+    }
+
+    def at(tick: float, found: Sequence[Comparison]) -> Comparison | None:
+        near = [c for c in found if abs(c.density / tick - 1) < 0.1]
+        return min(near, key=lambda c: abs(c.density - tick), default=None)
+
+    def cell(c: Comparison | None) -> str:
+        if c is None:
+            return ""
+        told = (
+            f"{c.difference:+,.0f}"
+            if value == ITERATION
+            else f"{round(100 * c.difference, 2) + 0.0:+.2f}"
+        )
+        if c.p is None:
+            return f"{told} [{TOO_FEW}]"
+        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
+
+    ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
+    rows = tuple(
+        (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
+    )
+    caption = (
+        f"{value} minus that of {against.label}, in {unit}; * where p < {ALPHA}; in brackets p by "
+        "Welch's test, then p corrected by Holm over the levels"
+    )
+    return Table(("curve", *map(_kept, ticks)), rows, caption)
+
+
+def _kept(tick: float) -> str:
+    return f"{percent(tick, 1).replace('100.0', '100')}% kept"
+
+
+def best(rows: Sequence[Row]) -> Level | None:
+    """The pruned level with the highest mean."""
+    found = [level for level in levels(rows) if level.round > 0]
+    return max(found, key=lambda level: level.mean, default=None)
+
+
+# The paper's seven columns -> the fields of the rows behind each.
+HEURISTIC = {"schedule": "one_shot", "criterion": "large_final_same_sign", "trained": False}
+LEARNED = {"schedule": "learned", "trained": False, "init_score": 0.0}
+SEVEN: dict[str, Row] = {
+    "mask, init": {**HEURISTIC, "weights": "init"},
+    "mask, signed constants": {**HEURISTIC, "weights": "signed_constant"},
+    "learned, init": {**LEARNED, "weights": "init", "rescale": False},
+    "learned, signed constants": {**LEARNED, "weights": "signed_constant", "rescale": False},
+    "rescaled, init": {**LEARNED, "weights": "init", "rescale": True},
+    "rescaled, signed constants": {**LEARNED, "weights": "signed_constant", "rescale": True},
+    "trained weights": {"schedule": "iterative", "criterion": "none", "round": 0},
+}
+
+
+def rows_of(rows: Sequence[Row], fields: Row) -> list[Row]:
+    """Rows that have these fields, on the data as it is, with all weights as final weights."""
+    wanted = {"permuted": "none", "final_at": None, **fields}
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def seven(networks: Sequence[tuple[str, Sequence[Row]]]) -> Table:
+    """Table 1 of the paper. networks: name shown -> all rows of that network and profile.
+
+    A mask by large_final_same_sign counts where its mean over the seeds is highest.
+    """
+    lines: list[tuple[Cell, ...]] = []
+    for name, rows in networks:
+        cells = []
+        for fields in SEVEN.values():
+            found = rows_of(rows, fields)
+            if "criterion" in fields and fields["criterion"] != "none":
+                level = best(found)
+            else:
+                level = next(iter(levels(found)), None)
+            cells.append(NOT_RUN if level is None else f"{spread(level)} (n = {level.n})")
+        lines.append((name, *cells))
+    return Table(
+        ("network", *SEVEN),
+        tuple(lines),
+        "Test accuracy in percent, mean [lowest, highest seed]. mask: large_final_same_sign at its "
+        "best density, untrained; learned: mean of ten sampled masks; rescaled: with dynamic "
+        "weight rescaling.",
+    )
+
+
+def masks(selection: Selection) -> Table:
+    """Learned masks: accuracy sampled and at threshold, density, and what a mask costs in bits."""
+    rows: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        level = next((level for level in curve.levels() if level.round == 1), None)
+        if level is None:
+            continue
+
+        def average(name: str, curve: Curve = curve) -> float | None:
+            found = [row[name] for row in curve.rows if row.get(name) is not None]
+            return mean(found) if found else None
+
+        threshold, bits = average("threshold_accuracy"), average("mask_bits")
+        seed = average("seed_bits")
+        rows.append(
+            (
+                curve.label,
+                level.n,
+                spread(level),
+                "" if threshold is None else percent(threshold),
+                percent(level.density, 1),
+                "" if bits is None else f"{bits:,.0f}",
+                "" if seed is None else f"{seed:,.0f}",
+            )
+        )
+    columns = ("learned mask", "n", "accuracy", "at threshold", "kept", "mask bits", "seed bits")
+    return Table(
+        columns, tuple(rows), "Accuracy and kept weights in percent; a network is a mask and a seed"
+    )

@@ -1,0 +1,237 @@
+"""Figures and tables: from synthetic rows to drawings that say what the rows say."""
+
+import csv
+import io
+import math
+from itertools import pairwise
+
+import pytest
+import study_rows
+import torch
+from matplotlib.text import Text
+from study_rows import STUDIES
+
+from experiments import figures, tables
+from experiments.figures import masks as mask_figures
+from experiments.networks import NETWORKS, build
+from experiments.selection import select
+
+DRAWN = [name for name in STUDIES if name != "dense"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return study_rows.rows()
+
+
+@pytest.fixture(scope="module")
+def drawings(rows):
+    """name -> its drawing, each made once; Figure objects are not changed by tests."""
+    found = {}
+    for name in DRAWN:
+        ((_, found[name]),) = figures.draw(select(STUDIES[name], "fc", "paper", rows))
+    return found
+
+
+def texts(figure):
+    return [item for item in figure.findobj(Text) if item.get_visible() and item.get_text()]
+
+
+def told(figure):
+    return "\n".join(item.get_text() for item in texts(figure))
+
+
+# ---- selection ----------------------------------------------------------------------------------
+
+
+def test_trained_curves_start_at_the_dense_network(rows):
+    selection = select(STUDIES["mask-criteria"], "fc", "paper", rows)
+    dense = {row["test_accuracy"] for row in selection.dense}
+    assert len(dense) == 3
+    for curve in selection.curves:
+        assert set(curve.levels()[0].values) == dense
+    untrained = select(STUDIES["supermasks"], "fc", "paper", rows).curves[0]
+    assert set(untrained.levels()[0].values).isdisjoint(dense)
+
+
+def test_curves_without_rows_are_named(rows):
+    some = [row for row in rows if row["mask1"] != "reinit"]
+    selection = select(STUDIES["mask-1"], "fc", "paper", some)
+    assert selection.missing == ("reinit",)
+    assert len(selection.curves) == 7
+
+
+def test_other_networks_and_profiles_are_left_out(rows):
+    assert not select(STUDIES["mask-1"], "conv4", "paper", rows).curves
+    assert not select(STUDIES["mask-1"], "fc", "short", rows).curves
+
+
+def test_seeds_are_counted_by_level(rows):
+    some = [row for row in rows if row["seed"] < 2 or row["round"] < 5]
+    assert select(STUDIES["mask-0"], "fc", "paper", some).seeds == "2 to 3 seeds per curve"
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_nothing_is_clipped_and_legends_lie_outside(drawings, name):
+    figure = drawings[name].figure
+    figure.draw_without_rendering()
+    parts = [axes.get_tightbbox() for axes in figure.axes]  # with the tick labels that are drawn
+    parts += [item.get_window_extent() for item in (*figure.texts, *figure.legends)]
+    for box in parts:
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= figure.bbox.width + 1
+        assert box.y1 <= figure.bbox.height + 1
+    for legend in figure.legends:
+        for axes in figure.axes:
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_curves_differ_without_colour(drawings, name):
+    for axes in drawings[name].figure.axes:
+        looks = [
+            (line.get_marker(), str(line._dash_pattern), line.get_markerfacecolor() == "white")
+            for line in axes.get_lines()
+            if not line.get_label().startswith("_")
+        ]
+        assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("name", ["same-sign", "learned"])
+def test_files_are_the_same_each_time(drawings, rows, name):
+    ((_, again),) = figures.draw(select(STUDIES[name], "fc", "paper", rows))
+    assert again.svg() == drawings[name].svg()
+    assert again.png() == drawings[name].png()
+    assert b"<dc:date>" not in again.svg()
+
+
+def test_the_density_axis_is_that_of_the_paper(drawings):
+    axes = drawings["mask-criteria"].figure.axes[0]
+    assert axes.get_xscale() == "log"
+    left, right = axes.get_xlim()
+    assert left > right
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["100", "41.0", "16.8", "6.9", "2.8", "1.2"]
+
+
+def test_heads_say_the_seeds_and_what_is_not_the_papers(rows):
+    few = study_rows.rows([STUDIES["mask-0"]], profile="short", seeds=1)
+    ((stem, drawing),) = figures.draw(select(STUDIES["mask-0"], "fc", "short", few))
+    assert stem == "mask-0-fc-short"
+    assert "FC on MNIST, 1 seed per curve" in told(drawing.figure)
+    assert "not the paper's protocol: a tenth of the" in told(drawing.figure)
+
+
+def test_stars_stand_where_two_criteria_differ():
+    study = study_rows.Study("mask-criteria", STUDIES["mask-criteria"].changes[:2])
+    rows = study_rows.rows([study], seeds=5)
+    for row in rows:
+        if row["criterion"] == "magnitude_increase" and row["round"] == 3:
+            row["test_accuracy"] -= 0.05
+        elif row["round"] > 0:
+            row["test_accuracy"] = 0.9 + 0.001 * row["seed"]
+    ((_, drawing),) = figures.draw(select(study, "fc", "paper", rows))
+    stars = [item for item in texts(drawing.figure) if item.get_text() == "*"]
+    assert [star.get_position()[0] for star in stars] == pytest.approx([0.8**3] * 2)
+
+
+def test_two_seeds_are_too_few_for_stars():
+    rows = study_rows.rows([STUDIES["mask-criteria"]], seeds=2)
+    ((_, drawing),) = figures.draw(select(STUDIES["mask-criteria"], "fc", "paper", rows))
+    assert "too few runs for a test (n = 2)" in told(drawing.figure)
+    assert "*" not in told(drawing.figure)
+
+
+def test_the_csv_holds_what_is_drawn(drawings):
+    drawing = drawings["mask-0"]
+    lines = list(csv.DictReader(io.StringIO(drawing.numbers.csv().decode())))
+    zero = [line for line in lines if line["curve"] == "zero"]
+    drawn = next(line for line in drawing.figure.axes[0].get_lines() if line.get_label() == "zero")
+    assert [float(line["density"]) for line in zero] == drawn.get_xdata().tolist()
+    assert [float(line["mean"]) for line in zero] == pytest.approx(drawn.get_ydata().tolist())
+    for line in lines:
+        values = list(map(float, line["values"].split()))
+        assert len(values) == int(line["n"]) == 3
+        assert float(line["mean"]) == pytest.approx(math.fsum(values) / 3)
+        assert float(line["low95"]) < float(line["min"]) <= float(line["max"])
+
+
+def test_save_writes_three_files(tmp_path, rows):
+    paths = figures.save(STUDIES["same-sign"], "fc", "paper", rows, tmp_path)
+    assert sorted(path.name for path in paths) == [
+        f"same-sign-fc-paper.{kind}" for kind in ("csv", "png", "svg")
+    ]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no rows of study same-sign, network conv4"):
+        figures.save(STUDIES["same-sign"], "conv4", "paper", rows, tmp_path)
+
+
+def test_the_plane_shows_what_a_criterion_keeps(rows):
+    def weights(row):
+        end = torch.Generator().manual_seed(row["seed"])
+        return {
+            f"final.{name}": value.detach() + 0.03 * torch.randn(value.shape, generator=end)
+            for name, value in build(NETWORKS["fc"], row["seed"]).named_parameters()
+        }
+
+    selection = select(STUDIES["dense"], "fc", "paper", rows)
+    plane, signs = (drawing for _, drawing in figures.draw(selection, weights))
+    table = plane.numbers
+    assert table.columns == ("w_init", "w_final", *mask_figures.PLANE)
+    at = table.columns.index("large_final")
+    kept = [abs(row[1]) for row in table.rows if row[at]]
+    pruned = [abs(row[1]) for row in table.rows if not row[at]]
+    assert min(kept) >= max(pruned)
+    assert len(kept) / len(table.rows) == pytest.approx(0.2, abs=0.03)
+    assert all(row[0] * row[1] > 0 for row in signs.numbers.rows if row[2])
+    assert list(figures.draw(selection)) == []  # no checkpoints, no plane
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def test_a_table_in_three_forms():
+    table = tables.Table(("a", "b"), (("x|y", 0.5), ("z", None)), "Numbers")
+    assert table.csv() == b"a,b\nx|y,0.5\nz,\n"
+    assert table.markdown() == "Numbers\n\n| a | b |\n| --- | --- |\n| x\\|y | 0.5 |\n| z |  |\n"
+    assert table.text() == "Numbers\n\na    b\n---  ---\nx|y  0.5\nz\n"
+
+
+def test_the_short_table_has_the_ticks_of_the_axis(rows):
+    table = tables.summary(select(STUDIES["mask-0"], "fc", "paper", rows))
+    assert table.columns[1:] == tuple(
+        f"{tick}% kept" for tick in ("100", "41.0", "16.8", "6.9", "2.8", "1.2")
+    )
+    assert all(" [" in cell for row in table.rows for cell in row[1:])
+
+
+def test_tests_against_a_curve(rows):
+    selection = select(STUDIES["mask-0"], "fc", "paper", rows)
+    full = tables.differences(selection, selection.curves[0])
+    assert len(full.rows) == 5 * 20
+    p, corrected = full.columns.index("p_welch"), full.columns.index("p_holm")
+    assert all(row[p] <= row[corrected] for row in full.rows)
+    short = tables.summary_of_tests(selection, selection.curves[0])
+    assert [row[0] for row in short.rows] == [curve.label for curve in selection.curves[1:]]
+    assert len(short.columns) == 6  # without the dense level
+
+
+def test_table_1_has_seven_columns(rows):
+    table = tables.seven([("FC", rows), ("Conv4", rows[:0])])
+    assert len(table.columns) == 8
+    fc, conv4 = table.rows
+    assert all("(n = 3)" in cell for cell in fc[1:])
+    assert set(conv4[1:]) == {"not run"}
+    curves = select(STUDIES["supermasks"], "fc", "paper", rows).curves
+    curve = next(c for c in curves if c.label == "large_final_same_sign, init")
+    assert fc[1].startswith(tables.percent(max(level.mean for level in curve.levels()[1:])))
+
+
+def test_p_values_read_in_order():
+    shown = [tables.p_value(p) for p in (None, 1e-9, 0.0123, 0.5)]
+    assert shown == ["too few runs", "< 0.0001", "0.0123", "0.50"]
+    assert all(a > b for a, b in pairwise(tables.TICKS))

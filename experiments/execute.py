@@ -15,6 +15,7 @@ from torch import Tensor
 import lottery_sparse as ls
 from experiments import studies
 from experiments.data import Dataset
+from experiments.learned import State, learn
 from experiments.lottery import (
     Lottery,
     Rewind,
@@ -56,16 +57,16 @@ def execute(
 ) -> None:
     """Bring each run of a group (see `groups`) to `rounds` rounds; add rows as they are there."""
     kind = runs[0]
-    if kind.criterion == DENSE and kind.schedule == "iterative":
+    if kind == kind.dense:
         for run in runs:
             run_dense(run, store, lease, dataset, say)
-    elif kind.trained and kind.schedule == "iterative":
+    elif kind.schedule == "iterative":
         run_chains(runs, rounds, store, lease, dataset, say)
     elif kind.schedule == "one_shot":
         for run in runs:
             run_untrained(run, rounds, store, lease, dataset, say)
     else:
-        raise ValueError(f"{kind.id}: runs of this kind cannot be executed yet.")
+        run_learned(runs, store, lease, dataset, say)
 
 
 # ---- the dense run of a seed --------------------------------------------------------------------
@@ -226,6 +227,38 @@ def run_untrained(
     store.add(lease, rows, [record(run, rounds, began, [run], seconds, dataset)])
     top = max(rows, key=lambda row: row["test_accuracy"])
     say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
+
+
+# ---- learned masks -------------------------------------------------------------------------------
+
+
+def run_learned(
+    runs: Sequence[Run], store: Store, lease: Lease, dataset: Dataset, say: Say
+) -> None:
+    """One row each, of ten masks drawn from what was learned."""
+    began = time.time()
+    for this in learn(runs, dataset, Checkpoints(store, lease)):
+        row = base_row(this.run) | this.row
+        seconds = time.time() - began
+        made = record(this.run, 1, began, [this.run], seconds, dataset, this.engine)
+        store.add(lease, [row], [made])
+        say(
+            f"{this.run.id}: density {row['density']:.2%}, test accuracy {row['test_accuracy']:.2%}"
+        )
+        began = time.time()
+
+
+class Checkpoints:
+    """Of learned masks, under a lease."""
+
+    def __init__(self, store: Store, lease: Lease):
+        self.store, self.lease = store, lease
+
+    def load(self, run_id: str) -> State | None:
+        return self.store.load(run_id)
+
+    def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self.store.save(self.lease, run_id, tensors, metadata)
 
 
 # ---- rows and records ----------------------------------------------------------------------------

@@ -120,8 +120,9 @@ class Leases:
                     files[run_id] = self._take(run_id, content)
             except BaseException:
                 for run_id, fd in files.items():
-                    os.unlink(self._folder / run_id)
-                    os.close(fd)
+                    os.close(fd)  # first: the lock on it is what others look at
+                    with contextlib.suppress(OSError):
+                        os.unlink(self._folder / run_id)
                 raise
         return Lease(self, token, files)
 
@@ -137,7 +138,7 @@ class Leases:
             os.replace(new, path)
         except BaseException:
             os.close(fd)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(new)
             raise
         return fd

@@ -116,6 +116,10 @@ class Run:
         _check("permuted", self.permuted, get_args(Permuted))
         if self.schedule == "learned" and self.criterion != DENSE:
             raise ValueError(f"a learned mask has no criterion, got {self.criterion!r}.")
+        if self.schedule == "one_shot" and self.trained:
+            raise ValueError("one-shot masks are for networks that are not trained: trained=False.")
+        if self.schedule == "iterative" and not self.trained:
+            raise ValueError("rounds train: a network that is not trained has schedule one_shot.")
         for name in ("rewind_to", "final_at"):
             at = getattr(self, name)
             if at is not None and not 0 <= at <= self.iterations:

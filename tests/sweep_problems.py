@@ -4,7 +4,6 @@ As a program, `python sweep_problems.py kill_anywhere FOLDER ...`, it forks its 
 no thread, and a fork is quick enough to kill hundreds.
 """
 
-import math
 import os
 import random
 import signal
@@ -28,7 +27,9 @@ def start(run_id: str) -> torch.Tensor:
     return torch.tensor([1.0, 2.0, int(run_id[-12:], 16)], dtype=torch.float64)
 
 
-def follow(store: Store, group: Sequence[str], rounds: int = ROUNDS, record: dict = {}) -> bool:
+def follow(
+    store: Store, group: Sequence[str], rounds: int = ROUNDS, record: dict | None = None
+) -> bool:
     """Run a group to its end, from its checkpoint; False: somebody else is on it."""
     lease = store.claim(group)
     if lease is None:
@@ -45,7 +46,7 @@ def follow(store: Store, group: Sequence[str], rounds: int = ROUNDS, record: dic
                 for run_id, state in states.items()
             ]
             records = [{"run_id": run_id, "round": number, "pid": os.getpid()} for run_id in group]
-            store.add(lease, rows, [] if number in done else [r | record for r in records])
+            store.add(lease, rows, [] if number in done else [r | (record or {}) for r in records])
             store.save(lease, group[0], states, {"round": number + 1})
     return True
 
@@ -118,18 +119,22 @@ def kill_anywhere(folder: Path, count: int) -> int:
 
 
 def kill_sometime(folder: Path, count: int, kills: int) -> int:
-    """Kill the worker of one store at random moments; returns after how many different rows."""
+    """Kill the worker of one store at random moments; returns how many kills found it at work."""
     moments = random.Random(0)
-    seen = set()
+    rows = folder / "rows.jsonl"
+    at_work = 0
     for _ in range(kills):
+        before = rows.stat().st_size if rows.exists() else 0
         pid = forked(lambda: follow_all(folder, count))
-        time.sleep(moments.uniform(0, 0.04))
+        while not (rows.exists() and rows.stat().st_size > before):
+            if os.waitpid(pid, os.WNOHANG)[0]:  # nothing was left to do
+                return at_work
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        rows = folder / "rows.jsonl"
-        seen.add(rows.stat().st_size if rows.exists() else 0)
+        at_work += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     os.waitpid(forked(lambda: follow_all(folder, count)), 0)
-    return len(seen)
+    return at_work
 
 
 def compete(folder: Path, count: int, workers: int) -> int:

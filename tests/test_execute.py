@@ -90,6 +90,8 @@ def test_the_protocol_is_part_of_the_id(monkeypatch):
         ({"profile": "long"}, "profile must be one of paper, short, smoke; got 'long'"),
         ({"criterion": "largest"}, "criterion must be one of large_final, .*got 'largest'"),
         ({"schedule": "learned"}, "a learned mask has no criterion, got 'large_final'"),
+        ({"schedule": "one_shot"}, "not trained: trained=False"),
+        ({"trained": False}, "not trained has schedule one_shot"),
         ({"rewind_to": 52}, "iteration of the dense run, 0 to 51; got 52"),
     ],
 )

@@ -8,14 +8,13 @@ import os
 import resource
 import subprocess
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import sweep_problems
 import torch
-from sweep_problems import ROUNDS, follow, follow_all, ids, written
+from sweep_problems import ROUNDS, follow_all, ids, written
 
 from experiments import leases
 from experiments.leases import LeaseLost
@@ -87,7 +86,7 @@ def test_an_equal_row_is_skipped_and_another_one_refused(store):
         message = rf"{RUN} round 1 .*kept: 3 stored, 4 now, test_accuracy: 0.3.*4 stored, 0.3 now"
         with pytest.raises(ValueError, match=message):
             store.add(lease, [ROW | {"round": 2}, changed], [RECORD])
-        with pytest.raises(ValueError, match="round 2 .*kept: 3 stored, 4 now"):
+        with pytest.raises(ValueError, match=r"round 2 .*kept: 3 stored, 4 now"):
             store.add(lease, [ROW | {"round": 2}, ROW | {"round": 2, "kept": 4}], [])
     assert (lines_of(store), store.records()) == before
     assert len(before[0]) == 2
@@ -410,6 +409,10 @@ def test_a_real_limit(store):
 # who is killed, and who competes
 
 
+def is_of(line: bytes, run_ids: list[str]) -> bool:
+    return json.loads(line)["run_id"] in run_ids
+
+
 def program(*arguments: object) -> int:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     done = subprocess.run(
@@ -424,10 +427,10 @@ def program(*arguments: object) -> int:
 
 
 def test_a_worker_killed_at_any_of_its_calls(tmp_path, undisturbed):
-    calls = program("kill_anywhere", tmp_path, 4)
-    assert calls > 100
+    calls = program("kill_anywhere", tmp_path, 2)
+    assert calls > 50
     for number in range(calls + 1):
-        assert written(tmp_path / str(number)) == undisturbed
+        assert written(tmp_path / str(number)) == [x for x in undisturbed if is_of(x, ids(2))]
         assert not os.listdir(tmp_path / str(number) / "leases")
 
 

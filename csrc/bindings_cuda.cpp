@@ -72,8 +72,9 @@ struct Product {
           bias(given_bias) {
         const Number type = number_of("x", x);
         STD_TORCH_CHECK(type != Number::kFloat, "x must be float16 or bfloat16, got float32.");
-        linear = {x.size(0), x.size(1), rows, x.const_data_ptr(), nullptr,
-                  nullptr,   nullptr,   type, Number::kFloat,     1};
+        linear = {x.size(0), x.size(1), rows,   x.const_data_ptr(), nullptr,
+                  nullptr,   nullptr,   type,   Number::kFloat,     1,
+                  type,      1,         nullptr};
         if (y.numel()) linear.y = y.mutable_data_ptr();
         if (bias) {
             bias = checked_on("bias", *bias, x);

@@ -138,7 +138,7 @@ csr_kernel(CudaCsr p) {
             LS_UNROLL
             for (int other = 16; other; other /= 2)
                 sums[m] += float_from_lane(sums[m], lane ^ other);
-            if (lane == 0) finish<T>(linear, {nullptr, Number::kFloat, false, 1.0f}, m, n, sums[m]);
+            if (lane == 0) finish(linear, {nullptr, Number::kFloat, false, 1.0f}, m, n, sums[m]);
         }
         row = next;
         next = after;

@@ -15,18 +15,21 @@ namespace lottery_sparse {
 
 constexpr int64_t kCudaBatch = 16;  // most rows of x
 
-// y and x are stored alike, as 16 bits.
+// A row of x may come in parts that add up to it: rows m, B + m and 2 B + m, see cuda_rows.h.
 struct CudaLinear {
     int64_t batch;         // B
     int64_t in_features;   // K
     int64_t out_features;  // N
-    const void* x;         // [B, K]
+    const void* x;         // [parts * B, K], 16 bits
     const void* bias;      // [N], or nullptr
     void* y;               // [B, N], every element is written
     float* partial;        // [splits, B, N], or nullptr for one split
-    Number type;           // of x and y
+    Number type;           // of x
     Number bias_type;
-    int64_t splits;  // blocks that divide the columns
+    int64_t splits;        // blocks that divide the columns
+    Number y_type;         // that of x, or kFloat
+    int parts;             // of a row of x, 1 or 3
+    const float* x_scale;  // [B]: what row m of x is multiplied by, or nullptr for 1
 };
 
 // What the sums of a product become: y = scale * sum + bias.

@@ -14,6 +14,10 @@ LS_HOST_DEVICE int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+LS_HOST_DEVICE int64_t x_rows(const CudaLinear& p) {
+    return p.batch * p.parts;
+}
+
 // Bytes of a row: a warp's reads of several rows must not meet in a bank.
 enum class Columns { kPairs, kQuarters };
 template <Columns kOrder>
@@ -37,7 +41,7 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
                       int threads) {
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
     const bool aligned = p.in_features % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    for (int i = thread_index(); i < words * static_cast<int>(p.batch); i += threads) {
+    for (int i = thread_index(); i < words * static_cast<int>(x_rows(p)); i += threads) {
         const int row = i / words, word = i % words;
         const int64_t column = (first_word + word) * 16;
         const uint16_t* from = x + row * p.in_features + column;
@@ -67,29 +71,29 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
     }
 }
 
-// The operands of half of the 64 columns from `word` on; rows beyond the batch are zeros.
+// The operands of half of the 64 columns from `word` on; rows beyond those of x are zeros.
 template <int kSides>
-LS_DEVICE void read_pairs(const unsigned char* x, int words, int word, int half, int64_t batch,
+LS_DEVICE void read_pairs(const unsigned char* x, int words, int word, int half, int64_t rows,
                           int lane, Words4 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
         const int row = side * kSide + lane / 4;
         const unsigned char* from = x + row * row_bytes<Columns::kPairs>(words);
         const int at = (word + lane % 4) * kWordBytes + half * 16;
-        b[side] = row < batch ? *reinterpret_cast<const Words4*>(from + at) : Words4{};
+        b[side] = row < rows ? *reinterpret_cast<const Words4*>(from + at) : Words4{};
     }
 }
 
 // The same for quarter `k`.
 template <int kSides>
-LS_DEVICE void read_quarter(const unsigned char* x, int words, int word, int k, int64_t batch,
+LS_DEVICE void read_quarter(const unsigned char* x, int words, int word, int k, int64_t rows,
                             int lane, Words2 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
         const int row = side * kSide + lane / 4;
         const unsigned char* from = x + row * row_bytes<Columns::kQuarters>(words);
         const int at = word * kWordBytes + (k * 4 + lane % 4) * 8;
-        b[side] = row < batch ? *reinterpret_cast<const Words2*>(from + at) : Words2{};
+        b[side] = row < rows ? *reinterpret_cast<const Words2*>(from + at) : Words2{};
     }
 }
 

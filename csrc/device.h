@@ -91,6 +91,14 @@ LS_DEVICE float number_at(const void* numbers, Number type, int64_t i) {
     return type == Number::kFloat16 ? Float16::to_float(bits) : BFloat16::to_float(bits);
 }
 
+LS_DEVICE void store_number(void* numbers, Number type, int64_t i, float x) {
+    if (type == Number::kFloat)
+        static_cast<float*>(numbers)[i] = x;
+    else
+        static_cast<uint16_t*>(numbers)[i] =
+            type == Number::kFloat16 ? Float16::from_float(x) : BFloat16::from_float(x);
+}
+
 // ---- threads and memory -------------------------------------------------------------------------
 
 #if defined(__CUDACC__)

@@ -32,6 +32,9 @@ class Linear(ctypes.Structure):  # CudaLinear of csrc/cuda_linear.h
         ("type", ctypes.c_int),
         ("bias_type", ctypes.c_int),
         ("splits", ctypes.c_int64),
+        ("y_type", ctypes.c_int),
+        ("parts", ctypes.c_int),
+        ("x_scale", ctypes.c_void_p),
     ]
 
 
@@ -100,6 +103,7 @@ def linear(
     struct = Linear(
         len(x), x.shape[1], rows, pointer(x), pointer(bias), pointer(y), pointer(partial),
         NUMBERS[x.dtype], NUMBERS[torch.float32 if bias is None else bias.dtype], splits,
+        NUMBERS[y.dtype], 1, None,
     )  # fmt: skip
     return struct, y, partial
 

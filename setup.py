@@ -74,6 +74,7 @@ DRIVERS = [
     "variants",
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
+    "binary_linear_cuda",
     "bitmap_linear_cuda",
     "csr_linear_cuda",
     "ternary_linear_cuda",

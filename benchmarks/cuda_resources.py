@@ -93,13 +93,17 @@ def _readable(mangled: str) -> str:
 
 
 def _loops(cubin: Path) -> dict[str, dict[str, int]]:
-    """Function -> instructions of its innermost loop with matrix products, by name."""
+    """Function -> instructions of the innermost loop with its most matrix products, by name."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return {}
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True).stdout
     found = {}
+
+    def rank(body: list[str]) -> tuple[int, int]:
+        return -body.count("HMMA"), len(body)
+
     for function in re.split(r"\n\s*Function : ", said)[1:]:
         lines = [
             (int(at, 16), name, rest)
@@ -113,7 +117,7 @@ def _loops(cubin: Path) -> dict[str, dict[str, int]]:
             if to is None or int(to[1], 16) >= at:
                 continue
             body = [other for where, other, _ in lines if int(to[1], 16) <= where <= at]
-            if "HMMA" in body and (best is None or len(body) < len(best)):
+            if "HMMA" in body and (best is None or rank(body) < rank(best)):
                 best = body
         if best is not None:
             counts = {name: best.count(name) for name in sorted(set(best))}

@@ -39,6 +39,7 @@ struct alignas(8) Words2 {
 // ---- 16-bit numbers -----------------------------------------------------------------------------
 
 struct BFloat16 {
+    static constexpr uint32_t kOneTwice = 0x3F803F80u;
     LS_METHOD float to_float(uint32_t bits) {
         union {
             uint32_t from;
@@ -62,6 +63,7 @@ uint16_t half_from_float(float x);
 #endif
 
 struct Float16 {
+    static constexpr uint32_t kOneTwice = 0x3C003C00u;
     LS_METHOD float to_float(uint32_t bits) {
 #if defined(__CUDACC__)
         float x;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "binary_fragments.h"
 #include "bitmap_fragments.h"
 #include "cuda_linear.h"
 #include "device.h"
@@ -303,6 +304,20 @@ extern "C" void ls_ternary_weight(int lane, int word, int i, int half, int* row,
     *column = 16 * ternary_word(lane) + ternary_column(i, half);
 }
 
+// Row and column, in a step, of weight `half` of pair `i` of word `word` of load `load` of a lane.
+extern "C" void ls_binary_weight(int lane, int load, int word, int i, int half, int* row,
+                                 int* column) {
+    *row = binary_row(lane, load);
+    *column = lane % 4 * kPieceColumns + word * 32 + binary_column(i, half);
+}
+
+// What a pair of a word of signs, or of a mask and signs, is: float16 numbers.
+extern "C" uint32_t ls_binary_pair(bool joined, uint32_t bits, uint32_t signs, int i) {
+    uint32_t words[2];
+    join_signs(bits, signs, words);
+    return joined ? joined_pair(words[i % 2], i) : binary_pair(bits, i, 0x3C003C00u);
+}
+
 // Bytes from the start of a tile to the weight at a row and column.
 extern "C" int ls_tile_place(int row, int column) {
     return tile_place(row, column);
@@ -335,6 +350,16 @@ extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* s
                                       const uint16_t* columns, const uint16_t* values,
                                       int processors, int shared) {
     return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
+}
+
+extern "C" int64_t ls_binary_splits(int64_t rows, int64_t in_features, int shared) {
+    return cuda_binary_splits(rows, in_features, {1, shared, nullptr});
+}
+
+extern "C" const char* ls_emulate_binary(const CudaLinear* linear, const CudaScale* scale,
+                                         const uint32_t* bits, const int64_t* key, int processors,
+                                         int shared) {
+    return cuda_binary_linear({*linear, *scale, bits, key, 0}, {processors, shared, nullptr});
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

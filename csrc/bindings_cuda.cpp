@@ -47,6 +47,13 @@ const uint32_t* checked_words(const char* name, Tensor& t, const Tensor& x) {
     return static_cast<const uint32_t*>(t.const_data_ptr());
 }
 
+CudaScale checked_scale(Tensor& scale, int64_t rows, const Tensor& x) {
+    scale = checked_on("scale", scale, x);
+    STD_TORCH_CHECK(scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
+                    "scale has shape ", shape_text(scale), ", but there are ", rows, " rows.");
+    return {scale.const_data_ptr(), number_of("scale", scale), scale.numel() != 1, 1.0f};
+}
+
 Device device_of(const Tensor& x) {
     const int index = x.get_device_index();
     Device device = {};
@@ -114,16 +121,36 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
                         codes.size(1) == (x.size(1) + 15) / 16 && codes.size(2) == 16,
                     "codes has shape ", shape_text(codes), ", which does not fit ", rows,
                     " rows of ", x.size(1), " columns.");
-    scale = checked_on("scale", scale, x);
-    STD_TORCH_CHECK(scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
-                    "scale has shape ", shape_text(scale), ", but there are ", rows, " rows.");
+    const CudaScale by = checked_scale(scale, rows, x);
     Product product(x, bias, rows);
     if (!product.y.numel()) return product.y;
     const Device device = device_of(x);
     product.split(cuda_ternary_splits(product.linear.batch, product.linear.in_features, device));
-    const CudaScale by = {scale.const_data_ptr(), number_of("scale", scale), scale.numel() != 1,
-                          1.0f};
     check_launch(cuda_ternary_linear({product.linear, by, words, 0}, device));
+    return product.y;
+}
+
+// With a key the bits are a mask, and the signs are drawn.
+Tensor binary_linear_op(Tensor x, Tensor bits, std::optional<Tensor> key, Tensor scale,
+                        std::optional<Tensor> bias) {
+    check_x(x);
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const uint32_t* words = checked_words("bits", bits, x);
+    STD_TORCH_CHECK(bits.dim() == 2 && bits.size(1) == packed_words(x.size(1)), "bits has shape ",
+                    shape_text(bits), ", which does not fit ", x.size(1), " columns.");
+    const int64_t rows = bits.size(0);
+    const CudaScale by = checked_scale(scale, rows, x);
+    if (key) {
+        key = checked_on("key", *key, x);
+        STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->numel() == 3,
+                        "key must be int64 [3], got shape ", shape_text(*key), ".");
+    }
+    Product product(x, bias, rows);
+    if (!product.y.numel()) return product.y;
+    const Device device = device_of(x);
+    product.split(cuda_binary_splits(product.linear.batch, product.linear.in_features, device));
+    const int64_t* drawn = key ? static_cast<const int64_t*>(key->const_data_ptr()) : nullptr;
+    check_launch(cuda_binary_linear({product.linear, by, words, drawn, 0}, device));
     return product.y;
 }
 
@@ -203,6 +230,8 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
 
 STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
     m.def(
+        "binary_linear(Tensor x, Tensor bits, Tensor? key, Tensor scale, Tensor? bias) -> Tensor");
+    m.def(
         "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) "
         "-> Tensor");
     m.def(
@@ -212,6 +241,7 @@ STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
+    m.impl("binary_linear", TORCH_BOX(&binary_linear_op));
     m.impl("csr_linear", TORCH_BOX(&csr_linear_op));
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
     m.impl("tiles_linear", TORCH_BOX(&tiles_linear_op));

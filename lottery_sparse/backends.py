@@ -93,6 +93,8 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "random_normal": ("triton", "reference"),
         "keep_top": ("triton", "reference"),
         "ternary_linear": ("triton", "reference"),
+        "binary_linear": ("cuda", "reference"),
+        "seeded_linear": ("cuda", "reference"),
         "csr_linear": ("triton", "reference"),
         "bitmap_linear": ("triton", "reference"),
         "supermask_linear": ("dense", "triton"),

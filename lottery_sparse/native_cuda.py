@@ -37,6 +37,16 @@ def ternary_linear(
     return _ops.ternary_linear(x, codes, scale, bias, rows)
 
 
+def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _ops.binary_linear(x, bits, None, scale, bias)
+
+
+def seeded_linear(
+    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _ops.binary_linear(x, bits, key, scale, bias)
+
+
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -128,6 +138,8 @@ def refuses(op: str, *args: Any) -> str | None:
         if int8:
             return "its kernels have no int8 activations."
         others = {"scale": scale, "bias": bias}
+    elif op in ("binary_linear", "seeded_linear"):
+        others = dict(zip(("scale", "bias"), args[-2:], strict=True))
     else:
         _, values, _, _, bias = args
         if values.dtype != x.dtype:

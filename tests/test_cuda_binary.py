@@ -83,4 +83,3 @@ def test_splits_add_up_in_a_fixed_order(kind):
     assert_close(y, x, weight, bias)
     again = emulator.binary_linear(x, bits, key, scale, bias, processors=9, shared=shared)
     assert torch.equal(y, again)
-

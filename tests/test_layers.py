@@ -62,14 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compacting",
     },
     "step": {"backends", "compact", "compact_layers", "replicate"},
-    "packed": {
-        "compacting",
-        "convert",
-        "formats",
-        "modules",
-        "ops",
-        "reference",
-    },
+    "packing": {"formats", "ops", "reference"},
+    "packed": {"compacting", "convert", "modules", "ops", "packing"},
     "ticket": {"random", "masks", "criteria", "actions", "prune", "modules", "convert"},
     # what people call
     "doctor": {"backends", "formats", "reference", "_C", "_host"},

@@ -23,6 +23,7 @@ def backend(monkeypatch):
     monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
     module = importlib.import_module("lottery_sparse.native_cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
+        binary_linear=emulator.binary_linear,
         csr_linear=emulator.csr_linear,
         ternary_linear=emulator.ternary_linear,
         tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
@@ -69,6 +70,20 @@ def test_ternary_products_are_those_of_the_reference(backend):
     args = x, codes, scale, torch.randn(70), 70, False
     expected = reference.ternary_linear(*args)
     torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=2**-7, atol=1e-2)
+
+
+def test_products_of_bits_are_those_of_the_reference(backend):
+    x, weight, kept = problem()
+    scale, bias, key = torch.rand(70) + 0.5, torch.randn(70), torch.tensor([7, 8, 9])
+    for op, args in {
+        "binary_linear": (x, reference.pack_mask(weight > 0), scale, bias),
+        "seeded_linear": (x, reference.pack_mask(kept), key, scale, bias),
+    }.items():
+        expected = getattr(reference, op)(*args)
+        torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+        assert "CUDA devices, got cpu" in backend.refuses(op, *args)
+        assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
+        assert "scale as float32" in backend.refuses(op, *args[:-2], scale.double(), bias)
 
 
 def test_tiles_are_made_once_and_anew_after_a_write(backend):

@@ -77,6 +77,7 @@ CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "binary_linear_cuda",
     "bitmap_linear_cuda",
     "csr_linear_cuda",
+    "rows_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
 ]

@@ -67,18 +67,21 @@ Device device_of(const Tensor& x) {
     return device;
 }
 
+void check_launch(const char* error) {
+    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error);
+}
+
 // A product of x [B, K] with a weight of `rows` rows, and the tensors that its pointers point to.
 struct Product {
     CudaLinear linear;
     Tensor x, y;
-    std::optional<Tensor> bias, partial;
+    std::optional<Tensor> bias, partial, rows, x_scale;
 
     Product(const Tensor& given, std::optional<Tensor> given_bias, int64_t rows)
         : x(torch::stable::contiguous(given)),
           y(torch::stable::new_empty(x, {given.size(0), rows})),
           bias(given_bias) {
         const Number type = number_of("x", x);
-        STD_TORCH_CHECK(type != Number::kFloat, "x must be float16 or bfloat16, got float32.");
         linear = {x.size(0), x.size(1), rows,   x.const_data_ptr(), nullptr,
                   nullptr,   nullptr,   type,   Number::kFloat,     1,
                   type,      1,         nullptr};
@@ -91,6 +94,28 @@ struct Product {
             linear.bias_type = number_of("bias", *bias);
         }
     }
+
+    // Makes rows of 16 bits of a float32 x, or whole numbers of any. Once there is a result.
+    void prepare(bool int8, const Device& device) {
+        if (linear.type != Number::kFloat && !int8) return;
+        linear.parts = int8 ? 1 : 3;
+        STD_TORCH_CHECK(linear.batch * linear.parts <= kCudaBatch, "x has ", linear.batch,
+                        " rows of float32, but the kernel takes ", kCudaBatch / 3, " at most.");
+        rows = torch::stable::new_empty(x, {linear.parts * linear.batch, linear.in_features},
+                                        ScalarType::BFloat16);
+        CudaRows made = {linear.x, linear.type, linear.batch, linear.in_features, nullptr, nullptr};
+        if (rows->numel()) made.rows = static_cast<uint16_t*>(rows->mutable_data_ptr());
+        if (int8) {
+            x_scale = torch::stable::new_empty(x, {linear.batch}, ScalarType::Float);
+            made.scale = output<float>(*x_scale);
+        }
+        check_launch(cuda_rows(made, device));
+        linear.x = made.rows;
+        linear.x_scale = made.scale;
+        linear.type = Number::kBFloat16;
+    }
+
+    int64_t x_rows() const { return linear.batch * linear.parts; }
 
     void split(int64_t splits) {
         linear.splits = splits;
@@ -108,12 +133,8 @@ void check_x(const Tensor& x) {
                     kCudaBatch, " at most.");
 }
 
-void check_launch(const char* error) {
-    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error);
-}
-
 Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Tensor> bias,
-                         int64_t rows) {
+                         int64_t rows, bool int8) {
     check_x(x);
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const uint32_t* words = checked_words("codes", codes, x);
@@ -125,7 +146,8 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     Product product(x, bias, rows);
     if (!product.y.numel()) return product.y;
     const Device device = device_of(x);
-    product.split(cuda_ternary_splits(product.linear.batch, product.linear.in_features, device));
+    product.prepare(int8, device);
+    product.split(cuda_ternary_splits(product.x_rows(), product.linear.in_features, device));
     check_launch(cuda_ternary_linear({product.linear, by, words, 0}, device));
     return product.y;
 }
@@ -148,7 +170,8 @@ Tensor binary_linear_op(Tensor x, Tensor bits, std::optional<Tensor> key, Tensor
     Product product(x, bias, rows);
     if (!product.y.numel()) return product.y;
     const Device device = device_of(x);
-    product.split(cuda_binary_splits(product.linear.batch, product.linear.in_features, device));
+    product.prepare(false, device);
+    product.split(cuda_binary_splits(product.x_rows(), product.linear.in_features, device));
     const int64_t* drawn = key ? static_cast<const int64_t*>(key->const_data_ptr()) : nullptr;
     check_launch(cuda_binary_linear({product.linear, by, words, drawn, 0}, device));
     return product.y;
@@ -181,8 +204,9 @@ Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tenso
     Product product(x, bias, rows);
     if (!product.y.numel()) return product.y;
     const Device device = device_of(x);
+    product.prepare(false, device);
     const auto splits = bitmap ? cuda_bitmap_splits : cuda_tiles_splits;
-    product.split(splits(product.linear.batch, product.linear.in_features, device));
+    product.split(splits(product.x_rows(), product.linear.in_features, device));
     const CudaTiles problem = {product.linear,
                                static_cast<const uint32_t*>(starts.const_data_ptr()), packed, 0};
     check_launch(bitmap ? cuda_bitmap_linear(problem, device) : cuda_tiles_linear(problem, device));
@@ -237,7 +261,9 @@ STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
     m.def(
         "tiles_linear(Tensor x, Tensor starts, Tensor data, Tensor? bias, int rows, bool bitmap) "
         "-> Tensor");
-    m.def("ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows) -> Tensor");
+    m.def(
+        "ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows, bool int8) "
+        "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {

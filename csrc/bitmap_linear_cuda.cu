@@ -115,7 +115,8 @@ bitmap_kernel(CudaTiles p) {
             LS_ROLLED
             for (int k = 0; k < 4; ++k) {
                 Words2 b[kSides];
-                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane, b);
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane,
+                                     b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     uint32_t a[4];

@@ -15,7 +15,7 @@ namespace lottery_sparse {
 
 constexpr int64_t kCudaBatch = 16;  // most rows of x
 
-// A row of x may come in parts that add up to it: rows m, B + m and 2 B + m, see cuda_rows.h.
+// A row of x may come in parts that add up to it: rows m, B + m and 2 B + m, see rows_cuda.cu.
 struct CudaLinear {
     int64_t batch;         // B
     int64_t in_features;   // K
@@ -31,6 +31,17 @@ struct CudaLinear {
     int parts;             // of a row of x, 1 or 3
     const float* x_scale;  // [B]: what row m of x is multiplied by, or nullptr for 1
 };
+
+// Makes x of CudaLinear from other numbers, see rows_cuda.cu.
+struct CudaRows {
+    const void* x;  // [B, K]
+    Number type;    // kFloat for parts
+    int64_t batch;
+    int64_t in_features;
+    uint16_t* rows;  // bfloat16 [3 B, K], or [B, K]
+    float* scale;    // [B], or nullptr for parts
+};
+const char* cuda_rows(const CudaRows& p, const Device& device);
 
 // What the sums of a product become: y = scale * sum + bias.
 struct CudaScale {

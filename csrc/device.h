@@ -57,6 +57,14 @@ struct BFloat16 {
     }
 };
 
+LS_DEVICE float nearest_even(float x) {  // the nearest whole number
+#if defined(__CUDACC__)
+    return rintf(x);
+#else
+    return std::nearbyint(x);
+#endif
+}
+
 #if !defined(__CUDACC__)
 float half_to_float(uint16_t bits);
 uint16_t half_from_float(float x);

@@ -352,6 +352,12 @@ extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* s
     return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
 }
 
+extern "C" const char* ls_emulate_rows(const void* x, int type, int64_t batch, int64_t in_features,
+                                       uint16_t* rows, float* scale) {
+    return cuda_rows({x, static_cast<Number>(type), batch, in_features, rows, scale},
+                     {1, kMostShared, nullptr});
+}
+
 extern "C" int64_t ls_binary_splits(int64_t rows, int64_t in_features, int shared) {
     return cuda_binary_splits(rows, in_features, {1, shared, nullptr});
 }

@@ -88,7 +88,8 @@ tiles_kernel(CudaTiles p) {
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {
                 Words2 b[kSides];
-                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane, b);
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane,
+                                     b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     const Words4 a = words_at(mine + (4 * s + k) * kFragmentBytes + lane * 16);

@@ -55,6 +55,28 @@ def test_sparse_products_are_those_of_the_reference(backend, op, density):
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 16])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear", "binary_linear"])
+def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
+    x, weight, kept = problem(0.1, batch=batch)
+    if op == "ternary_linear":
+        args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
+    elif op == "binary_linear":
+        args = reference.pack_mask(kept), torch.rand(1), torch.randn(70)
+    else:
+        args = arguments(op, x, weight, kept)[1:]
+    expected = getattr(reference, op)(x.float(), *args)
+    y = getattr(backend, op)(x.float(), *args)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_rows_go_at_once(backend):
+    x, weight, _ = problem(batch=16)
+    args = x.float(), formats.pack_ternary(weight.sign()), torch.rand(70), torch.randn(70), 70, True
+    expected = reference.ternary_linear(*args)
+    torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
@@ -113,10 +135,16 @@ def test_refusals_say_what_and_why(backend):
         assert text in why
         assert why.endswith(".")
 
-    says("x as float16 or bfloat16, got torch.float32", x=x.float())
+    says("x as float32, float16 or bfloat16, got torch.float64", x=x.double())
+    says(
+        "bfloat16 ones for float32 x, got torch.float32 and torch.float32",
+        x=x.float(),
+        values=args[1].float(),
+    )
+    says("bfloat16 ones for float32 x, got torch.float16", x=x.float(), values=args[1].half())
     says("up to 16 rows of x, got 17", x=x[:1].expand(17, -1))
     says("got torch.float32 and torch.bfloat16", values=args[1].float())
-    says("no int8 activations", op="ternary_linear", int8=True)
+    says("run on CUDA devices, got cpu", op="ternary_linear", x=x.float(), int8=True)
     says("scale as float32, float16 or bfloat16", op="ternary_linear", scale=one.double())
     says("run on CUDA devices, got cpu", op="ternary_linear")
 

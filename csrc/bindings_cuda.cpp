@@ -213,7 +213,8 @@ Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tenso
     return product.y;
 }
 
-// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's.
+// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's. Columns of
+// bytes are gaps.
 Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
                      std::optional<Tensor> bias) {
     check_x(x);
@@ -221,12 +222,14 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     values = checked_on("values", values, x);
     starts = checked_on("starts", starts, x);
     columns = checked_on("columns", columns, x);
-    STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() &&
-                        columns.scalar_type() == ScalarType::Short &&
-                        starts.scalar_type() == ScalarType::Long,
-                    "values must have the dtype of x, columns int16 and starts int64, got ",
-                    toString(values.scalar_type()), ", ", toString(columns.scalar_type()), " and ",
-                    toString(starts.scalar_type()), ".");
+    const bool gaps = columns.scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(
+        values.scalar_type() == x.scalar_type() &&
+            (gaps || columns.scalar_type() == ScalarType::Short) &&
+            starts.scalar_type() == ScalarType::Long,
+        "values must have the dtype of x, columns int16 or uint8 and starts int64, got ",
+        toString(values.scalar_type()), ", ", toString(columns.scalar_type()), " and ",
+        toString(starts.scalar_type()), ".");
     STD_TORCH_CHECK(
         values.dim() == 1 && same_shape(values, columns) && starts.dim() == 1 && starts.numel() > 0,
         "values ", shape_text(values), ", columns ", shape_text(columns), " and starts ",
@@ -237,11 +240,14 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     STD_TORCH_CHECK(cuda_csr_fits(x.size(0), x.size(1), device), "x ", shape_text(x),
                     " does not fit in shared memory; use tiles.");
     CudaCsr problem = {product.linear, static_cast<const int64_t*>(starts.const_data_ptr()),
-                       nullptr, nullptr};
+                       nullptr, nullptr, nullptr};
     if (values.numel()) {
-        problem.columns = static_cast<const uint16_t*>(columns.const_data_ptr());
+        if (gaps)
+            problem.gaps = static_cast<const uint8_t*>(columns.const_data_ptr());
+        else
+            problem.columns = static_cast<const uint16_t*>(columns.const_data_ptr());
         problem.values = static_cast<const uint16_t*>(values.const_data_ptr());
-        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(problem.columns) % kAlignment == 0 &&
+        STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(columns.const_data_ptr()) % kAlignment == 0 &&
                             reinterpret_cast<uintptr_t>(problem.values) % kAlignment == 0,
                         "values and columns must start at a multiple of ", kAlignment,
                         " bytes; clone them.");

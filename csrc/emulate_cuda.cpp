@@ -182,19 +182,25 @@ unsigned char* shared_memory() {
     return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
 }
 
+template <class T>
+T streamed(const T* p) {
+    check_read(p, sizeof *p);
+    return fault.empty() ? *p : T{};
+}
 Words4 stream(const Words4* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : Words4{};
+    return streamed(p);
 }
-
+Words2 stream(const Words2* p, uint64_t) {
+    return streamed(p);
+}
 uint32_t stream(const uint32_t* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : 0;
+    return streamed(p);
 }
-
 uint32_t stream(const uint16_t* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : 0;
+    return streamed(p);
+}
+uint32_t stream(const uint8_t* p, uint64_t) {
+    return streamed(p);
 }
 
 uint32_t from_lane(uint32_t value, int lane) {
@@ -204,6 +210,12 @@ uint32_t from_lane(uint32_t value, int lane) {
     const uint32_t found = block.operands[first + lane % kLanes].a[0];
     sync_warp();
     return found;
+}
+
+uint32_t from_before(uint32_t value, int step) {
+    const int lane = block.current % kLanes;
+    const uint32_t found = from_lane(value, lane < step ? lane : lane - step);
+    return lane < step ? 0 : found;
 }
 
 float float_from_lane(float value, int lane) {
@@ -227,6 +239,11 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
 }
 template void mma<BFloat16>(float*, const uint32_t*, const uint32_t*);
 template void mma<Float16>(float*, const uint32_t*, const uint32_t*);
+
+uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
+    for (int i = 0; i < 4; ++i) sum += (word >> 8 * i & 0xFF) * (factors >> 8 * i & 0xFF);
+    return sum;
+}
 
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
@@ -347,9 +364,9 @@ extern "C" bool ls_csr_fits(int64_t batch, int64_t in_features, int shared) {
 }
 
 extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* starts,
-                                      const uint16_t* columns, const uint16_t* values,
-                                      int processors, int shared) {
-    return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
+                                      const uint16_t* columns, const uint8_t* gaps,
+                                      const uint16_t* values, int processors, int shared) {
+    return cuda_csr_linear({*linear, starts, columns, gaps, values}, {processors, shared, nullptr});
 }
 
 extern "C" const char* ls_emulate_rows(const void* x, int type, int64_t batch, int64_t in_features,

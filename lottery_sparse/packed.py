@@ -17,6 +17,7 @@ from lottery_sparse.ops import (
     binary_linear,
     bitmap_linear,
     csr_linear,
+    delta_linear,
     seeded_linear,
     ternary_linear,
 )
@@ -36,15 +37,15 @@ LEAST_BITMAP = 2**20
 class PackedLinear(nn.Module):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
-    `format` is "ternary", "binary", "seeded", "csr", "bitmap" or "dense"; the buffers are the
-    tensors that `lottery_sparse.formats` describes, and `bias`. state_dict holds them, and loading
-    one takes the format that it has. Made by `ls.pack_`, or from a weight.
+    `format` is "ternary", "binary", "seeded", "csr", "delta", "bitmap" or "dense"; the buffers are
+    the tensors that `lottery_sparse.formats` describes, and `bias`. state_dict holds them, and
+    loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
         format: None = the smallest and fastest that holds `weight` exactly, see `choose_format`,
-            which never takes "binary" and "seeded": their kernels are for CUDA.
+            which never takes "binary", "seeded" and "delta": their kernels are for CUDA.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
         key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
             0 have.
@@ -120,6 +121,9 @@ class PackedLinear(nn.Module):
         if self.format == "csr":
             values, starts, columns = parts
             return csr_linear(x, values, starts, columns, bias)
+        if self.format == "delta":
+            values, starts, gaps = parts
+            return delta_linear(x, values, starts, gaps, bias)
         if self.format == "bitmap":
             values, starts, bits = parts
             return bitmap_linear(x, values, starts, bits, bias)

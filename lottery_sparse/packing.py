@@ -14,6 +14,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "binary": ("signs", "scale"),
     "seeded": ("mask", "key", "scale"),
     "csr": ("values", "starts", "columns"),
+    "delta": ("values", "starts", "gaps"),
     "bitmap": ("values", "starts", "bits"),
     "dense": ("weight",),
 }
@@ -56,7 +57,8 @@ def packed(weight: Tensor, format: str, key: Tensor | None = None) -> dict[str, 
     if format == "bitmap":
         starts = formats.row_starts(kept)
         return {"values": weight[kept], "starts": starts, "bits": pack_mask(kept)}
-    return dict(zip(FORMATS["csr"], formats.pack_csr(weight, kept), strict=True))
+    pack = formats.pack_delta if format == "delta" else formats.pack_csr
+    return dict(zip(FORMATS[format], pack(weight, kept), strict=True))
 
 
 def _drawn(weight: Tensor, key: Tensor | None) -> Tensor:
@@ -88,6 +90,10 @@ def unpacked(format: str, parts: list[Tensor], rows: int, columns: int) -> Tenso
         return reference.seeded_weight(mask, key, scale, columns)
     if format == "csr":
         values, starts, numbers = parts
+        return formats.unpack_csr(values, starts, numbers, columns)
+    if format == "delta":
+        values, starts, gaps = parts
+        numbers = formats.delta_columns(starts, gaps).to(torch.int32)
         return formats.unpack_csr(values, starts, numbers, columns)
     if format == "bitmap":
         values, _, bits = parts
@@ -122,6 +128,11 @@ def unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> s
             if fits and len(values):
                 numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
                 fits = int(numbers.min()) >= 0 and int(numbers.max()) < columns
+        elif fits and format == "delta":
+            gaps = tensors["gaps"]
+            fits = gaps.dtype == torch.uint8 and gaps.shape == values.shape
+            if fits and len(values):
+                fits = int(formats.delta_columns(starts, gaps).max()) < columns
         elif fits:
             bits = tensors["bits"]
             fits = bits.dtype == torch.int32

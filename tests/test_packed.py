@@ -93,7 +93,7 @@ def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
     [
         (
             {"format": "zip"},
-            "format must be one of ternary, binary, seeded, csr, bitmap, dense, got 'zip'",
+            "format must be one of ternary, binary, seeded, csr, delta, bitmap, dense, got 'zip'",
         ),
         ({"format": "ternary"}, "holds weights of one magnitude"),
         ({"activations": "int4"}, 'activations must be "exact" or "int8"'),

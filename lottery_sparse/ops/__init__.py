@@ -9,6 +9,7 @@ from lottery_sparse.ops.packed import (
     binary_linear,
     bitmap_linear,
     csr_linear,
+    delta_linear,
     seeded_linear,
     ternary_linear,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "compact_conv2d",
     "compact_linear",
     "csr_linear",
+    "delta_linear",
     "keep_top",
     "masked_conv2d",
     "masked_linear",

@@ -137,6 +137,31 @@ def csr_linear(
     return _by_rows(_csr, x, rows, values, starts, columns, bias)
 
 
+def delta_linear(
+    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with the distances of their columns: y = x wᵀ + b.
+
+    Args:
+        x, values, starts, bias: as in `csr_linear`.
+        gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
+            see `formats.pack_delta`. Below K in sum over a row: not checked.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    if gaps.dtype != torch.uint8 or gaps.shape != values.shape:
+        raise ValueError(
+            f"gaps must be uint8 {tuple(values.shape)} like values, got {gaps.dtype} "
+            f"{tuple(gaps.shape)}; use formats.pack_delta."
+        )
+    rows = starts.shape[0] - 1
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
+    return _by_rows(_delta, x, rows, values, starts, gaps, bias)
+
+
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -229,6 +254,7 @@ SCHEMAS = {
     "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
     "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
     "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
+    "delta_linear": "(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias)",
     "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
 }
 
@@ -271,7 +297,8 @@ def _rows(name: str, args: tuple) -> int:
     """Rows of the weight, from the arguments after x."""
     if name == "ternary_linear":
         return args[3]
-    return args[1].shape[0] - 1 if name in ("csr_linear", "bitmap_linear") else args[0].shape[0]
+    by_bits = name in ("binary_linear", "seeded_linear")
+    return args[0].shape[0] if by_bits else args[1].shape[0] - 1
 
 
 def _autocast(args: tuple, device: str) -> tuple:
@@ -297,4 +324,4 @@ def _vmap_rule(op: Callable) -> Callable:
     return rule
 
 
-_ternary, _binary, _seeded, _csr, _bitmap = map(_register, SCHEMAS)
+_ternary, _binary, _seeded, _csr, _delta, _bitmap = map(_register, SCHEMAS)

@@ -88,8 +88,10 @@ def _readable(mangled: str) -> str:
     name = re.search(r"\d+([a-z_]+_kernel)", mangled)
     if name is None:
         return mangled
-    arguments = re.findall(r"\d(BFloat16|Float16)|Li(\d+)E", mangled[name.end() :])
-    return " ".join([name[1].lstrip("_"), *(a or b for a, b in arguments)])
+    arguments = re.findall(
+        r"\d(BFloat16|Float16)|Li(\d+)E|L(?:b|NS0_4BitsE)(\d)E", mangled[name.end() :]
+    )
+    return " ".join([name[1].lstrip("_"), *("".join(parts) for parts in arguments)])
 
 
 def _loops(cubin: Path) -> dict[str, dict[str, int]]:

@@ -80,16 +80,20 @@ LS_DEVICE void load_x(const CudaLinear& p, int64_t first_word, int words, unsign
     }
 }
 
-// The operands of half of the 64 columns from `word` on; rows beyond those of x are zeros.
+// Where row `row` of an operand is, another one if there is none: sums for it are not used.
+template <Columns kOrder>
+LS_DEVICE const unsigned char* x_row(const unsigned char* x, int words, int row, int64_t rows) {
+    return x + (row < rows ? row : static_cast<int>(rows) - 1) * row_bytes<kOrder>(words);
+}
+
+// The operands of half of the 64 columns from `word` on.
 template <int kSides>
 LS_DEVICE void read_pairs(const unsigned char* x, int words, int word, int half, int64_t rows,
                           int lane, Words4 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
-        const int row = side * kSide + lane / 4;
-        const unsigned char* from = x + row * row_bytes<Columns::kPairs>(words);
-        const int at = (word + lane % 4) * kWordBytes + half * 16;
-        b[side] = row < rows ? *reinterpret_cast<const Words4*>(from + at) : Words4{};
+        const unsigned char* from = x_row<Columns::kPairs>(x, words, side * kSide + lane / 4, rows);
+        b[side] = words_at(from + (word + lane % 4) * kWordBytes + half * 16);
     }
 }
 
@@ -99,10 +103,10 @@ LS_DEVICE void read_quarter(const unsigned char* x, int words, int word, int k, 
                             int lane, Words2 b[kSides]) {
     LS_UNROLL
     for (int side = 0; side < kSides; ++side) {
-        const int row = side * kSide + lane / 4;
-        const unsigned char* from = x + row * row_bytes<Columns::kQuarters>(words);
+        const unsigned char* from =
+            x_row<Columns::kQuarters>(x, words, side * kSide + lane / 4, rows);
         const int at = word * kWordBytes + (k * 4 + lane % 4) * 8;
-        b[side] = row < rows ? *reinterpret_cast<const Words2*>(from + at) : Words2{};
+        b[side] = *reinterpret_cast<const Words2*>(from + at);
     }
 }
 

@@ -44,7 +44,7 @@ parts_kernel(CudaRows p) {
 
 // A block has a row.
 LS_GLOBAL(kThreads, 1)
-int8_kernel(CudaRows p) {
+round_kernel(CudaRows p) {
     const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
     const int64_t first = block_x() * p.in_features;
     uint32_t* const found = reinterpret_cast<uint32_t*>(shared_memory());
@@ -72,7 +72,8 @@ int8_kernel(CudaRows p) {
 }  // namespace
 
 const char* cuda_rows(const CudaRows& p, const Device& device) {
-    if (p.scale) return launch(int8_kernel, p.batch, 1, kThreads, kThreads / kLanes * 4, device, p);
+    if (p.scale)
+        return launch(round_kernel, p.batch, 1, kThreads, kThreads / kLanes * 4, device, p);
     const int64_t blocks = (p.batch * p.in_features + kThreads - 1) / kThreads;
     return launch(parts_kernel, blocks ? blocks : 1, 1, kThreads, 0, device, p);
 }

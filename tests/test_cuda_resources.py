@@ -11,7 +11,14 @@ from benchmarks import cuda_resources as gate
 TABLE = json.loads(gate.RESULTS.read_text("utf-8"))
 RENEW = "run python -m benchmarks.cuda_resources, where nvcc is, and look at what changed"
 # threads of a block: a multiprocessor has 65,536 registers, and each warp an equal part of them
-THREADS = {"ternary_kernel": 2 * 8 * 32, "csr_kernel": 16 * 32, "add_kernel": 256}
+THREADS = {
+    "ternary_kernel": 2 * 8 * 32,
+    "binary_kernel": 2 * 8 * 32,
+    "csr_kernel": 16 * 32,
+    "add_kernel": 256,
+    "parts_kernel": 256,
+    "round_kernel": 256,
+}
 
 
 def test_the_table_is_of_these_sources():

@@ -53,28 +53,34 @@ LS_DEVICE void load_steps(const CudaLinear& p, int64_t first_piece, int pieces,
     }
 }
 
-// The signs of a lane's pieces, the first of which begins with element `first`.
+// The signs of a lane's pieces: `piece` of row `row` and of every eighth row from there.
 template <Bits kBits>
-LS_DEVICE void draw(const PhiloxKey& key, int64_t first, int64_t stride,
+LS_DEVICE void draw(const PhiloxKey& key, int64_t row, int64_t piece, int64_t in_features,
                     uint32_t signs[kLoads][kPieceWords]) {
     uint64_t block[kLoads];
-    PhiloxBlock drawn[kLoads], next[kLoads];
-    LS_UNROLL
-    for (int i = 0; i < kLoads; ++i)
-        block[i] = static_cast<uint64_t>(first + i * stride) / kPieceColumns;
-    philox_blocks<kLoads>(key, block, drawn);
-    if (kBits == Bits::kMask) {
+    PhiloxBlock drawn[kLoads];
+    if (kBits == Bits::kMaskOfBlocks) {
+        const int64_t pieces = in_features / kPieceColumns;
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i)
+            block[i] = static_cast<uint64_t>(row * pieces + piece + i * 8 * pieces);
+        philox_blocks<kLoads>(key, block, drawn);
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i) LS_UNROLL
+        for (int j = 0; j < kPieceWords; ++j) signs[i][j] = drawn[i].word[j];
+    } else {
+        PhiloxBlock next[kLoads];
+        const int64_t first = row * in_features + piece * kPieceColumns;
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i)
+            block[i] = static_cast<uint64_t>(first + i * 8 * in_features) / kPieceColumns;
+        philox_blocks<kLoads>(key, block, drawn);
         LS_UNROLL
         for (int i = 0; i < kLoads; ++i) ++block[i];
         philox_blocks<kLoads>(key, block, next);
-    }
-    LS_UNROLL
-    for (int i = 0; i < kLoads; ++i) {
-        if (kBits == Bits::kMask)
-            shifted_signs(drawn[i], next[i], first + i * stride, signs[i]);
-        else
-            LS_UNROLL
-        for (int j = 0; j < kPieceWords; ++j) signs[i][j] = drawn[i].word[j];
+        LS_UNROLL
+        for (int i = 0; i < kLoads; ++i)
+            shifted_signs(drawn[i], next[i], first + i * 8 * in_features, signs[i]);
     }
 }
 
@@ -101,17 +107,17 @@ binary_kernel(CudaBinary p) {
         key = {static_cast<uint64_t>(p.key[0]), static_cast<uint32_t>(p.key[1]),
                static_cast<uint32_t>(p.key[2])};
 
-    // This lane's piece of step `step`, of kLoads rows.
+    // This lane's piece of step `step`, of kLoads rows. What is not there stays what it was: x is 0
+    // beyond K, and sums for rows that are not there are not used.
     const auto read = [&](int tile, int step, Words4 to[kLoads]) {
         const int piece = (step * kWarps + warp) * kStepPieces;
-        const int64_t rows = linear.out_features - int64_t{tile} * kStepRows;
-        const Words4* from = mine + int64_t{tile} * kStepRows * all_pieces + piece;
+        const int64_t first = int64_t{tile} * kStepRows;
+        const int rows = static_cast<int>(least(linear.out_features - first, kStepRows));
+        const Words4* from = mine + first * all_pieces + piece;
         LS_UNROLL
-        for (int i = 0; i < kLoads; ++i) {
-            to[i] = {};
+        for (int i = 0; i < kLoads; ++i)
             if (piece + lane % 4 < pieces && binary_row(lane, i) < rows)
                 to[i] = stream(from + i * 8 * all_pieces, policy);
-        }
     };
     // 4 pairs of this lane's columns and, for each side, its row of x.
     const unsigned char* of_x[kSides];
@@ -129,7 +135,7 @@ binary_kernel(CudaBinary p) {
     };
 
     int tile = block_x(), step = 0;
-    Words4 bits[kLoads], ahead[kLoads];
+    Words4 bits[kLoads] = {}, ahead[kLoads] = {};
     if (tile < tiles) read(tile, step, bits);
     load_steps(linear, first_piece, padded, x);
     sync_block();
@@ -165,8 +171,7 @@ binary_kernel(CudaBinary p) {
             if (kBits != Bits::kSigns) {
                 const int64_t row = int64_t{tile} * kStepRows + binary_row(lane, 0);
                 const int64_t piece = first_piece + at * kStepPieces + lane % 4;
-                draw<kBits>(key, row * linear.in_features + piece * kPieceColumns,
-                            8 * linear.in_features, signs);
+                draw<kBits>(key, row, piece, linear.in_features, signs);
             }
             LS_UNROLL
             for (int j = 0; j < kPieceWords; ++j) {

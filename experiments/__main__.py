@@ -1,4 +1,4 @@
-"""Command line of the experiments: python -m experiments list | quickstart | run."""
+"""Command line: python -m experiments list, quickstart, run, status, figure, table or report."""
 
 import argparse
 import importlib.util
@@ -6,25 +6,26 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
-import torch
-
 import lottery_sparse as ls
-from experiments import data, quickstart
+from experiments import data, quickstart, studies
+from experiments.engines import ENGINES
 from experiments.files import write_whole
-from experiments.lottery import Run, lottery
 from experiments.networks import NETWORKS
-from experiments.progress import INSTALL, Progress
+from experiments.progress import INSTALL
+from experiments.runs import PROFILES
+from experiments.store import Store
+from experiments.sweep import run_study
+
+STORE = Path("out/experiments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit status. Errors of the user are one message, no traceback."""
     options = parser().parse_args(arguments)
     try:
-        options.command(options)
+        status = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,32 +67,45 @@ def parser() -> argparse.ArgumentParser:
         help="where to draw (default: %(default)s)",
     )
 
-    command = commands.add_parser("run", help="one lottery run, by default the paper's protocol")
-    command.set_defaults(command=run_lottery)
-    command.add_argument("--network", choices=NETWORKS, default="lenet")
-    command.add_argument("--criterion", choices=ls.CRITERIA, default="large_final")
-    command.add_argument("--mask1", choices=ls.MASK1_ACTIONS, default="rewind")
-    command.add_argument("--mask0", choices=ls.MASK0_ACTIONS, default="zero")
-    command.add_argument("--rounds", type=int, default=24, help="pruned rounds (default: 24)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--iterations", type=int, help="per round (default: the network's)")
+    command = commands.add_parser("run", help="do what is still to do of a study; resumes")
+    command.set_defaults(command=run)
+    command.add_argument("study", metavar="STUDY", help="see `list`")
+    command.add_argument("--network", default="fc", metavar="NAME", help="see `list` (default: fc)")
     command.add_argument(
-        "--keep", type=Fraction, help="share of each layer kept per round, 0 to 1 (e.g. 0.8)"
+        "--profile", choices=PROFILES, default="paper", help="how much of it (default: paper)"
     )
-    command.add_argument("--scope", choices=("layer", "global"), default="layer")
-    command.add_argument("--one-shot", action="store_true", help="prune the dense network at once")
-    command.add_argument("--rewind-to", type=int, default=0, metavar="ITERATION")
+    command.add_argument("--seeds", type=int, metavar="N", help="default: the study's")
+    command.add_argument("--rounds", type=int, metavar="N", help="default: the study's")
     command.add_argument(
-        "--compounding", action="store_true", help="mask-1 actions act on the last round's start"
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="only runs with this value, such as criterion=movement; may be repeated",
     )
-    command.add_argument(
-        "--dataset", choices=data.DATASETS, help="default: the network's; mnist-mini is a subset"
-    )
+    _store_option(command)
     _data_options(command)
-    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    command.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    command.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append a line per round")
+    command.add_argument(
+        "--engine", choices=ENGINES, default="process", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one per core)"
+    )
+    command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
+    command.add_argument(
+        "--devices", default="cpu", metavar="LIST", help="cpu, or cuda:0,cuda:1 (default: cpu)"
+    )
     return top
+
+
+def _store_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--store",
+        type=Path,
+        default=STORE,
+        metavar="DIR",
+        help="folder of the results (default: %(default)s)",
+    )
 
 
 def _data_options(command: argparse.ArgumentParser) -> None:
@@ -111,13 +125,16 @@ def list_all(options: argparse.Namespace) -> None:
             f"  {network.name:<8}{network.dataset}, Adam {network.lr:g}, batch "
             f"{network.batch_size}, {network.iterations:,} iterations a round, keeps {keep}"
         )
+    print("studies")
+    for study in studies.STUDIES.values():
+        print(f"  {study.name:<20}{study.question}")
     print("data sets")
     for name, text in data.DATASETS.items():
         print(f"  {name:<12}{text}")
     for title, table in (
-        ("mask criteria (--criterion)", ls.CRITERIA),
-        ("mask-1 actions, on kept weights (--mask1)", ls.MASK1_ACTIONS),
-        ("mask-0 actions, on pruned weights (--mask0)", ls.MASK0_ACTIONS),
+        ("mask criteria", ls.CRITERIA),
+        ("mask-1 actions, on kept weights", ls.MASK1_ACTIONS),
+        ("mask-0 actions, on pruned weights", ls.MASK0_ACTIONS),
     ):
         print(title)
         for name, function in table.items():
@@ -144,44 +161,28 @@ def run_quickstart(options: argparse.Namespace) -> None:
     print(f"figure: {options.png}")
 
 
-def run_lottery(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
-    network = NETWORKS[options.network]
-    if options.iterations is not None:
-        network = replace(network, iterations=options.iterations)
-    if options.keep is not None:
-        network = replace(network, keep=dict.fromkeys(network.keep, options.keep))
-    run = Run(
-        network,
-        options.criterion,
-        options.mask1,
-        options.mask0,
-        options.rounds,
-        options.seed,
-        options.scope,
-        options.one_shot,
-        options.rewind_to,
-        options.compounding,
+def run(options: argparse.Namespace) -> int:
+    pairs = [tuple(text.split("=", 1)) for text in options.only]
+    if bad := [text for text, pair in zip(options.only, pairs, strict=True) if len(pair) != 2]:
+        raise ValueError(f"--only takes FIELD=VALUE, got {bad[0]!r}.")
+    study = studies.find(options.study)
+    failed = run_study(
+        study,
+        options.network,
+        options.profile,
+        study.seeds if options.seeds is None else options.seeds,
+        Store(options.store),
+        rounds=options.rounds,
+        only=pairs,
+        data_dir=options.data_dir,
+        engine=options.engine,
+        workers=options.workers or os.cpu_count() or 1,
+        scheduler=options.scheduler,
+        devices=options.devices.split(","),
     )
-    name = options.dataset or network.dataset
-    dataset = data.load(name, options.data_dir, options.device, options.download)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(total=network.iterations * (run.rounds + 1)) as progress:
-
-        def on_step(number: int, iteration: int) -> None:
-            progress.advance()
-
-        for this in lottery(run, dataset, on_step):
-            row = this.row
-            if options.out:
-                with options.out.open("a") as file:  # closed, so flushed, after each line
-                    file.write(json.dumps(row) + "\n")
-            progress.line(
-                f"round {row['round']:2}  density {row['density']:7.2%}  test accuracy "
-                f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}, "
-                f"final {row['final_test_accuracy']:.2%}  ({row['seconds']:.0f} s)"
-            )
+    if failed:
+        print(f"{failed} groups failed; the same command goes on with them", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,85 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and locks between processes."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `path`, making its folder; a reader sees the old file or the new one, never a part."""
+
+def write_whole(
+    path: Path,
+    content: bytes,
+    guard: contextlib.AbstractContextManager[object] | None = None,
+) -> None:
+    """Write `path`, making its folder; a reader sees the old file or the new one, never a part.
+
+    `guard` is entered around the moment in which the file appears.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=temporary(path), delete=False) as file:
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private
-            os.replace(file.name, path)
+            with guard or contextlib.nullcontext():
+                os.replace(file.name, path)
         except BaseException:
-            os.unlink(file.name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.name)
             raise
+
+
+def temporary(path: Path) -> str:
+    """How the names of files begin that a killed `write_whole` of `path` leaves beside it."""
+    return f".{path.name}."
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[int | None]:
+    """Hold a lock on the file `path`, making it; yields its descriptor.
+
+    Of all processes and threads one holds it, or several that share it. It ends with its holder,
+    however that ends. Where nothing can be written, those who share it go on without (None).
+    """
+    if fcntl is None:
+        raise RuntimeError("a store needs the file locks of Linux or macOS; on Windows, use WSL.")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if not shared:
+            raise
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            yield None
+            return
+    try:
+        # flock, not lockf: held by the open file, so between threads too, and over NFS as well
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def try_lock(fd: int, shared: bool = False) -> bool:
+    """Take the lock of an open file if nobody holds it; it ends when `fd` is closed."""
+    assert fcntl is not None  # whoever comes here has been through `locked`
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_all(fd: int, content: bytes) -> None:
+    """os.write until all of it is written."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(fd, left) :]

@@ -5,10 +5,10 @@ keeps a share of each layer's kept weights by the criterion, and trains the resu
 that the mask-1 action gives. Pruned weights hold what the mask-0 action says.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.networks import Network, build, keep_by_parameter, skeleton
-from experiments.train import Result, evaluation, train
+from experiments.train import Result, evaluation, train_together
+from lottery_sparse import backends
+from lottery_sparse.compact_base import Compact
 
 Weights = dict[str, Tensor]  # parameter name -> value, biases included
 
 
 @dataclass(frozen=True)
-class Run:
-    """One line of a figure: everything that decides its numbers. Defaults: the paper's protocol.
+class Lottery:
+    """What the loop does: everything that decides its numbers. Defaults: the paper's protocol.
 
     Iterations, learning rate and the share that each round keeps are the network's; for others
     give `dataclasses.replace(network, iterations=1_000)`.
@@ -77,16 +79,31 @@ class Start:
 class Round:
     """What one round leaves: its row for a results file, and the tensors behind it."""
 
-    row: dict[str, object]
+    number: int
+    row: dict[str, Any]
     start: Start
     w_final: Weights
+    seconds: float  # of all networks that were trained together
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """What all rounds of a lottery go back to.
+
+    Attributes:
+        weights: what mask-1 actions modify: the dense run's weights at iteration rewind_to.
+        std: parameter name -> population standard deviation of the dense run's initial weights.
+    """
+
+    weights: Weights
+    std: dict[str, float]
 
 
 OnStep = Callable[[int, int], None]  # (round number, iterations done in it)
 
 
 def lottery(
-    run: Run, dataset: Dataset, on_step: OnStep = lambda number, iteration: None
+    run: Lottery, dataset: Dataset, on_step: OnStep = lambda number, iteration: None
 ) -> Iterator[Round]:
     """Yield round 0 (dense), then each pruned round, as soon as it is trained.
 
@@ -94,25 +111,81 @@ def lottery(
     round and the parameter name. `on_step` is called after every iteration.
     """
     device = dataset.train.images.device
-    start = dense_start(run.network, run.seed, device)
-    w_rewind = dict(start.weights)
-    std = {name: w.std(unbiased=False).item() for name, w in start.weights.items()}
-
-    def watch(number: int, model: nn.Module, iteration: int) -> None:
-        if number == 0 and iteration == run.rewind_to:
-            w_rewind.update(weights_of(model))
-        on_step(number, iteration)
-
-    scored: Round | None = None  # the round whose weights decide the next masks
-    for number in range(run.rounds + 1):
-        if scored is not None:
-            start = next_start(run, number, scored, w_rewind, std)
-        model = model_of(run.network, start, device)
-        result = train_model(run, model, dataset, partial(watch, number, model))
-        this = Round(row_of(run, number, dataset, start, result), start, weights_of(model))
+    dense, snapshots = dense_round(run, dataset, [run.rewind_to], lambda i: on_step(0, i))
+    yield dense
+    rewind = Rewind(snapshots[run.rewind_to], spread(run.network, run.seed, device))
+    scored = dense
+    for number in range(1, run.rounds + 1):
+        start = next_start(run, number, scored, rewind)
+        [this] = train_rounds(
+            [run], number, [start], dataset, lambda i, number=number: on_step(number, i)
+        )
         yield this
-        if scored is None or not run.one_shot:
+        if not run.one_shot:
             scored = this
+
+
+def dense_round(
+    run: Lottery,
+    dataset: Dataset,
+    snapshots: Iterable[int] = (),
+    on_step: Callable[[int], None] = lambda iteration: None,
+) -> tuple[Round, dict[int, Weights]]:
+    """Round 0, and the dense network's weights at the iterations `snapshots`."""
+    start = dense_start(run.network, run.seed, dataset.train.images.device)
+    wanted = set(snapshots)
+    found = {0: dict(start.weights)} if 0 in wanted else {}
+    model = model_of(run.network, start, dataset.train.images.device)
+
+    def watch(iteration: int) -> None:
+        if iteration in wanted:
+            found[iteration] = weights_of(model)
+        on_step(iteration)
+
+    [result] = train_models(run, [run.seed], model, dataset, watch)
+    return Round(
+        0, row_of(run, 0, model, start, result), start, weights_of(model), result.seconds
+    ), found
+
+
+def train_rounds(
+    runs: Sequence[Lottery],
+    number: int,
+    starts: Sequence[Start],
+    dataset: Dataset,
+    on_step: Callable[[int], None] = lambda iteration: None,
+) -> list[Round]:
+    """Round `number` of lotteries side by side, of one network and protocol, seeds apart.
+
+    All starts have to be of one kind: pruned weights at zero, or at values, or free to train. Each
+    network gets what it would alone: on the CPU the same bits where `together` is true.
+    """
+    device = dataset.train.images.device
+    models = [model_of(run.network, start, device) for run, start in zip(runs, starts, strict=True)]
+    model = models[0] if len(models) == 1 else ls.replicate(models)
+    results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step)
+    rounds = []
+    for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
+        one = model if len(models) == 1 else ls.select(model, e)
+        row = row_of(run, number, one, start, result)
+        rounds.append(Round(number, row, start, weights_of(one), result.seconds))
+    return rounds
+
+
+def together(run: Lottery, start: Start, device: torch.device) -> bool:
+    """Whether a network is trained side by side with others.
+
+    On the CPU only if all its products are our kernels': the bits of a dense library's depend on
+    what else it computes, and there they gain nothing in company.
+    """
+    model = model_of(run.network, start, device)
+    return device.type != "cpu" or "dense" not in products_of(model)
+
+
+def spread(network: Network, seed: int, device: torch.device | str) -> dict[str, float]:
+    """Population standard deviation of each parameter's initial values: the signed constants."""
+    weights = dense_start(network, seed, device).weights
+    return {name: w.std(unbiased=False).item() for name, w in weights.items()}
 
 
 def dense_start(network: Network, seed: int, device: torch.device | str) -> Start:
@@ -123,16 +196,10 @@ def dense_start(network: Network, seed: int, device: torch.device | str) -> Star
     return Start(ls.Masks(everything), weights, dict.fromkeys(prunable), masked=False)
 
 
-def next_start(
-    run: Run, number: int, scored: Round, w_rewind: Weights, std: dict[str, float]
-) -> Start:
+def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Start:
     """The start of round `number`, from how the round `scored` began and ended.
 
     Scores and mask-0 actions compare the weights that it really started from with its final ones.
-
-    Args:
-        w_rewind: what mask-1 actions modify: the dense run's weights at iteration run.rewind_to.
-        std: parameter name -> population standard deviation of the dense run's initial weights.
     """
     last, w_final = scored.start, scored.w_final
     masks = ls.prune(
@@ -145,13 +212,13 @@ def next_start(
         generator=ls.random.derive(run.seed, "prune", number),
     )
     # round 1 has nothing to compound: it starts from the dense run's (rewind) weights either way
-    base = last.weights if run.compounding and scored.row["round"] else w_rewind
-    weights = dict(w_rewind)  # biases: never masked, always rewound
+    base = last.weights if run.compounding and scored.number else rewind.weights
+    weights = dict(rewind.weights)  # biases: never masked, always rewound
     frozen: dict[str, Tensor | None] = {}
     masked = True
     for name, mask in masks.items():
         gen = ls.random.Stream(ls.random.derive(run.seed, "mask-1", number), name)
-        weights[name] = ls.MASK1_ACTIONS[run.mask1](base[name], mask, std[name], gen)
+        weights[name] = ls.MASK1_ACTIONS[run.mask1](base[name], mask, rewind.std[name], gen)
         gen = ls.random.Stream(ls.random.derive(run.seed, "mask-0", number), name)
         action = ls.MASK0_ACTIONS[run.mask0](
             last.weights[name], w_final[name], mask, last.masks[name], last.frozen[name], gen
@@ -162,7 +229,7 @@ def next_start(
     return Start(masks, weights, frozen, masked)
 
 
-def keep_of(run: Run, rounds: int) -> Fraction | dict[str, Fraction]:
+def keep_of(run: Lottery, rounds: int) -> Fraction | dict[str, Fraction]:
     """What `rounds` rounds leave of the kept weights: by parameter, or one share if global."""
     if run.scope == "global":
         return run.network.keep["hidden"] ** rounds
@@ -183,17 +250,21 @@ def model_of(network: Network, start: Start, device: torch.device | str) -> nn.M
     return model
 
 
-def train_model(
-    run: Run, model: nn.Module, dataset: Dataset, on_step: Callable[[int], None]
-) -> Result:
-    """Train in place by the protocol of the run."""
-    return train(
+def train_models(
+    run: Lottery,
+    seeds: Sequence[int],
+    model: nn.Module,
+    dataset: Dataset,
+    on_step: Callable[[int], None] = lambda iteration: None,
+) -> list[Result]:
+    """Train one network, or several side by side, in place by the protocol of the run."""
+    return train_together(
         model,
         dataset,
         iterations=run.network.iterations,
         lr=run.network.lr,
         batch_size=run.network.batch_size,
-        seed=run.seed,
+        seeds=seeds,
         evaluate_every=run.evaluate_every,
         train_accuracy=run.train_accuracy,
         on_step=on_step,
@@ -206,19 +277,13 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def row_of(
-    run: Run, number: int, dataset: Dataset, start: Start, result: Result
-) -> dict[str, object]:
-    """One line of a results file. The density is measured from the masks, not from the plan."""
+    run: Lottery, number: int, model: nn.Module, start: Start, result: Result
+) -> dict[str, Any]:
+    """What a results file says of a round. The density is measured from the masks, not the plan."""
     return {
-        "network": run.network.name,
-        "dataset": dataset.name,
         "criterion": run.criterion,
         "mask1": run.mask1,
         "mask0": run.mask0,
-        "scope": run.scope,
-        "one_shot": run.one_shot,
-        "rewind_to": run.rewind_to,
-        "compounding": run.compounding,
         "seed": run.seed,
         "round": number,
         "density": start.masks.density,
@@ -231,15 +296,27 @@ def row_of(
         "final_test_accuracy": result.final_test_accuracy,
         "final_validation_loss": result.final_validation_loss,
         "final_train_accuracy": result.final_train_accuracy,
-        "seconds": round(result.seconds, 3),
-        "torch": torch.__version__,
-        # auto: the dispatch table chooses per layer, a kernel of ours or the dense library
         "engine": result.engine,
-        "backend": ls.backends.forced() or "auto",
-        "kernels_built": ls.backends.built("cpu"),
-        "device": str(dataset.train.images.device),
-        "threads": torch.get_num_threads(),
+        **backend_of(model),
     }
+
+
+def backend_of(model: nn.Module) -> dict[str, object]:
+    """Whose kernels train the model, and of each layer whether they skip what is pruned."""
+    device = next(model.parameters()).device
+    ours = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    built = ours is not None and backends.built(ours)
+    backend = backends.forced() or (ours if built else "reference")
+    return {"backend": backend, "products": products_of(model)}
+
+
+def products_of(model: nn.Module) -> list[str]:
+    """Of each layer "sparse", where kernels skip what is pruned, or "dense"."""
+    return [
+        "sparse" if isinstance(layer, Compact) and layer.lags else "dense"
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d | Compact)
+    ]
 
 
 def untrained(
@@ -249,7 +326,7 @@ def untrained(
     w_final: Weights,
     curves: Iterable[tuple[str, str]],
     rounds: Iterable[int],
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """The supermask effect: test accuracy without training, by criterion, weights and density.
 
     The dense network of `seed`, which ended at `w_final`, is pruned at once to what each of
@@ -282,8 +359,11 @@ def untrained(
             yield {
                 "criterion": criterion,
                 "weights": kind,
+                "round": number,
                 "density": masks.density,
+                "kept": masks.kept,
                 "accuracy": evaluation(model, dataset.test)[1],
+                **backend_of(model),
             }
 
 

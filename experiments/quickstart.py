@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.lottery import (
+    Lottery,
     Round,
-    Run,
     Start,
     dense_start,
     lottery,
     model_of,
-    train_model,
+    train_models,
     untrained,
 )
-from experiments.networks import LENET
+from experiments.networks import FC
 from experiments.progress import Progress
 from experiments.train import adam, evaluation, step
 
@@ -42,7 +43,7 @@ SUPERMASKS = {  # curve -> (criterion, weights)
 REPEATS = 60  # of each timing; the minimum is reported
 
 
-def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, object]:
+def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, Any]:
     """Train, prune, compare, time; print as it goes, and return the numbers.
 
     Accuracies are test accuracies as fractions; those of trained networks are taken at the
@@ -50,8 +51,8 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
     """
     began = time.perf_counter()
     torch.set_num_threads(1)  # LeNet at batch 60 gains nothing from a second one
-    run = Run(
-        network=replace(LENET, keep=SHARES, iterations=iterations),
+    run = Lottery(
+        network=replace(FC, keep=SHARES, iterations=iterations),
         rounds=ROUNDS,
         seed=seed,
         train_accuracy=False,
@@ -81,8 +82,8 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
 
 
 def tickets(
-    run: Run, dataset: Dataset, progress: Progress
-) -> tuple[list[Round], dict[str, object]]:
+    run: Lottery, dataset: Dataset, progress: Progress
+) -> tuple[list[Round], dict[str, Any]]:
     """Every round of the lottery loop, each beside its two controls with as many weights per layer.
 
     reinit: the ticket's masks, weights drawn anew. random: the initial weights, masks at random.
@@ -90,8 +91,8 @@ def tickets(
     progress.line("\nTest accuracy after training")
     progress.line(f"{'density':>9}{'weights':>10}{'ticket':>9}{'reinit':>9}{'random':>9}")
     rounds: list[Round] = []
-    dense: dict[str, object] = {}
-    curves: dict[str, list[dict[str, object]]] = {"ticket": [], "reinit": [], "random": []}
+    dense: dict[str, Any] = {}
+    curves: dict[str, list[dict[str, Any]]] = {"ticket": [], "reinit": [], "random": []}
 
     def on_step(number: int, iteration: int) -> None:
         progress.advance()
@@ -111,7 +112,9 @@ def tickets(
             ):
                 progress.describe(f"round {row['round']}, {name}")
                 model = model_of(run.network, start, dataset.train.images.device)
-                result = train_model(run, model, dataset, lambda iteration: progress.advance())
+                [result] = train_models(
+                    run, [run.seed], model, dataset, lambda iteration: progress.advance()
+                )
                 curves[name].append(
                     {
                         **point,
@@ -127,13 +130,13 @@ def tickets(
     return rounds, {"dense": dense, **curves}
 
 
-def reinitialised(run: Run, this: Round) -> Start:
+def reinitialised(run: Lottery, this: Round) -> Start:
     """The same masks on weights drawn anew from the initial law."""
     seed = ls.random.derive(run.seed, "reinit", this.row["round"])
     return replace(this.start, weights=dense_start(run.network, seed, "cpu").weights)
 
 
-def randomly_masked(run: Run, this: Round) -> Start:
+def randomly_masked(run: Lottery, this: Round) -> Start:
     """The same start under masks that keep as many weights of each layer, chosen at random."""
     kept = {
         name: Fraction(int(mask.sum()), mask.numel()) for name, mask in this.start.masks.items()
@@ -161,12 +164,12 @@ def describe(dense: Round, best: Round) -> str:
 
 
 def supermasks(
-    run: Run, dataset: Dataset, dense: Round, progress: Progress
-) -> dict[str, list[dict[str, object]]]:
+    run: Lottery, dataset: Dataset, dense: Round, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of masked but untrained networks, over density. The masks come from `dense`."""
-    network = replace(LENET, iterations=run.network.iterations)  # the paper's shares
+    network = replace(FC, iterations=run.network.iterations)  # the paper's shares
     start = model_of(network, dense.start, "cpu")
-    curves: dict[str, list[dict[str, object]]] = {
+    curves: dict[str, list[dict[str, Any]]] = {
         "init": [{"density": 1.0, "accuracy": evaluation(start, dataset.test)[1]}]
     }
     progress.describe("supermasks")
@@ -189,8 +192,8 @@ def supermasks(
 
 
 def measure(
-    run: Run, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
-) -> dict[str, object]:
+    run: Lottery, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
+) -> dict[str, Any]:
     """Milliseconds of a training step, per layer and whole: nn.Linear against the ticket, compact.
 
     A layer's step is forward and backward at the run's batch size; the whole step adds loss and

@@ -32,6 +32,7 @@ class Profile:
     Attributes:
         share: of the network's iterations, of a round and of a learned mask alike.
         evaluate_every: iterations between two looks at the validation part.
+        rounds: at most so many of a study's; None: all.
         mini: whether MNIST is the subset that ships here.
         deviations: from the protocol, in words; they stand in every figure's title.
     """
@@ -39,6 +40,7 @@ class Profile:
     name: str
     share: float = 1.0
     evaluate_every: int = 100
+    rounds: int | None = None
     mini: bool = False
     deviations: tuple[str, ...] = ()
 
@@ -58,8 +60,9 @@ PROFILES = {
             "smoke",
             share=0.001,
             evaluate_every=20,
+            rounds=3,
             mini=True,
-            deviations=("a thousandth of the iterations", "a subset of MNIST"),
+            deviations=("a thousandth of the iterations", "three rounds", "a subset of MNIST"),
         ),
     )
 }

@@ -6,9 +6,10 @@ number of iterations, and the "early-stop iteration" is where the validation los
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
+from lottery_sparse import backends
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
@@ -41,32 +43,43 @@ class Result:
     final_validation_loss: float
     final_validation_accuracy: float
     final_train_accuracy: float | None
-    seconds: float
+    seconds: float  # of all networks that were trained together
     engine: str  # how a step was computed: "modules", or "train_step" in one call
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
 
 
-def train(
+def train(model: nn.Module, dataset: Dataset, *, seed: int, **settings: Any) -> Result:
+    """Train one network; see `train_together`."""
+    [result] = train_together(model, dataset, seeds=[seed], **settings)
+    return result
+
+
+def train_together(
     model: nn.Module,
     dataset: Dataset,
     *,
     iterations: int,
     lr: float,
     batch_size: int,
-    seed: int,
+    seeds: Sequence[int],
     evaluate_every: int = 100,
     train_accuracy: bool = True,
     on_step: Callable[[int], None] = lambda iteration: None,
-) -> Result:
+) -> list[Result]:
     """Train `model` in place and leave it with its final weights.
 
     Args:
-        seed: with the epoch it decides the order of the batches, nothing else.
+        model: one network, or with more seeds as many side by side (`ls.replicate`). Each trains
+            as it would alone: on the CPU with the same bits.
+        seeds: of each network; with the epoch it decides the order of the batches, nothing else.
         evaluate_every: iterations between two looks at the validation part. The last iteration
             is always evaluated and stored.
         train_accuracy: evaluate the training part at the end; None is reported otherwise.
         on_step: called after every iteration with the number done: for progress bars, and to copy
             the weights of an early iteration (late rewinding).
+
+    Returns:
+        A result for each seed.
 
     Test accuracy at the early-stop iteration is computed once, at the end, from a copy of the
     weights that were best so far: the number is the same and most test passes are saved.
@@ -76,54 +89,71 @@ def train(
     """
     start = time.perf_counter()
     parameters = list(model.parameters())
-    optimizer = adam(parameters, lr)
-    engine, take_step = stepper(model, optimizer)
-    evaluations: list[Evaluation] = []
-    best: tuple[Evaluation, list[Tensor]] | None = None
-
-    def evaluate(iteration: int) -> None:
-        nonlocal best
-        loss, accuracy = evaluation(model, dataset.val)
-        if not loss < float("inf"):
-            raise ValueError(
-                f"validation loss is {loss} at iteration {iteration}; with lr {lr} the training "
-                "diverges: give a lower one."
-            )
-        evaluations.append(Evaluation(iteration, loss, accuracy))
-        if best is None or loss < best[0].validation_loss:
-            best = evaluations[-1], [parameter.detach().clone() for parameter in parameters]
-
-    evaluate(0)
+    engine, take_step = stepper(model, adam(parameters, lr))
+    watch = _Watch(parameters, len(seeds), lr)
+    watch(0, evaluations(model, dataset.val))
     for iteration, (images, labels) in enumerate(
-        minibatches(dataset.train, iterations, batch_size, seed), start=1
+        minibatches(dataset.train, iterations, batch_size, seeds), start=1
     ):
         take_step(images, labels)
         if iteration % evaluate_every == 0 or iteration == iterations:
-            evaluate(iteration)
+            watch(iteration, evaluations(model, dataset.val))
         on_step(iteration)
 
-    assert best is not None
-    stop, best_weights = best
     final_weights = [parameter.detach().clone() for parameter in parameters]
-    final_test = evaluation(model, dataset.test)[1]
-    final_train = evaluation(model, dataset.train)[1] if train_accuracy else None
-    assign_(parameters, best_weights)
-    test = evaluation(model, dataset.test)[1]
+    final_tests = evaluations(model, dataset.test)
+    final_trains = evaluations(model, dataset.train) if train_accuracy else None
+    assign_(parameters, watch.best_weights)
+    tests = evaluations(model, dataset.test)
     assign_(parameters, final_weights)
-    return Result(
-        iterations=iterations,
-        early_stop_iteration=stop.iteration,
-        early_stop_validation_loss=stop.validation_loss,
-        early_stop_validation_accuracy=stop.validation_accuracy,
-        test_accuracy=test,
-        final_test_accuracy=final_test,
-        final_validation_loss=evaluations[-1].validation_loss,
-        final_validation_accuracy=evaluations[-1].validation_accuracy,
-        final_train_accuracy=final_train,
-        seconds=time.perf_counter() - start,
-        engine=engine,
-        evaluations=tuple(evaluations),
-    )
+    seconds = time.perf_counter() - start
+    return [
+        Result(
+            iterations=iterations,
+            early_stop_iteration=best.iteration,
+            early_stop_validation_loss=best.validation_loss,
+            early_stop_validation_accuracy=best.validation_accuracy,
+            test_accuracy=tests[e][1],
+            final_test_accuracy=final_tests[e][1],
+            final_validation_loss=watch.seen[e][-1].validation_loss,
+            final_validation_accuracy=watch.seen[e][-1].validation_accuracy,
+            final_train_accuracy=final_trains[e][1] if final_trains else None,
+            seconds=seconds,
+            engine=engine,
+            evaluations=tuple(watch.seen[e]),
+        )
+        for e, best in enumerate(watch.best)
+    ]
+
+
+class _Watch:
+    """The evaluations of each network so far, and its parameters at the best of them."""
+
+    def __init__(self, parameters: list[nn.Parameter], networks: int, lr: float):
+        self.parameters, self.lr = parameters, lr
+        self.seen: list[list[Evaluation]] = [[] for _ in range(networks)]
+        self.best: list[Evaluation] = []
+        self.best_weights = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def __call__(self, iteration: int, found: list[tuple[float, float]]) -> None:
+        for e, (loss, accuracy) in enumerate(found):
+            if not loss < float("inf"):
+                raise ValueError(
+                    f"validation loss is {loss} at iteration {iteration}; with lr {self.lr} the "
+                    "training diverges: give a lower one."
+                )
+            now = Evaluation(iteration, loss, accuracy)
+            self.seen[e].append(now)
+            if iteration == 0:
+                self.best.append(now)
+            elif loss < self.best[e].validation_loss:
+                self.best[e] = now
+                for kept, parameter in zip(self.best_weights, self.parameters, strict=True):
+                    if len(found) == 1:
+                        kept.copy_(parameter)
+                    else:
+                        kept[e].copy_(parameter[e])
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
@@ -135,7 +165,7 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[str, Callable[[Tensor, Tensor], object]]:
     """How steps are computed: in one call if the model is a stack of linear layers."""
-    if ls.backends.forced() in (None, "cpu"):
+    if backends.forced() in (None, "cpu"):
         with contextlib.suppress(ValueError, TypeError):  # not such a stack
             return "train_step", ls.train_step(model, optimizer)
     return "modules", partial(step, model, optimizer)
@@ -144,40 +174,63 @@ def stepper(
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
 ) -> None:
+    """One step by modules; for networks side by side the loss is the sum of their means."""
     optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(model(images), labels).backward()
+    logits = model(images)
+    networks = logits.shape[0] if logits.dim() == 3 else 1
+    labels = labels.expand(*logits.shape[:-1])
+    (F.cross_entropy(logits.flatten(0, -2), labels.flatten()) * networks).backward()
     optimizer.step()
 
 
 def minibatches(
-    split: Split, iterations: int, batch_size: int, seed: int
+    split: Split, iterations: int, batch_size: int, seeds: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `iterations` pairs (images, labels), epoch after epoch in the order of data.batches."""
+    """Yield `iterations` pairs (images, labels), epoch after epoch in the order of data.batches.
+
+    Of networks with one seed the pair is [B, ...], shared; else [E, B, ...].
+    """
+    if len(set(seeds)) == 1:
+        seeds = seeds[:1]
     done = 0
     epoch = 0
     while done < iterations:
-        order = batches(len(split), batch_size, seed, epoch).to(split.labels.device)
-        for indices in order[: iterations - done]:
+        orders = [batches(len(split), batch_size, seed, epoch) for seed in seeds]
+        order = orders[0] if len(seeds) == 1 else torch.stack(orders, 1)  # [step, (E,) B]
+        for indices in order[: iterations - done].to(split.labels.device):
             yield split.images[indices], split.labels[indices]
         done += len(order)
         epoch += 1
 
 
-@torch.no_grad()
 def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy over all images of a part."""
-    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    """Mean cross-entropy and accuracy of one network over all images of a part."""
+    [found] = evaluations(model, split)
+    return found
+
+
+@torch.no_grad()
+def evaluations(model: nn.Module, split: Split) -> list[tuple[float, float]]:
+    """Mean cross-entropy and accuracy over all images of a part, of each network."""
+    loss: Tensor | int = 0
+    correct: Tensor | int = 0
     for images, labels in zip(
         split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
     ):
         logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        correct += (logits.argmax(1) == labels).sum()
-    return loss.item() / len(split), correct.item() / len(split)
+        if logits.dim() == 2:
+            logits = logits.unsqueeze(0)
+        labels = labels.expand(logits.shape[0], -1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        loss += losses.view_as(labels).double().sum(1)
+        correct += (logits.argmax(2) == labels).sum(1)
+    assert isinstance(loss, Tensor)
+    assert isinstance(correct, Tensor)
+    means, shares = loss / len(split), correct.double() / len(split)
+    return list(zip(means.tolist(), shares.tolist(), strict=True))
 
 
 @torch.no_grad()
-def assign_(parameters: list[Tensor], values: list[Tensor]) -> None:
+def assign_(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

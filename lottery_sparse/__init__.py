@@ -3,6 +3,7 @@
 from lottery_sparse import ops, optim, random
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS
 from lottery_sparse.backends import use_backend
+from lottery_sparse.channels import Channels, drop_channels
 from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
 from lottery_sparse.compacting import compact_, expand_, refresh_
 from lottery_sparse.convert import dense_state_dict, densify_, masks_of, set_masks_, sparsify_
@@ -24,6 +25,7 @@ __all__ = [
     "MASK0_ACTIONS",
     "MASK1_ACTIONS",
     "SIGN_MASKS",
+    "Channels",
     "CompactConv2d",
     "CompactLinear",
     "Constant",
@@ -36,6 +38,7 @@ __all__ = [
     "compact_",
     "dense_state_dict",
     "densify_",
+    "drop_channels",
     "expand_",
     "find_ticket",
     "masks_of",

@@ -10,8 +10,8 @@ import torch
 import lottery_sparse as ls
 from experiments import data, quickstart, train
 from experiments.__main__ import main
-from experiments.lottery import Run, dense_start, lottery, model_of, untrained, weights_of
-from experiments.networks import CONV2, CONV4, CONV6, LENET, NETWORKS, build, keep_by_parameter
+from experiments.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
+from experiments.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def tiny(mini) -> data.Dataset:
     )
 
 
-SHORT = replace(LENET, iterations=12)
+SHORT = replace(FC, iterations=12)
 
 
 # networks
@@ -40,7 +40,7 @@ SHORT = replace(LENET, iterations=12)
 @pytest.mark.parametrize(
     ("network", "weights", "biases"),
     [
-        (LENET, 266_200, 410),
+        (FC, 266_200, 410),
         (CONV2, 4_300_992, 650),
         (CONV4, 2_425_024, 906),
         (CONV6, 2_261_184, 1_418),
@@ -79,17 +79,17 @@ def test_biases_start_at_zero():
 
 def test_weights_come_back_from_the_seed_and_leave_global_state_alone():
     state = torch.get_rng_state()
-    first = build(LENET, seed=7)
+    first = build(FC, seed=7)
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(99)
-    again = build(LENET, seed=7)
+    again = build(FC, seed=7)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first.fc1.weight, build(LENET, seed=8).fc1.weight)
+    assert not torch.equal(first.fc1.weight, build(FC, seed=8).fc1.weight)
 
 
 def test_shares_kept_are_exact_and_by_layer_kind():
-    assert keep_by_parameter(LENET) == {
+    assert keep_by_parameter(FC) == {
         "fc1.weight": Fraction(4, 5),
         "fc2.weight": Fraction(4, 5),
         "output.weight": Fraction(9, 10),
@@ -109,27 +109,27 @@ def fit(model, dataset, **changes) -> train.Result:
 
 
 def test_training_learns(mini):
-    result = fit(build(LENET, 0), mini, iterations=150, evaluate_every=50)
+    result = fit(build(FC, 0), mini, iterations=150, evaluate_every=50)
     assert result.test_accuracy > 0.85
     assert [e.iteration for e in result.evaluations] == [0, 50, 100, 150]
 
 
 def test_last_iteration_is_always_evaluated(tiny):
-    result = fit(build(LENET, 0), tiny, iterations=25)
+    result = fit(build(FC, 0), tiny, iterations=25)
     assert [e.iteration for e in result.evaluations] == [0, 10, 20, 25]
 
 
 def test_test_accuracy_is_that_of_the_lowest_validation_loss(tiny):
     # overfits 600 images, so the lowest loss is not the last one
-    result = fit(build(LENET, 0), tiny, iterations=400, evaluate_every=10)
+    result = fit(build(FC, 0), tiny, iterations=400, evaluate_every=10)
     losses = {e.iteration: e.validation_loss for e in result.evaluations}
     assert result.early_stop_iteration == min(losses, key=losses.get) < 400
-    shorter = fit(build(LENET, 0), tiny, iterations=result.early_stop_iteration)
+    shorter = fit(build(FC, 0), tiny, iterations=result.early_stop_iteration)
     assert shorter.final_test_accuracy == result.test_accuracy
 
 
 def test_training_leaves_the_final_weights(tiny):
-    model = build(LENET, 0)
+    model = build(FC, 0)
     result = fit(model, tiny, iterations=400)
     assert result.early_stop_iteration < 400
     assert train.evaluation(model, tiny.test)[1] == result.final_test_accuracy
@@ -139,7 +139,7 @@ def test_training_leaves_the_final_weights(tiny):
 
 def test_divergence_is_an_error_with_a_way_out(tiny):
     with pytest.raises(ValueError, match=r"validation loss is .* lr 1e\+30 .*give a lower one"):
-        fit(build(LENET, 0), tiny, lr=1e30)
+        fit(build(FC, 0), tiny, lr=1e30)
 
 
 # the lottery loop
@@ -159,7 +159,7 @@ def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
         return engine, and_seen
 
     monkeypatch.setattr(train, "stepper", watched)
-    list(lottery(Run(SHORT, rounds=2), tiny))  # 12 iterations: more than one epoch of 10
+    list(lottery(Lottery(SHORT, rounds=2), tiny))  # 12 iterations: more than one epoch of 10
     assert len(seen) == 36
     assert seen[:12] == seen[12:24] == seen[24:]
     assert seen[0] != seen[10]
@@ -167,7 +167,7 @@ def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
 
 def test_rows_name_the_engine(tiny, monkeypatch):
     one_call = "train_step" if ls.backends.built("cpu") else "modules"
-    run = Run(SHORT, rounds=1, mask0="freeze_init")
+    run = Lottery(SHORT, rounds=1, mask0="freeze_init")
     assert [this.row["engine"] for this in lottery(run, tiny)] == [one_call] * 2
     model = build(CONV2, 0)
     assert train.stepper(model, train.adam(model.parameters(), 1e-3))[0] == "modules"
@@ -176,14 +176,14 @@ def test_rows_name_the_engine(tiny, monkeypatch):
 
 
 def test_counts_kept_are_exact(tiny):
-    rounds = list(lottery(Run(SHORT, rounds=2), tiny))
+    rounds = list(lottery(Lottery(SHORT, rounds=2), tiny))
     kept = [[int(mask.sum()) for mask in this.start.masks.values()] for this in rounds]
     assert kept == [[235_200, 30_000, 1_000], [188_160, 24_000, 900], [150_528, 19_200, 810]]
     assert [this.row["density"] for this in rounds] == [sum(k) / 266_200 for k in kept]
 
 
 def test_one_shot_scores_the_dense_network_every_round(tiny):
-    run = Run(SHORT, rounds=2, one_shot=True)
+    run = Lottery(SHORT, rounds=2, one_shot=True)
     dense, _, second = lottery(run, tiny)
     scores = dense.w_final["fc1.weight"].abs()
     mask = second.start.masks["fc1.weight"]
@@ -192,7 +192,7 @@ def test_one_shot_scores_the_dense_network_every_round(tiny):
 
 
 def test_global_scope_keeps_one_share_over_all_layers(tiny):
-    _, first = lottery(Run(SHORT, rounds=1, scope="global"), tiny)
+    _, first = lottery(Lottery(SHORT, rounds=1, scope="global"), tiny)
     assert first.row["kept"] == 212_960
     assert int(first.start.masks["fc1.weight"].sum()) != 188_160
 
@@ -208,10 +208,10 @@ def test_global_scope_keeps_one_share_over_all_layers(tiny):
     ],
 )
 def test_runs_repeat_exactly_and_pruned_weights_hold(criterion, mask1, mask0, tiny):
-    run = Run(SHORT, criterion, mask1, mask0, rounds=2)
+    run = Lottery(SHORT, criterion, mask1, mask0, rounds=2)
     rounds = list(lottery(run, tiny))
     for this, again in zip(rounds, lottery(run, tiny), strict=True):
-        assert {**this.row, "seconds": 0} == {**again.row, "seconds": 0}
+        assert this.row == again.row
         for name, weight in this.w_final.items():
             assert torch.equal(weight, again.w_final[name])
     last = rounds[-1]
@@ -226,30 +226,32 @@ def test_runs_repeat_exactly_and_pruned_weights_hold(criterion, mask1, mask0, ti
 
 
 def test_biases_are_rewound_and_never_masked(tiny):
-    *_, last = lottery(Run(SHORT, rounds=1), tiny)
+    *_, last = lottery(Lottery(SHORT, rounds=1), tiny)
     assert set(last.start.masks) == {"fc1.weight", "fc2.weight", "output.weight"}
     assert not last.start.weights["fc1.bias"].any()
     assert last.w_final["fc1.bias"].any()
 
 
 def test_late_rewinding_starts_from_the_dense_run_at_that_iteration(tiny):
-    _, first = lottery(Run(SHORT, rounds=1, rewind_to=5), tiny)
-    model = build(LENET, 0)
+    _, first = lottery(Lottery(SHORT, rounds=1, rewind_to=5), tiny)
+    model = build(FC, 0)
     fit(model, tiny, iterations=5)
     for name, weight in weights_of(model).items():
         assert torch.equal(first.start.weights[name], weight)
 
 
 def test_compounding_acts_on_the_last_start(tiny):
-    plain = list(lottery(Run(SHORT, mask1="reinit_permute", rounds=2), tiny))
-    compound = list(lottery(Run(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny))
+    plain = list(lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2), tiny))
+    compound = list(
+        lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny)
+    )
     starts = [[this.start.weights["fc1.weight"] for this in rounds] for rounds in (plain, compound)]
     assert torch.equal(starts[0][1], starts[1][1])  # the first round has nothing to compound
     assert not torch.equal(starts[0][2], starts[1][2])
 
 
 def test_variant_2_starts_accumulate(tiny):
-    dense, first, second = lottery(Run(SHORT, mask0="freeze_init_zero_all", rounds=2), tiny)
+    dense, first, second = lottery(Lottery(SHORT, mask0="freeze_init_zero_all", rounds=2), tiny)
     name = "fc1.weight"
     kept = first.start.masks[name]
     toward_zero = dense.w_final[name].abs() < dense.start.weights[name].abs()
@@ -269,18 +271,18 @@ def test_variant_2_starts_accumulate(tiny):
         ({"scope": "all"}, "scope must be one of layer, global; got 'all'"),
         ({"rounds": -1}, "rounds must be 0 .*got -1"),
         ({"rewind_to": 13}, "0 to 12; got 13"),
-        ({"network": replace(LENET, iterations=0)}, "iterations must be at least 1, got 0"),
-        ({"network": replace(LENET, keep={"hidden": Fraction(3, 2)})}, r"in \[0, 1\], got 3/2"),
+        ({"network": replace(FC, iterations=0)}, "iterations must be at least 1, got 0"),
+        ({"network": replace(FC, keep={"hidden": Fraction(3, 2)})}, r"in \[0, 1\], got 3/2"),
     ],
 )
 def test_a_run_refuses_what_it_cannot_do(change, message):
     with pytest.raises(ValueError, match=message):
-        Run(**{"network": SHORT, **change})
+        Lottery(**{"network": SHORT, **change})
 
 
 def test_untrained_accuracies(mini):
-    network = replace(LENET, iterations=200)
-    (dense,) = lottery(Run(network, rounds=0), mini)
+    network = replace(FC, iterations=200)
+    (dense,) = lottery(Lottery(network, rounds=0), mini)
     curves = [
         ("large_final_same_sign", "init"),
         ("large_final_same_sign", "signed_constant"),
@@ -295,7 +297,7 @@ def test_untrained_accuracies(mini):
 
 
 def test_a_masked_model_computes_with_the_kept_weights_only(tiny):
-    _, first = lottery(Run(SHORT, rounds=1), tiny)
+    _, first = lottery(Lottery(SHORT, rounds=1), tiny)
     model = model_of(SHORT, first.start, "cpu")
     plain = build(SHORT, 0)
     with torch.no_grad():
@@ -352,37 +354,6 @@ def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypat
     assert not (tmp_path / "figure.png").exists()
 
 
-def test_run_appends_a_line_per_round(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("LS_BACKEND", raising=False)
-    out = tmp_path / "rows" / "rows.jsonl"
-    out.parent.mkdir()
-    out.write_text('{"earlier": 1}\n')
-    command = "run --dataset mnist-mini --iterations 3 --rounds 1 --mask1 reinit --keep 0.5 --out"
-    assert main([*command.split(), f"{out}"]) == 0
-    earlier, *rows = (json.loads(line) for line in out.read_text().splitlines())
-    assert earlier == {"earlier": 1}
-    assert [row["round"] for row in rows] == [0, 1]
-    assert rows[1]["density"] == 0.5
-    assert rows[1]["mask1"] == "reinit"
-    assert rows[1]["dataset"] == "mnist-mini"
-    assert rows[1]["backend"] == "auto"
-    assert "round  1" in capsys.readouterr().out
-
-
-def test_run_without_data_says_what_to_do(tmp_path, capsys):
-    assert main(["run", "--data-dir", f"{tmp_path}"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: mnist was not found. Tried:")
-    assert "train-images-idx3-ubyte.gz" in said
-
-
-def test_an_unknown_criterion_lists_the_known_ones(capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--criterion", "largest"])
-    said = capsys.readouterr().err
-    assert "magnitude_increase" in said
-
-
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     said = capsys.readouterr().out
@@ -391,6 +362,6 @@ def test_list_names_everything(capsys):
 
 
 def test_dense_start_masks_nothing():
-    start = dense_start(LENET, 0, "cpu")
+    start = dense_start(FC, 0, "cpu")
     assert not start.masked
     assert start.masks.density == 1

@@ -1,0 +1,333 @@
+"""Runs in a store, executed: groups of them together, round by round, resumed where they stopped.
+
+What a round needs of the last one lies in the store as a checkpoint, written after its rows. The
+dense run of a seed is a run of its own, which all others of that seed start from.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lottery_sparse as ls
+from experiments import studies
+from experiments.data import Dataset
+from experiments.lottery import (
+    Lottery,
+    Rewind,
+    Round,
+    Start,
+    dense_round,
+    dense_start,
+    next_start,
+    spread,
+    together,
+    train_rounds,
+    untrained,
+)
+from experiments.provenance import digest, provenance
+from experiments.runs import DENSE, Run
+from experiments.store import Lease, Store
+
+Say = Callable[[str], None]
+
+
+def lottery_of(run: Run, rounds: int) -> Lottery:
+    """The loop that a run asks for."""
+    return Lottery(
+        run.net,
+        run.criterion if run.criterion != DENSE else "large_final",
+        run.mask1,
+        run.mask0,
+        rounds,
+        run.seed,
+        one_shot=run.schedule == "one_shot",
+        rewind_to=run.rewind_to,
+        compounding=run.compounding,
+        evaluate_every=run.evaluate_every,
+    )
+
+
+def execute(
+    runs: Sequence[Run], rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
+) -> None:
+    """Bring each run of a group (see `groups`) to `rounds` rounds; add rows as they are there."""
+    kind = runs[0]
+    if kind.criterion == DENSE and kind.schedule == "iterative":
+        for run in runs:
+            run_dense(run, store, lease, dataset, say)
+    elif kind.trained and kind.schedule == "iterative":
+        run_chains(runs, rounds, store, lease, dataset, say)
+    elif kind.schedule == "one_shot":
+        for run in runs:
+            run_untrained(run, rounds, store, lease, dataset, say)
+    else:
+        raise ValueError(f"{kind.id}: runs of this kind cannot be executed yet.")
+
+
+# ---- the dense run of a seed --------------------------------------------------------------------
+
+
+def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) -> None:
+    """Round 0: one row, and the weights at its end and at iterations that studies ask for."""
+    began = time.time()
+    at = studies.snapshots(run)
+    this, found = dense_round(lottery_of(run, 0), dataset, at)
+    store.add(
+        lease,
+        [row_of(run, this)],
+        [record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])],
+    )
+    tensors = {f"final.{name}": value for name, value in this.w_final.items()}
+    for iteration, weights in found.items():
+        tensors |= {f"at_{iteration}.{name}": value for name, value in weights.items()}
+    store.save(lease, run.id, tensors, {"row": this.row, "at": sorted(found)})
+    say(line(run, this))
+
+
+def has_dense(run: Run, store: Store) -> bool:
+    """Whether the store holds what runs that start from this dense one need."""
+    found = store.load(run.id)
+    return found is not None and set(studies.snapshots(run)) <= set(found[1]["at"])
+
+
+def dense_of(run: Run, store: Store, device: torch.device) -> tuple[Round, dict[int, Any]]:
+    """The dense round that a run starts from, and the dense weights at earlier iterations."""
+    found = store.load(run.dense.id)
+    if found is None:
+        raise ValueError(f"{run.id} starts from {run.dense.id}, which is not in {store.folder}.")
+    parts, metadata = divided(found[0], device), found[1]
+    start = dense_start(run.net, run.seed, device)
+    round_ = Round(0, metadata["row"], start, parts["final"], 0.0)
+    snapshots = {at: parts[f"at_{at}"] for at in metadata["at"]}
+    return round_, {0: start.weights, run.iterations: parts["final"], **snapshots}
+
+
+# ---- chains of rounds ----------------------------------------------------------------------------
+
+
+def run_chains(
+    runs: Sequence[Run], rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
+) -> None:
+    """Lotteries side by side: always the ones with the fewest rounds done."""
+    device = dataset.train.images.device
+    scored = {run: resumed(run, rounds, store, lease, device) for run in runs}
+    rewinds = {
+        run: Rewind(
+            dense_of(run, store, device)[1][run.rewind_to], spread(run.net, run.seed, device)
+        )
+        for run in runs
+    }
+    while todo := [run for run in runs if scored[run].number < rounds]:
+        number = 1 + min(scored[run].number for run in todo)
+        now = [run for run in todo if scored[run].number == number - 1]
+        starts = {
+            run: next_start(lottery_of(run, rounds), number, scored[run], rewinds[run])
+            for run in now
+        }
+        company = [r for r in now if together(lottery_of(r, rounds), starts[r], device)]
+        for some in [company] * bool(company) + [[run] for run in now if run not in company]:
+            began = time.time()
+            plans = [lottery_of(run, rounds) for run in some]
+            done = train_rounds(plans, number, [starts[run] for run in some], dataset)
+            pairs = list(zip(some, done, strict=True))
+            store.add(
+                lease,
+                [row_of(run, this) for run, this in pairs],
+                [
+                    record(run, number, began, some, this.seconds, dataset, this.row["engine"])
+                    for run, this in pairs
+                ],
+            )
+            for run, this in pairs:
+                scored[run] = this
+                store.save(lease, run.id, *packed(this))
+                say(line(run, this))
+
+
+def resumed(run: Run, rounds: int, store: Store, lease: Lease, device: torch.device) -> Round:
+    """The last round that the store holds all of; the dense one, with its row, if none."""
+    found = store.load(run.id)
+    if found is not None and found[1]["round"] <= rounds:
+        return unpacked(*found, device)
+    dense, snapshots = dense_of(run, store, device)
+    dense = scored_at(run, dense, snapshots)
+    store.add(lease, [row_of(run, dense)], [])
+    return dense
+
+
+def scored_at(run: Run, dense: Round, snapshots: dict[int, Any]) -> Round:
+    """The dense round as the first masks see it: its end is iteration run.final_at."""
+    if run.final_at is None:
+        return dense
+    return Round(0, dense.row, dense.start, snapshots[run.final_at], dense.seconds)
+
+
+def packed(this: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A round as tensors and metadata for a checkpoint."""
+    tensors = {f"final.{name}": value for name, value in this.w_final.items()}
+    tensors |= {f"start.{name}": value for name, value in this.start.weights.items()}
+    for name, mask in this.start.masks.items():
+        tensors[f"mask.{name}"] = mask
+        frozen = this.start.frozen[name]
+        if frozen is not None:
+            tensors[f"frozen.{name}"] = frozen
+    return tensors, {"round": this.number, "row": this.row, "masked": this.start.masked}
+
+
+def unpacked(tensors: dict[str, Tensor], metadata: dict[str, Any], device: torch.device) -> Round:
+    """The round of `packed`."""
+    parts = divided(tensors, device)
+    masks = parts["mask"]
+    frozen = {name: parts.get("frozen", {}).get(name) for name in masks}
+    start = Start(ls.Masks(masks), parts["start"], frozen, metadata["masked"])
+    return Round(metadata["round"], metadata["row"], start, parts["final"], 0.0)
+
+
+def divided(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """{"final.fc1.weight": w} as {"final": {"fc1.weight": w}}."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = value.to(device)
+    return parts
+
+
+# ---- masks on untrained networks -----------------------------------------------------------------
+
+
+def run_untrained(
+    run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
+) -> None:
+    """One-shot masks on the initial weights, over density: all rows of a run at once."""
+    began = time.time()
+    device = dataset.train.images.device
+    dense = scored_at(run, *dense_of(run, store, device))
+    points = untrained(
+        run.net, dataset, run.seed, dense.w_final, [(run.criterion, run.weights)], range(rounds + 1)
+    )
+    rows = []
+    for number, point in enumerate(points):
+        rows.append(
+            base_row(run)
+            | {
+                "round": number,
+                "density": point["density"],
+                "kept": point["kept"],
+                "test_accuracy": point["accuracy"],
+                "iterations": 0,
+            }
+            | {key: point[key] for key in ("backend", "products")}
+        )
+    seconds = time.time() - began
+    store.add(lease, rows, [record(run, rounds, began, [run], seconds, dataset)])
+    top = max(rows, key=lambda row: row["test_accuracy"])
+    say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
+
+
+# ---- rows and records ----------------------------------------------------------------------------
+
+
+def base_row(run: Run) -> dict[str, Any]:
+    """What every row of a run says, and null for what it may say."""
+    unknown = dict.fromkeys(
+        (
+            "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
+            "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
+        )
+    )  # fmt: skip
+    named = {field.name: getattr(run, field.name) for field in fields(run)}
+    return {"study": studies.home(run), "run_id": run.id, **named, **unknown}
+
+
+def row_of(run: Run, this: Round) -> dict[str, Any]:
+    """The row of a round; that of the dense one says which run it starts."""
+    apart = ("criterion", "mask1", "mask0", "seed", "engine")
+    return base_row(run) | {key: value for key, value in this.row.items() if key not in apart}
+
+
+def record(
+    run: Run,
+    number: int,
+    began: float,
+    group: Sequence[Run],
+    seconds: float,
+    dataset: Dataset,
+    engine: object = None,
+) -> dict[str, Any]:
+    """How rows were made: what is not a function of the run.
+
+    `round` is the last one of them, `seconds` a network's share of the group's.
+    """
+    return {
+        "run_id": run.id,
+        "round": number,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(seconds / len(group), 3),
+        "group": [member.id for member in group],
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+        "device": str(dataset.train.images.device),
+        "data_sha256": digest(dataset),
+        "outcome": "done",
+        **provenance(),
+    }
+
+
+def line(run: Run, this: Round) -> str:
+    row = this.row
+    return (
+        f"{run.id} round {this.number:2}: density {row['density']:7.2%}, test accuracy "
+        f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}"
+    )
+
+
+# ---- what is to do -------------------------------------------------------------------------------
+
+
+def rounds_of(run: Run, rounds: int) -> set[int]:
+    """The rounds that a run has rows of when it is done."""
+    if run.schedule == "learned":
+        return {1}
+    return {0} if run.criterion == DENSE else set(range(rounds + 1))
+
+
+def kind_of(run: Run) -> tuple[object, ...]:
+    """Runs of one kind can be trained side by side."""
+    pruned = run.mask0 if run.mask0 in ("zero", "original") else "values"
+    return run.network, run.profile, run.schedule, run.trained, run.permuted, pruned, run.rescale
+
+
+def groups(
+    wanted: Iterable[Run], rounds: int, store: Store, most: int, across_seeds: bool
+) -> tuple[list[tuple[Run, ...]], list[tuple[Run, ...]]]:
+    """What is still to do, as groups of at most `most` runs of one kind: dense runs, then others.
+
+    Args:
+        across_seeds: whether networks of different seeds are trained side by side. On the CPU that
+            gains nothing and costs a copy of the images for each.
+    """
+    have: dict[str, set[int]] = {}
+    for row in store.rows():
+        have.setdefault(row["run_id"], set()).add(row["round"])
+    todo = [
+        run
+        for run in dict.fromkeys(wanted)
+        if not rounds_of(run, rounds) <= have.get(run.id, set())
+    ]
+    others = [run for run in todo if run != run.dense]
+    dense = {run: None for run in todo if run == run.dense}
+    for run in others:
+        if run.schedule != "learned" and not has_dense(run.dense, store):
+            dense[run.dense] = None
+    kinds: dict[tuple[object, ...], list[Run]] = {}
+    for run in others:
+        kinds.setdefault((*kind_of(run), None if across_seeds else run.seed), []).append(run)
+    return [(run,) for run in dense], [
+        tuple(members[at : at + most])
+        for members in kinds.values()
+        for at in range(0, len(members), most)
+    ]

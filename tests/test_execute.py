@@ -1,0 +1,290 @@
+"""Runs of studies: their ids, what is still to do, and rows that nothing but the run decides."""
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from experiments import claims, data, studies
+from experiments.__main__ import main
+from experiments.execute import dense_of, execute, groups, has_dense, packed, unpacked
+from experiments.lottery import Lottery, lottery
+from experiments.networks import FC, NETWORKS
+from experiments.runs import DENSE, PROFILES, Run
+from experiments.store import Store
+from experiments.sweep import chosen
+
+SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
+DENSE_RUN = SMOKE(criterion=DENSE)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> data.Dataset:
+    mini = data.load("mnist-mini")
+
+    def first(part: data.Split, count: int) -> data.Split:
+        return data.Split(part.images[:count], part.labels[:count])
+
+    return replace(
+        mini, train=first(mini.train, 600), val=first(mini.val, 100), test=first(mini.test, 100)
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def do(store: Store, runs: list[Run], rounds: int, dataset: data.Dataset, say=lambda text: None):
+    with store.claim([run.id for run in runs]) as lease:
+        execute(runs, rounds, store, lease, dataset, say)
+
+
+def rows_by_id(store: Store) -> list[dict]:
+    return sorted(store.rows(), key=lambda row: (row["run_id"], row["round"]))
+
+
+# ids
+
+
+def test_ids_are_those_of_committed_rows():
+    paper = Run(network="fc", profile="paper", seed=0)
+    assert paper.id == "fc-large_final-s0-paper-fb07ee86dd16"
+    assert paper.dense.id == "fc-dense-s0-paper-e6c6748381d2"
+
+
+def test_an_id_says_what_differs_from_the_defaults():
+    run = SMOKE(criterion="movement", mask0="freeze_init", rewind_to=3, compounding=True)
+    assert run.id.startswith("fc-movement-freeze_init-rewind_to_3-compounding-s0-smoke-")
+    learned = SMOKE(schedule="learned", criterion=DENSE, trained=True, init_score=-0.5)
+    assert learned.id.startswith("fc-learned-init_score_-0.5-trained-s0-smoke-")
+
+
+def test_runs_that_differ_have_other_ids():
+    runs = {
+        run
+        for study in studies.STUDIES.values()
+        for network in study.networks
+        for profile in PROFILES
+        for run in study.runs(network, profile, range(2))
+    }
+    assert len({run.id for run in runs}) == len(runs) > 1000
+
+
+def test_the_protocol_is_part_of_the_id(monkeypatch):
+    before = replace(SMOKE()).id
+    monkeypatch.setitem(NETWORKS, "fc", replace(FC, lr=1e-3))
+    assert replace(SMOKE()).id != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": "lenet"}, "network must be one of fc, conv2, conv4, conv6; got 'lenet'"),
+        ({"profile": "long"}, "profile must be one of paper, short, smoke; got 'long'"),
+        ({"criterion": "largest"}, "criterion must be one of large_final, .*got 'largest'"),
+        ({"schedule": "learned"}, "a learned mask has no criterion, got 'large_final'"),
+        ({"rewind_to": 52}, "iteration of the dense run, 0 to 51; got 52"),
+    ],
+)
+def test_a_run_refuses_what_there_is_not(change, message):
+    with pytest.raises(ValueError, match=message):
+        Run(**{"network": "fc", "profile": "smoke", "seed": 0, **change})
+
+
+# studies and claims as data
+
+
+def test_every_run_belongs_to_a_study():
+    for study in studies.STUDIES.values():
+        for profile in PROFILES:
+            for run in study.runs("fc", profile, (1,)):
+                home = studies.STUDIES[studies.home(run)]
+                assert run in home.runs("fc", profile, (1,))
+
+
+def test_the_arms_of_a_claim_are_arms_of_its_study():
+    for claim in claims.CLAIMS:
+        study = studies.STUDIES[claim.study]
+        for network in claim.networks:
+            known = {run.id for run in study.runs(network, "paper", (0,))}
+            for changes in claim.arms.values():
+                run = Run(network=network, profile="paper", seed=0, **changes)
+                assert run.id in known or run == run.dense
+            assert max(claim.rounds) <= studies.ROUNDS
+
+
+def test_snapshots_are_what_arms_ask_for():
+    dense = Run(network="conv6", profile="paper", seed=0, criterion=DENSE)
+    asked = {
+        at
+        for study in studies.STUDIES.values()
+        if "conv6" in study.networks
+        for run in study.runs("conv6", "paper", (0,))
+        for at in (run.rewind_to, run.final_at)
+        if at not in (None, 0)
+    }
+    assert asked <= set(studies.snapshots(dense)) | {dense.iterations}
+
+
+# what is still to do
+
+
+def test_dense_runs_come_first_and_what_is_done_is_left_out(tmp_path, tiny):
+    store = Store(tmp_path)
+    runs = [SMOKE(seed=seed, criterion=c) for seed in (0, 1) for c in ("random", "movement")]
+    dense, others = groups(runs, 1, store, 8, across_seeds=False)
+    assert [run for (run,) in dense] == [run.dense for run in (runs[0], runs[2])]
+    assert others == [tuple(runs[:2]), tuple(runs[2:])]
+    assert groups(runs, 1, store, 8, across_seeds=True)[1] == [tuple(runs)]
+    assert groups(runs, 1, store, 1, across_seeds=True)[1] == [(run,) for run in runs]
+    do(store, [DENSE_RUN], 0, tiny)
+    do(store, runs[:1], 1, tiny)
+    dense, others = groups(runs, 1, store, 8, across_seeds=False)
+    assert dense == [(runs[2].dense,)]
+    assert others == [(runs[1],), tuple(runs[2:])]
+    assert groups(runs[:1], 2, store, 8, across_seeds=False)[1] == [(runs[0],)]  # a round more
+
+
+def test_runs_of_other_kinds_are_not_trained_together(tmp_path):
+    runs = [SMOKE(), SMOKE(mask0="freeze_init"), SMOKE(mask0="original"), SMOKE(mask1="reinit")]
+    _, others = groups(runs, 1, Store(tmp_path), 8, across_seeds=False)
+    assert others == [(runs[0], runs[3]), (runs[1],), (runs[2],)]
+
+
+def test_only_takes_values_of_fields():
+    run = SMOKE(criterion="movement")
+    assert chosen(run, [])
+    assert chosen(run, [("criterion", "random"), ("criterion", "movement")])
+    assert not chosen(run, [("criterion", "movement"), ("mask1", "reinit")])
+    assert chosen(run.dense, [("criterion", "random")])
+    with pytest.raises(ValueError, match="fields of a run, FIELD=VALUE; got criteria=movement"):
+        chosen(run, [("criteria", "movement")])
+
+
+# rows
+
+
+MIXED = [
+    SMOKE(criterion="large_final"),
+    SMOKE(criterion="random"),
+    SMOKE(mask1="reinit"),
+    SMOKE(rewind_to=5),
+    SMOKE(criterion="movement", mask1="reinit_permute", compounding=True),
+]
+VALUES = [SMOKE(mask0="freeze_init"), SMOKE(mask0="freeze_init_zero_all")]
+ROUNDS = 9  # the last two with sparse products in every layer, so side by side
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tiny):
+    store = Store(tmp_path_factory.mktemp("together"))
+    torch.set_num_threads(1)
+    for runs in ([DENSE_RUN], MIXED, VALUES):
+        do(store, runs, ROUNDS, tiny)
+    return store
+
+
+def test_rows_are_those_of_the_lottery_loop(together, tiny):
+    plan = Lottery(DENSE_RUN.net, rounds=2, evaluate_every=20)
+    expected = [this.row["test_accuracy"] for this in lottery(plan, tiny)]
+    rows = [row for row in rows_by_id(together) if row["run_id"] == MIXED[0].id]
+    assert [row["test_accuracy"] for row in rows[:3]] == expected
+    assert [row["round"] for row in rows] == list(range(ROUNDS + 1))
+    assert rows[3]["kept"] == 120_422 + 15_360 + 729
+    assert rows[3]["study"] == "mask-criteria"
+    assert rows[-1]["products"] == (
+        ["sparse"] * 3 if rows[-1]["backend"] == "cpu" else ["dense"] * 3
+    )
+
+
+def test_rows_do_not_depend_on_company_or_restarts(together, tmp_path, tiny):
+    class Killed(Exception):
+        pass
+
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) % 4 == 0:
+            raise Killed
+
+    store = Store(tmp_path)
+    do(store, [DENSE_RUN], 0, tiny)
+    for runs in (MIXED[:2], MIXED[2:3], MIXED[3:], VALUES[:1], VALUES[1:]):
+        while True:
+            try:
+                do(store, runs, ROUNDS, tiny, say)
+            except Killed:
+                continue
+            break
+    assert len(said) >= len(MIXED + VALUES) * ROUNDS
+    assert rows_by_id(store) == rows_by_id(together)
+
+
+def test_a_checkpoint_gives_the_round_back(together):
+    tensors, metadata = together.load(VALUES[1].id)
+    this = unpacked(tensors, metadata, CPU)
+    again, metadata_again = packed(this)
+    assert metadata_again == metadata
+    assert set(again) == set(tensors)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert this.number == ROUNDS
+
+
+def test_dense_runs_hold_the_snapshots_that_studies_ask_for(together):
+    assert has_dense(DENSE_RUN, together)
+    _, snapshots = dense_of(SMOKE(), together, CPU)
+    assert set(snapshots) == {0, *studies.snapshots(DENSE_RUN), 51}
+
+
+def test_untrained_networks_by_density(together, tiny):
+    arms = [
+        SMOKE(schedule="one_shot", trained=False, criterion="large_final", final_at=at)
+        for at in (None, 5)
+    ]
+    do(together, arms, 3, tiny)
+    first, early = ([r for r in together.rows() if r["run_id"] == run.id] for run in arms)
+    assert [row["round"] for row in first] == [0, 1, 2, 3]
+    assert first[0]["density"] == 1
+    assert first[0]["test_accuracy"] == early[0]["test_accuracy"]  # no mask
+    assert first[3]["test_accuracy"] != early[3]["test_accuracy"]
+    assert first[3]["final_test_accuracy"] is None
+
+
+# a whole study by the command line
+
+
+def test_a_study_runs_and_resumes(tmp_path, capsys):
+    command = [
+        "run", "mask-criteria", "--profile", "smoke", "--seeds", "1", "--rounds", "1",
+        "--only", "criterion=random", "--store", f"{tmp_path}", "--engine", "inline",
+    ]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "fc-random-s0-smoke" in said
+    assert main(command) == 0
+    assert capsys.readouterr().out == ""  # all is done
+    assert {row["round"] for row in Store(tmp_path).rows()} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run criteria", "study must be one of dense, mask-criteria, .*got 'criteria'"),
+        ("run permutation --network conv2", "network must be one of fc for permutation"),
+        ("run mask-1 --only mask1", "--only takes FIELD=VALUE, got 'mask1'"),
+        ("run mask-1 --data-dir nowhere", "mnist was not found. Tried:"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_why(command, message, tmp_path, capsys):
+    assert main([*command.split(), "--store", f"{tmp_path / 'store'}"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert re.search(message, said)

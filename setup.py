@@ -74,6 +74,7 @@ DRIVERS = [
     "variants",
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
+    "binary_linear_cuda",
     "bitmap_linear_cuda",
     "compact_dvalues_cuda",
     "compact_linear_cuda",
@@ -81,6 +82,7 @@ CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "csr_linear_cuda",
     "mask_bits_cuda",
     "masked_optim_cuda",
+    "rows_cuda",
     "ternary_linear_cuda",
     "tiles_linear_cuda",
 ]

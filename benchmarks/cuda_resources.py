@@ -88,19 +88,25 @@ def _readable(mangled: str) -> str:
     name = re.search(r"\d+([a-z_]+_kernel)", mangled)
     if name is None:
         return mangled
-    found = re.findall(r"\d(BFloat16|Float\d+)|L[ib](\d+)E|I([tj])E", mangled[name.end() :])
-    arguments = (a or b or {"t": "16", "j": "32"}[c] for a, b, c in found)
+    found = re.findall(
+        r"\d(BFloat16|Float\d+)|Li(\d+)E|L(?:b|NS0_4BitsE)(\d)E|I([tj])E", mangled[name.end() :]
+    )
+    arguments = (a or b or c or {"t": "16", "j": "32"}[d] for a, b, c, d in found)
     return " ".join([name[1].lstrip("_"), *arguments])
 
 
 def _loops(cubin: Path) -> dict[str, dict[str, int]]:
-    """Function -> instructions of its innermost loop with products of matrices, else of numbers."""
+    """Function -> instructions of the innermost loop with its most products, of matrices or not."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return {}
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True).stdout
     found = {}
+
+    def rank(body: list[str]) -> tuple[int, int]:
+        return -body.count("HMMA"), len(body)
+
     for function in re.split(r"\n\s*Function : ", said)[1:]:
         lines = [
             (int(at, 16), name, rest)
@@ -115,7 +121,7 @@ def _loops(cubin: Path) -> dict[str, dict[str, int]]:
             if to is None or int(to[1], 16) >= at:
                 continue
             body = [other for where, other, _ in lines if int(to[1], 16) <= where <= at]
-            if product in body and (best is None or len(body) < len(best)):
+            if product in body and (best is None or rank(body) < rank(best)):
                 best = body
         if best is not None:
             counts = {name: best.count(name) for name in sorted(set(best))}

@@ -115,7 +115,8 @@ bitmap_kernel(CudaTiles p) {
             LS_ROLLED
             for (int k = 0; k < 4; ++k) {
                 Words2 b[kSides];
-                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, linear.batch, lane, b);
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane,
+                                     b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     uint32_t a[4];
@@ -131,7 +132,7 @@ bitmap_kernel(CudaTiles p) {
         }
         sync_warp();
         if (at.last_of_row()) {
-            finish_tiles<T, kSides, kWarps>(linear, at.row_tile, kWarpBytes, c);
+            finish_tiles<kSides, kWarps>(linear, at.row_tile, kWarpBytes, c);
             sync_warp();
         }
         at = next_at;

@@ -13,7 +13,6 @@ struct AddSplits {
     CudaScale scale;
 };
 
-template <class T>
 LS_GLOBAL(kAddThreads, 1)
 add_kernel(AddSplits p) {
     const int64_t size = p.linear.batch * p.linear.out_features;
@@ -22,16 +21,15 @@ add_kernel(AddSplits p) {
     float sum = 0.0f;
     for (int64_t split = 0; split < p.linear.splits; ++split)
         sum += p.linear.partial[split * size + i];
-    const float y = finished(p.linear, p.scale, i % p.linear.out_features, sum);
-    static_cast<uint16_t*>(p.linear.y)[i] = T::from_float(y);
+    const int64_t m = i / p.linear.out_features, n = i % p.linear.out_features;
+    store_number(p.linear.y, p.linear.y_type, i, finished(p.linear, p.scale, m, n, sum));
 }
 
 // The partial sums of all splits, in their order -> y.
 const char* add_splits(const CudaLinear& p, const CudaScale& s, const Device& device) {
     if (p.splits == 1) return nullptr;
     const int64_t blocks = (p.batch * p.out_features + kAddThreads - 1) / kAddThreads;
-    const auto kernel = p.type == Number::kFloat16 ? add_kernel<Float16> : add_kernel<BFloat16>;
-    return launch(kernel, blocks, 1, kAddThreads, 0, device, AddSplits{p, s});
+    return launch(add_kernel, blocks, 1, kAddThreads, 0, device, AddSplits{p, s});
 }
 
 }  // namespace

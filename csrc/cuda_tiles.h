@@ -46,34 +46,13 @@ struct TileWalk {
     }
 };
 
-// The sums of all warps for a row of tiles -> y. Each warp has `stride` bytes of shared memory and
-// loses the first kSides * 2 KiB of them.
-template <class T, int kSides, int kWarps>
+// The sums of all warps for a row of tiles -> y, see finish_operands.
+template <int kSides, int kWarps>
 LS_DEVICE void finish_tiles(const CudaLinear& p, int row_tile, int stride,
                             float c[kOperands][kSides][4]) {
-    constexpr int kSlots = kOperands * kSides * 4;
-    const int lane = thread_index() % kLanes, warp = thread_index() / kLanes;
-    float* sums = reinterpret_cast<float*>(shared_memory() + warp * stride);
-    LS_UNROLL
-    for (int i = 0; i < kSlots; ++i) {
-        float& from = c[i / 4 / kSides][i / 4 % kSides][i % 4];
-        sums[i * kLanes + lane] = from;
-        from = 0.0f;
-    }
-    sync_block();
-    LS_ROLLED
-    for (int i = thread_index(); i < kSlots * kLanes; i += kWarps * kLanes) {
-        float sum = 0.0f;
-        LS_UNROLL
-        for (int w = 0; w < kWarps; ++w)
-            sum += reinterpret_cast<const float*>(shared_memory() + w * stride)[i];
-        const int slot = i / kLanes, from = i % kLanes, j = slot % 4;
-        const int64_t n =
-            int64_t{row_tile} * kTileSide + slot / 4 / kSides * 16 + from / 4 + 8 * (j / 2);
-        const int64_t m = slot / 4 % kSides * kSide + from % 4 * 2 + j % 2;
-        finish<T>(p, {nullptr, Number::kFloat, false, 1.0f}, m, n, sum);
-    }
-    sync_block();
+    finish_operands<kOperands, kSides, kWarps>(
+        p, {nullptr, Number::kFloat, false, 1.0f}, stride, c,
+        [&](int operand, int row) { return int64_t{row_tile} * kTileSide + operand * 16 + row; });
 }
 
 using TilesKernel = void (*)(CudaTiles);
@@ -104,9 +83,9 @@ const char* tiles_launch(const TilesKernels& kernels, CudaTiles p, const Device&
     const int64_t room = device.processors / linear.splits;
     const int warps = kernels.warps(device), words = static_cast<int>(p.split_tiles) * kWordsOfTile;
     const int shared = static_cast<int>(warps * kernels.warp_bytes +
-                                        linear.batch * row_bytes<Columns::kQuarters>(words));
+                                        x_rows(linear) * row_bytes<Columns::kQuarters>(words));
     const auto kernel =
-        kernels.kernel[linear.type == Number::kFloat16][linear.batch > kSide][warps != kFewWarps];
+        kernels.kernel[linear.type == Number::kFloat16][x_rows(linear) > kSide][warps != kFewWarps];
     const char* error = launch(kernel, least(row_tiles, room < 1 ? 1 : room), linear.splits,
                                warps * kLanes, shared, device, p);
     return error ? error : add_splits(linear, {nullptr, Number::kFloat, false, 1.0f}, device);

@@ -58,6 +58,7 @@ struct Float32 {
 
 struct BFloat16 {
     using Bits = uint16_t;
+    static constexpr uint32_t kOneTwice = 0x3F803F80u;
     LS_METHOD float to_float(uint32_t bits) {
         union {
             uint32_t from;
@@ -75,6 +76,14 @@ struct BFloat16 {
     }
 };
 
+LS_DEVICE float nearest_even(float x) {  // the nearest whole number
+#if defined(__CUDACC__)
+    return rintf(x);
+#else
+    return std::nearbyint(x);
+#endif
+}
+
 #if !defined(__CUDACC__)
 float half_to_float(uint16_t bits);
 uint16_t half_from_float(float x);
@@ -82,6 +91,7 @@ uint16_t half_from_float(float x);
 
 struct Float16 {
     using Bits = uint16_t;
+    static constexpr uint32_t kOneTwice = 0x3C003C00u;
     LS_METHOD float to_float(uint32_t bits) {
 #if defined(__CUDACC__)
         float x;
@@ -159,6 +169,13 @@ LS_DEVICE Words4 stream(const Words4* p, uint64_t policy) {
                  : "l"(p), "l"(policy));
     return v;
 }
+LS_DEVICE Words2 stream(const Words2* p, uint64_t policy) {
+    Words2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(v.word[0]), "=r"(v.word[1])
+                 : "l"(p), "l"(policy));
+    return v;
+}
 LS_DEVICE uint32_t stream(const uint32_t* p, uint64_t policy) {
     uint32_t v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
@@ -167,6 +184,13 @@ LS_DEVICE uint32_t stream(const uint32_t* p, uint64_t policy) {
     return v;
 }
 
+LS_DEVICE uint32_t stream(const uint8_t* p, uint64_t policy) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u8 %0, [%1], %2;"
+                 : "=r"(v)
+                 : "l"(p), "l"(policy));
+    return v;
+}
 LS_DEVICE uint32_t stream(const uint16_t* p, uint64_t policy) {
     uint16_t v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
@@ -178,6 +202,12 @@ LS_DEVICE uint32_t stream(const uint16_t* p, uint64_t policy) {
 // The value that a lane of the warp has. All lanes call it together.
 LS_DEVICE uint32_t from_lane(uint32_t value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
+// The value that the lane `step` before has, 0 where there is none.
+LS_DEVICE uint32_t from_before(uint32_t value, int step) {
+    const uint32_t found = __shfl_up_sync(0xFFFFFFFFu, value, step);
+    return static_cast<int>(threadIdx.x % 32) >= step ? found : 0;
 }
 
 LS_DEVICE float float_from_lane(float value, int lane) {
@@ -235,6 +265,11 @@ LS_DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
 LS_MMA(BFloat16, "bf16")
 LS_MMA(Float16, "f16")
 #undef LS_MMA
+
+// sum + the products of the bytes of a word and of `factors`.
+LS_DEVICE uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
+    return __dp4a(word, factors, sum);
+}
 
 // Bytes {selector's digits, lowest first} of the 8 bytes of b : a.
 LS_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {

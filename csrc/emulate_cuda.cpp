@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "binary_fragments.h"
 #include "bitmap_fragments.h"
 #include "cuda_linear.h"
 #include "device.h"
@@ -189,19 +190,25 @@ unsigned char* shared_memory() {
     return reinterpret_cast<unsigned char*>((at + 127) / 128 * 128);
 }
 
+template <class T>
+T streamed(const T* p) {
+    check_read(p, sizeof *p);
+    return fault.empty() ? *p : T{};
+}
 Words4 stream(const Words4* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : Words4{};
+    return streamed(p);
 }
-
+Words2 stream(const Words2* p, uint64_t) {
+    return streamed(p);
+}
 uint32_t stream(const uint32_t* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : 0;
+    return streamed(p);
 }
-
 uint32_t stream(const uint16_t* p, uint64_t) {
-    check_read(p, sizeof *p);
-    return fault.empty() ? *p : 0;
+    return streamed(p);
+}
+uint32_t stream(const uint8_t* p, uint64_t) {
+    return streamed(p);
 }
 
 void copy_async(void* shared, const void* global) {
@@ -238,6 +245,12 @@ uint32_t from_lane(uint32_t value, int lane) {
     return found;
 }
 
+uint32_t from_before(uint32_t value, int step) {
+    const int lane = block.current % kLanes;
+    const uint32_t found = from_lane(value, lane < step ? lane : lane - step);
+    return lane < step ? 0 : found;
+}
+
 float float_from_lane(float value, int lane) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -259,6 +272,11 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
 }
 template void mma<BFloat16>(float*, const uint32_t*, const uint32_t*);
 template void mma<Float16>(float*, const uint32_t*, const uint32_t*);
+
+uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
+    for (int i = 0; i < 4; ++i) sum += (word >> 8 * i & 0xFF) * (factors >> 8 * i & 0xFF);
+    return sum;
+}
 
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
@@ -336,6 +354,20 @@ extern "C" void ls_ternary_weight(int lane, int word, int i, int half, int* row,
     *column = 16 * ternary_word(lane) + ternary_column(i, half);
 }
 
+// Row and column, in a step, of weight `half` of pair `i` of word `word` of load `load` of a lane.
+extern "C" void ls_binary_weight(int lane, int load, int word, int i, int half, int* row,
+                                 int* column) {
+    *row = binary_row(lane, load);
+    *column = lane % 4 * kPieceColumns + word * 32 + binary_column(i, half);
+}
+
+// What a pair of a word of signs, or of a mask and signs, is: float16 numbers.
+extern "C" uint32_t ls_binary_pair(bool joined, uint32_t bits, uint32_t signs, int i) {
+    uint32_t words[2];
+    join_signs(bits, signs, words);
+    return joined ? joined_pair(words[i % 2], i) : binary_pair(bits, i, 0x3C003C00u);
+}
+
 // Bytes from the start of a tile to the weight at a row and column.
 extern "C" int ls_tile_place(int row, int column) {
     return tile_place(row, column);
@@ -365,9 +397,25 @@ extern "C" bool ls_csr_fits(int64_t batch, int64_t in_features, int shared) {
 }
 
 extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* starts,
-                                      const uint16_t* columns, const uint16_t* values,
-                                      int processors, int shared) {
-    return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
+                                      const uint16_t* columns, const uint8_t* gaps,
+                                      const uint16_t* values, int processors, int shared) {
+    return cuda_csr_linear({*linear, starts, columns, gaps, values}, {processors, shared, nullptr});
+}
+
+extern "C" const char* ls_emulate_rows(const void* x, int type, int64_t batch, int64_t in_features,
+                                       uint16_t* rows, float* scale) {
+    return cuda_rows({x, static_cast<Number>(type), batch, in_features, rows, scale},
+                     {1, kMostShared, nullptr});
+}
+
+extern "C" int64_t ls_binary_splits(int64_t rows, int64_t in_features, int shared) {
+    return cuda_binary_splits(rows, in_features, {1, shared, nullptr});
+}
+
+extern "C" const char* ls_emulate_binary(const CudaLinear* linear, const CudaScale* scale,
+                                         const uint32_t* bits, const int64_t* key, int processors,
+                                         int shared) {
+    return cuda_binary_linear({*linear, *scale, bits, key, 0}, {processors, shared, nullptr});
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

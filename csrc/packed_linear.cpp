@@ -38,6 +38,19 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
     }
 }
 
+template <class Index>
+Buffer<Index> columns_of(const PackedLinear& p, const uint8_t* gaps, const Parallel& parallel) {
+    Buffer<Index> columns = buffer<Index>(p.starts[p.out_features]);
+    parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin * kTask; r < std::min(end * kTask, p.out_features); ++r) {
+            Index column = 0;
+            for (int64_t i = p.starts[r]; i < p.starts[r + 1]; ++i)
+                columns[i] = column = static_cast<Index>(column + gaps[i]);
+        }
+    });
+    return columns;
+}
+
 template <class Value>
 void run(const BitmapLinear& p, const BitmapLinearKernels<Value>& kernels,
          const Parallel& parallel) {
@@ -76,6 +89,19 @@ void packed_linear(const PackedLinear& p, const Parallel& parallel) {
     else
         p.half ? run(p, LS_CHOSEN_KERNELS(packed_linear_16_half), parallel)
                : run(p, LS_CHOSEN_KERNELS(packed_linear_16), parallel);
+}
+
+void delta_linear(PackedLinear p, const uint8_t* gaps, const Parallel& parallel) {
+    p.wide = p.in_features > (1 << 16);
+    if (p.wide) {
+        const Buffer<uint32_t> columns = columns_of<uint32_t>(p, gaps, parallel);
+        p.columns = columns.get();
+        packed_linear(p, parallel);
+    } else {
+        const Buffer<uint16_t> columns = columns_of<uint16_t>(p, gaps, parallel);
+        p.columns = columns.get();
+        packed_linear(p, parallel);
+    }
 }
 
 }  // namespace lottery_sparse

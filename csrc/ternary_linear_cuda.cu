@@ -2,7 +2,6 @@
 #include "cuda_finish.h"
 #include "cuda_linear.h"
 #include "cuda_splits.h"
-#include "cuda_x.h"
 #include "ternary_fragments.h"
 
 namespace lottery_sparse {
@@ -14,6 +13,7 @@ constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kLoads = 4;   // of 16 bytes that a lane has in flight, and as many in use
 constexpr int kBlockRows = 16;
 constexpr int kReserved = 1 << 10;  // bytes of shared memory that a block takes besides
+constexpr int kSumBytes = 2 * 512;  // of a warp's sums for 8 rows of x
 
 // Where a warp is in the row tiles of its block.
 struct Cursor {
@@ -37,8 +37,7 @@ ternary_kernel(CudaTernary p) {
     const int steps = (padded / kTileWords + kWarps - 1) / kWarps;  // of this warp in a tile
     const int batches = steps ? (steps + kLoads - 1) / kLoads : 1;
     unsigned char* shared = shared_memory();
-    float* sums = reinterpret_cast<float*>(shared);
-    unsigned char* x = shared + kWarps * kLanes * kSides * 8 * sizeof(float);
+    unsigned char* x = shared + kWarps * kSides * kSumBytes;
     const uint64_t policy = evict_first();
 
     // This lane's 16 bytes of step s: rows ternary_row(lane, 0) to + 3, word ternary_word(lane).
@@ -76,7 +75,7 @@ ternary_kernel(CudaTernary p) {
             Words4 b[kSides];
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {  // a quarter of the 64 columns
-                if (k % 2 == 0) read_pairs<kSides>(x, padded, word, k / 2, linear.batch, lane, b);
+                if (k % 2 == 0) read_pairs<kSides>(x, padded, word, k / 2, x_rows(linear), lane, b);
                 LS_UNROLL
                 for (int t = 0; t < 2; ++t) {
                     const uint32_t upper = codes[i].word[2 * t], lower = codes[i].word[2 * t + 1];
@@ -90,27 +89,10 @@ ternary_kernel(CudaTernary p) {
             }
         }
         if (last) {
-            LS_UNROLL
-            for (int t = 0; t < 2; ++t) LS_UNROLL
-            for (int side = 0; side < kSides; ++side) LS_UNROLL
-            for (int j = 0; j < 4; ++j) {
-                const int slot = (t * kSides + side) * 4 + j;
-                sums[(slot * kWarps + warp) * kLanes + lane] = c[t][side][j];
-                c[t][side][j] = 0.0f;
-            }
-            sync_block();
-            for (int i = thread_index(); i < kSides * 8 * kLanes; i += kThreads) {
-                const int slot = i / kLanes, from = i % kLanes, j = slot % 4;
-                float sum = 0.0f;
-                LS_UNROLL
-                for (int w = 0; w < kWarps; ++w) sum += sums[(slot * kWarps + w) * kLanes + from];
-                const int t = slot / 4 / kSides, side = slot / 4 % kSides;
-                const int64_t n =
-                    at.tile * kTileRows + ternary_operand_row(t, from / 4 + 8 * (j / 2));
-                const int64_t m = side * kSide + from % 4 * 2 + j % 2;
-                finish<T>(linear, p.scale, m, n, sum);
-            }
-            sync_block();
+            finish_operands<2, kSides, kWarps>(
+                linear, p.scale, kSides * kSumBytes, c, [&](int operand, int row) {
+                    return at.tile * kTileRows + ternary_operand_row(operand, row);
+                });
         }
         at = next;
         LS_UNROLL
@@ -118,9 +100,9 @@ ternary_kernel(CudaTernary p) {
     }
 }
 
-// Bytes for the sums of the warps, and for 16 columns of x.
+// Bytes for the sums of the warps.
 int64_t sum_bytes(int64_t batch) {
-    return kWarps * kLanes * (batch > kSide ? 2 : 1) * 8 * sizeof(float);
+    return kWarps * (batch > kSide ? 2 : 1) * kSumBytes;
 }
 
 int64_t most_words(int64_t batch, const Device& device) {
@@ -138,6 +120,7 @@ int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& de
 const char* cuda_ternary_linear(CudaTernary p, const Device& device) {
     CudaLinear& linear = p.linear;
     const int64_t words = (linear.in_features + 15) / 16, rows = linear.out_features;
+    const int64_t batch = x_rows(linear);
     // splits of equal size
     p.split_words = (words + linear.splits - 1) / linear.splits;
     p.split_words = (p.split_words + kTileWords - 1) / kTileWords * kTileWords;
@@ -147,9 +130,8 @@ const char* cuda_ternary_linear(CudaTernary p, const Device& device) {
     const int64_t room = kBlocks * device.processors / linear.splits;
     const int64_t grid = least(tiles, room < 1 ? 1 : room);
     const int shared = static_cast<int>(
-        sum_bytes(linear.batch) +
-        linear.batch * row_bytes<Columns::kPairs>(static_cast<int>(p.split_words)));
-    const bool two = linear.batch > kSide, half = linear.type == Number::kFloat16;
+        sum_bytes(batch) + batch * row_bytes<Columns::kPairs>(static_cast<int>(p.split_words)));
+    const bool two = batch > kSide, half = linear.type == Number::kFloat16;
     const auto kernel = half ? (two ? ternary_kernel<Float16, 2> : ternary_kernel<Float16, 1>)
                              : (two ? ternary_kernel<BFloat16, 2> : ternary_kernel<BFloat16, 1>);
     const char* error = launch(kernel, grid, linear.splits, kThreads, shared, device, p);

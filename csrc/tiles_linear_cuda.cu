@@ -88,7 +88,8 @@ tiles_kernel(CudaTiles p) {
             LS_UNROLL
             for (int k = 0; k < 4; ++k) {
                 Words2 b[kSides];
-                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, linear.batch, lane, b);
+                read_quarter<kSides>(x, words, at.tile() * kWordsOfTile, k, x_rows(linear), lane,
+                                     b);
                 LS_UNROLL
                 for (int s = 0; s < kOperands; ++s) {
                     const Words4 a = words_at(mine + (4 * s + k) * kFragmentBytes + lane * 16);
@@ -108,7 +109,7 @@ tiles_kernel(CudaTiles p) {
         }
         sync_warp();
         if (at.last_of_row()) {
-            finish_tiles<T, kSides, kWarps>(linear, at.row_tile, kTileBytes, c);
+            finish_tiles<kSides, kWarps>(linear, at.row_tile, kTileBytes, c);
             clear(kOperands * kSides * 4 * kLanes * 4);
             sync_warp();
         }

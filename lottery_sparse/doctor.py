@@ -245,9 +245,25 @@ def _packed_ternary() -> tuple:
     return _values(_BATCH, _IN, stream=2), codes, torch.full((1,), 0.5), None, _OUT, False
 
 
+def _packed_binary() -> tuple:
+    weight, _ = _linear()
+    bits = reference.pack_mask(weight > 0)
+    return _values(_BATCH, _IN, stream=2), bits, torch.full((1,), 0.5), None
+
+
+def _packed_seeded() -> tuple:
+    x, _, scale, bias = _packed_binary()
+    return x, reference.pack_mask(_linear()[1]), torch.tensor([_SEED, 1, 2]), scale, bias
+
+
 def _packed_csr() -> tuple:
     weight, mask = _linear()
     return _values(_BATCH, _IN, stream=2), *formats.pack_csr(weight, mask), None
+
+
+def _packed_delta() -> tuple:
+    weight, mask = _linear()
+    return _values(_BATCH, _IN, stream=2), *formats.pack_delta(weight, mask), None
 
 
 def _packed_bitmap() -> tuple:
@@ -308,7 +324,10 @@ CASES: dict[str, Callable[[], tuple]] = {
     "masked_conv2d": _conv_forward,
     "masked_conv2d_backward": _conv_backward,
     "ternary_linear": _packed_ternary,
+    "binary_linear": _packed_binary,
+    "seeded_linear": _packed_seeded,
     "csr_linear": _packed_csr,
+    "delta_linear": _packed_delta,
     "bitmap_linear": _packed_bitmap,
     "keep_top": _selection,
     "pack_mask": lambda: (_mask(_OUT, _IN),),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from lottery_sparse.native_cuda_optim import adam_step, sgd_step
 _ops = torch.ops.lottery_sparse_cuda
 
 MOST_ROWS = 16  # kCudaBatch
-_DTYPES = (torch.float16, torch.bfloat16)
-_SCALARS = (*_DTYPES, torch.float32)  # of scale and bias
+MOST_FLOAT_ROWS = MOST_ROWS // 3  # of float32 in a launch
+_SCALARS = (torch.float32, torch.float16, torch.bfloat16)  # of x, scale and bias
 # A weight by rows needs no tiles where it is sparse enough and x fits in shared memory: (most rows
 # of x, they are padded to these; most density; blocks that share a multiprocessor's memory).
 BY_ROWS = ((1, 0.12, 2), (2, 0.12, 2), (4, 0.12, 2), (8, 0.08, 1))
@@ -42,7 +42,17 @@ MOST_PLACES = 0.24
 def ternary_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
 ) -> Tensor:
-    return _ops.ternary_linear(x, codes, scale, bias, rows)
+    return _rows_of(x, lambda x: _ops.ternary_linear(x, codes, scale, bias, rows, int8), int8)
+
+
+def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, None, scale, bias))
+
+
+def seeded_linear(
+    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, key, scale, bias))
 
 
 def csr_linear(
@@ -55,10 +65,27 @@ def csr_linear(
     )
 
 
+def delta_linear(
+    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None
+) -> Tensor:
+    return (
+        _ops.csr_linear(x, values, starts, gaps, bias)
+        if _by_rows(x, values, starts, gaps)
+        else _tiled("delta", x, values, starts, gaps, bias)
+    )
+
+
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
     return _tiled("bitmap", x, values, starts, bits, bias)
+
+
+def _rows_of(x: Tensor, product: Callable[[Tensor], Tensor], int8: bool = False) -> Tensor:
+    """The product, of a float32 x a few rows at a time: each is three rows of a kernel's."""
+    if x.dtype != torch.float32 or int8 or len(x) <= MOST_FLOAT_ROWS:
+        return product(x)
+    return torch.cat([product(rows) for rows in x.split(MOST_FLOAT_ROWS)])
 
 
 def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool:
@@ -66,7 +93,8 @@ def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool
     for rows, density, blocks in BY_ROWS:
         if x.shape[0] <= rows:
             return (
-                columns.dtype == torch.int16
+                columns.dtype in (torch.int16, torch.uint8)
+                and x.dtype != torch.float32
                 and x.shape[1] * rows * x.element_size() <= _shared(x.device) // blocks - 1024
                 and len(values) <= density * (len(starts) - 1) * x.shape[1]
                 and values.data_ptr() % 16 == columns.data_ptr() % 16 == 0
@@ -98,7 +126,8 @@ def _tiled(
             )
         found = _tiles[values] = state, tiles_of(format, values, starts, where, x.shape[1])
     begins, data, bitmap = found[1]
-    return _ops.tiles_linear(x, begins, data, bias, len(starts) - 1, bitmap)
+    rows = len(starts) - 1
+    return _rows_of(x, lambda x: _ops.tiles_linear(x, begins, data, bias, rows, bitmap))
 
 
 _tiles: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
@@ -107,11 +136,14 @@ _tiles: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 def tiles_of(
     format: str, values: Tensor, starts: Tensor, where: Tensor, in_features: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """A weight stored by rows, "csr" or "bitmap", as tiles: (starts, data, whether bitmap)."""
+    """A weight by rows, "csr", "delta" or "bitmap", as tiles: (starts, data, whether bitmap)."""
     shape = (len(starts) - 1, in_features)
     rows = torch.repeat_interleave(starts.diff())
     if format == "csr":
         columns = where.to(torch.int64) & (0xFFFF if where.dtype == torch.int16 else -1)
+    elif format == "delta":
+        columns, kept = formats.delta_columns(starts, where), values != 0
+        values, rows, columns = values[kept], rows[kept], columns[kept]
     else:
         bit = torch.arange(32, device=where.device, dtype=torch.int32)
         columns = ((where.unsqueeze(-1) >> bit & 1).flatten(1)).nonzero()[:, 1]
@@ -131,19 +163,22 @@ def refuses(op: str, *args: Any) -> str | None:
     if op in native_cuda_compact.OPS:
         return native_cuda_compact.refuses(op, *args) or _refuses_device_of(args[0])
     x = args[0]
-    if x.dtype not in _DTYPES:
-        return f"its kernels take x as float16 or bfloat16, got {x.dtype}."
+    if x.dtype not in _SCALARS:
+        return f"its kernels take x as float32, float16 or bfloat16, got {x.dtype}."
     if x.shape[0] > MOST_ROWS:
         return f"its kernels take up to {MOST_ROWS} rows of x, got {x.shape[0]}."
     if op == "ternary_linear":
-        _, _, scale, bias, _, int8 = args
-        if int8:
-            return "its kernels have no int8 activations."
+        _, _, scale, bias, _, _ = args
         others = {"scale": scale, "bias": bias}
+    elif op in ("binary_linear", "seeded_linear"):
+        others = dict(zip(("scale", "bias"), args[-2:], strict=True))
     else:
         _, values, _, _, bias = args
-        if values.dtype != x.dtype:
-            return f"its kernels take values in the dtype of x, got {values.dtype} and {x.dtype}."
+        if values.dtype != (torch.bfloat16 if x.dtype == torch.float32 else x.dtype):
+            return (
+                "its kernels take values in the dtype of x, and bfloat16 ones for float32 x, got "
+                f"{values.dtype} and {x.dtype}."
+            )
         others = {"bias": bias}
     for name, tensor in others.items():
         if tensor is not None and tensor.dtype not in _SCALARS:

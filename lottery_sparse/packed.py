@@ -10,12 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lottery_sparse import formats, reference
 from lottery_sparse.compacting import expand_
 from lottery_sparse.convert import _become, densify_
 from lottery_sparse.modules import Masked, one_node
-from lottery_sparse.ops import bitmap_linear, csr_linear, pack_mask, ternary_linear
+from lottery_sparse.ops import (
+    binary_linear,
+    bitmap_linear,
+    csr_linear,
+    delta_linear,
+    seeded_linear,
+    ternary_linear,
+)
 from lottery_sparse.ops.packed import check_x
+from lottery_sparse.packing import FORMATS, packed, scale_of, unfit, unpacked
 
 # Up to these densities a format beats the dense library at every batch from 1 to 32, by element
 # size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
@@ -26,27 +33,22 @@ MOST_BITMAP = {4: 0.7, 2: 0.0}
 LEAST_CSR = 2**16
 LEAST_BITMAP = 2**20
 
-# the tensors of a format, in the order that its op takes them
-FORMATS: dict[str, tuple[str, ...]] = {
-    "ternary": ("codes", "scale"),
-    "csr": ("values", "starts", "columns"),
-    "bitmap": ("values", "starts", "bits"),
-    "dense": ("weight",),
-}
-
 
 class PackedLinear(nn.Module):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
-    `format` is "ternary", "csr", "bitmap" or "dense"; the buffers are the tensors that
-    `lottery_sparse.formats` describes, and `bias`. state_dict holds them, and loading one takes the
-    format that it has. Made by `ls.pack_`, or from a weight.
+    `format` is "ternary", "binary", "seeded", "csr", "delta", "bitmap" or "dense"; the buffers are
+    the tensors that `lottery_sparse.formats` describes, and `bias`. state_dict holds them, and
+    loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
-        format: None = the smallest and fastest that holds `weight` exactly, see `choose_format`.
+        format: None = the smallest and fastest that holds `weight` exactly, see `choose_format`,
+            which never takes "binary", "seeded" and "delta": their kernels are for CUDA.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
+        key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
+            0 have.
 
     Raises:
         ValueError: the format cannot hold the weight, or an unknown name.
@@ -64,12 +66,18 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = None,
         format: str | None = None,
         activations: str = "exact",
+        key: Tensor | None = None,
     ):
         super().__init__()
-        self._pack(weight, bias, format, activations)
+        self._pack(weight, bias, format, activations, key)
 
     def _pack(
-        self, weight: Tensor, bias: Tensor | None, format: str | None, activations: str
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        format: str | None,
+        activations: str,
+        key: Tensor | None = None,
     ) -> None:
         if activations not in ("exact", "int8"):
             raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
@@ -83,7 +91,7 @@ class PackedLinear(nn.Module):
         self.activations = activations
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-        for name, tensor in _packed(weight, self.format).items():
+        for name, tensor in packed(weight, self.format, key).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.dtype = weight.dtype
@@ -104,9 +112,18 @@ class PackedLinear(nn.Module):
         if self.format == "ternary":
             codes, scale = parts
             return ternary_linear(x, codes, scale, self.out_features, bias, activations)
+        if self.format == "binary":
+            signs, scale = parts
+            return binary_linear(x, signs, scale, bias)
+        if self.format == "seeded":
+            mask, key, scale = parts
+            return seeded_linear(x, mask, key, scale, bias)
         if self.format == "csr":
             values, starts, columns = parts
             return csr_linear(x, values, starts, columns, bias)
+        if self.format == "delta":
+            values, starts, gaps = parts
+            return delta_linear(x, values, starts, gaps, bias)
         if self.format == "bitmap":
             values, starts, bits = parts
             return bitmap_linear(x, values, starts, bits, bias)
@@ -133,17 +150,7 @@ class PackedLinear(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """The weight, unpacked: [N, K]."""
-        parts, columns = self._parts(), self.in_features
-        if self.format == "ternary":
-            codes, scale = parts
-            return formats.ternary_weight(codes, scale, self.out_features, columns)
-        if self.format == "csr":
-            values, starts, numbers = parts
-            return formats.unpack_csr(values, starts, numbers, columns)
-        if self.format == "bitmap":
-            values, _, bits = parts
-            return formats.unpack_bitmap(values, reference.unpack_mask(bits, columns))
-        return parts[0]
+        return unpacked(self.format, self._parts(), self.out_features, self.in_features)
 
     @property
     def bytes(self) -> int:
@@ -179,7 +186,7 @@ class PackedLinear(nn.Module):
         found = [f for f, names in FORMATS.items() if all(prefix + n in state_dict for n in names)]
         if found:
             tensors = {name: state_dict[prefix + name] for name in FORMATS[found[0]]}
-            why = _unfit(found[0], tensors, self.out_features, self.in_features)
+            why = unfit(found[0], tensors, self.out_features, self.in_features)
             if why:
                 error_msgs.append(f"{prefix}{why}")
                 return
@@ -198,7 +205,7 @@ def choose_format(weight: Tensor) -> str:
     """Ternary if it holds [N, K] exactly, at any size; else by size and density of what is not
     zero: csr, bitmap or dense, the fastest.
     """
-    if weight.numel() and _scale(weight) is not None:
+    if weight.numel() and scale_of(weight) is not None:
         return "ternary"
     kept = float((weight != 0).double().mean()) if weight.numel() else 1.0
     size = weight.element_size()
@@ -207,65 +214,6 @@ def choose_format(weight: Tensor) -> str:
     if kept <= MOST_CSR[size]:
         return "csr" if weight.numel() >= LEAST_CSR else "dense"
     return "bitmap" if kept <= MOST_BITMAP[size] and weight.numel() >= LEAST_BITMAP else "dense"
-
-
-def _scale(weight: Tensor) -> Tensor | None:
-    """The one magnitude of all weights but zeros, [1], or of each row, [N]; None if there are more.
-
-    A matrix, or row, of zeros has the magnitude 0.
-    """
-    magnitude = weight.abs()
-    for most in (magnitude.amax().view(1), magnitude.amax(1)):
-        if ((magnitude == 0) | (magnitude == most.unsqueeze(1))).all():
-            return most
-    return None
-
-
-def _packed(weight: Tensor, format: str) -> dict[str, Tensor]:
-    if format == "dense":
-        return {"weight": weight.clone()}
-    if format == "ternary":
-        scale = _scale(weight) if weight.numel() else weight.new_zeros(1)
-        if scale is None:
-            raise ValueError(
-                'format "ternary" holds weights of one magnitude (per matrix or per row) and '
-                'zeros, but this weight has more; use "csr" or "bitmap".'
-            )
-        return {"codes": formats.pack_ternary(weight.sign()), "scale": scale}
-    kept = weight != 0
-    if format == "bitmap":
-        starts = formats.row_starts(kept)
-        return {"values": weight[kept], "starts": starts, "bits": pack_mask(kept)}
-    return dict(zip(FORMATS["csr"], formats.pack_csr(weight, kept), strict=True))
-
-
-def _unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> str | None:
-    """Why the tensors of a checkpoint are no weight [rows, columns]; kernels trust them later."""
-    if format == "dense":
-        fits = tensors["weight"].shape == (rows, columns)
-    elif format == "ternary":
-        blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
-        codes, scale = tensors["codes"], tensors["scale"]
-        fits = codes.dtype == torch.int32 and codes.shape == blocks
-        fits = fits and scale.shape in ((1,), (rows,))
-    else:
-        values, starts = tensors["values"], tensors["starts"]
-        fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,) and values.dim() == 1
-        fits = fits and int(starts[0]) == 0 and int(starts[-1]) == len(values)
-        fits = fits and bool((starts.diff() >= 0).all())
-        if fits and format == "csr":
-            numbers = tensors["columns"]
-            fits = numbers.shape == values.shape and numbers.dtype in (torch.int16, torch.int32)
-            if fits and len(values):
-                numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
-                fits = int(numbers.min()) >= 0 and int(numbers.max()) < columns
-        elif fits:
-            bits = tensors["bits"]
-            fits = bits.dtype == torch.int32
-            fits = fits and bits.shape == (rows, reference.words_per_row(columns))
-            ones = reference.unpack_mask(bits, columns).sum(1) if fits else None
-            fits = fits and torch.equal(ones, starts.diff())  # pyright: ignore[reportArgumentType]
-    return None if fits else f"{FORMATS[format][0]} is no {format} weight of {rows} x {columns}."
 
 
 # ---- whole models ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ class Linear(ctypes.Structure):  # CudaLinear of csrc/cuda_linear.h
         ("type", ctypes.c_int),
         ("bias_type", ctypes.c_int),
         ("splits", ctypes.c_int64),
+        ("y_type", ctypes.c_int),
+        ("parts", ctypes.c_int),
+        ("x_scale", ctypes.c_void_p),
     ]
 
 
@@ -67,6 +71,11 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     loaded.ls_ternary_splits.restype = ctypes.c_int64
     loaded.ls_ternary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_binary_splits.restype = ctypes.c_int64
+    loaded.ls_binary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    loaded.ls_emulate_rows.restype = ctypes.c_char_p
+    loaded.ls_emulate_binary.restype = ctypes.c_char_p
+    loaded.ls_binary_pair.restype = ctypes.c_uint32
     loaded.ls_emulate_readable.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.ls_tiles_splits.restype = ctypes.c_int64
     sizes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
@@ -96,16 +105,32 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 
 def linear(
-    x: Tensor, rows: int, bias: Tensor | None, splits: int
-) -> tuple[Linear, Tensor, Tensor | None]:
-    """The struct of a product, y filled with NaN, and room for partial sums."""
+    x: Tensor, rows: int, bias: Tensor | None, splits: Callable[[int], int], int8: bool = False
+) -> tuple[Linear, Tensor, tuple]:
+    """The struct of a product, y filled with NaN, and what else its pointers point to.
+
+    x of float32, or int8, is made rows of 16 bits, as bindings_cuda.cpp does.
+    """
     y = torch.full((len(x), rows), torch.nan, dtype=x.dtype)
-    partial = torch.full((splits, len(x), rows), torch.nan) if splits > 1 else None
+    parts, made, scale = 1, x, None
+    if x.dtype == torch.float32 or int8:
+        parts = 1 if int8 else 3
+        made = torch.full((parts * len(x), x.shape[1]), torch.nan, dtype=torch.bfloat16)
+        scale = torch.full((len(x),), torch.nan) if int8 else None
+        fault = library().ls_emulate_rows(
+            ctypes.c_void_p(x.data_ptr()), NUMBERS[x.dtype], ctypes.c_int64(len(x)),
+            ctypes.c_int64(x.shape[1]), ctypes.c_void_p(made.data_ptr()),
+            ctypes.c_void_p(pointer(scale)),
+        )  # fmt: skip
+        assert fault is None, fault.decode()
+    count = splits(len(made))
+    partial = torch.full((count, len(x), rows), torch.nan) if count > 1 else None
     struct = Linear(
-        len(x), x.shape[1], rows, pointer(x), pointer(bias), pointer(y), pointer(partial),
-        NUMBERS[x.dtype], NUMBERS[torch.float32 if bias is None else bias.dtype], splits,
+        len(x), x.shape[1], rows, pointer(made), pointer(bias), pointer(y), pointer(partial),
+        NUMBERS[made.dtype], NUMBERS[torch.float32 if bias is None else bias.dtype], count,
+        NUMBERS[y.dtype], parts, pointer(scale),
     )  # fmt: skip
-    return struct, y, partial
+    return struct, y, (made, scale, partial)
 
 
 def readable(*weights: Tensor) -> None:
@@ -121,16 +146,40 @@ def ternary_linear(
     scale: Tensor,
     bias: Tensor | None,
     rows: int,
+    int8: bool = False,
     processors: int = 2,
     shared: int = SHARED,
 ) -> Tensor:
-    splits = library().ls_ternary_splits(len(x), x.shape[1], shared)
-    struct, y, _partial = linear(x, rows, bias, splits)
+    struct, y, _held = linear(
+        x, rows, bias, lambda n: library().ls_ternary_splits(n, x.shape[1], shared), int8
+    )
     readable(codes)
     by_row = Scale(pointer(scale), NUMBERS[scale.dtype], scale.numel() > 1, 0.0)
     fault = library().ls_emulate_ternary(
         ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(codes.data_ptr()),
         processors, shared,
+    )  # fmt: skip
+    assert fault is None, fault.decode()
+    return y
+
+
+def binary_linear(
+    x: Tensor,
+    bits: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    processors: int = 2,
+    shared: int = SHARED,
+) -> Tensor:
+    struct, y, _held = linear(
+        x, len(bits), bias, lambda n: library().ls_binary_splits(n, x.shape[1], shared)
+    )
+    readable(bits)
+    by_row = Scale(pointer(scale), NUMBERS[scale.dtype], scale.numel() > 1, 0.0)
+    fault = library().ls_emulate_binary(
+        ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(bits.data_ptr()),
+        ctypes.c_void_p(pointer(key)), processors, shared,
     )  # fmt: skip
     assert fault is None, fault.decode()
     return y
@@ -146,8 +195,9 @@ def tiles_linear(
     processors: int = 2,
     shared: int = SHARED,
 ) -> Tensor:
-    splits = library().ls_tiles_splits(bitmap, len(x), x.shape[1], shared)
-    struct, y, _partial = linear(x, rows, bias, splits)
+    struct, y, _held = linear(
+        x, rows, bias, lambda n: library().ls_tiles_splits(bitmap, n, x.shape[1], shared)
+    )
     readable(data)
     fault = library().ls_emulate_tiles(
         ctypes.c_bool(bitmap), ctypes.byref(struct), ctypes.c_void_p(starts.data_ptr()),
@@ -166,12 +216,16 @@ def csr_linear(
     processors: int = 2,
     shared: int = SHARED,
 ) -> Tensor:
-    struct, y, _ = linear(x, len(starts) - 1, bias, 1)
+    struct, y, _ = linear(x, len(starts) - 1, bias, lambda _: 1)
     readable(values, columns)
+    gaps = columns.dtype == torch.uint8
     assert library().ls_csr_fits(len(x), x.shape[1], shared)
     fault = library().ls_emulate_csr(
         ctypes.byref(struct),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (starts, columns, values)),
+        ctypes.c_void_p(starts.data_ptr()),
+        ctypes.c_void_p(None if gaps else columns.data_ptr()),
+        ctypes.c_void_p(columns.data_ptr() if gaps else None),
+        ctypes.c_void_p(values.data_ptr()),
         processors,
         shared,
     )

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 # (N, K, B): ragged, one row, several splits of K, more rows of tiles than blocks
 SHAPES = [(1, 1, 1), (70, 130, 3), (33, 0, 2), (4096, 4096, 1), (300, 9000, 16), (20000, 520, 8)]
-KINDS = ("ternary", "ternary by row", "csr", "bitmap")
+KINDS = ("ternary", "ternary by row", "binary", "seeded", "csr", "delta", "bitmap")
 
 
 def problem(kind, n, k, dtype, density=0.3, device="cuda"):
@@ -28,7 +28,19 @@ def problem(kind, n, k, dtype, density=0.3, device="cuda"):
         scale = torch.ones(n if kind.endswith("row") else 1, device=device, dtype=dtype) * 0.75
         codes = formats.pack_ternary(signs)
         return (lambda x, b: ops.ternary_linear(x, codes, scale, n, b)), signs.double() * 0.75
+    if kind in ("binary", "seeded"):
+        plus, scale = reference.pack_mask(drawn > 0), torch.full((1,), 0.75, device=device)
+        if kind == "binary":
+            return (lambda x, b: ops.binary_linear(x, plus, scale, b)), (
+                torch.where(drawn > 0, 0.75, -0.75).double()
+            )
+        key = ls.random.key(5, 6, 7, device)
+        weight = 0.75 * reference.drawn_signs(key, drawn).double() * (drawn > 0)
+        return (lambda x, b: ops.seeded_linear(x, plus, key, scale, b)), weight
     weight = torch.where(kept, drawn, 0.0).to(dtype)
+    if kind == "delta":
+        entries = formats.pack_delta(weight, kept)
+        return (lambda x, b: ops.delta_linear(x, *entries, b)), weight.double()
     values, starts, columns = formats.pack_csr(weight, kept)
     if kind == "csr":
         return (lambda x, b: ops.csr_linear(x, values, starts, columns, b)), weight.double()
@@ -58,8 +70,30 @@ def test_matches_float64_and_repeats_itself(shape, kind, dtype):
         assert torch.equal(op(x, bias), y)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_x(shape, kind):
+    n, k, batch = shape
+    op, weight = problem(kind, n, k, torch.bfloat16)
+    x, bias = torch.randn(batch, k, device="cuda"), torch.randn(n, device="cuda")
+    with ls.use_backend("cuda"):
+        y = op(x, bias)
+    expected = x.double() @ weight.mT + bias.double()
+    scale = x.double().abs() @ weight.abs().mT + bias.double().abs()
+    assert ((y.double() - expected).abs() <= 2e-6 * scale + 1e-7).all()
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_int8_activations(batch):
+    x = torch.randn(batch, 4096, device="cuda", dtype=torch.bfloat16)
+    codes = formats.pack_ternary(torch.randint(-1, 2, (300, 4096), device="cuda"))
+    args = x, codes, torch.rand(300, device="cuda"), None, 300, True
+    y, expected = backends.load("cuda").ternary_linear(*args), reference.ternary_linear(*args)
+    assert (y - expected).float().norm() <= 0.01 * expected.float().norm()
+
+
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["csr", "bitmap"])
+@pytest.mark.parametrize("kind", ["csr", "delta", "bitmap"])
 @pytest.mark.parametrize("batch", [1, 4, 8, 9])
 def test_densities(kind, density, batch):
     op, weight = problem(kind, 300, 700, torch.bfloat16, density)

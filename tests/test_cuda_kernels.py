@@ -13,7 +13,7 @@ from cuda_emulator import thread_order  # noqa: F401  # a fixture
 
 from lottery_sparse import formats
 
-EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def assert_close(y, x, weight, bias):

@@ -91,14 +91,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "channel_reads",
     },
     "step": {"backends", "compact", "compact_layers", "replicate", "supermask"},
-    "packed": {
-        "compacting",
-        "convert",
-        "formats",
-        "modules",
-        "ops",
-        "reference",
-    },
+    "packing": {"formats", "ops", "reference"},
+    "packed": {"compacting", "convert", "modules", "ops", "packing"},
     "ticket_file": {"masks", "frozen"},
     "ticket": {
         "random",

@@ -35,6 +35,7 @@ def backend(monkeypatch):
     monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
     module = importlib.import_module("lottery_sparse.native_cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
+        binary_linear=emulator.binary_linear,
         csr_linear=emulator.csr_linear,
         ternary_linear=emulator.ternary_linear,
         tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
@@ -53,12 +54,14 @@ def problem(density=0.3, n=70, k=90, batch=9, dtype=torch.bfloat16):
 
 def arguments(op, x, weight, kept):
     values, starts, columns = formats.pack_csr(weight, kept)
+    if op == "delta_linear":
+        return x, *formats.pack_delta(weight, kept), torch.randn(len(weight), dtype=x.dtype)
     where = columns if op == "csr_linear" else reference.pack_mask(kept)
     return x, values, starts, where, torch.randn(len(weight), dtype=x.dtype)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear"])
+@pytest.mark.parametrize("op", ["csr_linear", "delta_linear", "bitmap_linear"])
 def test_sparse_products_are_those_of_the_reference(backend, op, density):
     args = arguments(op, *problem(density))
     expected = getattr(reference, op)(*args)
@@ -66,12 +69,35 @@ def test_sparse_products_are_those_of_the_reference(backend, op, density):
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 16])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear", "binary_linear"])
+def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
+    x, weight, kept = problem(0.1, batch=batch)
+    if op == "ternary_linear":
+        args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
+    elif op == "binary_linear":
+        args = reference.pack_mask(kept), torch.rand(1), torch.randn(70)
+    else:
+        args = arguments(op, x, weight, kept)[1:]
+    expected = getattr(reference, op)(x.float(), *args)
+    y = getattr(backend, op)(x.float(), *args)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_rows_go_at_once(backend):
+    x, weight, _ = problem(batch=16)
+    args = x.float(), formats.pack_ternary(weight.sign()), torch.rand(70), torch.randn(70), 70, True
+    expected = reference.ternary_linear(*args)
+    torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
-    args = arguments("csr_linear", *problem(density, batch=batch))
-    expected = reference.csr_linear(*args)
-    torch.testing.assert_close(backend.csr_linear(*args), expected, rtol=2**-7, atol=1e-2)
+@pytest.mark.parametrize("op", ["csr_linear", "delta_linear"])
+def test_few_rows_of_x_take_the_entries_as_they_are(backend, op, density, batch):
+    args = arguments(op, *problem(density, batch=batch))
+    expected = getattr(reference, op)(*args)
+    torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
     assert (args[1] in backend._tiles) == (density > 0.12)
 
 
@@ -81,6 +107,20 @@ def test_ternary_products_are_those_of_the_reference(backend):
     args = x, codes, scale, torch.randn(70), 70, False
     expected = reference.ternary_linear(*args)
     torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=2**-7, atol=1e-2)
+
+
+def test_products_of_bits_are_those_of_the_reference(backend):
+    x, weight, kept = problem()
+    scale, bias, key = torch.rand(70) + 0.5, torch.randn(70), torch.tensor([7, 8, 9])
+    for op, args in {
+        "binary_linear": (x, reference.pack_mask(weight > 0), scale, bias),
+        "seeded_linear": (x, reference.pack_mask(kept), key, scale, bias),
+    }.items():
+        expected = getattr(reference, op)(*args)
+        torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+        assert "CUDA devices, got cpu" in backend.refuses(op, *args)
+        assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
+        assert "scale as float32" in backend.refuses(op, *args[:-2], scale.double(), bias)
 
 
 def test_tiles_are_made_once_and_anew_after_a_write(backend):
@@ -110,10 +150,16 @@ def test_refusals_say_what_and_why(backend):
         assert text in why
         assert why.endswith(".")
 
-    says("x as float16 or bfloat16, got torch.float32", x=x.float())
+    says("x as float32, float16 or bfloat16, got torch.float64", x=x.double())
+    says(
+        "bfloat16 ones for float32 x, got torch.float32 and torch.float32",
+        x=x.float(),
+        values=args[1].float(),
+    )
+    says("bfloat16 ones for float32 x, got torch.float16", x=x.float(), values=args[1].half())
     says("up to 16 rows of x, got 17", x=x[:1].expand(17, -1))
     says("got torch.float32 and torch.bfloat16", values=args[1].float())
-    says("no int8 activations", op="ternary_linear", int8=True)
+    says("run on CUDA devices, got cpu", op="ternary_linear", x=x.float(), int8=True)
     says("scale as float32, float16 or bfloat16", op="ternary_linear", scale=one.double())
     says("run on CUDA devices, got cpu", op="ternary_linear")
 

@@ -91,7 +91,10 @@ def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "zip"}, "format must be one of ternary, csr, bitmap, dense, got 'zip'"),
+        (
+            {"format": "zip"},
+            "format must be one of ternary, binary, seeded, csr, delta, bitmap, dense, got 'zip'",
+        ),
         ({"format": "ternary"}, "holds weights of one magnitude"),
         ({"activations": "int4"}, 'activations must be "exact" or "int8"'),
         ({"weight": torch.ones(3)}, "weight must be floating"),

@@ -29,7 +29,7 @@ from lottery_sparse.native.linear import (
     scatter_kept_,
 )
 from lottery_sparse.native.masks import count_kept, pack_mask, unpack_mask
-from lottery_sparse.native.packed import bitmap_linear, csr_linear, ternary_linear
+from lottery_sparse.native.packed import bitmap_linear, csr_linear, delta_linear, ternary_linear
 from lottery_sparse.native.random import (
     keep_top,
     random_normal,
@@ -56,6 +56,7 @@ __all__ = [
     "compact_linear_backward",
     "count_kept",
     "csr_linear",
+    "delta_linear",
     "keep_top",
     "kept_conv2d",
     "kept_conv2d_backward",

@@ -5,23 +5,33 @@ from lottery_sparse.ops.checks import SignConstant
 from lottery_sparse.ops.compact import compact_conv2d, compact_linear
 from lottery_sparse.ops.conv2d import masked_conv2d
 from lottery_sparse.ops.linear import masked_linear
-from lottery_sparse.ops.packed import bitmap_linear, csr_linear, ternary_linear
+from lottery_sparse.ops.packed import (
+    binary_linear,
+    bitmap_linear,
+    csr_linear,
+    delta_linear,
+    seeded_linear,
+    ternary_linear,
+)
 from lottery_sparse.ops.sampling import sample_mask
 from lottery_sparse.ops.selection import keep_top
 from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
 
 __all__ = [
     "SignConstant",
+    "binary_linear",
     "bitmap_linear",
     "compact_conv2d",
     "compact_linear",
     "csr_linear",
+    "delta_linear",
     "keep_top",
     "masked_conv2d",
     "masked_linear",
     "pack_mask",
     "sample_bits",
     "sample_mask",
+    "seeded_linear",
     "supermask_conv2d",
     "supermask_linear",
     "ternary_linear",

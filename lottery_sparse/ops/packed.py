@@ -1,4 +1,4 @@
-"""ternary_linear, csr_linear and bitmap_linear: products with packed weights, for inference.
+"""Products with packed weights, for inference: see `formats`.
 
 They have no gradients. Sums run in float32 (float64 for a float64 `x`) and are rounded once to the
 dtype of `x`, whatever that of the weight is. Under torch.autocast `x` is cast, and with it the
@@ -56,14 +56,57 @@ def ternary_linear(
             f"codes must be int32 {expected} for {rows} rows of {x.shape[-1]} columns, got "
             f"{codes.dtype} {tuple(codes.shape)}; use formats.pack_ternary."
         )
-    if tuple(scale.shape) not in ((1,), (rows,)) or not scale.is_floating_point():
-        raise ValueError(
-            f"scale must be one floating number or one per row, [1] or [{rows}], got "
-            f"{scale.dtype} {tuple(scale.shape)}."
-        )
+    _check_scale(scale, rows)
     _check_bias(bias, rows)
     _check_devices(x, codes=codes, scale=scale, bias=bias)
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
+
+
+def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer on weights of -c and +c: y = c · (x sᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype. Where it is infinite, a result may be NaN.
+        bits: the signs, int32 [N, W], 1 = plus: `pack_mask(weight > 0)`.
+        scale: c: [1], or one for each row, [N].
+        bias: [N], or None.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    rows = _check_bits(bits, x.shape[-1])
+    _check_scale(scale, rows)
+    _check_bias(bias, rows)
+    _check_devices(x, bits=bits, scale=scale, bias=bias)
+    return _by_rows(_binary, x, rows, bits, scale, bias)
+
+
+def seeded_linear(
+    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on a mask of sign x constant weights that a seed draws: y = c · (x (m s)ᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        bits: the mask m, int32 [N, W], see `pack_mask`.
+        key: int64 [3] from `ls.random.key(seed, stream, step)`: s is
+            `ls.random.signs((N, K), seed, stream, step)`.
+        scale: c: [1], or one for each row, [N].
+        bias: [N], or None.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    rows = _check_bits(bits, x.shape[-1])
+    if key.dtype != torch.int64 or tuple(key.shape) != (3,):
+        raise ValueError(
+            f"key must be int64 [3], got {key.dtype} of shape {tuple(key.shape)}; use "
+            "ls.random.key(seed, stream, step)."
+        )
+    _check_scale(scale, rows)
+    _check_bias(bias, rows)
+    _check_devices(x, bits=bits, key=key, scale=scale, bias=bias)
+    return _by_rows(_seeded, x, rows, bits, key, scale, bias)
 
 
 def csr_linear(
@@ -94,6 +137,31 @@ def csr_linear(
     return _by_rows(_csr, x, rows, values, starts, columns, bias)
 
 
+def delta_linear(
+    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with the distances of their columns: y = x wᵀ + b.
+
+    Args:
+        x, values, starts, bias: as in `csr_linear`.
+        gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
+            see `formats.pack_delta`. Below K in sum over a row: not checked.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    if gaps.dtype != torch.uint8 or gaps.shape != values.shape:
+        raise ValueError(
+            f"gaps must be uint8 {tuple(values.shape)} like values, got {gaps.dtype} "
+            f"{tuple(gaps.shape)}; use formats.pack_delta."
+        )
+    rows = starts.shape[0] - 1
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
+    return _by_rows(_delta, x, rows, values, starts, gaps, bias)
+
+
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -109,12 +177,8 @@ def bitmap_linear(
     check_x(x)
     _check_entries(values, starts)
     rows = starts.shape[0] - 1
-    expected = (rows, reference.words_per_row(x.shape[-1]))
-    if bits.dtype != torch.int32 or tuple(bits.shape) != expected:
-        raise ValueError(
-            f"bits must be int32 {expected} for {x.shape[-1]} columns, got {bits.dtype} "
-            f"{tuple(bits.shape)}; use ops.pack_mask."
-        )
+    if _check_bits(bits, x.shape[-1]) != rows:
+        raise ValueError(f"bits has {len(bits)} rows, but starts has {rows}.")
     _check_bias(bias, rows)
     _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
     return _by_rows(_bitmap, x, rows, values, starts, bits, bias)
@@ -144,6 +208,25 @@ def _check_entries(values: Tensor, starts: Tensor) -> None:
         raise ValueError(f"starts must be int64 [N + 1], got {starts.dtype} {tuple(starts.shape)}.")
 
 
+def _check_bits(bits: Tensor, columns: int) -> int:
+    """How many rows they have."""
+    words = reference.words_per_row(columns)
+    if bits.dtype != torch.int32 or bits.dim() != 2 or bits.shape[1] != words:
+        raise ValueError(
+            f"bits must be int32 [N, {words}] for {columns} columns, got {bits.dtype} "
+            f"{tuple(bits.shape)}; use ops.pack_mask."
+        )
+    return bits.shape[0]
+
+
+def _check_scale(scale: Tensor, rows: int) -> None:
+    if tuple(scale.shape) not in ((1,), (rows,)) or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be one floating number or one per row, [1] or [{rows}], got "
+            f"{scale.dtype} {tuple(scale.shape)}."
+        )
+
+
 def _check_bias(bias: Tensor | None, rows: int) -> None:
     if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_floating_point()):
         raise ValueError(
@@ -168,7 +251,10 @@ def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:
 SCHEMAS = {
     "ternary_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, SymInt rows, "
     "bool int8)",
+    "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
+    "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
     "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
+    "delta_linear": "(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias)",
     "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
 }
 
@@ -181,8 +267,7 @@ def _register(name: str):
         return backends.kernel(name, args[0].device, args)(*args)
 
     def fake(x: Tensor, *args) -> Tensor:
-        rows = args[3] if name == "ternary_linear" else args[1].shape[0] - 1
-        return x.new_empty(x.shape[0], rows)
+        return x.new_empty(x.shape[0], _rows(name, args))
 
     torch.library.impl(qualified, "default", run)
     torch.library.register_fake(qualified, fake)
@@ -208,6 +293,14 @@ def _register(name: str):
     return call
 
 
+def _rows(name: str, args: tuple) -> int:
+    """Rows of the weight, from the arguments after x."""
+    if name == "ternary_linear":
+        return args[3]
+    by_bits = name in ("binary_linear", "seeded_linear")
+    return args[0].shape[0] if by_bits else args[1].shape[0] - 1
+
+
 def _autocast(args: tuple, device: str) -> tuple:
     if not autocasts(device):
         return args
@@ -231,4 +324,4 @@ def _vmap_rule(op: Callable) -> Callable:
     return rule
 
 
-_ternary, _csr, _bitmap = map(_register, SCHEMAS)
+_ternary, _binary, _seeded, _csr, _delta, _bitmap = map(_register, SCHEMAS)

@@ -41,7 +41,17 @@ from lottery_sparse.reference.masked import (
     unpack_mask,
     words_per_row,
 )
-from lottery_sparse.reference.packed import bitmap_linear, csr_linear, ternary_linear
+from lottery_sparse.reference.packed import (
+    binary_linear,
+    binary_weight,
+    bitmap_linear,
+    csr_linear,
+    delta_linear,
+    drawn_signs,
+    seeded_linear,
+    seeded_weight,
+    ternary_linear,
+)
 from lottery_sparse.reference.random import (
     keep_top,
     philox,
@@ -66,6 +76,8 @@ from lottery_sparse.reference.supermask import (
 __all__ = [
     "MAX_DENSITY_LINEAR",
     "WORDS_PER_CHUNK",
+    "binary_linear",
+    "binary_weight",
     "bitmap_linear",
     "compact_conv2d",
     "compact_conv2d_backward",
@@ -74,6 +86,8 @@ __all__ = [
     "conv2d",
     "conv2d_backward",
     "csr_linear",
+    "delta_linear",
+    "drawn_signs",
     "effective_weight",
     "gather_kept",
     "keep_top",
@@ -99,6 +113,8 @@ __all__ = [
     "sample_bits",
     "sample_mask",
     "scatter_kept_",
+    "seeded_linear",
+    "seeded_weight",
     "source_weight",
     "supermask_conv2d",
     "supermask_conv2d_backward",

@@ -13,7 +13,7 @@ from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels import masked_optim, step_tables
+from lottery_sparse.kernels import masked_optim, step_kernels, step_tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # none, one, chunks with and without a tail
@@ -260,7 +260,7 @@ def test_tables_are_held_until_something_moves():
 @triton.jit
 def _rows(starts, slots, out, rows, count):
     for i in range(count):
-        tl.store(out + i, masked_optim.row_of(starts, rows, tl.load(slots + i), 256))
+        tl.store(out + i, step_kernels.row_of(starts, rows, tl.load(slots + i), 256))
 
 
 @pytest.mark.parametrize("rows", [2, 255, 257, 70000])

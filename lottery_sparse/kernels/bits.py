@@ -23,10 +23,12 @@ def _move(
 ):
     """Bit j of word w of a row is column 32 w + j: packs them, or spreads them."""
     columns = aligned(columns, BY)
-    index = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    row, word, j = index // words, index % words, tl.arange(0, 32)
+    first = tl.program_id(0).to(tl.int64) * WORDS  # of more than 2^31, perhaps
+    here = (first % words).to(tl.int32) + tl.arange(0, WORDS)
+    index, row, word = first + tl.arange(0, WORDS), first // words + here // words, here % words
+    j = tl.arange(0, 32)
     column = (word * 32)[:, None] + j[None, :]
-    at = (row.to(tl.int64) * columns + word * 32)[:, None] + j[None, :]
+    at = (row * columns + word * 32)[:, None] + j[None, :]
     inside = (row < rows)[:, None] & (column < columns)
     if PACK:
         kept = tl.load(mask + at, mask=inside, other=0) != 0

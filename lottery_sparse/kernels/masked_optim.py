@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from lottery_sparse.kernels.step_kernels import adam, count_steps, sgd
-from lottery_sparse.kernels.step_tables import CHUNK, Targets, refused, table_of
+from lottery_sparse.kernels.step_tables import CHUNK, Table, Targets, refused, table_of
 
 
 def sgd_step(
@@ -103,7 +103,9 @@ def adam_step(
         return position
     rates = beta1, beta2, eps, weight_decay, decoupled, maximize
     if on_device(steps, params):
-        _adam_launch(tensors, steps, targets, lr, 0, rates)
+        with torch.cuda.device_of(params[0]):
+            table = table_of(tensors, steps, targets)
+            _adam(tensors[0][0], table, steps, lr, 0, rates)
         return -1
     if isinstance(lr, Tensor):
         return 0
@@ -112,54 +114,54 @@ def adam_step(
             "Adam's step counts are on the host, which a captured graph would not count; use "
             "capturable=True or fused=True, and take a step before the capture."
         )
-    torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-    counts = [step.item() for step in steps]
-    for count in sorted(set(counts)):
-        mine = [i for i, c in enumerate(counts) if c == count]
-        if len(mine) == len(params):
-            _adam_launch(tensors, [], targets, lr, count, rates)
-        else:
-            some = tuple([held[p] for p in mine] for held in tensors)
-            _adam_launch(some, [], targets.of(mine), lr, count, rates)
+    taken = [step.item() for step in steps]
+    with torch.cuda.device_of(params[0]):
+        launches = []
+        for count in sorted(set(taken)):  # all tables before the first launch: they take memory
+            mine = [i for i, c in enumerate(taken) if c == count]
+            some, to = tensors, targets
+            if len(mine) < len(params):
+                some, to = tuple([held[p] for p in mine] for held in tensors), targets.of(mine)
+            launches.append((table_of(some, [], to), [steps[i] for i in mine]))
+        for table, counted in launches:
+            _adam(params[0], table, [], lr, counted[0].item() + 1, rates)
+            torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
     return -1
 
 
-def _adam_launch(
-    tensors: tuple[list[Tensor], ...],
+def _adam(
+    like: Tensor,
+    table: Table,
     steps: list[Tensor],
-    targets: Targets,
     lr: float | Tensor,
     count: float,
     rates: tuple[float, float, float, float, bool, bool],
 ) -> None:
     """With `steps` on the device, or the `count` of this step."""
     beta1, beta2, eps, weight_decay, decoupled, maximize = rates
-    first = tensors[0][0]
     held, rate = isinstance(lr, Tensor), 0.0 if isinstance(lr, Tensor) else float(lr)
-    lr_at = lr if isinstance(lr, Tensor) else first
+    lr_at = lr if isinstance(lr, Tensor) else like
     step_size = second_scale = 0.0
     if not steps:
         step_size = -rate / (1 - beta1**count)
         second_scale = math.sqrt(1 - beta2**count)
     near = 1 - beta1 < 0.5
-    with torch.cuda.device_of(first):
-        table = table_of(tensors, steps, targets)
-        factors = table.numbers
-        if steps:
-            factors = torch.empty(2 * len(steps), dtype=torch.float32, device=first.device)
-            count_steps[(triton.cdiv(len(steps), 128),)](
-                table.numbers, steps[0], lr_at, factors, table.steps, len(steps), rate,
-                _log(beta1), _log(beta2), HELD=held, BLOCK=128,
-            )  # fmt: skip
-        if table.chunks:
-            adam[(table.chunks,)](
-                table.numbers, first, lr_at, factors, table.parts, table.targets,
-                rate, step_size, second_scale, 1 - beta1 if near else -beta1, float(beta2),
-                1.0 - beta2, float(eps), float(weight_decay),
-                CHUNK=CHUNK, NEAR=near, MAXIMIZE=maximize,
-                DECAY=weight_decay != 0 and not decoupled, SHRINK=weight_decay != 0 and decoupled,
-                COUNTED=bool(steps), HELD=held, TARGETS=table.has_targets,
-            )  # fmt: skip
+    factors = table.numbers
+    if steps:
+        factors = torch.empty(2 * len(steps), dtype=torch.float32, device=like.device)
+        count_steps[(triton.cdiv(len(steps), 128),)](
+            table.numbers, steps[0], lr_at, factors, table.steps, len(steps), rate,
+            _log(beta1), _log(beta2), HELD=held, BLOCK=128,
+        )  # fmt: skip
+    if table.chunks:
+        adam[(table.chunks,)](
+            table.numbers, like, lr_at, factors, table.parts, table.targets,
+            rate, step_size, second_scale, 1 - beta1 if near else -beta1, float(beta2),
+            1.0 - beta2, float(eps), float(weight_decay),
+            CHUNK=CHUNK, NEAR=near, MAXIMIZE=maximize,
+            DECAY=weight_decay != 0 and not decoupled, SHRINK=weight_decay != 0 and decoupled,
+            COUNTED=bool(steps), HELD=held, TARGETS=table.has_targets,
+        )  # fmt: skip
 
 
 def _log(beta: float) -> float:

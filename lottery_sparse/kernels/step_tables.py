@@ -174,7 +174,10 @@ def refused(
     for dense, starts, columns, owner in lists:
         if not (
             (dense.numel() == 0 or dense.device == device)
+            and starts.device == columns.device == device
             and dense.dtype in KINDS
+            and starts.dtype == torch.int64
+            and columns.dtype in (torch.int16, torch.int32)
             and all(t.is_contiguous() for t in (dense, starts, columns))
             and columns.shape == tensors[0][owner].shape
         ):

@@ -122,6 +122,9 @@ class _KernelStep:
             for i in range(len(self.param_groups)):  # memory first: if it runs out, nothing moved
                 left += self._collect_group(i, forced, calls)
             if not (left and forced):
+                if len(calls) > 1:
+                    for call in calls:
+                        call.prepare()
                 for call in calls:
                     rest = call.run(strict=bool(forced))
                     if rest:

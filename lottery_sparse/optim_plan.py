@@ -145,6 +145,14 @@ class Call:
                 self.owners[t] -= 1
         return self.params.pop(position)
 
+    def prepare(self) -> None:
+        """Takes the memory that the call needs, before another one is run."""
+        if self.plan.backend == "triton":
+            backends.load("triton").prepare_step(
+                self.params, self.grads, self.states, self.effective, self.starts, self.columns,
+                self.owners,
+            )  # fmt: skip
+
     def run(self, strict: bool) -> list[Tensor]:
         """Calls the kernel; returns the Parameters that it does not take.
 

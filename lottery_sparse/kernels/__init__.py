@@ -20,7 +20,7 @@ from lottery_sparse.kernels.keep_top import keep_top
 from lottery_sparse.kernels.limits import fails_on, refuses
 from lottery_sparse.kernels.masked_conv2d import masked_conv2d, masked_conv2d_backward
 from lottery_sparse.kernels.masked_linear import masked_linear, masked_linear_backward
-from lottery_sparse.kernels.masked_optim import adam_step, sgd_step
+from lottery_sparse.kernels.masked_optim import adam_step, prepare_step, sgd_step
 from lottery_sparse.kernels.packed_linear import bitmap_linear, csr_linear
 from lottery_sparse.kernels.random import (
     random_normal,
@@ -55,6 +55,7 @@ __all__ = [
     "masked_linear",
     "masked_linear_backward",
     "pack_mask",
+    "prepare_step",
     "random_normal",
     "random_signs",
     "random_uniform",

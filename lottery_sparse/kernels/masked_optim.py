@@ -67,6 +67,27 @@ def sgd_step(
     return -1
 
 
+def prepare_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], ...],
+    effective: list[Tensor],
+    starts: list[Tensor],
+    columns: list[Tensor],
+    owners: list[int],
+) -> None:
+    """Makes the table of a step, all it takes memory for; for several steps that go together."""
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a captured step has a table of its own
+    adam = len(states) == 3
+    steps = states[2] if adam and on_device(states[2], params) else []
+    tensors = params, grads, *(held for held in states[:2] if held)
+    targets = Targets(effective, starts, columns, owners)
+    if refused(tensors, steps, targets, 0.0) < 0:
+        with torch.cuda.device_of(params[0]):
+            table_of(tensors, steps, targets)
+
+
 def on_device(steps: list[Tensor], params: list[Tensor]) -> bool:
     """Whether step counts lie beside the Parameters, as with `capturable` and `fused`."""
     return steps[0].device == params[0].device
@@ -146,9 +167,8 @@ def _adam(
         step_size = -rate / (1 - beta1**count)
         second_scale = math.sqrt(1 - beta2**count)
     near = 1 - beta1 < 0.5
-    factors = table.numbers
+    factors = table.factors
     if steps:
-        factors = torch.empty(2 * len(steps), dtype=torch.float32, device=like.device)
         count_steps[(triton.cdiv(len(steps), 128),)](
             table.numbers, steps[0], lr_at, factors, table.steps, len(steps), rate,
             _log(beta1), _log(beta2), HELD=held, BLOCK=128,

@@ -51,6 +51,7 @@ class Table:
     targets: int  # where they begin
     steps: int  # where the pointers of step counts begin
     chunks: int
+    factors: Tensor  # float32, two for each step count: what a launch leaves for the next one
 
     @property
     def has_targets(self) -> bool:
@@ -113,8 +114,9 @@ def _build(
     count = len(first_chunks)
     numbers = [*first_chunks, chunks, *parts, *rows, *(t.data_ptr() for t in steps)]
     begin = count + 1 + len(parts)
-    held = _upload(numbers, tensors[0][0].device, capturing)
-    return Table(held, count, begin, begin + len(rows), chunks)
+    factors = torch.empty(2 * len(steps), dtype=torch.float32, device=tensors[0][0].device)
+    held = _upload(numbers, factors.device, capturing)
+    return Table(held, count, begin, begin + len(rows), chunks, factors)
 
 
 def _networks(starts: Tensor) -> int:

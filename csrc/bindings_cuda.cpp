@@ -238,12 +238,14 @@ STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
 
 }  // namespace lottery_sparse
 
-// Importing the module loads the library; `architectures` says what its kernels are compiled for.
+// Importing the module loads the library; `architectures` says what its kernels are compiled for,
+// `toolkit` by which CUDA.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda(void) {
     static PyModuleDef definition = {
         PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
     PyObject* module = PyModule_Create(&definition);
-    if (module && PyModule_AddStringConstant(module, "architectures", LS_CUDA_ARCHITECTURES)) {
+    if (module && (PyModule_AddStringConstant(module, "architectures", LS_CUDA_ARCHITECTURES) ||
+                   PyModule_AddIntConstant(module, "toolkit", CUDART_VERSION))) {
         Py_DECREF(module);
         return nullptr;
     }

@@ -47,7 +47,8 @@ inline Device device_of(const Tensor& x) {
 }
 
 inline void check_launch(const char* error) {
-    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error);
+    STD_TORCH_CHECK(!error, "the CUDA kernel did not start: ", error,
+                    "; `python -m lottery_sparse doctor` says for what it is built.");
 }
 
 }  // namespace lottery_sparse

@@ -51,12 +51,11 @@ class OptimRim {
         Step step;
         const int64_t refused = collect(from, step);
         if (refused != kTaken) return refused;
-        for (size_t i = 0; i < steps.size(); ++i) *floats(steps[i]) += 1;
         // in double, as Python has it, and once for Parameters that have taken as many steps
         double known = -1;
         float step_size = 0, second_scale = 0;
         for (size_t i = 0; i < step.parts.size(); ++i) {
-            const double t = *floats(steps[step.owners[i]]);
+            const double t = *floats(steps[step.owners[i]]) + 1.0f;
             if (t != known) {
                 known = t;
                 step_size = static_cast<float>(-(lr / (1 - std::pow(beta1, t))));
@@ -70,6 +69,8 @@ class OptimRim {
                    decoupled ? 0.0f : static_cast<float>(weight_decay),
                    decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f, maximize},
                   step.parts, step.targets, parallel);
+        // last, so that a step for which there is no memory does not count
+        for (const Tensor& taken : steps) *floats(taken) += 1;
         return kTaken;
     }
 

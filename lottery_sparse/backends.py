@@ -4,6 +4,10 @@ A backend is a module with functions named like those of `reference`, same signa
 
     refuses(op, *args)   None if it can run the call, else a sentence that says why not
     wins(op, *args)      whether it should, where it is listed first
+
+and, if it runs on GPUs,
+
+    fails_on(device)     None if its kernels run on this GPU, else a sentence that says why not
 """
 
 from __future__ import annotations
@@ -159,6 +163,21 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name].module)
 
 
+def unfit(name: str, device: torch.device) -> str | None:
+    """Why no kernel of a backend runs on this device, in a sentence; None if they do."""
+    fails_on = getattr(load(name), "fails_on", None)
+    return None if fails_on is None or device.type != "cuda" else fails_on(device)
+
+
+@cache
+def fits(name: str, device: torch.device) -> bool:
+    """Whether the kernels of a backend run on this device; if not, says so once."""
+    why = unfit(name, device)
+    if why is not None:
+        _LOG.warning("lottery_sparse does without its %s kernels on %s: %s", name, device, why)
+    return why is None
+
+
 def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     """The function that computes `op` for `args` on `device`.
 
@@ -171,6 +190,8 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     for name in PREFERENCE.get(device.type, {}).get(op, ()):
         if not built(name):
             _say_not_built(name)
+            continue
+        if device.type == "cuda" and not fits(name, device):
             continue
         module = load(name)
         if name == "reference" or (module.refuses(op, *args) is None and module.wins(op, *args)):
@@ -189,7 +210,7 @@ def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Cal
         )
     module = load(name)
     if name != "reference":
-        why = module.refuses(op, *args)
+        why = unfit(name, device) or module.refuses(op, *args)
         if why is not None:
             raise RuntimeError(f"{op} cannot run on the forced backend {name}: {why}")
     return getattr(module, op)

@@ -17,6 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # 16 bits hold a row or column number up to here; a kernel then reads half the bytes
 NARROW = 2**16
+# Positions are 32 bits, and kernels go beyond the last one by a vector.
+MOST_SLOTS = 2**31 - 2**16
 
 
 class KeptLists(NamedTuple):
@@ -41,8 +43,8 @@ class KeptLists(NamedTuple):
             capacity: slots C per network; None = as many as the fullest network needs.
 
         Raises:
-            ValueError: not bool, not two or three dimensions, on the meta device, or more kept
-                entries than slots.
+            ValueError: not bool, not two or three dimensions, on the meta device, more kept
+                entries than slots, or more slots than 32 bits count.
         """
         if mask.dtype != torch.bool or mask.dim() not in (2, 3):
             raise ValueError(
@@ -54,6 +56,11 @@ class KeptLists(NamedTuple):
         slots = most if capacity is None else capacity
         if slots < most:
             raise ValueError(f"capacity is {slots}, but a network keeps {most} entries.")
+        if max(slots, *mask.shape[-2:]) > MOST_SLOTS:
+            raise ValueError(
+                f"mask {tuple(mask.shape)} with {slots} slots is too large for lists of up to "
+                f"{MOST_SLOTS} rows, columns and kept entries; split the layer, or leave it masked."
+            )
         if mask.dim() == 2:
             return cls(*_lists(mask, slots))
         return cls(*map(torch.stack, zip(*(_lists(m, slots) for m in mask), strict=True)))

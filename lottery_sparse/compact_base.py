@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, find_optimizers, optimizers_of, register, written
+from lottery_sparse.compact_parts import (
+    Shrunk,
+    as_matrix,
+    elementwise,
+    most_kept,
+    skips_pruned,
+    version_of,
+)
 from lottery_sparse.frozen import Held, hold, remake
 from lottery_sparse.modules import Masked, normal
+
+_KEPT = tuple(f"kept_{name}" for name in KeptLists._fields)
 
 
 class Compact(Masked):
@@ -43,38 +53,34 @@ class Compact(Masked):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._shrink(self.weight.shape[-self.rank :].numel())
+        self._shrink(Shrunk.of(self, self.weight.shape[-self.rank :].numel()))
 
     # ---- becoming compact, and back --------------------------------------------------------------
 
-    def _shrink(self, capacity: int, parameter: nn.Parameter | None = None) -> None:
-        """From plain to compact, with the Parameter of a layer that shares it, if there is one."""
-        effective = reference.effective_weight(
-            self.weight.detach(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
-        ).contiguous()
-        self.register_buffer("weight_effective", normal(effective), persistent=False)
-        self._list(KeptLists.of(self._matrix(self.weight_mask), capacity))
-        if parameter is None:
-            values = normal(self._gather(effective))
-            parameter = nn.Parameter(values, requires_grad=self.weight.requires_grad)
-        self.weight = parameter
+    def _shrink(self, parts: Shrunk) -> None:
+        """From plain to compact."""
+        self.register_buffer("weight_effective", parts.effective, persistent=False)
+        self._list(parts.kept)
+        self.weight = parts.parameter
         # torch.export wants what may be None last
         for name in ("weight_frozen", "weight_signs", "weight_signs_sum"):
             self._buffers[name] = self._buffers.pop(name)
-        self._note_kernels()
+        self._skips = parts.skips
         self._mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
-        """From compact to plain."""
-        if parameter is None:
-            dense = normal(self.effective_weight.detach().clone())
-            parameter = nn.Parameter(dense, requires_grad=self.weight.requires_grad)
+        """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
+        parameter = self._dense_parameter() if parameter is None else parameter
         for name in ("weight_effective", *_KEPT):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         for name in ("fresh_version", "_known", "_listed", "_skips"):
             self.__dict__.pop(name, None)
         self.weight = parameter
+
+    def _dense_parameter(self) -> nn.Parameter:
+        dense = normal(self.effective_weight.detach().clone())
+        return nn.Parameter(dense, requires_grad=self.weight.requires_grad)
 
     def _list(self, kept: KeptLists) -> None:
         for name, numbers in kept._asdict().items():
@@ -84,10 +90,6 @@ class Compact(Masked):
             else:
                 self.register_buffer(f"kept_{name}", normal(numbers), persistent=False)
         self._listed = self.kept.starts._version
-
-    def _matrix(self, dense: Tensor) -> Tensor:
-        """[..., O, I, kh, kw] as [..., O, I kh kw]."""
-        return dense.flatten(dense.dim() - self.rank + 1) if self.rank > 2 else dense
 
     def _gather(self, dense: Tensor) -> Tensor:
         return reference.gather_kept(dense, self.kept.starts, self.kept.columns)
@@ -144,14 +146,7 @@ class Compact(Masked):
         return self._skips and self.products != "dense"
 
     def _note_kernels(self) -> None:
-        effective, zero = self._dense, self.zero
-        self._skips = (
-            effective.dtype == torch.float32
-            and effective.is_contiguous()
-            and backends.built("cpu")
-            and not effective.is_meta
-            and reference.may_lag(effective, self.kept.starts, zero)
-        )
+        self._skips = skips_pruned(self._dense, self.kept, self.zero)
 
     def refresh_(self) -> None:
         """Copy the kept weights into `weight_effective`."""
@@ -164,7 +159,7 @@ class Compact(Masked):
 
     def _mark_fresh(self) -> None:
         weight = self.weight
-        self.fresh_version = _version_of(weight)
+        self.fresh_version = version_of(weight)
         known = self.__dict__.get("_known")
         if known is None or known() is not weight:
             register(self)
@@ -210,7 +205,7 @@ class Compact(Masked):
         held = self._held()
         if held.signs is not None and held.descriptor is not None:
             self._hold(hold("weight", held.descriptor, self._dense))
-        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
         self._refill()
 
     @torch.no_grad()
@@ -236,7 +231,7 @@ class Compact(Masked):
             return [
                 type(o).__name__
                 for o in optimizers_of(self.weight)
-                if o is not optimizer and _elementwise(o.state.get(self.weight, {}), self.weight)
+                if o is not optimizer and elementwise(o.state.get(self.weight, {}), self.weight)
             ]
 
         if others():
@@ -264,25 +259,37 @@ class Compact(Masked):
         """
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         moving = [self.weight.grad] if self.weight.grad is not None else []
-        moving += _elementwise(state, self.weight)
-        old, effective = self.kept, self.effective_weight.clone()
-        blank = torch.zeros_like(effective)
-        dense = [reference.kept_weight(t, blank, old.starts, old.columns) for t in moving]
-        self.weight_mask.copy_(mask)
-        self._hold(held)
-        self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+        moving += elementwise(state, self.weight)
+        # first all that takes memory: where there is too little, nothing has changed
+        mask = mask.to(self.weight_mask.device, torch.bool)
+        old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
+        blank = torch.zeros_like(self._dense)
+        values, moved = self.weight.detach(), []
         if leader is self:
-            self.weight.copy_(self._gather(effective))
-            for slots, values in zip(moving, dense, strict=True):
-                slots.copy_(self._gather(values))
-        self._refill()
+            values = reference.gather_kept(self.effective_weight, new.starts, new.columns)
+            for slots in moving:
+                dense = reference.kept_weight(slots, blank, old.starts, old.columns)
+                moved.append(reference.gather_kept(dense, new.starts, new.columns))
+        held_dense = reference.effective_weight(blank, mask, held.frozen, held.signs, self.rank)
+        effective = reference.kept_weight(values, held_dense, new.starts, new.columns)
+        skips = skips_pruned(self._dense, new, held.frozen is None)
+        self._hold(held)
+        self.weight_mask.copy_(mask)
+        self._list(new)
+        if leader is self:
+            self.weight.copy_(values)
+            for slots, there in zip(moving, moved, strict=True):
+                slots.copy_(there)
+        self._dense.copy_(effective)
+        self._skips = skips
+        self._mark_fresh()
 
     # ---- moving, saving, loading -----------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
-        was_fresh = self.fresh_version == _version_of(self.weight)
+        was_fresh = self.fresh_version == version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
         self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:
@@ -359,31 +366,10 @@ class Compact(Masked):
             self.weight.grad = None  # of weights that were kept
         with torch.no_grad():
             self.weight_mask.copy_(mask)
-            self._list(KeptLists.of(self._matrix(self.weight_mask), self.capacity))
+            self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
             state[names[0]] = normal(self._gather(weight.to(like.device, like.dtype)))
         nn.Module._load_from_state_dict(
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
         self._refill()
-
-
-def _version_of(weight: Tensor) -> int:
-    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
-
-
-def most_kept(mask: Tensor, rank: int) -> int:
-    """Entries that the fullest network of a mask keeps."""
-    return int((mask != 0).flatten(-rank).sum(-1).max()) if mask.numel() else 0
-
-
-_KEPT = tuple(f"kept_{name}" for name in KeptLists._fields)
-
-
-def _elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
-    """The tensors of an optimizer's state that have an element per weight."""
-    return [
-        v
-        for v in state.values()
-        if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
-    ]

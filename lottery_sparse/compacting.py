@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from lottery_sparse import reference
 from lottery_sparse.compact import note_optimizer
-from lottery_sparse.compact_base import Compact, most_kept
+from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
+from lottery_sparse.compact_parts import Shrunk, most_kept
 from lottery_sparse.convert import _become, _by_parameter
 
 
@@ -57,15 +59,19 @@ def compact_(
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
         capacity = min(most_kept(first.weight_mask, first.rank) + spare, size)
-        parameter = None
-        for layer in layers:
+        parts = [Shrunk.of(first, capacity)]
+        parameter, kept = parts[0].parameter, parts[0].kept
+        parts += [Shrunk.of(layer, capacity, parameter) for layer in layers[1:]]
+
+        def gather(dense: Tensor, kept: Any = kept) -> Tensor:
+            return reference.gather_kept(dense, kept.starts, kept.columns)
+
+        replace = _replacement(optimizer, old, parameter, gather)
+        for layer, mine in zip(layers, parts, strict=True):
             _become(layer, COMPACT_TYPES[type(layer)])
             assert isinstance(layer, Compact)
-            layer._shrink(capacity, parameter)
-            parameter = layer.weight
-        assert parameter is not None
-        if optimizer is not None:
-            _replace(optimizer, old, parameter, first._gather)
+            layer._shrink(mine)
+        replace()
     return model
 
 
@@ -84,19 +90,17 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         if not isinstance(first, Compact):
             continue
         old, kept, blank = first.weight, first.kept, torch.zeros_like(first.weight_effective)
-        parameter = None
-        for layer in layers:
-            assert isinstance(layer, Compact)
-            layer._grow(parameter)
-            _become(layer, layer.masked_type)
-            parameter = layer.weight
-        assert parameter is not None
+        parameter = first._dense_parameter()
 
         def scatter(values: Tensor, blank: Tensor = blank, kept: Any = kept) -> Tensor:
             return reference.kept_weight(values, blank, kept.starts, kept.columns)
 
-        if optimizer is not None:
-            _replace(optimizer, old, parameter, scatter)
+        replace = _replacement(optimizer, old, parameter, scatter)
+        for layer in layers:
+            assert isinstance(layer, Compact)
+            layer._grow(parameter)
+            _become(layer, layer.masked_type)
+        replace()
     return model
 
 
@@ -111,16 +115,30 @@ def refresh_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(optimizer: torch.optim.Optimizer, old: Tensor, new: nn.Parameter, move: Any) -> None:
-    """Give an optimizer `new` for `old`, with the state and gradient moved."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is not None:
-        optimizer.state[new] = {
-            key: move(v) if isinstance(v, Tensor) and v.dim() and v.shape == old.shape else v
-            for key, v in state.items()
-        }
-        note_optimizer(new, optimizer)
-    if old.grad is not None:
-        new.grad = move(old.grad)
+def _replacement(
+    optimizer: torch.optim.Optimizer | None, old: Tensor, new: nn.Parameter, move: Any
+) -> Callable[[], None]:
+    """What gives an optimizer `new` for `old`, with the state and gradient moved.
+
+    They are moved here, which takes memory; what is returned takes none.
+    """
+    if optimizer is None:
+        return lambda: None
+    state = optimizer.state.get(old)
+    moved = state and {
+        key: move(v) if isinstance(v, Tensor) and v.dim() and v.shape == old.shape else v
+        for key, v in state.items()
+    }
+    gradient = None if old.grad is None else move(old.grad)
+
+    def replace() -> None:
+        for group in optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        if state is not None:
+            del optimizer.state[old]
+            optimizer.state[new] = moved
+            note_optimizer(new, optimizer)
+        if gradient is not None:
+            new.grad = gradient
+
+    return replace

@@ -289,7 +289,7 @@ def compact_conv2d_backward(
 
 
 def _gather(dw: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
-    if dw.is_cuda and _has_triton():  # one launch instead of ten
+    if dw.is_cuda and _has_triton(dw.device):  # one launch instead of ten
         from lottery_sparse.kernels import gather_kept
 
         return gather_kept(dw, starts, columns)
@@ -297,8 +297,12 @@ def _gather(dw: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from lottery_sparse.kernels import fails_on
+
+    return fails_on(device) is None
 
 
 def _filled(values: Tensor, effective: Tensor, *kept: Any) -> Tensor:

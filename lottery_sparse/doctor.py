@@ -155,7 +155,7 @@ def _diagnose(op: str, device: str) -> dict[str, Any]:
         and backends.built(name)
         and (not backend.devices or device in backend.devices)
     ]
-    verdicts = {name: _verdict(op, name, args) for name in names}
+    verdicts = {name: _verdict(op, name, device, args) for name in names}
     check = {name: verdict for name, verdict in verdicts.items() if verdict is not None}
     return {"backend": chosen, "why": why, "check": check}
 
@@ -174,23 +174,24 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
     wished = backends.PREFERENCE.get(device, {}).get(op, ())
     if not wished:
         return chosen, "no kernel is listed for it"
-    passed = [_why_not(name, op, args) for name in takewhile(chosen.__ne__, wished)]
+    passed = [_why_not(name, op, device, args) for name in takewhile(chosen.__ne__, wished)]
     return chosen, "; ".join(passed) if passed else "first choice"
 
 
-def _why_not(name: str, op: str, args: tuple) -> str:
+def _why_not(name: str, op: str, device: str, args: tuple) -> str:
     if not backends.built(name):
         return f"{name} is not built"
-    return backends.load(name).refuses(op, *args) or f"{name} is not faster at this density"
+    why = backends.unfit(name, torch.device(device)) or backends.load(name).refuses(op, *args)
+    return why or f"{name} is not faster at this density"
 
 
-def _verdict(op: str, name: str, args: tuple) -> str | None:
+def _verdict(op: str, name: str, device: str, args: tuple) -> str | None:
     """'ok', why the backend cannot run the case, or 'FAILED: ...'; None if it has no such op."""
     try:
         module = backends.load(name)
         if not hasattr(module, op):
             return None
-        why = module.refuses(op, *args)
+        why = backends.unfit(name, torch.device(device)) or module.refuses(op, *args)
         if why is not None:
             return f"cannot run this case: {why}"
         got, expected = getattr(module, op)(*args), getattr(reference, op)(*args)

@@ -82,10 +82,13 @@ class Masked(nn.Module):
         self._hold(Held())
 
     def _hold(self, held: Held) -> None:
-        for name, value in (("weight_frozen", held.frozen), ("weight_signs", held.signs)):
-            self.register_buffer(name, None if value is None else normal(value), persistent=False)
+        frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
+        total = None if signs is None else normal(_sum_of(signs))
+        self.register_buffer("weight_frozen", frozen, persistent=False)
+        self.register_buffer("weight_signs", signs, persistent=False)
+        self.register_buffer("weight_signs_sum", total, persistent=False)
         self._frozen_descriptor = held.descriptor
-        self._sum_signs()
+        self._summed = signs, 0 if signs is None else signs._version
 
     def _sum_signs(self) -> None:
         signs = self.weight_signs
@@ -145,12 +148,15 @@ class Masked(nn.Module):
     @torch.no_grad()
     def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
         """Set the mask, and zero the optimizer's state where pruned."""
-        self.weight_mask.copy_(mask)
+        mask = mask.to(self.weight_mask.device, torch.bool)
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        pruned = ~mask if state and leader is self else None
         self._hold(held)
-        if optimizer is not None and leader is self:
-            for value in optimizer.state.get(self.weight, {}).values():
+        self.weight_mask.copy_(mask)
+        if pruned is not None:
+            for value in state.values():
                 if isinstance(value, Tensor) and value.shape == self.weight.shape:
-                    value.masked_fill_(~self.weight_mask, 0)
+                    value.masked_fill_(pruned, 0)
 
     @property
     def effective_weight(self) -> Tensor:

@@ -189,7 +189,7 @@ def refuses(op: str, *args: Any) -> str | None:
 def _refuses_device_of(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"its kernels run on CUDA devices, got {x.device}."
-    return _refuses_device(x.device.index)
+    return None
 
 
 def wins(op: str, *args: Any) -> bool:
@@ -198,14 +198,28 @@ def wins(op: str, *args: Any) -> bool:
 
 
 @functools.cache
-def _refuses_device(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if runs_on(_built.architectures, capability):
-        return None
-    return (
-        f"it is built for compute capabilities {_built.architectures}, and cuda:{index} has "
-        f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and build again."
-    )
+def fails_on(device: torch.device) -> str | None:
+    """Why no kernel runs on this GPU, in a sentence: its architecture, or the driver."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here, or none with a driver that it can use."
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(_built.architectures, capability):
+        return (
+            f"it is built for compute capabilities {_built.architectures}, and {device} has "
+            f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and build again."
+        )
+    # of one major version, code runs on older drivers, too; what PTX needs, a launch says itself
+    driver = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    if driver // 1000 < _built.toolkit // 1000:
+        return (
+            f"it is built with CUDA {_version_text(_built.toolkit)}, and the driver is for CUDA "
+            f"{_version_text(driver)}; update the driver, or build again with an older toolkit."
+        )
+    return None
+
+
+def _version_text(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:

@@ -34,7 +34,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact
-from lottery_sparse.optim_plan import Call, GroupPlan, Plan, op_of
+from lottery_sparse.optim_plan import Call, GroupPlan, Plan
 
 
 def _unhooked(step: Any) -> Callable:
@@ -89,9 +89,12 @@ class _KernelStep:
         """Whether the kernel knows what the group's options ask for."""
         raise NotImplementedError
 
-    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
-        """Steps what the kernel takes; returns the other Parameters."""
+    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
+        """Adds the calls that step what the kernel takes; returns the other Parameters."""
         raise NotImplementedError
+
+    def _note(self, call: Call) -> None:
+        """Keeps what a call has made."""
 
     def step(self, closure: Any = None) -> Any:
         """One step of all Parameters that have a gradient.
@@ -115,25 +118,32 @@ class _KernelStep:
         was_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(False)
         try:
-            left = []
-            for i in range(len(self.param_groups)):
-                left += self._step_group(i, forced)
+            left, calls = [], []
+            for i in range(len(self.param_groups)):  # memory first: if it runs out, nothing moved
+                left += self._collect_group(i, forced, calls)
+            if not (left and forced):
+                if len(calls) > 1:
+                    for call in calls:
+                        call.prepare()
+                for call in calls:
+                    rest = call.run(strict=bool(forced))
+                    if rest:
+                        left.append(dict(call.group, params=rest))
+                        if forced:
+                            break
+                    self._note(call)
         finally:
             torch.set_grad_enabled(was_enabled)
         if left and forced:
-            raise RuntimeError(
-                f"{type(self).__name__}.step cannot run on the forced backend {forced} "
-                f"for {sum(len(group['params']) for group in left)} of the Parameters; it takes "
-                "contiguous float32 tensors on its device and numbers as options."
-            )
+            raise RuntimeError(self._why_not(left, forced))
         if left:
             self._step_by_torch(left)
         return loss
 
     step = _hooked(step)
 
-    def _step_group(self, i: int, forced: str | None) -> list[dict[str, Any]]:
-        """Steps what the kernels take; the other Parameters come back as a group."""
+    def _collect_group(self, i: int, forced: str | None, calls: list[Call]) -> list[dict[str, Any]]:
+        """Adds the calls of a group; Parameters that kernels do not take come back as a group."""
         group = self.param_groups[i]
         params = group["params"]
         if len(self._plans) != len(self.param_groups):
@@ -145,8 +155,20 @@ class _KernelStep:
         rest = []
         for part in plan.plans:
             plain = part.backend is not None and self._plain(group, part.backend)
-            rest += self._step_plan(part, group) if plain else part.params
+            rest += self._collect(part, group, calls) if plain else part.params
         return [dict(group, params=rest)] if rest else []
+
+    def _why_not(self, left: list[dict[str, Any]], forced: str) -> str:
+        params = [parameter for group in left for parameter in group["params"]]
+        built = backends.built(forced)
+        reasons = (backends.unfit(forced, p.device) for p in params) if built else ()
+        why = next(filter(None, reasons), None) or (
+            "it takes contiguous float32 tensors on its device and numbers as options."
+        )
+        return (
+            f"{type(self).__name__}.step cannot run on the forced backend {forced} for "
+            f"{len(params)} of the Parameters: {why}"
+        )
 
     def _step_by_torch(self, groups: list[dict[str, Any]]) -> None:
         held = self.param_groups
@@ -192,9 +214,14 @@ class SGD(_KernelStep, torch.optim.SGD):
             return False
         return _is_rate(group["lr"], backend)
 
-    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
+    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
         momentum = group["momentum"]
-        calls = Call(1), Call(1)  # with a momentum buffer, and in their first step
+        options = (
+            group["lr"], momentum, group["dampening"], group["weight_decay"], group["nesterov"],
+            group["maximize"],
+        )  # fmt: skip
+        held = Call("sgd_step", plan, group, 1, (*options, False))  # with a momentum buffer
+        new = Call("sgd_step", plan, group, 1, (*options, True))  # in their first step
         rest = []
         for parameter, layers, refused in zip(plan.params, plan.layers, plan.refused, strict=True):
             grad = parameter.grad
@@ -203,29 +230,24 @@ class SGD(_KernelStep, torch.optim.SGD):
             if refused:
                 rest.append(parameter)
                 continue
-            call = calls[0]
+            call = held
             if momentum != 0:
                 buffer = self.state[parameter].get("momentum_buffer")
                 if buffer is None:
-                    call, buffer = calls[1], torch.empty_like(parameter)
+                    call, buffer = new, torch.empty_like(parameter)
                 call.states[0].append(buffer)
             call.params.append(parameter)
             call.grads.append(grad)
             if layers:
                 call.add_targets(layers)
-        options = (
-            group["lr"], momentum, group["dampening"], group["weight_decay"], group["nesterov"],
-            group["maximize"],
-        )  # fmt: skip
-        for first, call in enumerate(calls):
-            if not call.params:
-                continue
-            refused = call.run(op_of("sgd_step", plan.backend), (*options, bool(first)))
-            rest += plan.refuse(refused)
-            if first:
-                for parameter, buffer in zip(call.params, call.states[0], strict=True):
-                    self.state[parameter]["momentum_buffer"] = buffer
+        calls += [call for call in (held, new) if call.params]
         return rest
+
+    def _note(self, call: Call) -> None:
+        *_, first = call.options
+        if first:
+            for parameter, buffer in zip(call.params, call.states[0], strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
 
 
 class _AdamStep(_KernelStep):
@@ -238,8 +260,12 @@ class _AdamStep(_KernelStep):
             return False
         return _is_rate(group["lr"], backend) and _numbers(group["weight_decay"], *group["betas"])
 
-    def _step_plan(self, plan: Plan, group: dict[str, Any]) -> list[Tensor]:
-        call, state = Call(3), self.state
+    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
+        options = (
+            group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+            group["decoupled_weight_decay"], group["maximize"],
+        )  # fmt: skip
+        call, state = Call("adam_step", plan, group, 3, options), self.state
         params, grads, (first, second, steps) = call.params, call.grads, call.states
         rest = []
         for parameter, layers, refused in zip(plan.params, plan.layers, plan.refused, strict=True):
@@ -252,13 +278,12 @@ class _AdamStep(_KernelStep):
             held = state[parameter]
             if not held:
                 beside = group["capturable"] or group["fused"]
-                held["step"] = torch.zeros(
-                    (),
-                    dtype=_get_scalar_dtype(group["fused"]),
-                    device=parameter.device if beside else "cpu",
-                )
-                held["exp_avg"] = torch.zeros_like(parameter)
-                held["exp_avg_sq"] = torch.zeros_like(parameter)
+                device = parameter.device if beside else "cpu"
+                held |= {  # all or nothing
+                    "step": torch.zeros((), dtype=_get_scalar_dtype(group["fused"]), device=device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
             params.append(parameter)
             grads.append(grad)
             first.append(held["exp_avg"])
@@ -267,11 +292,7 @@ class _AdamStep(_KernelStep):
             if layers:
                 call.add_targets(layers)
         if params:
-            options = (
-                group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                group["decoupled_weight_decay"], group["maximize"],
-            )  # fmt: skip
-            rest += plan.refuse(call.run(op_of("adam_step", plan.backend), options))
+            calls.append(call)
         return rest
 
 

@@ -87,8 +87,9 @@ def _backend_of(parameter: Tensor, forced: str | None, kept: bool) -> str | None
         return None
     name = forced or ("cpu" if kind == "cpu" else "triton")
     devices, narrow = backends.BACKENDS[name].devices, name != "cpu" and dtype in _HALVES
-    fits = kind in devices and (dtype == torch.float32 or narrow)
-    return name if fits and backends.built(name) else None
+    if not (kind in devices and (dtype == torch.float32 or narrow) and backends.built(name)):
+        return None
+    return name if kind != "cuda" or backends.fits(name, parameter.device) else None
 
 
 _NONE = torch.empty(0)
@@ -97,9 +98,16 @@ _NONE = torch.empty(0)
 class Call:
     """The tensors of one call of a kernel, Parameter by Parameter."""
 
-    __slots__ = ("columns", "effective", "grads", "layers", "owners", "params", "starts", "states")
+    __slots__ = (
+        "columns", "effective", "grads", "group", "layers", "op", "options", "owners", "params",
+        "plan", "starts", "states",
+    )  # fmt: skip
 
-    def __init__(self, states: int) -> None:
+    def __init__(
+        self, name: str, plan: Plan, group: dict[str, Any], states: int, options: tuple[Any, ...]
+    ) -> None:
+        self.op = op_of(name, plan.backend)  # pyright: ignore[reportArgumentType]
+        self.plan, self.group, self.options = plan, group, options
         self.params: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.states: tuple[list[Tensor], ...] = tuple([] for _ in range(states))
@@ -137,13 +145,24 @@ class Call:
                 self.owners[t] -= 1
         return self.params.pop(position)
 
-    def run(self, op: Callable, options: tuple[Any, ...]) -> list[Tensor]:
-        """Calls the kernel; returns the Parameters that it does not take."""
+    def prepare(self) -> None:
+        """Takes the memory that the call needs, before another one is run."""
+        if self.plan.backend == "triton":
+            backends.load("triton").prepare_step(
+                self.params, self.grads, self.states, self.effective, self.starts, self.columns,
+                self.owners,
+            )  # fmt: skip
+
+    def run(self, strict: bool) -> list[Tensor]:
+        """Calls the kernel; returns the Parameters that it does not take.
+
+        If it is `strict`, one of these is enough to step none.
+        """
         refused = []
-        while self.params:
-            position = op(
+        while self.params and not (strict and refused):
+            position = self.op(
                 self.params, self.grads, *self.states, self.effective, self.starts, self.columns,
-                self.owners, *options,
+                self.owners, *self.options,
             )  # fmt: skip
             if position < 0:
                 torch.autograd.graph.increment_version(self.params + self.effective)
@@ -152,7 +171,7 @@ class Call:
                         object.__setattr__(layer, "fresh_version", self.params[owner]._version)
                 break
             refused.append(self.drop(position))
-        return refused
+        return self.plan.refuse(refused)
 
 
 @functools.cache

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import reference
-from lottery_sparse.compact_base import Compact, most_kept
+from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
+from lottery_sparse.compact_parts import most_kept
 from lottery_sparse.compacting import compact_
 from lottery_sparse.convert import _become
 from lottery_sparse.frozen import Constant, Held, hold

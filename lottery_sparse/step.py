@@ -174,6 +174,11 @@ class _Step:
         features = self.layers[0].layer.in_features
         if x.dim() != 2 or x.shape[1] != features:
             x = as_rows(x, self.networks, features)
+        if not (x.is_cpu and y.is_cpu):
+            raise ValueError(
+                f"x is on {x.device} and y on {y.device}, but train_step runs on the CPU; move "
+                f"them, or {OTHERWISE}."
+            )
         if y.dtype != torch.int64 or y.dim() not in ((1,) if single else (1, 2)):
             raise ValueError(
                 f"y must be int64 class numbers, [B]{'' if single else ' or [E, B]'}, got "
@@ -235,10 +240,12 @@ class _Step:
             state = states[parameter]
             rates += numbers
             if self.adam:
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                if not state:  # all or nothing, if memory runs out
+                    state |= {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
                 first.append(state["exp_avg"])
                 second.append(state["exp_avg_sq"])
                 steps.append(state["step"])

@@ -52,6 +52,7 @@ class Table:
     targets: int  # where they begin
     steps: int  # where the pointers of step counts begin
     chunks: int
+    factors: Tensor  # float32, two for each step count: what a launch leaves for the next one
 
     @property
     def has_targets(self) -> bool:
@@ -114,8 +115,9 @@ def _build(
     count = len(first_chunks)
     numbers = [*first_chunks, chunks, *parts, *rows, *(t.data_ptr() for t in steps)]
     begin = count + 1 + len(parts)
-    held = _upload(numbers, tensors[0][0].device, capturing)
-    return Table(held, count, begin, begin + len(rows), chunks)
+    factors = torch.empty(2 * len(steps), dtype=torch.float32, device=tensors[0][0].device)
+    held = _upload(numbers, factors.device, capturing)
+    return Table(held, count, begin, begin + len(rows), chunks, factors)
 
 
 def _networks(starts: Tensor) -> int:
@@ -175,7 +177,10 @@ def refused(
     for dense, starts, columns, owner in lists:
         if not (
             (dense.numel() == 0 or dense.device == device)
+            and starts.device == columns.device == device
             and dense.dtype in KINDS
+            and starts.dtype == torch.int64
+            and columns.dtype in (torch.int16, torch.int32)
             and all(t.is_contiguous() for t in (dense, starts, columns))
             and columns.shape == tensors[0][owner].shape
         ):

@@ -25,12 +25,14 @@ from lottery_sparse import (
     reference,
 )
 
+CUDA = torch.device("cuda", 0)
+
 
 @pytest.fixture
 def backend(monkeypatch):
     """The module as if _C_cuda were built, with the emulator behind its ops."""
     built = types.ModuleType("lottery_sparse._C_cuda")
-    vars(built)["architectures"] = "8.0 9.0a 10.0+PTX"
+    vars(built).update(architectures="8.0 9.0a 10.0+PTX", toolkit=13000)
     monkeypatch.setitem(sys.modules, "lottery_sparse._C_cuda", built)
     monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
     module = importlib.import_module("lottery_sparse.native_cuda")
@@ -181,9 +183,16 @@ def test_which_devices_a_build_runs_on(backend, architectures, capability, runs)
     assert backend.runs_on(architectures, capability) is runs
 
 
+def gpu(monkeypatch, capability, driver=13000):
+    """A GPU as far as torch.cuda says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+
+
 def test_a_device_that_it_is_not_built_for_is_named(backend, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    why = backend._refuses_device(0)
+    gpu(monkeypatch, (7, 5))
+    why = backend.fails_on(torch.device("cuda", 0))
     assert "8.0 9.0a 10.0+PTX, and cuda:0 has 7.5; set TORCH_CUDA_ARCH_LIST" in why
 
 
@@ -217,3 +226,26 @@ def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
         torch.testing.assert_close(*(m[i].weight_effective for m in models))
         assert (models[0][i].weight_effective != 0).equal(masks[f"{i}.weight"])
     optim_plan.op_of.cache_clear()
+
+
+def test_a_driver_of_an_older_major_version_is_named(backend, monkeypatch):
+    gpu(monkeypatch, (9, 0), driver=12040)
+    assert "with CUDA 13.0, and the driver is for CUDA 12.4; update" in backend.fails_on(CUDA)
+    backend.fails_on.cache_clear()
+    gpu(monkeypatch, (9, 0))
+    assert backend.fails_on(CUDA) is None
+
+
+def test_forced_it_raises_and_else_it_is_left_out_and_said_once(backend, monkeypatch, caplog):
+    gpu(monkeypatch, (7, 5))
+    monkeypatch.setattr(backends, "built", lambda name: name != "triton")
+    monkeypatch.setitem(backends.PREFERENCE["cuda"], "csr_linear", ("cuda", "reference"))
+    backends.fits.cache_clear()
+    args = arguments("csr_linear", *problem())
+    with ls.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend cuda: .* 7\.5"):
+        backends.kernel("csr_linear", CUDA, args)
+    for _ in range(2):
+        assert backends.kernel("csr_linear", CUDA, args) is reference.csr_linear
+    (record,) = caplog.records
+    assert "does without its cuda kernels on cuda:0: it is built for" in record.getMessage()
+    backends.fits.cache_clear()

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lottery_sparse as ls
-from lottery_sparse import backends
+from lottery_sparse import backends, optim_plan
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -249,7 +249,7 @@ def test_backends_can_be_forced():
 @needs_kernel
 def test_lists_that_do_not_fit_are_an_error():
     one = [torch.ones(3)]
-    for op in (ls.optim.op_of("sgd_step", "cpu"), backends.load("cpu").sgd_step):
+    for op in (optim_plan.op_of("sgd_step", "cpu"), backends.load("cpu").sgd_step):
         with pytest.raises(RuntimeError, match="do not fit each other"):
             op(one, [], [], [], [], [], [], 0.1, 0.0, 0.0, 0.0, False, False, False)
         with pytest.raises(RuntimeError, match="do not fit each other"):

@@ -10,7 +10,7 @@ from optim_problems import CASES, PAIRS, by_kernel, needs_kernel, train
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact
+from lottery_sparse import backends, compact, optim_plan
 
 
 def compact_model(frozen="zero", networks=None, shared=False):
@@ -228,7 +228,7 @@ def test_the_stable_ops_give_the_same_bits(name, options, monkeypatch):
     """Those of _C, which _eager repeats for the torch that it was built with."""
     mine, theirs = compact_model(), compact_model()
     train_model(mine, PAIRS[name][0](mine.parameters(), **options), 3)
-    monkeypatch.setattr(ls.optim, "op_of", lambda op, name: getattr(backends.load(name), op))
+    monkeypatch.setattr(optim_plan, "op_of", lambda op, name: getattr(backends.load(name), op))
     train_model(theirs, PAIRS[name][0](theirs.parameters(), **options), 3)
     assert all(
         torch.equal(*pair) for pair in zip(mine.parameters(), theirs.parameters(), strict=True)

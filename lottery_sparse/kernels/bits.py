@@ -17,13 +17,22 @@ from lottery_sparse.kernels.tiles import aligned
 _WORDS = 256  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _move(
-    mask, bits, rows, columns, words, PACK: tl.constexpr, BY: tl.constexpr, WORDS: tl.constexpr
+    mask,
+    bits,
+    rows,
+    columns,
+    words,
+    total,
+    PACK: tl.constexpr,
+    BY: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Bit j of word w of a row is column 32 w + j: packs them, or spreads them."""
     columns = aligned(columns, BY)
-    index = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    # 64 bits where `total` has them
+    index = (tl.program_id(0) + 0 * total) * WORDS + tl.arange(0, WORDS)
     row, word, j = index // words, index % words, tl.arange(0, 32)
     column = (word * 32)[:, None] + j[None, :]
     at = (row.to(tl.int64) * columns + word * 32)[:, None] + j[None, :]
@@ -58,6 +67,6 @@ def _launch(mask: Tensor, bits: Tensor, pack: bool) -> None:
         return
     with torch.cuda.device_of(mask):
         _move[(triton.cdiv(bits.numel(), _WORDS),)](
-            mask.view(torch.uint8), bits, rows, columns, bits.shape[-1],
+            mask.view(torch.uint8), bits, rows, columns, bits.shape[-1], bits.numel(),
             PACK=pack, BY=math.gcd(columns, 16), WORDS=_WORDS,
         )  # fmt: skip

@@ -214,10 +214,10 @@ def gather_kept(dense: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
     """Write kept values [C] or [E, C] into the effective weight."""
-    if not effective.is_contiguous():  # channels last: the columns count otherwise
-        reference.scatter_kept_(effective, values, starts, columns)
-    else:
-        _move(effective, values.contiguous(), starts, columns, gather=False)
+    dense = effective.contiguous()  # a copy if channels last: columns count in the other order
+    _move(dense, values.contiguous(), starts, columns, gather=False)
+    if dense is not effective:
+        effective.copy_(dense)
 
 
 def _move(dense: Tensor, values: Tensor, starts: Tensor, columns: Tensor, gather: bool) -> Tensor:

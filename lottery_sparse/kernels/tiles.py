@@ -144,7 +144,7 @@ def dot(a, b, sum, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def _finish(parts, bias, out, count, total, N, network, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = sum over s of parts[s, i], + bias of the row."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = (tl.program_id(0) + 0 * total) * BLOCK + tl.arange(0, BLOCK)  # 64 bits where total has them
     inside = i < total
     sum = tl.zeros((BLOCK,), tl.float32)
     for _ in range(count):

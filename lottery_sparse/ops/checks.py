@@ -41,10 +41,17 @@ def autocasts(device: str) -> bool:
     return device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
 
 
+def as_constant(constant: float | Tensor, device: torch.device) -> Tensor:
+    """The constant of a SignConstant on a device: one number, which moves by itself."""
+    if isinstance(constant, Tensor) and constant.is_meta and device.type != "meta":
+        raise ValueError(f"constant is on meta, which holds no number, but x is on {device}.")
+    return torch.as_tensor(constant, device=device)
+
+
 def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """A source as the two tensors (frozen, signs) that the schemas take."""
     if isinstance(frozen, SignConstant):
-        constant = torch.as_tensor(frozen.constant, dtype=weight.dtype, device=weight.device)
+        constant = as_constant(frozen.constant, weight.device).to(weight.dtype)
         if constant.dim() == 0 and weight.dim() > rank:
             constant = constant.expand(weight.shape[0])  # one constant for all networks
         return constant, frozen.signs

@@ -93,6 +93,8 @@ def linear(
             y = call(x, *args, *limits[products])
             if y is not None:  # [B, K] or [E, B, K], float32 on the CPU, and nobody watches ops
                 return y
+    if values.device != x.device:
+        raise ValueError(f"values is on {values.device}, but x is on {x.device}; move one.")
     if effective.dim() == 3 or x.dim() == 2:
         return _linear(x, *args)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
@@ -177,6 +179,16 @@ def conv2d(
     return y.squeeze(0) if x.dim() == 3 else y
 
 
+_NUMBERS = torch.int16, torch.int32
+_LISTED = {
+    "starts": (torch.int64,),
+    "columns": _NUMBERS,
+    "column_starts": (torch.int64,),
+    "rows": _NUMBERS,
+    "positions": (torch.int32,),
+}
+
+
 def _check(
     x: Tensor, values: Tensor, kept: KeptLists, effective: Tensor, bias: Tensor | None, rank: int
 ) -> None:
@@ -215,6 +227,15 @@ def _check(
         if value.dtype != x.dtype and not autocasts(x.device.type):
             raise ValueError(
                 f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
+            )
+    for name, numbers in zip(KeptLists._fields, kept, strict=True):
+        if numbers.device != x.device:
+            raise ValueError(
+                f"kept.{name} is on {numbers.device}, but x is on {x.device}; move one."
+            )
+        if numbers.dtype not in _LISTED[name]:
+            raise ValueError(
+                f"kept.{name} is {numbers.dtype}, not {_LISTED[name][0]}; use KeptLists.of."
             )
 
 

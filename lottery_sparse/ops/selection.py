@@ -55,6 +55,11 @@ def keep_top(
                 f"masks[{i}] must be bool of shape {tuple(score.shape)} on {score.device}, got "
                 f"{mask.dtype}, {tuple(mask.shape)} on {mask.device}."
             )
+        if score.device != scores[0].device:
+            raise ValueError(
+                f"scores must share one device, got {scores[0].device} and {score.device}; move "
+                "them to one, with their masks."
+            )
         if score.dtype != scores[0].dtype or score.is_complex() or score.dtype == torch.bool:
             raise ValueError(
                 f"scores must share one real dtype, got {scores[0].dtype} and {score.dtype}."

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lottery_sparse import backends, reference
 from lottery_sparse.ops.bits import pack_mask
-from lottery_sparse.ops.checks import SignConstant, _check_bits, _check_like_x, autocasts
+from lottery_sparse.ops.checks import (
+    SignConstant,
+    _check_bits,
+    _check_like_x,
+    as_constant,
+    autocasts,
+)
 from lottery_sparse.ops.conv2d import Pair, _pair, _resolve_padding
 from lottery_sparse.ops.differentiable import differentiable, direct
 from lottery_sparse.ops.product import _autocast, _register_autocast, vmap_backward, vmap_forward
@@ -168,7 +174,7 @@ def _split_weight(
     """The source as the two tensors (weight, signs) that the schemas take."""
     if not isinstance(weight, SignConstant):
         return weight, None
-    constant = torch.as_tensor(weight.constant, device=x.device)
+    constant = as_constant(weight.constant, x.device)
     if constant.requires_grad:
         raise ValueError("the constant of a SignConstant requires grad; detach it.")
     if constant.dim() == 0 and score.dim() > rank:

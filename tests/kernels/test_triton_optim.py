@@ -14,7 +14,7 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse import step_tables
 from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels import masked_optim
+from lottery_sparse.kernels import masked_optim, step_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # none, one, chunks with and without a tail
@@ -239,8 +239,7 @@ def test_what_the_kernel_does_not_take():
     before = [p.detach().clone() for p in params]
     with ls.use_backend("triton"), pytest.raises(RuntimeError, match="for 1 of the Parameters"):
         optimizer.step()
-    assert torch.equal(params[0], before[0])
-    assert_close(params[1:], [before[1] - 0.1 * params[1].grad])
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
 
 
 def test_tables_are_held_until_something_moves():
@@ -261,7 +260,7 @@ def test_tables_are_held_until_something_moves():
 @triton.jit
 def _rows(starts, slots, out, rows, count):
     for i in range(count):
-        tl.store(out + i, masked_optim.row_of(starts, rows, tl.load(slots + i), 256))
+        tl.store(out + i, step_kernels.row_of(starts, rows, tl.load(slots + i), 256))
 
 
 @pytest.mark.parametrize("rows", [2, 255, 257, 70000])

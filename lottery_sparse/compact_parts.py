@@ -1,0 +1,76 @@
+"""What masked layers become compact with, and what they ask of masks, weights and state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse import backends, reference
+from lottery_sparse.compact import KeptLists
+from lottery_sparse.modules import Masked, normal
+
+
+class Shrunk(NamedTuple):
+    """What a masked layer needs to become compact: all of it that takes memory.
+
+    Made before the layer changes, so that it stays as it is where there is too little.
+    """
+
+    effective: Tensor
+    kept: KeptLists
+    parameter: nn.Parameter
+    skips: bool
+
+    @classmethod
+    def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
+        """For so many slots, with the Parameter of a layer that shares it, if there is one."""
+        effective = reference.effective_weight(
+            layer.weight.detach(), layer.weight_mask, layer.weight_frozen, layer.weight_signs,
+            layer.rank,
+        )  # fmt: skip
+        effective = normal(effective.contiguous())
+        kept = KeptLists(
+            *map(normal, KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity))
+        )
+        if parameter is None:
+            values = normal(reference.gather_kept(effective, kept.starts, kept.columns))
+            parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
+        return cls(
+            effective, kept, parameter, skips_pruned(effective, kept, layer.weight_frozen is None)
+        )
+
+
+def skips_pruned(effective: Tensor, kept: KeptLists, zero: bool) -> bool:
+    """Whether the kernels for such a layer skip pruned weights."""
+    return (
+        effective.dtype == torch.float32
+        and effective.is_contiguous()
+        and backends.built("cpu")
+        and not effective.is_meta
+        and reference.may_lag(effective, kept.starts, zero)
+    )
+
+
+def as_matrix(dense: Tensor, rank: int) -> Tensor:
+    """[..., O, I, kh, kw] as [..., O, I kh kw]."""
+    return dense.flatten(dense.dim() - rank + 1) if rank > 2 else dense
+
+
+def version_of(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
+
+
+def most_kept(mask: Tensor, rank: int) -> int:
+    """Entries that the fullest network of a mask keeps."""
+    return int((mask != 0).flatten(-rank).sum(-1).max()) if mask.numel() else 0
+
+
+def elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    """The tensors of an optimizer's state that have an element per weight."""
+    return [
+        v
+        for v in state.values()
+        if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
+    ]

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_sparse import reference
-from lottery_sparse.kernels.supermask import gradient_of_score, or_, scale_of, through_r
-from lottery_sparse.kernels.tiles import load_bits
+from lottery_sparse.kernels.linear_products import or_
+from lottery_sparse.kernels.supermask import gradient_of_score, through_r
+from lottery_sparse.kernels.tiles import load_bits, scale_of
 
 BLOCK = 1024
 # A network's ⟨dW, w m⟩ is summed by so many programs, then in their order.

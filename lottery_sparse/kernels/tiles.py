@@ -71,46 +71,69 @@ def spread_down(words, shift):
 
 
 @triton.jit
+def load_spread(words, row, stride, shift, COLUMNS: tl.constexpr, DOWN: tl.constexpr):
+    """Bits of packed rows, of a tile as `load_tile` loads it."""
+    word = tl.arange(0, COLUMNS // 32)
+    if DOWN:
+        bits = spread_down(tl.load(words + (row * stride)[None, :] + word[:, None]), shift)
+    else:
+        bits = spread(tl.load(words + (row * stride)[:, None] + word[None, :]), shift)
+    return bits
+
+
+@triton.jit
 def load_tile(
     weight, mask, frozen, signs, constant, shift, row, columns_total, mask_stride, signs_stride,
-    inside, COLUMNS: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, EDGE: tl.constexpr,
-    DOWN: tl.constexpr,
+    inside, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, PACKED: tl.constexpr,
+    FROZEN: tl.constexpr, EDGE: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """where(m, w, f) of a tile [R, COLUMNS] whose first entry the pointers point at.
 
+    WEIGHT: TENSOR, or SIGNS, which are 1 and -1 here; `scale_of` is what multiplies the sums.
     `row` (int32) counts from there and never leaves the matrix. With EDGE, entries that are not
     `inside` are 0. Packed rows are as long as whole chunks of 128 columns, so a tile that starts
     at a multiple of COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R].
     """
-    column, word = tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 32)
+    column = tl.arange(0, COLUMNS)
     if DOWN:
         at = (row * columns_total)[None, :] + column[:, None]
-        at_kept = (row * mask_stride)[None, :] + word[:, None]
-        at_plus = (row * signs_stride)[None, :] + word[:, None]
     else:
         at = (row * columns_total)[:, None] + column[None, :]
-        at_kept = (row * mask_stride)[:, None] + word[None, :]
-        at_plus = (row * signs_stride)[:, None] + word[None, :]
-    w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
+    if WEIGHT == SIGNS_:
+        plus = load_spread(signs, row, signs_stride, shift, COLUMNS, DOWN)
+        w = tl.where(plus, 1.0, -1.0).to(DTYPE)
+    else:
+        w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
     if PACKED:
-        words = tl.load(mask + at_kept)
-        kept = spread_down(words, shift) if DOWN else spread(words, shift)
+        kept = load_spread(mask, row, mask_stride, shift, COLUMNS, DOWN)
     elif EDGE:
         kept = tl.load(mask + at, mask=inside, other=0) != 0
     else:
         kept = tl.load(mask + at) != 0
     if FROZEN == ZERO_:
+        if WEIGHT == SIGNS_ and EDGE:
+            kept = kept & inside
         return tl.where(kept, w, 0.0)
     if FROZEN == TENSOR_:
         held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
         return tl.where(kept, w, held)
-    words = tl.load(signs + at_plus)
-    plus = spread_down(words, shift) if DOWN else spread(words, shift)
+    plus = load_spread(signs, row, signs_stride, shift, COLUMNS, DOWN)
     constant = constant.to(tl.float32)
-    held = tl.where(plus, constant.to(w.dtype), (-constant).to(w.dtype))
+    held = tl.where(plus, constant.to(DTYPE), (-constant).to(DTYPE))
     if EDGE:
         held = tl.where(inside, held, 0.0)
     return tl.where(kept, w, held)
+
+
+@triton.jit
+def scale_of(constant, kept, e, size, SIGNS: tl.constexpr, RESCALE: tl.constexpr):
+    """What the sums of network e are multiplied by: the constant of its signs, times r."""
+    scale = 1.0
+    if SIGNS:
+        scale = tl.load(constant + e).to(tl.float32)
+    if RESCALE:
+        scale = scale * (size / tl.maximum(tl.load(kept + e), 1).to(tl.float32))
+    return scale
 
 
 @triton.jit

@@ -38,7 +38,13 @@ def linear_case(
         meta(*shape, dtype=dtype) for shape in ((batch, k), (*lead, n, k), (*lead, batch, n))
     )
     mask = meta(*w.shape, dtype=torch.bool) if source == "bool" else bits(*w.shape)
-    sources = {"tensor": (w, None), "signs": (meta(*lead, dtype=dtype), bits(*w.shape))}
+    key = meta(*lead, 3, dtype=torch.int64)
+    sources = {
+        "tensor": (w, None),
+        "signs": (meta(*lead, dtype=dtype), bits(*w.shape)),
+        "drawn signs": (meta(*lead, dtype=dtype), key),
+        "drawn": (meta(*lead, 2**15, dtype=dtype), key),
+    }
     frozen = sources.get(source, (None, None))
     return (
         call("masked_linear", x, w, mask, meta(*lead, n, dtype=dtype), *frozen),
@@ -53,6 +59,9 @@ def linear_cases() -> dict[str, Callable[[], Any]]:
         "product zero 4096x4096 B256 bf16": (4096, 4096, 256, BF16),
         "product tensor 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "tensor"),
         "product signs 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "signs"),
+        "product drawn signs 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "drawn signs"),
+        "product drawn 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "drawn"),
+        "product drawn 4096x4096 B64 bf16": (4096, 4096, 64, BF16, "drawn"),
         "product zero, bool mask 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "bool"),
         "product zero 45 of 300x784 B60 bf16": (300, 784, 60, BF16, "zero", 45),
         "product zero 45 of 300x784 B60 fp32": (300, 784, 60, FP32, "zero", 45),

@@ -16,10 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lottery_sparse.kernels.tiles import (
+from lottery_sparse.kernels.sources import (
+    DRAWN,
+    DRAWN_SIGNS,
     SIGNS,
     TENSOR,
     ZERO,
+    load_constant,
+    load_key,
+    start,
+)
+from lottery_sparse.kernels.tiles import (
     Parts,
     aligned,
     alignment,
@@ -30,6 +37,7 @@ from lottery_sparse.kernels.tiles import (
     precision,
     scale_of,
     shifts,
+    source,
     tile,
 )
 
@@ -40,7 +48,7 @@ def linear_product(
     B, N, K, x_network, mask_stride, signs_stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, RESCALE: tl.constexpr,
-    BIAS: tl.constexpr, EDGE: tl.constexpr,
+    WHOLE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[e, b, n] = scale[e] sum over k of w[e, n, k] x[e, b, k], + bias[e, n]."""
@@ -51,13 +59,14 @@ def linear_product(
     s = tl.program_id(1)
     n, b = tl.arange(0, ROWS), tl.arange(0, BATCH)
     row, batch_row = tl.minimum(n, N - 1 - n0), tl.minimum(b, B - 1 - b0)
-    scale = scale_of(weight, kept, e, size, WEIGHT == 2, RESCALE)
+    scale = scale_of(weight, kept, e, size, WEIGHT, RESCALE)
+    constant = load_constant(frozen, e, FROZEN)
+    draw = load_key(signs, e, WEIGHT, FROZEN)
     first = (e * N + n0) * K
-    weight += first if WEIGHT == 1 else 0
+    weight += start(first, e, WEIGHT)
     mask += (e * N + n0) * mask_stride if PACKED else first
     signs += (e * N + n0) * signs_stride
-    frozen += first if FROZEN == 1 else e
-    constant = tl.load(frozen + tl.zeros((1, 1), tl.int32)) if FROZEN == 2 else 0.0
+    frozen += start(first, e, FROZEN)
     x += e * x_network + b0.to(tl.int64) * K
     shift = tl.load(shift + tl.arange(0, 32))
     k = tl.arange(0, DEPTH)
@@ -65,9 +74,10 @@ def linear_product(
     for k0 in range(s * steps * DEPTH, tl.minimum((s + 1) * steps * DEPTH, K), DEPTH):
         w = load_tile(
             weight + (k0 if WEIGHT == 1 else 0), mask + (k0 >> 5 if PACKED else k0),
-            frozen + (k0 if FROZEN == 1 else 0), signs + (k0 >> 5), constant, shift, row, K,
-            mask_stride, signs_stride, (row >= 0)[:, None] & (k < K - k0)[None, :],
-            DEPTH, WEIGHT, PACKED, FROZEN, EDGE, False, x.dtype.element_ty,
+            frozen + (k0 if FROZEN == 1 else 0), signs + (k0 >> 5), constant, shift, row, draw,
+            n0.to(tl.int64) * K + k0, K, mask_stride, signs_stride,
+            (row >= 0)[:, None] & (k < K - k0)[None, :],
+            DEPTH, WEIGHT, PACKED, FROZEN, EDGE, False, WHOLE, x.dtype.element_ty,
         )  # fmt: skip
         at = x + k0 + (batch_row * K)[None, :] + k[:, None]
         xt = tl.load(at, mask=(k < K - k0)[:, None], other=0.0) if EDGE else tl.load(at)
@@ -86,7 +96,7 @@ def linear_dx(
     B, N, K, networks, x_network, mask_stride, signs_stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, RESCALE: tl.constexpr,
-    EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr, PRODUCTS: tl.constexpr,
+    WHOLE: tl.constexpr, EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr, PRODUCTS: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dx[e, b, k] = scale[e] sum over n of w[e, n, k] dy[e, b, n].
@@ -112,12 +122,14 @@ def linear_dx(
         first = (e * N + n0) * K + k0
         bits = (e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first
         plus = (e * N + n0) * signs_stride + (k0 >> 5)
-        constant = tl.load(frozen + e + tl.zeros((1, 1), tl.int32)) if FROZEN == 2 else 0.0
+        constant = load_constant(frozen, e, FROZEN)
+        draw = load_key(signs, e, WEIGHT, FROZEN)
         w = load_tile(
-            weight + (first if WEIGHT == 1 else 0), mask + bits,
-            frozen + (first if FROZEN == 1 else 0), signs + plus, constant, shift, row, K,
-            mask_stride, signs_stride, (k < K - k0)[:, None] & (d < N - n0)[None, :],
-            ROWS, WEIGHT, PACKED, FROZEN, EDGE, True, dy.dtype.element_ty,
+            weight + start(first, e, WEIGHT), mask + bits, frozen + start(first, e, FROZEN),
+            signs + plus, constant, shift, row, draw,
+            n0.to(tl.int64) * K + k0, K, mask_stride, signs_stride,
+            (k < K - k0)[:, None] & (d < N - n0)[None, :],
+            ROWS, WEIGHT, PACKED, FROZEN, EDGE, True, WHOLE, dy.dtype.element_ty,
         )  # fmt: skip
         at = dy + (e * B + b0) * N + n0 + (batch_row * N)[None, :] + d[:, None]
         dyt = tl.load(at, mask=(d < N - n0)[:, None], other=0.0) if EDGE else tl.load(at)
@@ -131,7 +143,7 @@ def linear_dx(
         to = products + output * programs + s * tl.num_programs(0) + tl.program_id(0)
         tl.store(to, tl.sum(tl.sum(own * sum, 1), 0))
     if STORE:
-        sum *= scale_of(weight, kept, output, size, WEIGHT == 2, RESCALE)
+        sum *= scale_of(weight, kept, output, size, WEIGHT, RESCALE)
         dx += s * part + (output * B + b0) * K + k0
         tl.store(dx + at, sum.to(dx.dtype.element_ty), mask=inside)
 
@@ -189,14 +201,17 @@ class Effective(NamedTuple):
     def strides(self) -> tuple[int, int, float]:
         """mask_stride, signs_stride, size"""
         rows, columns = self.shape[-2:]
-        signs_stride = 0 if self.signs is None else self.signs.shape[-1]
+        packed = self.signs is not None and self.signs.dtype == torch.int32
+        signs_stride = self.signs.shape[-1] if self.signs is not None and packed else 0
         return self.mask.shape[-1], signs_stride, float(rows * columns)
 
     def kinds(self) -> dict[str, Any]:
-        signed = self.signs is not None
-        held = ZERO if self.frozen is None else SIGNS if signed else TENSOR
+        held = source(self.frozen, self.signs)
+        kind = source(self.weight, self.signs) if held == ZERO else TENSOR
+        block = 8 if DRAWN in (kind, held) else 32
         return {
-            "WEIGHT": SIGNS if signed and held == ZERO else TENSOR,
+            "WEIGHT": kind,
+            "WHOLE": max(kind, held) >= DRAWN_SIGNS and self.shape[-1] % block == 0,
             "PACKED": self.mask.dtype == torch.int32,
             "FROZEN": held,
             "RESCALE": self.kept is not None,
@@ -204,7 +219,7 @@ class Effective(NamedTuple):
         }
 
     def scaled(self) -> bool:
-        return self.kept is not None or self.kinds()["WEIGHT"] == SIGNS
+        return self.kept is not None or self.kinds()["WEIGHT"] in (SIGNS, DRAWN_SIGNS)
 
 
 def forward(x: Tensor, w: Effective, bias: Tensor | None) -> Tensor:

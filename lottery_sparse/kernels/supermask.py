@@ -15,10 +15,12 @@ from torch import Tensor
 
 from lottery_sparse.kernels.linear_products import Effective, backward, dw_tile, forward
 from lottery_sparse.kernels.sampling import one_and_exp
+from lottery_sparse.kernels.sources import load_key, start
 from lottery_sparse.kernels.tiles import (
     aligned,
-    alignment,
+    draw_tile,
     in_order,
+    load_plus,
     precision,
     scale_of,
     spread,
@@ -54,9 +56,9 @@ def gradient_of_score(dm, score):
 @triton.jit(do_not_specialize=["B", "count"])
 def _dscore(
     dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
-    B, N, K, x_network, stride, size, count,
+    B, N, K, x_network, stride, signs_stride, size, count,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    SIGNS: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,
+    WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,
     EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +74,7 @@ def _dscore(
         dy + e * B * N, x + e * x_network, B, N, K, n0, k0, tl.zeros((), tl.int32), B,
         ROWS, BATCH, DEPTH, EDGE, PRECISION, WIDEN,
     )  # fmt: skip
-    sum *= scale_of(weight, kept, e, size, SIGNS, RESCALE)
+    sum *= scale_of(weight, kept, e, size, WEIGHT, RESCALE)
     n, k = tl.arange(0, ROWS), tl.arange(0, BATCH)
     at = (n * K)[:, None] + k[None, :]
     inside = (n < N - n0)[:, None] & (k < K - k0)[None, :]
@@ -87,13 +89,22 @@ def _dscore(
         value = tl.where(mask, sum, 0.0).to(dw.dtype.element_ty)
         tl.store(dw + first + at, value, mask=inside)
     if DSCORE:
-        if SIGNS:
-            plus = spread(tl.load(signs + first_word + at_word, mask=listed, other=0), shift)
-            dm = tl.where(plus, sum, -sum)
-        else:
+        draw = load_key(signs, e, WEIGHT, 0)
+        index = n0.to(tl.int64) * K + k0
+        if WEIGHT == 1:
             dm = sum * tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+        elif WEIGHT == 4:
+            values = weight + start(first, e, WEIGHT)
+            w = draw_tile(values, n, draw, index, K, BATCH, False, WHOLE, x.dtype.element_ty)
+            dm = sum * w.to(tl.float32)
+        else:
+            plus = load_plus(
+                signs + (e * N + n0) * signs_stride + (k0 >> 5), tl.minimum(n, N - 1 - n0),
+                signs_stride, shift, draw, index, K, BATCH, WEIGHT, False, WHOLE,
+            )  # fmt: skip
+            dm = tl.where(plus, sum, -sum)
         if RESCALE:
-            scale = scale_of(weight, kept, e, size, SIGNS, RESCALE)
+            scale = scale_of(weight, kept, e, size, WEIGHT, RESCALE)
             dm -= scale * through_r(products, kept, e, count, RESCALE)
         s = tl.load(score + first + at, mask=inside, other=0.0)
         value = gradient_of_score(dm, s).to(dscore.dtype.element_ty)
@@ -131,17 +142,17 @@ def supermask_linear_backward(
     if dw.numel() or dscore.numel():
         dy, x, score = dy.contiguous(), x.contiguous(), score.contiguous()
         weight, bits, _, signs_, kept_, shift = w.tensors()
-        stride, _, size = w.strides()
+        kinds = {name: kind for name, kind in w.kinds().items() if name != "FROZEN"}
         (rows, columns), batch = w.shape[-2:], x.shape[-2]
-        options = alignment(rows, columns) | precision(x.dtype)
+        options = precision(x.dtype)
         shape = _GRADIENT[options["PRECISION"] if x.dtype == torch.float32 else "half"]
         across, down = triton.cdiv(columns, shape["BATCH"]), triton.cdiv(rows, shape["ROWS"])
         ragged = rows % shape["ROWS"] or columns % shape["BATCH"] or batch % shape["DEPTH"]
         with torch.cuda.device_of(x):
             _dscore[across * down, 1, w.networks](
                 dy, x, score, weight, bits, kept_, signs_, shift, products, dw, dscore,
-                batch, rows, columns, 0 if x.dim() == 2 else batch * columns, stride, size,
-                products.shape[1], SIGNS=signs is not None, RESCALE=kept is not None,
-                DW=need_dw, DSCORE=need_dscore, EDGE=bool(ragged), **options, **shape,
+                batch, rows, columns, 0 if x.dim() == 2 else batch * columns, *w.strides(),
+                products.shape[1], DW=need_dw, DSCORE=need_dscore, EDGE=bool(ragged),
+                **kinds, **options, **shape,
             )  # fmt: skip
     return dx, dw, dscore

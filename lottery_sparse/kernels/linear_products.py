@@ -75,7 +75,7 @@ def linear_product(
         w = load_tile(
             weight + (k0 if WEIGHT == 1 else 0), mask + (k0 >> 5 if PACKED else k0),
             frozen + (k0 if FROZEN == 1 else 0), signs + (k0 >> 5), constant, shift, row, draw,
-            n0.to(tl.int64) * K + k0, K, mask_stride, signs_stride,
+            tl.cast(n0, tl.int64) * K + k0, K, mask_stride, signs_stride,
             (row >= 0)[:, None] & (k < K - k0)[None, :],
             DEPTH, WEIGHT, PACKED, FROZEN, EDGE, False, WHOLE, x.dtype.element_ty,
         )  # fmt: skip
@@ -96,7 +96,8 @@ def linear_dx(
     B, N, K, networks, x_network, mask_stride, signs_stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, RESCALE: tl.constexpr,
-    WHOLE: tl.constexpr, EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr, PRODUCTS: tl.constexpr,
+    WHOLE: tl.constexpr, EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dx[e, b, k] = scale[e] sum over n of w[e, n, k] dy[e, b, n].
@@ -127,7 +128,7 @@ def linear_dx(
         w = load_tile(
             weight + start(first, e, WEIGHT), mask + bits, frozen + start(first, e, FROZEN),
             signs + plus, constant, shift, row, draw,
-            n0.to(tl.int64) * K + k0, K, mask_stride, signs_stride,
+            tl.cast(n0, tl.int64) * K + k0, K, mask_stride, signs_stride,
             (k < K - k0)[:, None] & (d < N - n0)[None, :],
             ROWS, WEIGHT, PACKED, FROZEN, EDGE, True, WHOLE, dy.dtype.element_ty,
         )  # fmt: skip
@@ -191,12 +192,12 @@ class Effective(NamedTuple):
     def networks(self) -> int:
         return self.shape[0] if len(self.shape) == 3 else 1
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """weight, mask, frozen, signs, kept, shift: a kernel takes a pointer, read or not."""
         weight, mask = self.weight.contiguous(), self.mask.contiguous()
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        given = (self.frozen, weight), (self.signs, mask), (self.kept, mask)
-        return weight, mask, *(or_(t, other) for t, other in given), shifts(weight.device)
+        frozen, signs, kept = or_(self.frozen, weight), or_(self.signs, mask), or_(self.kept, mask)
+        return weight, mask, frozen, signs, kept, shifts(weight.device)
 
     def strides(self) -> tuple[int, int, float]:
         """mask_stride, signs_stride, size"""

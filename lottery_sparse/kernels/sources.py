@@ -35,7 +35,7 @@ def start(first, e, KIND: tl.constexpr):
 @triton.jit
 def load_constant(values, e, KIND: tl.constexpr):
     """The constant of signs, [1, 1]."""
-    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:
+    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:  # noqa: SIM109
         constant = tl.load(values + e + tl.zeros((1, 1), tl.int32))
     else:
         constant = 0.0
@@ -57,7 +57,7 @@ def load_key(key, e, WEIGHT: tl.constexpr, FROZEN: tl.constexpr):
 def _signed(values, half, DTYPE: tl.constexpr):
     """The quantile of each halfword: values[h & 0x7fff], minus if h >= 0x8000."""
     value = tl.load(values + (half & 0x7FFF))
-    if DTYPE.primitive_bitwidth == 16:
+    if value.dtype.primitive_bitwidth == 16:
         bits = value.to(tl.int16, bitcast=True) ^ (half & 0x8000).to(tl.int16)
     else:
         bits = value.to(tl.int32, bitcast=True) ^ ((half & 0x8000) << 16)

@@ -58,8 +58,8 @@ def _dscore(
     dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
     B, N, K, x_network, stride, signs_stride, size, count,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr, DW: tl.constexpr, DSCORE: tl.constexpr,
-    EDGE: tl.constexpr,
+    WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr,
+    DW: tl.constexpr, DSCORE: tl.constexpr, EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """From d = dyᵀ x: dw = scale d where kept, else 0; dscore = scale (d w − through r) p (1 − p).

@@ -26,7 +26,6 @@ from lottery_sparse.kernels.sources import (
     DRAWN_SIGNS_,
     SIGNS,
     SIGNS_,
-    TABLE_,
     TENSOR,
     TENSOR_,
     ZERO,
@@ -55,17 +54,26 @@ def load_mask(mask, stride, rows, columns, inside, PACKED: tl.constexpr):
 
 @triton.jit
 def load_effective(
-    weight, mask, frozen, signs, constant, columns_total, mask_stride, signs_stride, rows, columns,
-    inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
+    weight, mask, frozen, signs, constant, draw, columns_total, mask_stride, signs_stride, rows,
+    first_row, columns, inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
-    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside."""
+    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside.
+
+    Elements of a network are drawn from its `first_row` on.
+    """
     kept = load_mask(mask, mask_stride, rows, columns, inside, PACKED)
     at = rows * columns_total + columns
     w = tl.load(weight + at, mask=kept, other=0.0)
     if FROZEN == TENSOR_:
         w = tl.where(kept, w, tl.load(frozen + at, mask=inside & ~kept, other=0.0))
-    elif FROZEN == SIGNS_:
-        plus = load_bits(signs, signs_stride, rows, columns, inside)
+    elif FROZEN == DRAWN_:
+        index = (rows - first_row) * columns_total + columns
+        w = tl.where(kept | ~inside, w, drawn_values(frozen, index, draw, w.dtype))
+    elif FROZEN != ZERO_:
+        if FROZEN == SIGNS_:
+            plus = load_bits(signs, signs_stride, rows, columns, inside)
+        else:
+            plus = drawn_bits((rows - first_row) * columns_total + columns, draw)
         held = tl.where(plus, constant, -constant).to(w.dtype)
         w = tl.where(kept | ~inside, w, held)
     return w
@@ -157,7 +165,7 @@ def load_tile(
     comes from the key `draw`, the first entry being element `index` (int64) of its network.
     """
     at = offsets(row, columns_total, COLUMNS, DOWN)
-    if WEIGHT == SIGNS_ or WEIGHT == DRAWN_SIGNS_:
+    if WEIGHT == SIGNS_ or WEIGHT == DRAWN_SIGNS_:  # noqa: SIM109
         plus = load_plus(
             signs, row, signs_stride, shift, draw, index, columns_total, COLUMNS, WEIGHT, DOWN,
             WHOLE,
@@ -198,7 +206,7 @@ def load_tile(
 def scale_of(constant, kept, e, size, KIND: tl.constexpr, RESCALE: tl.constexpr):
     """What the sums of network e are multiplied by: the constant of its signs, times r."""
     scale = 1.0
-    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:
+    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:  # noqa: SIM109
         scale = tl.load(constant + e).to(tl.float32)
     if RESCALE:
         scale = scale * (size / tl.maximum(tl.load(kept + e), 1).to(tl.float32))

@@ -7,6 +7,7 @@ packed int32 [..., N, W] (see `pack_mask`). Frozen values are given by two argum
     frozen None,  signs None    zero
     frozen like weight          a tensor
     frozen [] or [E], signs     sign x constant; signs are packed like a mask, bit 1 = plus
+    frozen, signs int64         drawn from the key `signs`, [3] or [E, 3], see `drawn`
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from lottery_sparse.reference.masked import (
     masked_linear,
     masked_linear_backward,
     pack_mask,
+    source,
     unpack_mask,
     words_per_row,
 )
 from lottery_sparse.reference.packed import bitmap_linear, csr_linear, ternary_linear
 from lottery_sparse.reference.random import (
+    drawn,
     keep_top,
     philox,
     random_normal,
@@ -54,7 +57,6 @@ from lottery_sparse.reference.random import (
 from lottery_sparse.reference.supermask import (
     rescaling,
     sample_bits,
-    source_weight,
     supermask_conv2d,
     supermask_conv2d_backward,
     supermask_gradients,
@@ -74,6 +76,7 @@ __all__ = [
     "conv2d",
     "conv2d_backward",
     "csr_linear",
+    "drawn",
     "effective_weight",
     "gather_kept",
     "keep_top",
@@ -99,7 +102,7 @@ __all__ = [
     "sample_bits",
     "sample_mask",
     "scatter_kept_",
-    "source_weight",
+    "source",
     "supermask_conv2d",
     "supermask_conv2d_backward",
     "supermask_gradients",

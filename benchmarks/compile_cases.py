@@ -219,7 +219,7 @@ def conv_cases() -> dict[str, Callable[[], Any]]:
         "zero 128 ch 32x32 B256 3x3 bf16": (128, 32, 256, 3, 1, BF16, "zero"),
         "tensor 64 ch 32x32 B256 3x3 bf16": (64, 32, 256, 3, 1, BF16, "tensor"),
         "signs 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "signs"),
-        "drawn 128 ch 14x14 B64 3x3 bf16": (128, 14, 64, 3, 1, BF16, "drawn"),
+        "drawn 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "drawn"),
         "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
         "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
         "zero 8 of 64 ch 32x32 B60 3x3 bf16": (64, 32, 60, 3, 1, BF16, "zero", 8),

@@ -219,6 +219,12 @@ class Effective(NamedTuple):
             **alignment(*self.shape[-2:]),
         }
 
+    def tile(self, dtype: torch.dtype, batch: int) -> dict[str, int]:
+        """Size of tiles: what draws has half of the registers left, and a table in the cache."""
+        size = tile(dtype, batch)
+        drawn = self.signs is not None and self.signs.dtype == torch.int64
+        return size | {"DEPTH": min(size["DEPTH"], 64)} if drawn else size
+
     def scaled(self) -> bool:
         return self.kept is not None or self.kinds()["WEIGHT"] in (SIGNS, DRAWN_SIGNS)
 
@@ -230,7 +236,7 @@ def forward(x: Tensor, w: Effective, bias: Tensor | None) -> Tensor:
     y = x.new_empty((*w.shape[:-2], batch, rows))
     if y.numel() == 0:
         return y
-    shape = tile(x.dtype, batch)
+    shape = w.tile(x.dtype, batch)
     parts = Parts.of(rows, batch, triton.cdiv(columns, shape["DEPTH"]), w.networks, shape)
     out = parts.workspace(y)
     with torch.cuda.device_of(x):
@@ -259,7 +265,7 @@ def backward(
     need_products = need_products and rows * columns * w.networks > 0
     if not dx.numel() and not need_products:
         return dx, products
-    shape = tile(x.dtype, batch)
+    shape = w.tile(x.dtype, batch)
     together = w.networks if shared and not w.scaled() else 1
     outputs = w.networks // together
     steps = triton.cdiv(rows, shape["DEPTH"]) * together

@@ -1,7 +1,8 @@
 """Sources of weights and of frozen values that a seed stands for, made where a kernel needs them.
 
-A kernel gets them as `values` and `key` of each network, see `reference.drawn`. Element i of a
-network is made from halfword i, or bit i, of its random words, the same bits as `ls.random`.
+A kernel gets them as the values and the key of each network, see `reference.drawn`. Element i of a
+network is made from halfword i, or bit i, of its random words: integers and a table of 32,768
+values (64 KB in 16 bits, which should stay in the cache), so the same bits as `ls.random`.
 """
 # pyright: reportArgumentType=false
 # ... since a launch takes plain numbers for constexpr

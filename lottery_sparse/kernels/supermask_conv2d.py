@@ -19,6 +19,7 @@ from lottery_sparse import reference
 from lottery_sparse.kernels.linear_products import or_
 from lottery_sparse.kernels.sources import (
     DRAWN_,
+    DRAWN_SIGNS,
     DRAWN_SIGNS_,
     TABLE_,
     TENSOR_,
@@ -160,7 +161,7 @@ def supermask_conv2d_backward(
         _gradients[triton.cdiv(size, BLOCK), networks](
             d, score, weight, bits, or_(kept, bits), plus, products, dw, dscore,
             size, columns, bits.shape[-1], count, RESCALE=kept is not None, DW=need_dw,
-            DSCORE=need_dscore, BLOCK=BLOCK, **kind,
+            DSCORE=need_dscore, BLOCK=BLOCK, num_warps=8 if kind["KIND"] >= DRAWN_SIGNS else 4, **kind,
         )  # fmt: skip
     return dx, dw, dscore
 

@@ -161,7 +161,8 @@ def supermask_conv2d_backward(
         _gradients[triton.cdiv(size, BLOCK), networks](
             d, score, weight, bits, or_(kept, bits), plus, products, dw, dscore,
             size, columns, bits.shape[-1], count, RESCALE=kept is not None, DW=need_dw,
-            DSCORE=need_dscore, BLOCK=BLOCK, num_warps=8 if kind["KIND"] >= DRAWN_SIGNS else 4, **kind,
+            DSCORE=need_dscore, BLOCK=BLOCK, **kind,
+            **({"num_warps": 8} if kind["KIND"] >= DRAWN_SIGNS else {}),
         )  # fmt: skip
     return dx, dw, dscore
 

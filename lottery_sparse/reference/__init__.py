@@ -62,6 +62,7 @@ from lottery_sparse.reference.supermask import (
     supermask_gradients,
     supermask_linear,
     supermask_linear_backward,
+    supermask_linear_sgd,
     supermask_weight,
 )
 
@@ -108,6 +109,7 @@ __all__ = [
     "supermask_gradients",
     "supermask_linear",
     "supermask_linear_backward",
+    "supermask_linear_sgd",
     "supermask_weight",
     "ternary_linear",
     "unpack_mask",

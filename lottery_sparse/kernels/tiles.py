@@ -74,6 +74,7 @@ def load_effective(
             plus = load_bits(signs, signs_stride, rows, columns, inside)
         else:
             plus = drawn_bits((rows - first_row) * columns_total + columns, draw)
+        constant = constant.to(tl.float32)
         held = tl.where(plus, constant, -constant).to(w.dtype)
         w = tl.where(kept | ~inside, w, held)
     return w

@@ -32,11 +32,7 @@ from lottery_sparse.kernels.random import (
     random_words,
 )
 from lottery_sparse.kernels.sampling import sample_bits
-from lottery_sparse.kernels.supermask import (
-    supermask_linear,
-    supermask_linear_backward,
-    supermask_linear_sgd,
-)
+from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
 from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 from lottery_sparse.kernels.ternary_linear import ternary_linear
 
@@ -51,7 +47,6 @@ _MATRICES = {
     "ternary_linear": 2,
     "supermask_linear": 2,
     "supermask_linear_backward": 3,
-    "supermask_linear_sgd": 3,
 }
 
 
@@ -105,7 +100,6 @@ __all__ = [
     "supermask_conv2d_backward",
     "supermask_linear",
     "supermask_linear_backward",
-    "supermask_linear_sgd",
     "ternary_linear",
     "unpack_mask",
     "wins",

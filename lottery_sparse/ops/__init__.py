@@ -8,12 +8,7 @@ from lottery_sparse.ops.linear import masked_linear
 from lottery_sparse.ops.packed import bitmap_linear, csr_linear, ternary_linear
 from lottery_sparse.ops.sampling import sample_mask
 from lottery_sparse.ops.selection import keep_top
-from lottery_sparse.ops.supermask import (
-    sample_bits,
-    supermask_conv2d,
-    supermask_linear,
-    supermask_linear_sgd,
-)
+from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
 
 __all__ = [
     "Drawn",
@@ -30,7 +25,6 @@ __all__ = [
     "sample_mask",
     "supermask_conv2d",
     "supermask_linear",
-    "supermask_linear_sgd",
     "ternary_linear",
     "unpack_mask",
 ]

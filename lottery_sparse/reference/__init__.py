@@ -62,7 +62,6 @@ from lottery_sparse.reference.supermask import (
     supermask_gradients,
     supermask_linear,
     supermask_linear_backward,
-    supermask_linear_sgd,
     supermask_weight,
 )
 
@@ -109,7 +108,6 @@ __all__ = [
     "supermask_gradients",
     "supermask_linear",
     "supermask_linear_backward",
-    "supermask_linear_sgd",
     "supermask_weight",
     "ternary_linear",
     "unpack_mask",

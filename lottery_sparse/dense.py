@@ -26,7 +26,9 @@ def refuses(op: str, *args: Any) -> None:
 
 
 def wins(op: str, *args: Any) -> bool:
-    return True
+    """Not where a source is drawn from its key: other backends draw it where they need it."""
+    at = 5 if op.startswith("masked_") else 6 if op.startswith("supermask_") else None
+    return at is None or args[at] is None or args[at].dtype != torch.int64
 
 
 def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
@@ -51,9 +53,13 @@ def effective_weight(
     weight: Tensor, mask: Tensor, frozen: Tensor | None, signs: Tensor | None, rank: int
 ) -> Tensor:
     if signs is not None and frozen is not None:
-        plus = mask_as_bool(signs, weight, rank)
-        constant = frozen.to(weight.dtype).view(frozen.shape + (1,) * rank)
-        frozen = select(plus, constant.expand_as(weight), -constant.expand_as(weight))
+        frozen = frozen.to(weight.dtype)
+        if signs.dtype == torch.int64:
+            frozen = reference.source(frozen, signs, weight, rank)
+        else:
+            plus = mask_as_bool(signs, weight, rank)
+            constant = frozen.view(frozen.shape + (1,) * rank)
+            frozen = select(plus, constant.expand_as(weight), -constant.expand_as(weight))
     return select(mask_as_bool(mask, weight, rank), weight, frozen)
 
 
@@ -232,8 +238,8 @@ def _masked_source(
 ) -> tuple[Tensor, Tensor]:
     """The weight before the mask, and after it."""
     integer = _INTEGERS[weight.element_size()]
-    if signs is None:
-        source = weight.contiguous().view(integer)
+    if signs is None or signs.dtype == torch.int64:
+        source = reference.source(weight, signs, score, rank).contiguous().view(integer)
     else:
         sign_bit = torch.iinfo(integer).min
         minus = _spread(signs, score, rank, integer).bitwise_not_().bitwise_and_(sign_bit)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_sparse import reference
-from lottery_sparse.kernels.masked_linear import dw_tile
+from lottery_sparse.kernels.linear_products import dw_tile
 from lottery_sparse.kernels.tiles import (
     Parts,
     aligned,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lottery_sparse.kernels.sources import TABLE_, load_constant, load_key
 from lottery_sparse.kernels.tiles import aligned, dot, in_order, load_effective, load_mask
 
 
@@ -49,11 +50,13 @@ def conv_arrange(
     blocks = tl.cdiv(channels_held, CHANNELS)
     o = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS))[:, None]
     c = (tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    constant = tl.load(frozen + group // groups).to(tl.float32) if FROZEN == 2 else 0.0
+    e = group // groups
+    constant = load_constant(frozen, e, FROZEN)
     w = load_effective(
-        weight, mask, frozen, signs, constant, channels * taps, mask_stride, signs_stride,
-        group * rows + o, (c * taps + tap).to(tl.int64), (o < rows) & (c < channels),
-        PACKED, FROZEN,
+        weight, mask, frozen + (e * TABLE_ if FROZEN == 4 else 0), signs, constant,
+        load_key(signs, e, 0, FROZEN), channels * taps, mask_stride, signs_stride,
+        group * rows + o, e * groups * rows, (c * taps + tap).to(tl.int64),
+        (o < rows) & (c < channels), PACKED, FROZEN,
     )  # fmt: skip
     out += (group * taps + tap) * rows_held * channels_held
     held = (o < rows_held) & (c < channels_held)

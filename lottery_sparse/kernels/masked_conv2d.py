@@ -190,7 +190,7 @@ def _arranged(
         rows, channels, rows_held, channels_held, taps, groups,
         _mask_stride(mask, channels * taps),
         0 if signs is None else signs.shape[-1],
-        PACKED=mask.dtype == torch.int32, FROZEN=source(weight, frozen, signs),
+        PACKED=mask.dtype == torch.int32, FROZEN=source(frozen, signs),
         ROWS=64, CHANNELS=32,
     )  # fmt: skip
     return out

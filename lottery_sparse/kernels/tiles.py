@@ -1,8 +1,8 @@
 """What Triton kernels share: tiles of the effective weight, their sizes and their order.
 
 A kernel gets, as constexpr, how the mask and the frozen values come: `PACKED` (int32 words, else
-bool), `FROZEN` (one of ZERO, TENSOR, SIGNS). A tile is loaded with the frozen values substituted by
-selection, so nothing that a pruned entry holds gets further.
+bool), `FROZEN` (ZERO, TENSOR, SIGNS or one of `sources`). A tile is loaded with the frozen values
+substituted by selection, so nothing that a pruned entry holds gets further.
 """
 # pyright: reportArgumentType=false
 # ... since a launch takes plain numbers for constexpr
@@ -19,8 +19,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-ZERO, TENSOR, SIGNS = 0, 1, 2
-ZERO_, TENSOR_, SIGNS_ = (tl.constexpr(kind) for kind in (ZERO, TENSOR, SIGNS))
+from lottery_sparse.kernels.sources import (
+    DRAWN,
+    DRAWN_,
+    DRAWN_SIGNS,
+    DRAWN_SIGNS_,
+    SIGNS,
+    SIGNS_,
+    TENSOR,
+    TENSOR_,
+    ZERO,
+    ZERO_,
+    drawn_bits,
+    drawn_eights,
+    drawn_values,
+    drawn_words,
+)
 
 
 @triton.jit
@@ -40,17 +54,27 @@ def load_mask(mask, stride, rows, columns, inside, PACKED: tl.constexpr):
 
 @triton.jit
 def load_effective(
-    weight, mask, frozen, signs, constant, columns_total, mask_stride, signs_stride, rows, columns,
-    inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
+    weight, mask, frozen, signs, constant, draw, columns_total, mask_stride, signs_stride, rows,
+    first_row, columns, inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
-    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside."""
+    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside.
+
+    Elements of a network are drawn from its `first_row` on.
+    """
     kept = load_mask(mask, mask_stride, rows, columns, inside, PACKED)
     at = rows * columns_total + columns
     w = tl.load(weight + at, mask=kept, other=0.0)
     if FROZEN == TENSOR_:
         w = tl.where(kept, w, tl.load(frozen + at, mask=inside & ~kept, other=0.0))
-    elif FROZEN == SIGNS_:
-        plus = load_bits(signs, signs_stride, rows, columns, inside)
+    elif FROZEN == DRAWN_:
+        index = (rows - first_row) * columns_total + columns
+        w = tl.where(kept | ~inside, w, drawn_values(frozen, index, draw, w.dtype))
+    elif FROZEN != ZERO_:
+        if FROZEN == SIGNS_:
+            plus = load_bits(signs, signs_stride, rows, columns, inside)
+        else:
+            plus = drawn_bits((rows - first_row) * columns_total + columns, draw)
+        constant = constant.to(tl.float32)
         held = tl.where(plus, constant, -constant).to(w.dtype)
         w = tl.where(kept | ~inside, w, held)
     return w
@@ -71,46 +95,123 @@ def spread_down(words, shift):
 
 
 @triton.jit
+def load_spread(words, row, stride, shift, COLUMNS: tl.constexpr, DOWN: tl.constexpr):
+    """Bits of packed rows, of a tile as `load_tile` loads it."""
+    word = tl.arange(0, COLUMNS // 32)
+    if DOWN:
+        bits = spread_down(tl.load(words + (row * stride)[None, :] + word[:, None]), shift)
+    else:
+        bits = spread(tl.load(words + (row * stride)[:, None] + word[None, :]), shift)
+    return bits
+
+
+@triton.jit
+def offsets(row, stride, COLUMNS: tl.constexpr, DOWN: tl.constexpr):
+    """row · stride + column, of rows [R] and so many columns; DOWN: transposed."""
+    column = tl.arange(0, COLUMNS)
+    if DOWN:
+        at = (row * stride)[None, :] + column[:, None]
+    else:
+        at = (row * stride)[:, None] + column[None, :]
+    return at
+
+
+@triton.jit
+def load_plus(
+    signs, row, stride, shift, draw, index, columns_total, COLUMNS: tl.constexpr,
+    KIND: tl.constexpr, DOWN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The signs of a tile: packed, or bits drawn from `index` on; WHOLE: rows are whole words."""
+    if KIND == SIGNS_:
+        plus = load_spread(signs, row, stride, shift, COLUMNS, DOWN)
+    elif WHOLE:
+        at = (index >> 5) + offsets(row, columns_total >> 5, COLUMNS // 32, DOWN)
+        words = drawn_words(at, draw)
+        plus = spread_down(words, shift) if DOWN else spread(words, shift)
+    else:
+        plus = drawn_bits(index + offsets(row, columns_total, COLUMNS, DOWN), draw)
+    return plus
+
+
+@triton.jit
+def draw_tile(
+    values, row, draw, index, columns_total, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Elements drawn from `index` on; WHOLE: rows are whole blocks of eight."""
+    if WHOLE:
+        at = (index >> 3) + offsets(row, columns_total >> 3, COLUMNS // 8, False)
+        tile = drawn_eights(values, at, draw, DTYPE)
+        if DOWN:
+            tile = tl.trans(tile)
+    else:
+        at = index + offsets(row, columns_total, COLUMNS, DOWN)
+        tile = drawn_values(values, at, draw, DTYPE)
+    return tile
+
+
+@triton.jit
 def load_tile(
-    weight, mask, frozen, signs, constant, shift, row, columns_total, mask_stride, signs_stride,
-    inside, COLUMNS: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, EDGE: tl.constexpr,
-    DOWN: tl.constexpr,
+    weight, mask, frozen, signs, constant, shift, row, draw, index, columns_total, mask_stride,
+    signs_stride, inside, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, PACKED: tl.constexpr,
+    FROZEN: tl.constexpr, EDGE: tl.constexpr, DOWN: tl.constexpr, WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """where(m, w, f) of a tile [R, COLUMNS] whose first entry the pointers point at.
 
+    WEIGHT: TENSOR, DRAWN, or signs, which are 1 and -1 here; `scale_of` multiplies the sums.
     `row` (int32) counts from there and never leaves the matrix. With EDGE, entries that are not
     `inside` are 0. Packed rows are as long as whole chunks of 128 columns, so a tile that starts
-    at a multiple of COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R].
+    at a multiple of COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R]. What is drawn
+    comes from the key `draw`, the first entry being element `index` (int64) of its network.
     """
-    column, word = tl.arange(0, COLUMNS), tl.arange(0, COLUMNS // 32)
-    if DOWN:
-        at = (row * columns_total)[None, :] + column[:, None]
-        at_kept = (row * mask_stride)[None, :] + word[:, None]
-        at_plus = (row * signs_stride)[None, :] + word[:, None]
+    at = offsets(row, columns_total, COLUMNS, DOWN)
+    if WEIGHT == SIGNS_ or WEIGHT == DRAWN_SIGNS_:  # noqa: SIM109
+        plus = load_plus(
+            signs, row, signs_stride, shift, draw, index, columns_total, COLUMNS, WEIGHT, DOWN,
+            WHOLE,
+        )  # fmt: skip
+        w = tl.where(plus, 1.0, -1.0).to(DTYPE)
+    elif WEIGHT == DRAWN_:
+        w = draw_tile(weight, row, draw, index, columns_total, COLUMNS, DOWN, WHOLE, DTYPE)
     else:
-        at = (row * columns_total)[:, None] + column[None, :]
-        at_kept = (row * mask_stride)[:, None] + word[None, :]
-        at_plus = (row * signs_stride)[:, None] + word[None, :]
-    w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
+        w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
     if PACKED:
-        words = tl.load(mask + at_kept)
-        kept = spread_down(words, shift) if DOWN else spread(words, shift)
+        kept = load_spread(mask, row, mask_stride, shift, COLUMNS, DOWN)
     elif EDGE:
         kept = tl.load(mask + at, mask=inside, other=0) != 0
     else:
         kept = tl.load(mask + at) != 0
     if FROZEN == ZERO_:
+        if WEIGHT != TENSOR_ and EDGE:
+            kept = kept & inside
         return tl.where(kept, w, 0.0)
     if FROZEN == TENSOR_:
         held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
         return tl.where(kept, w, held)
-    words = tl.load(signs + at_plus)
-    plus = spread_down(words, shift) if DOWN else spread(words, shift)
-    constant = constant.to(tl.float32)
-    held = tl.where(plus, constant.to(w.dtype), (-constant).to(w.dtype))
+    if FROZEN == DRAWN_:
+        held = draw_tile(frozen, row, draw, index, columns_total, COLUMNS, DOWN, WHOLE, DTYPE)
+    else:
+        plus = load_plus(
+            signs, row, signs_stride, shift, draw, index, columns_total, COLUMNS, FROZEN, DOWN,
+            WHOLE,
+        )  # fmt: skip
+        constant = constant.to(tl.float32)
+        held = tl.where(plus, constant.to(DTYPE), (-constant).to(DTYPE))
     if EDGE:
         held = tl.where(inside, held, 0.0)
     return tl.where(kept, w, held)
+
+
+@triton.jit
+def scale_of(constant, kept, e, size, KIND: tl.constexpr, RESCALE: tl.constexpr):
+    """What the sums of network e are multiplied by: the constant of its signs, times r."""
+    scale = 1.0
+    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:  # noqa: SIM109
+        scale = tl.load(constant + e).to(tl.float32)
+    if RESCALE:
+        scale = scale * (size / tl.maximum(tl.load(kept + e), 1).to(tl.float32))
+    return scale
 
 
 @triton.jit
@@ -267,6 +368,12 @@ def alignment(rows: int, columns: int) -> dict[str, int]:
     return {"N_BY": math.gcd(rows, 16), "K_BY": math.gcd(columns, 16)}
 
 
-def source(weight: Tensor, frozen: Tensor | None, signs: Tensor | None) -> int:
-    """FROZEN for the arguments of an op."""
-    return ZERO if frozen is None else TENSOR if signs is None else SIGNS
+def source(values: Tensor | None, signs: Tensor | None) -> int:
+    """ZERO … DRAWN, for the two arguments of an op."""
+    if values is None:
+        return ZERO
+    if signs is None:
+        return TENSOR
+    if signs.dtype == torch.int32:
+        return SIGNS
+    return DRAWN if values.dim() == signs.dim() else DRAWN_SIGNS

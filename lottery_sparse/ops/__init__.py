@@ -1,7 +1,7 @@
 """Functional ops. Each file is the contract of one op: check, schema, fake, gradient, vmap."""
 
 from lottery_sparse.ops.bits import pack_mask, unpack_mask
-from lottery_sparse.ops.checks import SignConstant
+from lottery_sparse.ops.checks import Drawn, SignConstant
 from lottery_sparse.ops.compact import compact_conv2d, compact_linear
 from lottery_sparse.ops.conv2d import masked_conv2d
 from lottery_sparse.ops.linear import masked_linear
@@ -18,6 +18,7 @@ from lottery_sparse.ops.selection import keep_top
 from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
 
 __all__ = [
+    "Drawn",
     "SignConstant",
     "binary_linear",
     "bitmap_linear",

@@ -12,11 +12,13 @@ from torch import Tensor
 from lottery_sparse import backends, reference
 from lottery_sparse.ops.bits import pack_mask
 from lottery_sparse.ops.checks import (
+    Drawn,
     SignConstant,
     _check_bits,
+    _check_drawn,
     _check_like_x,
-    as_constant,
     autocasts,
+    split_source,
 )
 from lottery_sparse.ops.conv2d import Pair, _pair, _resolve_padding
 from lottery_sparse.ops.differentiable import differentiable, direct
@@ -49,7 +51,7 @@ def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def supermask_linear(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant,
+    weight: Tensor | SignConstant | Drawn,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -65,7 +67,8 @@ def supermask_linear(
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         score: [N, K] or [E, N, K], any floating dtype, which autocast leaves as it is.
-        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`.
+        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`
+            or a `Drawn`, which has no gradient.
         key: int64 [3] or [E, 3] from which m is drawn exactly as `sample_mask` does; add 1 to its
             last element for the next step.
         bias: [N] or [E, N], or None. Never masked.
@@ -79,7 +82,7 @@ def supermask_linear(
     Gradients: straight through to the probability, dm = dW w r with dW that of the effective
     weight w m r, dscore = dm p (1 − p). r depends on m, so with `rescale` every entry of dm gets
     −⟨dW, w m⟩ r / ones as well. dx and dbias as usual; dw = where(m, dW r, 0) if the weight
-    requires it, a SignConstant has none. m is kept as bits, so forward and backward agree.
+    requires it. m is kept as bits, so forward and backward agree.
     Differentiable once.
 
     Raises:
@@ -112,7 +115,7 @@ def supermask_linear(
 def supermask_conv2d(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant,
+    weight: Tensor | SignConstant | Drawn,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     stride: Pair = 1,
@@ -169,17 +172,15 @@ def supermask_conv2d(
 
 
 def _split_weight(
-    x: Tensor, score: Tensor, weight: Tensor | SignConstant, rank: int
+    x: Tensor, score: Tensor, weight: Tensor | SignConstant | Drawn, rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """The source as the two tensors (weight, signs) that the schemas take."""
-    if not isinstance(weight, SignConstant):
+    if isinstance(weight, Tensor):
         return weight, None
-    constant = as_constant(weight.constant, x.device)
-    if constant.requires_grad:
-        raise ValueError("the constant of a SignConstant requires grad; detach it.")
-    if constant.dim() == 0 and score.dim() > rank:
-        constant = constant.expand(score.shape[0])  # one constant for all networks
-    return constant.to(x.dtype), weight.signs
+    values, signs = split_source(weight, score, x.dtype, rank)
+    if values.requires_grad:
+        raise ValueError(f"the values of a {type(weight).__name__} require grad; detach them.")
+    return values, signs
 
 
 def _check_key(score: Tensor, key: Tensor, networks: torch.Size) -> None:
@@ -219,7 +220,9 @@ def _check(
         _check_key(score, key, networks)
     if mask is not None:
         _check_bits("mask", mask, score, rank, "True = kept")
-    if signs is not None:
+    if signs is not None and signs.dtype == torch.int64:
+        _check_drawn(weight, signs, score, rank)
+    elif signs is not None:
         _check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
         if weight.shape != networks:
             raise ValueError(

@@ -7,6 +7,7 @@ packed int32 [..., N, W] (see `pack_mask`). Frozen values are given by two argum
     frozen None,  signs None    zero
     frozen like weight          a tensor
     frozen [] or [E], signs     sign x constant; signs are packed like a mask, bit 1 = plus
+    frozen, signs int64         drawn from the key `signs`, [3] or [E, 3], see `drawn`
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from lottery_sparse.reference.masked import (
     masked_linear,
     masked_linear_backward,
     pack_mask,
+    source,
     unpack_mask,
     words_per_row,
 )
@@ -53,6 +55,7 @@ from lottery_sparse.reference.packed import (
     ternary_linear,
 )
 from lottery_sparse.reference.random import (
+    drawn,
     keep_top,
     philox,
     random_normal,
@@ -64,7 +67,6 @@ from lottery_sparse.reference.random import (
 from lottery_sparse.reference.supermask import (
     rescaling,
     sample_bits,
-    source_weight,
     supermask_conv2d,
     supermask_conv2d_backward,
     supermask_gradients,
@@ -87,6 +89,7 @@ __all__ = [
     "conv2d_backward",
     "csr_linear",
     "delta_linear",
+    "drawn",
     "drawn_signs",
     "effective_weight",
     "gather_kept",
@@ -115,7 +118,7 @@ __all__ = [
     "scatter_kept_",
     "seeded_linear",
     "seeded_weight",
-    "source_weight",
+    "source",
     "supermask_conv2d",
     "supermask_conv2d_backward",
     "supermask_gradients",

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse.reference.random import drawn
+
 # ---- masks as bits -------------------------------------------------------------------------------
 
 WORDS_PER_CHUNK = 4  # rows are padded to 128 bits, one vector load
@@ -47,11 +49,17 @@ def effective_weight(
     kept = mask_as_bool(mask, weight, rank)
     if frozen is None:
         return torch.where(kept, weight, 0.0)
-    if signs is not None:
-        constant = frozen.to(weight.dtype).view(frozen.shape + (1,) * rank)
-        plus = mask_as_bool(signs, weight, rank)
-        frozen = torch.where(plus, constant, -constant)
-    return torch.where(kept, weight, frozen)
+    return torch.where(kept, weight, source(frozen.to(weight.dtype), signs, weight, rank))
+
+
+def source(values: Tensor, signs: Tensor | None, like: Tensor, rank: int) -> Tensor:
+    """The tensor, of the shape of `like`, that a source's two arguments stand for."""
+    if signs is None:
+        return values
+    if signs.dtype == torch.int64:
+        return drawn(values, signs, like.shape)
+    constant = values.view(values.shape + (1,) * rank)
+    return torch.where(mask_as_bool(signs, like, rank), constant, -constant)
 
 
 # ---- masked_linear -------------------------------------------------------------------------------

@@ -48,6 +48,18 @@ def random_words(count: int, seed: int, stream: int, step: int, device: Any = "c
     return words.flatten()[:count].to(torch.int32)
 
 
+def words_of(key: Tensor, count: int) -> Tensor:
+    """[E, count] int64, the uint32 words of each key (seed, stream, step): [3], or [E, 3]."""
+    seed, stream, step = key.view(-1, 3, 1).unbind(1)  # [E, 1] each
+    block = torch.arange(-(-count // 4), device=key.device).unsqueeze(0)
+    zero = torch.zeros_like(seed + block)
+    words = philox(
+        zero + (block & _LOW), zero + (block >> 32), zero + stream, zero + step,
+        seed & _LOW, (seed >> 32) & _LOW,
+    )  # fmt: skip
+    return torch.stack(words, -1).flatten(1)[:, :count]
+
+
 def random_signs(count: int, seed: int, stream: int, step: int, device: Any = "cpu") -> Tensor:
     """[count] float32, +1 or -1: bit i % 32 of word i // 32, 1 = plus."""
     words = random_words(-(-count // 32), seed, stream, step, device)
@@ -72,6 +84,25 @@ def random_normal(
     half = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), -1).flatten()[:count]
     value = table.to(words.device)[half & 0x7FFF].to(torch.float32) * 2.0**-20
     return torch.where(half >= 0x8000, -value, value)
+
+
+def drawn(values: Tensor, key: Tensor, shape: torch.Size) -> Tensor:
+    """The source of a seed, [.., *shape of one network], in the dtype of `values`.
+
+    values [] or [E]: ± this constant, the signs of `random_signs`. values [32768] or [E, 32768]:
+    the upper half of a quantile function, in place of the table of `random_normal`. Key [3] or
+    [E, 3]; elements count within a network.
+    """
+    count = shape[key.dim() - 1 :].numel()
+    if values.dim() == key.dim():
+        words = words_of(key, -(-count // 2))
+        half = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :count]
+        value = values.reshape(-1, values.shape[-1]).gather(1, half & 0x7FFF)
+        return torch.where(half >= 0x8000, -value, value).view(shape)
+    words = words_of(key, -(-count // 32)).unsqueeze(-1)
+    bits = (words >> torch.arange(32, device=key.device)) & 1
+    constant = values.reshape(-1, 1)
+    return torch.where(bits.flatten(1)[:, :count] != 0, constant, -constant).view(shape)
 
 
 # ---- exact selection -----------------------------------------------------------------------------
@@ -117,14 +148,7 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
     """
     networks = score if key.dim() == 2 else score.unsqueeze(0)
     count = networks[0].numel() if networks.shape[0] else 0
-    seed, stream, step = key.view(-1, 3, 1).unbind(1)  # [E, 1] each
-    block = torch.arange(-(-count // 4), device=score.device).unsqueeze(0)
-    zero = torch.zeros_like(seed + block)
-    words = philox(
-        zero + (block & _LOW), zero + (block >> 32), zero + stream, zero + step,
-        seed & _LOW, (seed >> 32) & _LOW,
-    )  # fmt: skip
-    draw = torch.stack(words, -1).flatten(1)[:, :count].view_as(networks) >> 8
+    draw = words_of(key, count).view_as(networks) >> 8
     probability = torch.sigmoid(networks.to(torch.float32).to(torch.float64))
     threshold = (probability * 2.0**24).nan_to_num(0.0).to(torch.int64)
     return (draw < threshold).to(score.dtype).view_as(score)

@@ -1,8 +1,8 @@
 """Learned masks: sampled bits, and the products with them.
 
 score is [N, K] or [E, N, K] (convolution [O, I, kh, kw] or [E, O, I, kh, kw]); bits are packed,
-[..., N, W]. The weight is a tensor like the score, or, with signs, the constants [] or [E] of
-sign x constant. kept, [] or [E], is the number of ones that rescales, or None.
+[..., N, W]. The weight is a tensor like the score, or a source of values and signs as frozen
+values are. kept, [] or [E], is the number of ones that rescales, or None.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lottery_sparse.reference.masked import (
     linear_backward,
     mask_as_bool,
     pack_mask,
+    source,
 )
 from lottery_sparse.reference.random import sample_mask
 
@@ -112,17 +113,9 @@ def supermask_weight(
     rank: int,
 ) -> Tensor:
     """w m r."""
-    w = source_weight(score, weight, signs, rank)
+    w = source(weight, signs, score, rank)
     w = torch.where(mask_as_bool(bits, score, rank), w, 0.0)
     return w if kept is None else (w * rescaling(score, kept, rank)).to(w.dtype)
-
-
-def source_weight(score: Tensor, weight: Tensor, signs: Tensor | None, rank: int) -> Tensor:
-    """The weight before the mask."""
-    if signs is None:
-        return weight
-    constant = weight.view(weight.shape + (1,) * rank)
-    return torch.where(mask_as_bool(signs, score, rank), constant, -constant)
 
 
 def rescaling(score: Tensor, kept: Tensor, rank: int) -> Tensor:
@@ -154,7 +147,7 @@ def supermask_gradients(
         scaled = d if r is None else (d * r).to(d.dtype)
         dw = torch.where(mask, scaled, 0.0).contiguous()
     if need_dscore:
-        dm = d.to(_precise(score)) * source_weight(score, weight, signs, rank)
+        dm = d.to(_precise(score)) * source(weight, signs, score, rank)
         if r is not None and kept is not None:
             own = tuple(range(-rank, 0))
             through_r = torch.where(mask, dm, 0.0).sum(own, keepdim=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lottery_sparse as ls
-from experiments import data, quickstart, studies
+from experiments import data, quickstart, speed, studies
 from experiments.engines import ENGINES
 from experiments.files import write_whole
 from experiments.networks import NETWORKS
@@ -95,6 +95,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--devices", default="cpu", metavar="LIST", help="cpu, or cuda:0,cuda:1 (default: cpu)"
     )
+
+    command = commands.add_parser(
+        "speed", help="what a chain costs beside eager PyTorch; 2 minutes"
+    )
+    command.set_defaults(command=run_speed)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    _data_options(command)
     return top
 
 
@@ -183,6 +190,16 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} groups failed; the same command goes on with them", file=sys.stderr)
     return 1 if failed else 0
+
+
+def run_speed(options: argparse.Namespace) -> None:
+    numbers = speed.measure(data.load("mnist", options.data_dir, download=options.download))
+    for row in numbers["rounds"]:
+        times = ", ".join(f"{name} {row[name]:.2f} s" for name in numbers["seconds"])
+        print(f"round {row['round']:2}  density {row['density']:7.2%}  {times}")
+    print(", ".join(f"{over:.1f}x of {name}" for name, over in numbers["speedup"].items()))
+    if options.json:
+        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

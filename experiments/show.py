@@ -1,4 +1,4 @@
-"""Commands that show what a store holds: figure, table, report. They change nothing in it.
+"""Commands that show what a store holds: figure, table, report, claims. They change nothing in it.
 
 Each takes options with the attributes store (a folder), study and network (a name, or None for
 all), profile, and out (a folder; for the report a file or a folder).
@@ -77,6 +77,21 @@ def report(options: argparse.Namespace) -> None:
         path /= "report.html"
     write_whole(path, text.encode())
     print(path)
+
+
+def claims(options: argparse.Namespace) -> None:
+    """What the rows say to each claim, as a Markdown table on standard output."""
+    rows = Store(options.store, create=False).rows()
+    _check_profile(options.profile)
+    cells = [
+        (verdict.claim.study, network, verdict.claim.text, verdict.numbers, verdict.status)
+        for network in _networks(options.network)
+        for verdict in judge(rows, network, options.profile, options.study)
+        if verdict.status != "not run" or options.all
+    ]
+    print(
+        Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown(), end=""
+    )
 
 
 def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:

@@ -198,14 +198,16 @@ def floating(args: Any) -> bool:
     return isinstance(args, Tensor) and args.is_floating_point()
 
 
+WRITTEN = {"scatter_kept_": [0], "supermask_linear_sgd": [2, 3]}  # which arguments
+
+
 def results(op: str, module: Any, args: tuple) -> list[Tensor]:
-    """What an op returns, or writes into its first argument, as a list."""
-    if op.endswith("_"):
-        args = (args[0].clone(), *args[1:])
-        getattr(module, op)(*args)
-        return [args[0]]
+    """What an op returns, and the arguments that it writes to, as a list."""
+    written = WRITTEN.get(op, [])
+    args = tuple(a.clone() if i in written else a for i, a in enumerate(args))
     found = getattr(module, op)(*args)
-    return list(found) if isinstance(found, list | tuple) else [found]
+    returned = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
+    return returned + [args[i] for i in written]
 
 
 @contextmanager
@@ -262,7 +264,7 @@ def opcheck(op: str, make: Problem, device: Device) -> Row:
     if found is None:
         raise Skip("no registered op")
     args = make(device)
-    if op == "compact_linear_backward":  # backends have one argument more
+    if op.startswith("compact_") and op.endswith("_backward"):  # backends have one argument more
         args = args[:-1]
     tests = torch.library.opcheck(found.default, args, raise_exception=False)
     wrong = {name: str(outcome)[:200] for name, outcome in tests.items() if outcome != "SUCCESS"}

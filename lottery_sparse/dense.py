@@ -28,6 +28,7 @@ def refuses(op: str, *args: Any) -> None:
 def wins(op: str, *args: Any) -> bool:
     """Not where a source is drawn from its key: other backends draw it where they need it."""
     at = 5 if op.startswith("masked_") else 6 if op.startswith("supermask_") else None
+    at = 7 if op == "supermask_linear_sgd" else at
     return at is None or args[at] is None or args[at].dtype != torch.int64
 
 
@@ -159,6 +160,25 @@ def supermask_linear_backward(
     dx, d = reference.linear_backward(dy, x, masked, need_dx, need_dw or need_dscore)
     needs = need_dw, need_dscore
     return dx, *_score_gradients(2, d, score, source, masked, bits, kept, *needs)
+
+
+def supermask_linear_sgd(
+    dy: Tensor,
+    x: Tensor,
+    score: Tensor,
+    velocity: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+    lr: float,
+    momentum: float,
+    need_dx: bool,
+) -> Tensor:
+    network = score, weight, bits, kept, signs
+    dx, _, dscore = supermask_linear_backward(dy, x, *network, need_dx, False, True)
+    score.sub_(velocity.mul_(momentum).add_(dscore), alpha=lr)
+    return dx
 
 
 def supermask_conv2d(

@@ -13,7 +13,7 @@ import torch
 from problems import DTYPES, FROZEN, linear_problem, takes
 
 import lottery_sparse as ls
-from lottery_sparse import backends, ops, reference
+from lottery_sparse import backends, doctor, ops, reference
 
 CPU = torch.device("cpu")
 ONE = torch.ones(1, 1, 1, 1).bool()
@@ -47,6 +47,11 @@ def test_tables_name_only_what_exists():
 def test_every_op_has_a_reference_everywhere(op):
     assert backends.available(op, "cpu")[0] == "reference"
     assert backends.kernel(op, torch.device("meta")) is getattr(reference, op)
+
+
+def test_the_doctor_has_a_case_of_every_op_that_is_listed():
+    listed = {op for ops in backends.PREFERENCE.values() for op in ops}
+    assert listed <= set(doctor.CASES)
 
 
 def test_what_is_not_listed_runs_on_the_reference():

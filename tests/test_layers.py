@@ -115,7 +115,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ticket_file",
     },
     # what people call
-    "doctor": {"backends", "formats", "reference", "_C", "_host"},
+    "doctor_cases": {"compact", "formats", "reference"},
+    "doctor": {"backends", "doctor_cases", "reference", "_C", "_host"},
     "__main__": {"doctor", "convert", "modules", "plan"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version

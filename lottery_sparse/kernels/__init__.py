@@ -29,7 +29,11 @@ from lottery_sparse.kernels.random import (
     random_words,
 )
 from lottery_sparse.kernels.sampling import sample_bits
-from lottery_sparse.kernels.supermask import supermask_linear, supermask_linear_backward
+from lottery_sparse.kernels.supermask import (
+    supermask_linear,
+    supermask_linear_backward,
+    supermask_linear_sgd,
+)
 from lottery_sparse.kernels.supermask_conv2d import supermask_conv2d, supermask_conv2d_backward
 from lottery_sparse.kernels.ternary_linear import ternary_linear
 
@@ -68,6 +72,7 @@ __all__ = [
     "supermask_conv2d_backward",
     "supermask_linear",
     "supermask_linear_backward",
+    "supermask_linear_sgd",
     "ternary_linear",
     "unpack_mask",
     "wins",

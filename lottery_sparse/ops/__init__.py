@@ -16,6 +16,7 @@ from lottery_sparse.ops.packed import (
 from lottery_sparse.ops.sampling import sample_mask
 from lottery_sparse.ops.selection import keep_top
 from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
+from lottery_sparse.ops.supermask_sgd import supermask_linear_sgd
 
 __all__ = [
     "Drawn",
@@ -35,6 +36,7 @@ __all__ = [
     "seeded_linear",
     "supermask_conv2d",
     "supermask_linear",
+    "supermask_linear_sgd",
     "ternary_linear",
     "unpack_mask",
 ]

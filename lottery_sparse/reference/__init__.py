@@ -72,6 +72,7 @@ from lottery_sparse.reference.supermask import (
     supermask_gradients,
     supermask_linear,
     supermask_linear_backward,
+    supermask_linear_sgd,
     supermask_weight,
 )
 
@@ -124,6 +125,7 @@ __all__ = [
     "supermask_gradients",
     "supermask_linear",
     "supermask_linear_backward",
+    "supermask_linear_sgd",
     "supermask_weight",
     "ternary_linear",
     "unpack_mask",

@@ -1,0 +1,220 @@
+"""Groups of a sweep on processes and on Dask: what fails, what is killed, and what Ctrl-C leaves."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import engine_problems
+import pytest
+from engine_problems import Named, Work
+from sweep_problems import follow_all, written
+
+from experiments.engines import sweep
+from experiments.store import Store
+
+HERE = Path(__file__).resolve().parent
+COUNT = 12  # runs of the program
+
+needs_distributed = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="distributed is not installed"
+)
+
+
+def named(*names: str):
+    return [(Named(name),) for name in names]
+
+
+def begun(work: Work) -> list[str]:
+    return [line[1] for line in work.said() if line[0] == "begin"]
+
+
+# what every engine does
+
+
+@pytest.mark.parametrize("engine", ["inline", "process"])
+def test_an_error_is_said_and_does_not_stop_the_others(engine, tmp_path, capfd):
+    work = Work(tmp_path)
+    groups = [(Named("bad-1"), Named("x"), Named("y")), *named("a", "bad-2", "b")]
+    assert sweep(groups, work, engine=engine) == 2
+    assert begun(work) == ["bad-1", "a", "bad-2", "b"]
+    said = capfd.readouterr()
+    assert said.err.splitlines() == [
+        "failed: bad-1 and 2 more: the data are bad",
+        "failed: bad-2: the data are bad",
+    ]
+    assert said.out == ""
+
+
+@pytest.mark.parametrize("engine", ["inline", "process", "dask"])
+def test_nothing_to_do_starts_nothing(engine, tmp_path):
+    assert sweep([], Work(tmp_path), engine=engine) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "threads"}, "engine must be one of inline, process, dask; got 'threads'"),
+        ({"scheduler": "tcp://a:1"}, "scheduler is for the engine dask, got tcp://a:1 with"),
+        ({"workers": 0}, "workers must be 1 or more, got 0"),
+        ({"devices": ("cpu", "cuda:0")}, "devices must be cpu, or CUDA devices; got 'cpu, cuda:0'"),
+        (
+            {"engine": "dask", "scheduler": "tcp://a:1", "devices": ("cuda:0", "cuda:1")},
+            "a worker of a scheduler has one device, got cuda:0, cuda:1: start one worker",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep(named("a"), Work(tmp_path), **{"engine": "process", **options})
+
+
+# processes
+
+
+def test_a_killed_worker_is_replaced_and_its_group_done_again(tmp_path, capfd):
+    work = Work(tmp_path)
+    assert sweep(named("once", "killed", "mute", "a"), work, engine="process", workers=2) == 2
+    assert work.count("once", "end") == work.count("a", "end") == 1
+    assert (work.count("once"), work.count("killed"), work.count("mute")) == (2, 3, 1)
+    assert sorted(capfd.readouterr().err.splitlines()) == [
+        "failed: killed: its process was killed 3 times (signal 9, Killed)",
+        "failed: mute: its process ended with status 7",
+    ]
+
+
+def test_a_device_takes_one_group_at_a_time(tmp_path):
+    work = Work(tmp_path, seconds=0.2)
+    groups = named(*"abcdef")
+    assert sweep(groups, work, engine="process", workers=7, devices=("cuda:0", "cuda:1")) == 0
+    busy: set[str] = set()
+    together = 0
+    for word, _, device, _ in work.said():
+        assert (word == "begin") == (device not in busy)
+        busy ^= {device}
+        together = max(together, len(busy))
+    assert together == 2
+    assert sorted(begun(work)) == list("abcdef")
+
+
+# the program: rows of a store, killed and interrupted
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    follow_all(folder, COUNT)
+    return written(folder)
+
+
+def started(folder: Path, engine: str, *more: str, module: list[str] | None = None):
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    return subprocess.Popen(
+        module or [sys.executable, HERE / "engine_problems.py", engine, folder, *more],
+        cwd=HERE.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_rows(folder: Path, program: subprocess.Popen, count: int = 1) -> None:
+    path = folder / "rows.jsonl"
+    until = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert program.poll() is None, program.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, of = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def finish(folder: Path, engine: str, *more: str) -> str:
+    program = started(folder, engine, *more)
+    said = program.communicate(timeout=120)[0]
+    assert program.returncode == 0, said
+    return said
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+
+
+@linux
+@pytest.mark.parametrize("whom", ["parent", "all"])  # kill -INT; Ctrl-C on a terminal
+def test_ctrl_c_leaves_no_process_and_a_store_that_resumes(whom, undisturbed, tmp_path):
+    program = started(tmp_path, "process")
+    wait_for_rows(tmp_path, program, 4)
+    began = time.monotonic()
+    (os.kill if whom == "parent" else os.killpg)(program.pid, signal.SIGINT)
+    said = program.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 5  # a second; the machine may be busy
+    assert program.returncode == 130
+    assert said == ""
+    assert members(program.pid) == []
+    assert Store(tmp_path).holders() == {}
+    assert 4 <= len(written(tmp_path)) < len(undisturbed)
+    assert finish(tmp_path, "process") == ""
+    assert written(tmp_path) == undisturbed
+
+
+@linux
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    program = started(tmp_path, "process")
+    wait_for_rows(tmp_path, program)
+    assert len(members(program.pid)) > 2
+    program.kill()
+    program.communicate(timeout=60)
+    until = time.monotonic() + 10
+    while members(program.pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# Dask
+
+
+def a_worker(folder: Path) -> int:
+    return Store(folder).records()[-1]["pid"]
+
+
+@needs_distributed
+def test_a_dask_worker_killed_half_way(undisturbed, tmp_path):
+    program = started(tmp_path, "dask")
+    wait_for_rows(tmp_path, program, 3)
+    os.kill(a_worker(tmp_path), signal.SIGKILL)
+    said = program.communicate(timeout=120)[0]
+    assert program.returncode == 0, said
+    assert said == ""
+    assert written(tmp_path) == undisturbed
+    assert len({record["pid"] for record in Store(tmp_path).records()}) >= 3
+
+
+@linux
+@needs_distributed
+@pytest.mark.parametrize("whom", ["parent", "all"])
+def test_ctrl_c_ends_a_local_cluster(whom, tmp_path):
+    program = started(tmp_path, "dask")
+    wait_for_rows(tmp_path, program, 3)
+    began = time.monotonic()
+    (os.kill if whom == "parent" else os.killpg)(program.pid, signal.SIGINT)
+    said = program.communicate(timeout=60)[0]
+    print(time.monotonic() - began)
+    assert program.returncode == 130
+    assert members(program.pid) == []
+    assert "Traceback" not in said

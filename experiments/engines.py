@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # it imports torch, and processes shall start quickly
     from experiments.runs import Run
 
 ATTEMPTS = 3  # of a group whose worker was killed
+TIMEOUT = "30 s"  # to reach a scheduler
 SAID = 70  # exit status of a worker that has said what failed
 INSTALL_DASK = "pip install 'lottery-sparse[cluster]'"
 
@@ -207,7 +208,7 @@ def _stopping(running: dict[int, _Running]) -> Iterator[None]:
 def _dask(groups: Sequence[Group], work: Work, slots: list[str], scheduler: str | None) -> int:
     if importlib.util.find_spec("distributed") is None:
         raise ValueError(f"the engine dask needs distributed, which is not here: {INSTALL_DASK}.")
-    import dask
+    import dask.config
     import distributed
 
     settings: dict[str, Any] = {
@@ -222,7 +223,7 @@ def _dask(groups: Sequence[Group], work: Work, slots: list[str], scheduler: str 
         else:
             address = scheduler
         try:
-            client = stack.enter_context(distributed.Client(address, timeout="30 s"))
+            client = stack.enter_context(distributed.Client(address, timeout=TIMEOUT))
         except OSError as error:
             raise OSError(f"no Dask scheduler answers at {address}: is it running?") from error
         sweep_id = secrets.token_hex(4)  # two sweeps may use one scheduler
@@ -252,15 +253,27 @@ def _local_cluster(workers: int) -> Iterator[Any]:
     """Worker processes of one thread; the operating system limits their memory, not Dask."""
     import distributed
 
-    with distributed.LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        memory_limit=None,
-        dashboard_address=None,
-        silence_logs=logging.CRITICAL,  # what fails is said here
-    ) as cluster:
+    resource_tracker.ensure_running()
+    with _no_interrupt():  # its threads and processes leave Ctrl-C to this thread
+        cluster = distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=None,
+            dashboard_address=None,  # pyright: ignore[reportArgumentType]
+            silence_logs=logging.CRITICAL,  # what fails is said here
+        )
+    try:
         yield cluster
+    except BaseException:
+        for nanny in cluster.workers.values():  # else they end their rounds first
+            nanny.auto_restart = False
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+    finally:
+        with _no_interrupt():
+            cluster.close()
 
 
 def _task(work: Work, group: Group, slots: Sequence[str]) -> None:
@@ -282,8 +295,8 @@ def _why(error: BaseException | None) -> str | BaseException:
 
 
 def _named(group: Group) -> str:
-    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-    return f"{group[0].id}{more}"
+    first, *others = group
+    return f"{first.id} and {len(others)} more" if others else first.id
 
 
 def _say_failed(group: Group, why: str | BaseException) -> int:

@@ -1,5 +1,6 @@
 """A study run: its groups of runs handed to workers, which may die at any moment."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,10 +117,18 @@ def run_study(
         only: arms to take: pairs (field of Run, its value as text); several of one field are
             alternatives.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {seeds}.")
     if rounds is None:
         rounds = rounds_asked(study, profile)
+    if rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, got {rounds}.")
     runs = [run for run in wanted(study, network, profile, seeds) if chosen(run, only)]
+    if not runs:
+        values = ", ".join(f"{name}={value}" for name, value in only)
+        raise ValueError(f"{study.name} has no runs with {values}: leave out some --only.")
     load(runs[0].dataset, data_dir, "cpu")  # before any worker starts: an error is one message
+    check_devices(devices, scheduler)
     cuda = devices[0] != "cpu"
     # workers of a cluster may be in another folder
     job = Job(store.folder.absolute(), rounds, data_dir and data_dir.absolute())
@@ -145,6 +154,17 @@ def say_left(runs: Sequence[Run], rounds: int, store: Store) -> None:
             f"{len(held)} of {len(runs)} runs are being done by other workers "
             f"({', '.join(sorted(whom))}); the same command goes on with what they leave"
         )
+
+
+def check_devices(devices: Sequence[str], scheduler: str | None) -> None:
+    """Raise ValueError unless they are cpu, or CUDA devices that are here or at the scheduler."""
+    for device in devices:
+        if device == "cpu":
+            continue
+        if not re.fullmatch(r"cuda:\d+", device):
+            raise ValueError(f"devices must be cpu, or cuda:0,cuda:1 and so on; got {device!r}.")
+        if scheduler is None and int(device[5:]) >= torch.cuda.device_count():
+            raise ValueError(f"there is no {device} here: torch finds {torch.cuda.device_count()}.")
 
 
 def rounds_asked(study: Study, profile: str) -> int:

@@ -59,6 +59,7 @@ class Slowly:
 
     def __call__(self, group, device: str) -> None:
         import sweep_problems
+
         from experiments.store import Store
 
         class Slow(Store):

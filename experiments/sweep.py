@@ -12,7 +12,7 @@ import torch
 
 from experiments import data
 from experiments.data import Dataset
-from experiments.engines import sweep
+from experiments.engines import ATTEMPTS, sweep
 from experiments.execute import execute, groups, has_dense, rounds_of
 from experiments.runs import PROFILES, Run
 from experiments.store import Lease, Store
@@ -133,12 +133,21 @@ def run_study(
     # workers of a cluster may be in another folder
     job = Job(store.folder.absolute(), rounds, data_dir and data_dir.absolute())
     failed = 0
+    size = len(runs) if cuda else spread_over(len(runs), workers)
     for phase in (0, 1):  # the others start from the dense runs
-        size = len(runs) if cuda else spread_over(len(runs), workers)
-        todo = groups(runs, rounds, store, size, across_seeds=cuda)[phase]
-        failed += sweep(
-            todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
-        )
+        # again, since a dead worker on another machine holds its runs for two minutes
+        for _ in range(ATTEMPTS):
+            holders = store.holders()
+            todo = [
+                group
+                for group in groups(runs, rounds, store, size, across_seeds=cuda)[phase]
+                if any(run.id not in holders for run in group)
+            ]
+            failed += sweep(
+                todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
+            )
+            if failed or not todo:
+                break
     say_left(runs, rounds, store)
     return failed
 

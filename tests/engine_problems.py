@@ -78,6 +78,7 @@ def groups(count: int):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     engine, folder, *scheduler = sys.argv[1:]
     try:
         failed = sweep(

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,12 @@ from engine_problems import Named, Work
 from sweep_problems import follow_all, written
 
 from experiments import engines
+from experiments.__main__ import main
 from experiments.engines import sweep
+from experiments.runs import Run
 from experiments.store import Store
+from experiments.studies import STUDIES
+from experiments.sweep import Job, claim
 
 HERE = Path(__file__).resolve().parent
 COUNT = 12  # runs of the program
@@ -207,6 +213,7 @@ def a_worker(folder: Path) -> int:
     return Store(folder).records()[-1]["pid"]
 
 
+@pytest.mark.slow
 @needs_distributed
 def test_a_dask_worker_killed_half_way(undisturbed, tmp_path):
     program = started(tmp_path, "dask")
@@ -219,6 +226,7 @@ def test_a_dask_worker_killed_half_way(undisturbed, tmp_path):
     assert len({record["pid"] for record in Store(tmp_path).records()}) >= 3
 
 
+@pytest.mark.slow
 @linux
 @needs_distributed
 def test_ctrl_c_ends_a_local_cluster(tmp_path):
@@ -234,6 +242,7 @@ def test_ctrl_c_ends_a_local_cluster(tmp_path):
     assert Store(tmp_path).holders() == {}
 
 
+@pytest.mark.slow
 @needs_distributed
 def test_a_scheduler_that_is_there(undisturbed, tmp_path):
     program = [sys.executable, "-W", "ignore", "-c", CLUSTER]
@@ -253,8 +262,7 @@ def test_a_scheduler_that_is_there(undisturbed, tmp_path):
             assert ended[0].endswith(" and 1 more")
         assert written(tmp_path) == undisturbed
     finally:
-        cluster.stdin.close()  # ends it
-        cluster.wait(60)
+        cluster.communicate(timeout=60)  # closes its input, which ends it
 
 
 def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
@@ -270,24 +278,59 @@ def test_without_distributed_one_sentence_says_so(tmp_path, monkeypatch):
         sweep(named("a"), Work(tmp_path), engine="dask")
 
 
-# a study by the command line
+# a study: what others hold, and the command line
 
 
+SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
+
+
+def test_runs_of_a_group_that_another_holds_are_left_to_it(tmp_path, capsys):
+    store = Store(tmp_path)
+    group = [SMOKE(criterion=criterion) for criterion in ("random", "movement", "large_init")]
+    with store.claim([run.id for run in group[:2]]) as held:
+        mine, lease = claim(group, store)
+        assert mine == group[2:]
+        assert lease.run_ids == {group[2].id}
+        lease.release()
+        who = rf"held by another worker \(\S+, pid {os.getpid()}, since \S+Z\), left to it: "
+        assert re.fullmatch(who + rf"{group[0].id} and 1 more\n", capsys.readouterr().out)
+        Job(tmp_path, 1)(tuple(group[:2]))  # all is held: says so and does nothing
+        assert re.fullmatch(who + rf"{group[0].id} and 1 more\n", capsys.readouterr().out)
+        assert held.run_ids == {run.id for run in group[:2]}
+    assert store.rows() == []
+
+
+def test_a_study_that_another_sweep_does_says_so_and_succeeds(tmp_path, capsys):
+    store = Store(tmp_path)
+    runs = [run for run in STUDIES["dense"].runs("fc", "smoke", (0, 1))]
+    command = ["run", "dense", "--profile", "smoke", "--seeds", "2", "--store", f"{tmp_path}"]
+    with store.claim([run.id for run in runs]):
+        assert main(command) == 0
+    assert re.fullmatch(
+        rf"2 of 2 runs are being done by other workers \(\S+ pid {os.getpid()}\); "
+        "the same command goes on with what they leave\n",
+        capsys.readouterr().out,
+    )
+    assert store.rows() == []
+
+
+@pytest.mark.slow
 @linux
 def test_a_study_killed_half_way_has_the_rows_of_an_undisturbed_one(tmp_path):
-    def study(folder: Path) -> subprocess.Popen:
+    def study(name: str, engine: str = "process") -> subprocess.Popen:
         command = "run mask-criteria --network fc --profile smoke --seeds 2 --rounds 1 --workers 2"
-        some = ["--only=criterion=random", "--only=criterion=movement", "--store", folder]
+        more = ["--only=criterion=random", "--engine", engine, "--store", tmp_path / name]
         return started(
-            folder, module=[sys.executable, "-m", "experiments", *command.split(), *some]
+            tmp_path, module=[sys.executable, "-m", "experiments", *command.split(), *more]
         )
 
-    killed, whole = study(tmp_path / "killed"), study(tmp_path / "whole")
-    wait_for_rows(tmp_path / "killed", killed, 3)  # two dense runs, and of the others
+    killed, whole = study("killed"), study("whole", "inline")
+    wait_for_rows(tmp_path / "killed", killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate(timeout=60)
-    assert whole.wait(120) == 0
-    assert len(written(tmp_path / "killed")) < len(written(tmp_path / "whole")) == 2 + 4 * 2
-    again = study(tmp_path / "killed")
-    assert again.wait(120) == 0
+    again = study("killed")
+    for program in (whole, again):
+        said = program.communicate(timeout=300)[0]
+        assert program.returncode == 0, said
     assert written(tmp_path / "killed") == written(tmp_path / "whole")
+    assert len(written(tmp_path / "whole")) == 2 + 2 * 2

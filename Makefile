@@ -116,7 +116,7 @@ $(REQUIREMENTS): constraints.txt pyproject.toml | $(PY)
 	@echo "installing torch and the build tools; the first time this downloads some hundred MB"
 	@$(PIP) install -c constraints.txt `$(PY) -c "$$TORCH_INDEX"` torch numpy setuptools wheel pybind11 ninja
 	@echo "installing the tools of experiments and tests"
-	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,test,triton]'
+	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,cluster,test,triton]'
 	@touch $@
 
 # pip hides what setup.py prints, so the package itself says what was built.

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lottery_sparse as ls
@@ -15,10 +16,17 @@ from experiments.files import write_whole
 from experiments.networks import NETWORKS
 from experiments.progress import INSTALL
 from experiments.runs import PROFILES
+from experiments.status import Times, as_text, progress, together
 from experiments.store import Store
 from experiments.sweep import run_study
 
 STORE = Path("out/experiments")
+SHOWS = {  # what shows results: where it writes by default, and its help
+    "figure": (Path("out/figures"), "figures of what the store holds, with their numbers as CSV"),
+    "table": (None, "tables of what the store holds"),
+    "claims": (None, "what the rows say to each claim, as Markdown"),
+    "report": (Path("out/report.html"), "one page with all figures, tables and verdicts"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +110,39 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run_speed)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     _data_options(command)
+
+    command = commands.add_parser("status", help="what is done, who is on the rest, hours left")
+    command.set_defaults(command=status)
+    _chosen_options(command)
+    command.add_argument("--seeds", type=int, metavar="N", help="default: the study's")
+    command.add_argument(
+        "--workers", type=int, metavar="N", help="divide the hours by it (default: one per core)"
+    )
+    command.add_argument(
+        "--pending", action="store_true", help="only the ids of runs to do, one per line"
+    )
+
+    for name, (out, text) in SHOWS.items():
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(command=partial(show, name))
+        _chosen_options(command)
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=out,
+            metavar="FOLDER",
+            help="where to write" + (" (default: %(default)s)" if out else " files, too"),
+        )
     return top
+
+
+def _chosen_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", nargs="?", metavar="STUDY", help="see `list` (default: all)")
+    command.add_argument("--network", metavar="NAME", help="see `list` (default: all)")
+    command.add_argument(
+        "--profile", choices=PROFILES, default="paper", help="of the runs (default: paper)"
+    )
+    _store_option(command)
 
 
 def _store_option(command: argparse.ArgumentParser) -> None:
@@ -200,6 +240,33 @@ def run_speed(options: argparse.Namespace) -> None:
     print(", ".join(f"{over:.1f}x of {name}" for name, over in numbers["speedup"].items()))
     if options.json:
         write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+
+
+def status(options: argparse.Namespace) -> None:
+    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
+    if options.network is not None and options.network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {options.network!r}.")
+    networks = [options.network] if options.network else list(NETWORKS)
+    store = Store(options.store, create=False)
+    found = progress(chosen, networks, options.profile, options.seeds, store)
+    if not found:
+        raise ValueError(f"{options.study} is not a study of {options.network}.")
+    if options.pending:
+        for run_id in dict.fromkeys(run.id for run in together(found).pending):
+            print(run_id)
+        return
+    workers = options.workers or os.cpu_count() or 1
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}.")
+    print(as_text(found, Times(store.rows(), store.records()), workers))
+
+
+def show(name: str, options: argparse.Namespace) -> None:
+    if any(importlib.util.find_spec(needed) is None for needed in ("matplotlib", "scipy")):
+        raise ValueError(f"{name} needs matplotlib and scipy, which are not here: {INSTALL}.")
+    from experiments import show as shows  # it loads both
+
+    getattr(shows, name)(options)
 
 
 if __name__ == "__main__":

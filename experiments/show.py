@@ -87,7 +87,7 @@ def claims(options: argparse.Namespace) -> None:
         (verdict.claim.study, network, verdict.claim.text, verdict.numbers, verdict.status)
         for network in _networks(options.network)
         for verdict in judge(rows, network, options.profile, options.study)
-        if verdict.status != "not run" or options.all
+        if verdict.status != "not run"
     ]
     print(
         Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown(), end=""

@@ -1,19 +1,21 @@
 """A study run: its groups of runs handed to workers, which may die at any moment."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from experiments import data
 from experiments.data import Dataset
-from experiments.engines import sweep
-from experiments.execute import execute, groups, has_dense
+from experiments.engines import ATTEMPTS, sweep
+from experiments.execute import execute, groups, has_dense, rounds_of
 from experiments.runs import PROFILES, Run
-from experiments.store import Store
+from experiments.store import Lease, Store
 from experiments.studies import Study, wanted
 
 MOST_ON_CPU = 8  # networks side by side; more gain nothing on one core
@@ -32,15 +34,50 @@ class Job:
         if device == "cpu":
             torch.set_num_threads(1)  # the bits of dense products depend on how many there are
         store = Store(self.store)
-        lease = store.claim([run.id for run in group])
+        mine, lease = claim(group, store)
         if lease is None:
-            print(f"{group[0].id} and what is trained with it are held by another worker")
             return
         with lease:
-            for dense in {run.dense for run in group} - set(group):
-                wait_for(dense, store)
+            # what is claimed may have been done by another worker meanwhile, or before a kill
+            left = [run for run in mine if not is_done(run, self.rounds, store)]
+            if not left:
+                return
+            for run in left:
+                if run.schedule != "learned" and run != run.dense:
+                    wait_for(run.dense, store)
             dataset = load(group[0].dataset, self.data_dir, device)
-            execute(group, self.rounds, store, lease, dataset, partial(print, flush=True))
+            execute(left, self.rounds, store, lease, dataset, partial(print, flush=True))
+
+
+def claim(group: Sequence[Run], store: Store) -> tuple[list[Run], Lease | None]:
+    """The runs of a group that nobody works on, and their lease; says which are left out."""
+    while True:
+        holders = store.holders()
+        mine = [run for run in group if run.id not in holders]
+        lease = store.claim([run.id for run in mine]) if mine else None
+        if mine and lease is None:
+            continue  # another worker came between
+        if len(mine) < len(group):
+            say_held([run for run in group if run not in mine], holders)
+        return mine, lease
+
+
+def is_done(run: Run, rounds: int, store: Store) -> bool:
+    """Whether the store holds all of a run that others need of it."""
+    there = rounds_of(run, rounds) <= store.rounds_done(run.id)
+    return there and (run != run.dense or has_dense(run, store))
+
+
+def say_held(runs: Sequence[Run], holders: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line for each other worker: how many of the runs it holds."""
+    of: dict[str, list[Run]] = {}
+    for run in runs:
+        if owner := holders.get(run.id):
+            who = f"{owner['host']}, pid {owner['pid']}, since {owner['since']}"
+            of.setdefault(who, []).append(run)
+    for who, its in of.items():
+        more = f" and {len(its) - 1} more" if len(its) > 1 else ""
+        print(f"held by another worker ({who}), left to it: {its[0].id}{more}", flush=True)
 
 
 def wait_for(dense: Run, store: Store) -> None:
@@ -80,21 +117,69 @@ def run_study(
         only: arms to take: pairs (field of Run, its value as text); several of one field are
             alternatives.
     """
-    most = PROFILES[profile].rounds
+    if seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {seeds}.")
     if rounds is None:
-        rounds = study.rounds if most is None else min(most, study.rounds)
+        rounds = rounds_asked(study, profile)
+    if rounds < 0:
+        raise ValueError(f"rounds must be 0 or more, got {rounds}.")
     runs = [run for run in wanted(study, network, profile, seeds) if chosen(run, only)]
+    if not runs:
+        values = ", ".join(f"{name}={value}" for name, value in only)
+        raise ValueError(f"{study.name} has no runs with {values}: leave out some --only.")
     load(runs[0].dataset, data_dir, "cpu")  # before any worker starts: an error is one message
+    check_devices(devices, scheduler)
     cuda = devices[0] != "cpu"
-    job = Job(store.folder, rounds, data_dir)
+    # workers of a cluster may be in another folder
+    job = Job(store.folder.absolute(), rounds, data_dir and data_dir.absolute())
     failed = 0
+    size = len(runs) if cuda else spread_over(len(runs), workers)
     for phase in (0, 1):  # the others start from the dense runs
-        size = len(runs) if cuda else spread_over(len(runs), workers)
-        todo = groups(runs, rounds, store, size, across_seeds=cuda)[phase]
-        failed += sweep(
-            todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
-        )
+        # again, since a dead worker on another machine holds its runs for two minutes
+        for _ in range(ATTEMPTS):
+            holders = store.holders()
+            todo = [
+                group
+                for group in groups(runs, rounds, store, size, across_seeds=cuda)[phase]
+                if any(run.id not in holders for run in group)
+            ]
+            failed += sweep(
+                todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
+            )
+            if failed or not todo:
+                break
+    say_left(runs, rounds, store)
     return failed
+
+
+def say_left(runs: Sequence[Run], rounds: int, store: Store) -> None:
+    """At the end: what is not done because others are on it."""
+    holders = store.holders()
+    left = [run for run in runs if not rounds_of(run, rounds) <= store.rounds_done(run.id)]
+    held = [run for run in left if run.id in holders]
+    if held:
+        whom = {f"{holders[run.id]['host']} pid {holders[run.id]['pid']}" for run in held}
+        print(
+            f"{len(held)} of {len(runs)} runs are being done by other workers "
+            f"({', '.join(sorted(whom))}); the same command goes on with what they leave"
+        )
+
+
+def check_devices(devices: Sequence[str], scheduler: str | None) -> None:
+    """Raise ValueError unless they are cpu, or CUDA devices that are here or at the scheduler."""
+    for device in devices:
+        if device == "cpu":
+            continue
+        if not re.fullmatch(r"cuda:\d+", device):
+            raise ValueError(f"devices must be cpu, or cuda:0,cuda:1 and so on; got {device!r}.")
+        if scheduler is None and int(device[5:]) >= torch.cuda.device_count():
+            raise ValueError(f"there is no {device} here: torch finds {torch.cuda.device_count()}.")
+
+
+def rounds_asked(study: Study, profile: str) -> int:
+    """The study's, or as many as the profile has at most."""
+    most = PROFILES[profile].rounds
+    return study.rounds if most is None else min(most, study.rounds)
 
 
 def spread_over(runs: int, workers: int) -> int:

@@ -302,7 +302,7 @@ def test_runs_of_a_group_that_another_holds_are_left_to_it(tmp_path, capsys):
 
 def test_a_study_that_another_sweep_does_says_so_and_succeeds(tmp_path, capsys):
     store = Store(tmp_path)
-    runs = [run for run in STUDIES["dense"].runs("fc", "smoke", (0, 1))]
+    runs = list(STUDIES["dense"].runs("fc", "smoke", (0, 1)))
     command = ["run", "dense", "--profile", "smoke", "--seeds", "2", "--store", f"{tmp_path}"]
     with store.claim([run.id for run in runs]):
         assert main(command) == 0

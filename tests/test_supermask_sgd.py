@@ -62,3 +62,16 @@ def test_errors():
     weight = p.weight.clone().requires_grad_()
     with pytest.raises(ValueError, match="weight must be a constant"):
         ops.supermask_linear_sgd(p.x, score, velocity, weight, p.key, lr=0.1)
+
+
+def test_it_is_not_for_the_compiler():
+    score = torch.zeros(3, 4, requires_grad=True)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return ops.supermask_linear_sgd(
+            x, score, torch.zeros(3, 4), torch.ones(3, 4), ls.random.key(0), lr=0.1
+        )
+
+    with pytest.raises(Exception, match=r"supermask_linear with torch\.optim\.SGD instead"):
+        compiled(torch.ones(2, 4))

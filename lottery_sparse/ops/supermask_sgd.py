@@ -12,7 +12,6 @@ from lottery_sparse.ops.checks import Drawn, SignConstant
 from lottery_sparse.ops.supermask import _check, _mask, _split_weight
 
 
-@torch.compiler.disable
 def supermask_linear_sgd(
     x: Tensor,
     score: Tensor,
@@ -45,7 +44,13 @@ def supermask_linear_sgd(
 
     Raises:
         ValueError: as in `supermask_linear`, and for a score or velocity that cannot be updated.
+        RuntimeError: under torch.compile, which would not see what the backward writes.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "supermask_linear_sgd updates the score in its backward, which torch.compile cannot "
+            "follow; compile supermask_linear with torch.optim.SGD instead."
+        )
     if not score.requires_grad or not score.is_contiguous():
         raise ValueError("score must be contiguous and require grad: the backward updates it.")
     if velocity.shape != score.shape or velocity.dtype != score.dtype or velocity.requires_grad:

@@ -30,7 +30,7 @@ quickstart: $(PACKAGE)  ## train LeNet, find a ticket, print and draw what it sh
 	$(PY) -m experiments quickstart --json $(OUT)/quickstart.json --png $(OUT)/quickstart.png
 
 test: $(PACKAGE)  ## run the tests (PYTEST_ARGS="-k masks" to choose)
-	$(PY) -m pytest -n 2 --dist loadfile --benchmark-disable $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(PYTEST_ARGS)
 
 lint: $(PACKAGE)  ## ruff, clang-format and pyright; changes nothing
 	$(VENV)/bin/ruff check .

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser(
-        "speed", help="what a chain costs beside eager PyTorch; 2 minutes"
+        "speed", help="what a chain costs beside eager PyTorch; 5 minutes"
     )
     command.set_defaults(command=run_speed)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")

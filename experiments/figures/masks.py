@@ -214,7 +214,8 @@ def plane(
     }
     drawn = np.random.default_rng(0).permutation(w_init.numel())[:points]
     x, y = (w.flatten().numpy()[drawn] for w in (w_init, w_final))
-    reach = float(np.abs(np.concatenate([x, y])).max()) * 1.05
+    # an axis each: weights of a long training reach ten times as far as they started
+    reaches = [float(np.abs(side).max()) * 1.05 or 1.0 for side in (x, y)]
     columns = min(3, len(criteria))
     rows = -(-len(criteria) // columns)
     title = "Which weights each criterion keeps"
@@ -231,9 +232,9 @@ def plane(
             axes.plot(x[~chosen], y[~chosen], ".", color="#c4c4c4", markersize=1.6, **dots)
             axes.plot(x[chosen], y[chosen], "o", color="#00306e", markersize=1.9, **dots)
             axes.set_title(name, fontsize=7.5)
-            axes.set_xlim(-reach, reach)
-            axes.set_ylim(-reach, reach)
-            axes.set_aspect("equal")
+            axes.set_xlim(-reaches[0], reaches[0])
+            axes.set_ylim(-reaches[1], reaches[1])
+            axes.set_box_aspect(1)
             axes.tick_params(labelsize=7)
         figure.supxlabel("initial weight", fontsize=9)
         figure.supylabel("final weight", fontsize=9)

@@ -175,13 +175,11 @@ def test_only_takes_values_of_fields():
 
 MIXED = [
     SMOKE(criterion="large_final"),
-    SMOKE(criterion="random"),
-    SMOKE(mask1="reinit"),
-    SMOKE(rewind_to=5),
+    SMOKE(mask1="reinit", rewind_to=5),
     SMOKE(criterion="movement", mask1="reinit_permute", compounding=True),
 ]
-VALUES = [SMOKE(mask0="freeze_init"), SMOKE(mask0="freeze_init_zero_all")]
-ROUNDS = 9  # the last two with sparse products in every layer, so side by side
+VALUES = [SMOKE(mask0="freeze_init_zero_all")]
+ROUNDS = 8  # the last one with sparse products in every layer, so side by side
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +217,7 @@ def test_rows_do_not_depend_on_company_or_restarts(together, tmp_path, tiny):
 
     store = Store(tmp_path)
     do(store, [DENSE_RUN], 0, tiny)
-    for runs in (MIXED[:2], MIXED[2:3], MIXED[3:], VALUES[:1], VALUES[1:]):
+    for runs in (MIXED[:2], MIXED[2:], VALUES):
         while True:
             try:
                 do(store, runs, ROUNDS, tiny, say)
@@ -231,7 +229,7 @@ def test_rows_do_not_depend_on_company_or_restarts(together, tmp_path, tiny):
 
 
 def test_a_checkpoint_gives_the_round_back(together):
-    tensors, metadata = together.load(VALUES[1].id)
+    tensors, metadata = together.load(VALUES[0].id)
     this = unpacked(tensors, metadata, CPU)
     again, metadata_again = packed(this)
     assert metadata_again == metadata

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import lottery_sparse as ls
 from experiments import data, quickstart, speed, studies
 from experiments.engines import ENGINES
-from experiments.files import write_whole
+from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
 from experiments.progress import INSTALL
 from experiments.runs import PROFILES
@@ -33,22 +34,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit status. Errors of the user are one message, no traceback."""
     options = parser().parse_args(arguments)
     try:
-        status = options.command(options)
+        with warnings.catch_warnings():  # which ends what is changed here
+            warnings.showwarning = _warn
+            status = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:  # DataError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        again = "; the same command goes on with what is not done" if options.resumes else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return 130
     return status or 0
 
 
+def _in_words(error: ValueError | OSError) -> str:
+    """Its sentence, without Python's "[Errno 13]"."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    if error.filename is None:
+        return f"{error.strerror}."
+    return f"{error.filename} cannot be read or written ({error.strerror}): give another place."
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning as one line, without the place in the source that gives it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments")
+    top.set_defaults(resumes=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="networks, data sets, criteria, actions")
@@ -76,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser("run", help="do what is still to do of a study; resumes")
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, resumes=True)
     command.add_argument("study", metavar="STUDY", help="see `list`")
     command.add_argument("--network", default="fc", metavar="NAME", help="see `list` (default: fc)")
     command.add_argument(
@@ -189,6 +208,7 @@ def list_all(options: argparse.Namespace) -> None:
 
 
 def run_quickstart(options: argparse.Namespace) -> None:
+    _check_places(options.json, options.png)
     if options.data_dir or options.download or data.has_mnist(None):
         dataset = data.load("mnist", options.data_dir, download=options.download)
     else:
@@ -218,21 +238,35 @@ def run(options: argparse.Namespace) -> int:
         options.network,
         options.profile,
         study.seeds if options.seeds is None else options.seeds,
-        Store(options.store),
+        options.store,
         rounds=options.rounds,
         only=pairs,
         data_dir=options.data_dir,
+        download=options.download,
         engine=options.engine,
-        workers=options.workers or os.cpu_count() or 1,
+        workers=_workers(options),
         scheduler=options.scheduler,
         devices=options.devices.split(","),
     )
     if failed:
-        print(f"{failed} groups failed; the same command goes on with them", file=sys.stderr)
+        text = "1 group was" if failed == 1 else f"{failed} groups were"
+        print(f"{text} not done; the same command goes on with what is left", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _workers(options: argparse.Namespace) -> int:
+    return (os.cpu_count() or 1) if options.workers is None else options.workers
+
+
+def _check_places(*files: Path | None) -> None:
+    """What is to be written can be: asked before the minutes that its numbers take."""
+    for path in files:
+        if path is not None:
+            make_folder(path.parent)
+
+
 def run_speed(options: argparse.Namespace) -> None:
+    _check_places(options.json)
     numbers = speed.measure(data.load("mnist", options.data_dir, download=options.download))
     for row in numbers["rounds"]:
         times = ", ".join(f"{name} {row[name]:.2f} s" for name in numbers["seconds"])
@@ -247,6 +281,8 @@ def status(options: argparse.Namespace) -> None:
     if options.network is not None and options.network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {options.network!r}.")
     networks = [options.network] if options.network else list(NETWORKS)
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, got {options.seeds}.")
     store = Store(options.store, create=False)
     found = progress(chosen, networks, options.profile, options.seeds, store)
     if not found:
@@ -255,7 +291,7 @@ def status(options: argparse.Namespace) -> None:
         for run_id in dict.fromkeys(run.id for run in together(found).pending):
             print(run_id)
         return
-    workers = options.workers or os.cpu_count() or 1
+    workers = _workers(options)
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}.")
     print(as_text(found, Times(store.rows(), store.records()), workers))

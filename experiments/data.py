@@ -277,11 +277,10 @@ def _missing(folder: Path, files: dict[str, IdxFile]) -> list[str]:
     return [name for name in names if not any(path.is_file() for path in _variants(folder, name))]
 
 
-def _not_found(name: str, paths: list[Path]) -> DataError:
-    tried = "".join(f"\n  {path}" for path in paths)
+def _not_found(name: str, folder: Path, missing: list[str]) -> DataError:
     return DataError(
-        f"{name} was not found. Tried:{tried}\n"
-        "Give the right folder with --data-dir or LS_DATA_DIR, or add --download."
+        f"{name} was not found: {folder} has no {', '.join(missing)}; give the right folder with "
+        "--data-dir or LS_DATA_DIR, or add --download."
     )
 
 
@@ -289,7 +288,7 @@ def _load_mnist(
     name: str, folder: Path, files: dict[str, IdxFile], device: torch.device | str
 ) -> Dataset:
     if missing := _missing(folder, files):
-        raise _not_found(name, [path for file in missing for path in _variants(folder, file)])
+        raise _not_found(name, folder, [f"{file}[.gz]" for file in missing])
     arrays = {}
     for part, file in files.items():
         path = next(path for path in _variants(folder, file.name) if path.is_file())
@@ -305,8 +304,8 @@ def _load_mnist(
 
 def _load_cifar10(folder: Path, device: torch.device | str) -> Dataset:
     paths = [folder / name for name in (*CIFAR10_TRAIN, CIFAR10_TEST)]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise _not_found("cifar10", missing)
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise _not_found("cifar10", folder, missing)
     size = CIFAR10_RECORDS * (1 + math.prod(CIFAR10_SHAPE))
     *train, test = (parse_cifar10(read_limited(path, size), path) for path in paths)
     images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))

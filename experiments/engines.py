@@ -61,10 +61,21 @@ def sweep(
             devices that do not go together.
         KeyboardInterrupt: Ctrl-C; workers are gone by then.
     """
+    check(engine, workers, scheduler, devices)
+    slots = list(devices) if devices[0] != "cpu" else ["cpu"] * workers
+    if not groups:
+        return 0
+    return ENGINES[engine](groups, work, slots, scheduler)
+
+
+def check(engine: str, workers: int, scheduler: str | None, devices: Sequence[str]) -> None:
+    """Raise ValueError where `sweep` would, but for what a cluster alone can know."""
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.")
     if scheduler and engine != "dask":
-        raise ValueError(f"scheduler is for the engine dask, got {scheduler} with {engine}.")
+        raise ValueError(
+            f"scheduler is for the engine dask, got {scheduler} with {engine}: add --engine dask."
+        )
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}.")
     if not devices or ("cpu" in devices and len(devices) > 1):
@@ -74,10 +85,8 @@ def sweep(
             f"a worker of a scheduler has one device, got {', '.join(devices)}: start one worker "
             "per GPU with CUDA_VISIBLE_DEVICES, and give --devices cuda:0."
         )
-    slots = list(devices) if devices[0] != "cpu" else ["cpu"] * workers
-    if not groups:
-        return 0
-    return ENGINES[engine](groups, work, slots, scheduler)
+    if engine == "dask" and importlib.util.find_spec("distributed") is None:
+        raise ValueError(f"the engine dask needs distributed, which is not here: {INSTALL_DASK}.")
 
 
 def _inline(groups: Sequence[Group], work: Work, slots: list[str], scheduler: str | None) -> int:
@@ -206,8 +215,6 @@ def _stopping(running: dict[int, _Running]) -> Iterator[None]:
 
 
 def _dask(groups: Sequence[Group], work: Work, slots: list[str], scheduler: str | None) -> int:
-    if importlib.util.find_spec("distributed") is None:
-        raise ValueError(f"the engine dask needs distributed, which is not here: {INSTALL_DASK}.")
     import dask.config
     import distributed
 
@@ -226,6 +233,10 @@ def _dask(groups: Sequence[Group], work: Work, slots: list[str], scheduler: str 
             client = stack.enter_context(distributed.Client(address, timeout=TIMEOUT))
         except OSError as error:
             raise OSError(f"no Dask scheduler answers at {address}: is it running?") from error
+        except ValueError as error:
+            raise ValueError(
+                f"scheduler must be an address such as tcp://HOST:8786, got {address!r}: {error}."
+            ) from None
         sweep_id = secrets.token_hex(4)  # two sweeps may use one scheduler
         # names of runs are in the keys, so that the dashboard says what is being done
         futures = {
@@ -291,6 +302,11 @@ def _why(error: BaseException | None) -> str | BaseException:
         return "the workers that were on it died, one after the other"
     if error is None or isinstance(error, CancelledError):
         return "the scheduler has dropped it"
+    if isinstance(error, ModuleNotFoundError) or "deserialization of the task" in str(error):
+        return (
+            "the scheduler or a worker cannot import what it is sent: start them in the checkout, "
+            "with PYTHONPATH=$PWD and this Python environment (see experiments/slurm.md)"
+        )
     return error
 
 

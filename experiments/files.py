@@ -21,7 +21,7 @@ def write_whole(
 
     `guard` is entered around the moment in which the file appears.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=temporary(path), delete=False) as file:
         try:
             file.write(content)
@@ -34,6 +34,15 @@ def write_whole(
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file.name)
             raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        said = f"{path} cannot be a folder, since it, or what it is in, is a file: give another one"
+        raise NotADirectoryError(error.errno, said) from error
 
 
 def temporary(path: Path) -> str:

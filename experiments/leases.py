@@ -151,11 +151,13 @@ class Leases:
             return None
         try:
             owner = _owner(fd)
-            if now - os.fstat(fd).st_mtime > STALE:
+            silent = now - os.fstat(fd).st_mtime
+            if silent > STALE:
                 return None
-            if owner.get("boot") == _boot() and try_lock(fd, shared=True):
+            here = owner.get("boot") == _boot()
+            if here and try_lock(fd, shared=True):
                 return None
-            return owner
+            return owner | {"silent": 0.0 if here else silent}
         finally:
             os.close(fd)
 
@@ -192,7 +194,7 @@ class Leases:
         with self._lock(True) as lock:
             now = _now(lock)
             return {
-                run_id: {name: owner.get(name) for name in ("host", "pid", "since")}
+                run_id: {name: owner.get(name) for name in ("host", "pid", "since", "silent")}
                 for run_id in self._names()
                 if (owner := self._holder(run_id, now))
             }

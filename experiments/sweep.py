@@ -1,8 +1,9 @@
 """A study run: its groups of runs handed to workers, which may die at any moment."""
 
+import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
-from experiments import data
+from experiments import data, leases
 from experiments.data import Dataset
-from experiments.engines import ATTEMPTS, sweep
+from experiments.engines import ATTEMPTS, check, sweep
 from experiments.execute import execute, groups, has_dense, rounds_of
+from experiments.networks import NETWORKS, keep_by_parameter, skeleton
 from experiments.runs import PROFILES, Run
 from experiments.store import Lease, Store
 from experiments.studies import Study, wanted
@@ -99,69 +101,132 @@ def run_study(
     network: str,
     profile: str,
     seeds: int,
-    store: Store,
+    folder: Path,
     *,
     rounds: int | None = None,
     only: Sequence[tuple[str, str]] = (),
     data_dir: Path | None = None,
+    download: bool = False,
     engine: str = "process",
     workers: int = 1,
     scheduler: str | None = None,
     devices: Sequence[str] = ("cpu",),
 ) -> int:
-    """Do what is still to do of a study; returns how many groups failed.
+    """Do what is still to do of a study; returns how many groups failed, or runs were left.
 
     Args:
         seeds: how many, from 0 on.
+        folder: of the store, made where it is missing, but only once the rest is in order.
         rounds: how many; None: the study's, or as many as the profile has at most.
         only: arms to take: pairs (field of Run, its value as text); several of one field are
             alternatives.
+        download: fetch what is missing in `data_dir` first.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {seeds}.")
-    if rounds is None:
-        rounds = rounds_asked(study, profile)
-    if rounds < 0:
-        raise ValueError(f"rounds must be 0 or more, got {rounds}.")
-    runs = [run for run in wanted(study, network, profile, seeds) if chosen(run, only)]
+    every = wanted(study, network, profile, seeds)
+    check_only(every, only)
+    runs = [run for run in every if chosen(run, only)]
     if not runs:
         values = ", ".join(f"{name}={value}" for name, value in only)
-        raise ValueError(f"{study.name} has no runs with {values}: leave out some --only.")
-    load(runs[0].dataset, data_dir, "cpu")  # before any worker starts: an error is one message
+        raise ValueError(f"{study.name} has no runs with all of {values}: leave out some --only.")
+    if rounds is None:
+        rounds = rounds_asked(study, profile)
+    check_rounds(rounds, network)
+    check(engine, workers, scheduler, devices)
     check_devices(devices, scheduler)
+    # before any worker starts: an error is one message
+    if download:
+        data.load(runs[0].dataset, data_dir, download=True)
+    load(runs[0].dataset, data_dir, "cpu")
+    store = Store(folder)
     cuda = devices[0] != "cpu"
     # workers of a cluster may be in another folder
     job = Job(store.folder.absolute(), rounds, data_dir and data_dir.absolute())
     failed = 0
     size = len(runs) if cuda else spread_over(len(runs), workers)
     for phase in (0, 1):  # the others start from the dense runs
-        # again, since a dead worker on another machine holds its runs for two minutes
-        for _ in range(ATTEMPTS):
-            holders = store.holders()
-            todo = [
-                group
-                for group in groups(runs, rounds, store, size, across_seeds=cuda)[phase]
-                if any(run.id not in holders for run in group)
-            ]
+        again = 0
+        while not failed and again < ATTEMPTS:
+            left = groups(runs, rounds, store, size, across_seeds=cuda)[phase]
+            todo = free(left, store)
+            if left and not todo:  # by a worker that died on another machine, perhaps
+                wait_for_life([run for group in left for run in group], store)
+                todo = free(left, store)
+            if not todo:
+                break
+            before = len(store.rows())
             failed += sweep(
                 todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
             )
-            if failed or not todo:
-                break
-    say_left(runs, rounds, store)
-    return failed
+            again = again + 1 if len(store.rows()) == before else 0
+    left = say_left(runs, rounds, store)
+    return failed or left
 
 
-def say_left(runs: Sequence[Run], rounds: int, store: Store) -> None:
-    """At the end: what is not done because others are on it."""
+def free(left: Sequence[tuple[Run, ...]], store: Store) -> list[tuple[Run, ...]]:
+    """The groups of which a run is held by nobody."""
+    holders = store.holders()
+    return [group for group in left if any(run.id not in holders for run in group)]
+
+
+def wait_for_life(runs: Sequence[Run], store: Store, every: float = 2.0) -> None:
+    """Return when each of the runs is free, or its worker certainly alive.
+
+    On this machine that is seen at once. Elsewhere a worker is alive that touches its lease, and
+    dead that has not done so for `leases.STALE` seconds; so this waits for one or the other.
+    """
+    silent: dict[str, float] = {run.id: 0.0 for run in runs}
+    said = False
+    while True:
+        holders = store.holders()
+        # who has been silent for less long than when last looked at has given a sign of life
+        silent = {
+            run_id: holders[run_id]["silent"]
+            for run_id, before in silent.items()
+            if run_id in holders and holders[run_id]["silent"] > before
+        }
+        if not silent:
+            return
+        if not said:
+            print(
+                f"waiting for a sign of life of {_whom(holders, silent)}; after "
+                f"{leases.STALE:g} s without one its runs are gone on with",
+                flush=True,
+            )
+            said = True
+        time.sleep(every)
+
+
+def _whom(holders: Mapping[str, Mapping[str, Any]], run_ids: Iterable[str]) -> str:
+    return ", ".join(sorted({f"{holders[at]['host']} pid {holders[at]['pid']}" for at in run_ids}))
+
+
+def say_left(runs: Sequence[Run], rounds: int, store: Store) -> int:
+    """At the end: what is not done. Returns how much of it nobody is on."""
     holders = store.holders()
     left = [run for run in runs if not rounds_of(run, rounds) <= store.rounds_done(run.id)]
-    held = [run for run in left if run.id in holders]
+    held = [run.id for run in left if run.id in holders]
     if held:
-        whom = {f"{holders[run.id]['host']} pid {holders[run.id]['pid']}" for run in held}
         print(
             f"{len(held)} of {len(runs)} runs are being done by other workers "
-            f"({', '.join(sorted(whom))}); the same command goes on with what they leave"
+            f"({_whom(holders, held)}); the same command goes on with what they leave"
+        )
+    return len(left) - len(held)
+
+
+def check_rounds(rounds: int, network: str) -> None:
+    """Raise ValueError for fewer than 0, and for more than leave each layer a weight."""
+    net = NETWORKS[network]
+    sizes = {name: p.numel() for name, p in skeleton(net).named_parameters()}
+    most = min(
+        math.floor(math.log(sizes[name]) / -math.log(share))
+        for name, share in keep_by_parameter(net).items()
+    )
+    if not 0 <= rounds <= most:
+        raise ValueError(
+            f"rounds must be 0 to {most} on {network}, where more leave a layer without a weight; "
+            f"got {rounds}."
         )
 
 
@@ -193,7 +258,16 @@ def chosen(run: Run, only: Sequence[tuple[str, str]]) -> bool:
         return True
     values: dict[str, set[str]] = {}
     for name, value in only:
-        if name not in Run.__dataclass_fields__:
-            raise ValueError(f"--only takes fields of a run, FIELD=VALUE; got {name}={value}.")
         values.setdefault(name, set()).add(value)
     return all(str(getattr(run, name)) in allowed for name, allowed in values.items())
+
+
+def check_only(runs: Sequence[Run], only: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError for a field that runs do not have, or a value that none of them has."""
+    for name, value in only:
+        if name not in Run.__dataclass_fields__:
+            fields = ", ".join(Run.__dataclass_fields__)
+            raise ValueError(f"--only takes FIELD=VALUE with a field of {fields}; got {name!r}.")
+        known = dict.fromkeys(str(getattr(run, name)) for run in runs)
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)} here; got {value!r}.")

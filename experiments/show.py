@@ -5,8 +5,9 @@ all), profile, and out (a folder; for the report a file or a folder).
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments import studies
 from experiments.claims import judge
@@ -63,9 +64,12 @@ def report(options: argparse.Namespace) -> None:
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
     networks = _networks(options.network)
     _check_profile(options.profile)
+    rows = store.rows()
+    if not _has_rows(rows, options):
+        raise _no_rows(options)
     text = build(
         chosen,
-        store.rows(),
+        rows,
         store.records(),
         judge,
         options.profile,
@@ -83,6 +87,10 @@ def claims(options: argparse.Namespace) -> None:
     """What the rows say to each claim, as a Markdown table on standard output."""
     rows = Store(options.store, create=False).rows()
     _check_profile(options.profile)
+    if options.study is not None:
+        studies.find(options.study)
+    if not _has_rows(rows, options):
+        raise _no_rows(options)
     cells = [
         (verdict.claim.study, network, verdict.claim.text, verdict.numbers, verdict.status)
         for network in _networks(options.network)
@@ -113,11 +121,20 @@ def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection
                 any_found = True
                 yield selection
     if not any_found:
-        names = ", ".join(study.name for study in chosen)
-        raise ValueError(
-            f"no rows in {options.store} of {names} on {', '.join(networks)} with profile "
-            f"{options.profile}; `python -m experiments run` makes them."
-        )
+        raise _no_rows(options)
+
+
+def _has_rows(rows: Iterable[Mapping[str, Any]], options: argparse.Namespace) -> bool:
+    networks = _networks(options.network)
+    return any(row["network"] in networks and row["profile"] == options.profile for row in rows)
+
+
+def _no_rows(options: argparse.Namespace) -> ValueError:
+    of = f"{options.study or 'any study'} on {options.network or 'any network'}"
+    return ValueError(
+        f"no rows in {options.store} of {of} with profile {options.profile}: make them by "
+        "`python -m experiments run`, or choose another --profile."
+    )
 
 
 def _networks(name: str | None) -> tuple[str, ...]:

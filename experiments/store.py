@@ -63,7 +63,10 @@ class Store:
                     "another folder, or use the version that wrote it."
                 )
         elif not create:
-            raise FileNotFoundError(f"{self.folder} is no store of results (no store.json in it).")
+            raise FileNotFoundError(
+                f"{self.folder} is no store of results (no store.json in it): give its folder with "
+                "--store, or make one by `python -m experiments run STUDY`."
+            )
         elif any((self.folder / name).exists() for name in (ROWS, RUNS)):
             raise ValueError(f"{self.folder} holds results but no store.json: give another folder.")
         else:
@@ -271,6 +274,8 @@ class Store:
 def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
+    except NotADirectoryError:
+        raise  # it says what to do
     except OSError as error:
         said = OSError(
             f"{path} cannot be written ({error.strerror or error}): nothing of this was stored, "

@@ -157,7 +157,10 @@ def select(study: Study, network: str, profile: str, rows: Iterable[Row]) -> Sel
             missing.append(label)
             continue
         if ids in curves:  # in a short profile two moments may be one iteration: one curve
-            curves[ids] = replace(curves[ids], label=f"{curves[ids].label} = {label}")
+            before = curves[ids].label
+            told = before.replace(" = ", ", ").split(", ")
+            apart = [word for word in label.split(", ") if word not in told]
+            curves[ids] = replace(curves[ids], label=f"{before} = {', '.join(apart)}")
             continue
         starts = {run.dense.id for run in runs if run.id in by_run}
         before = tuple(

@@ -101,7 +101,7 @@ def test_sooner_wants_half_of_the_lead_and_a_small_p():
     assert test(found(a=1_000, b=1_600))[0]
     assert not test(found(a=1_000, b=1_400))[0]
     assert not test(found(a=1_600, b=1_000))[0]
-    noisy = {"a": {0: 500, 1: 1_000, 2: 3_000}, "b": {0: 500, 1: 2_000, 2: 6_000}}
+    noisy = {"a": {0: 5e2, 1: 1e3, 2: 3e3}, "b": {0: 5e2, 1: 2e3, 2: 6e3}}
     assert not test(noisy)[0]
     assert "a 1,000 iterations (3 seeds) against b 1,601" in test(found(a=1_000, b=1_600))[1]
 
@@ -278,6 +278,10 @@ def test_arms_that_round_to_one_iteration_are_one_curve():
         "rewind_to 0.05",
         "rewind_to 0.1",
     ]
+    masks = studies.STUDIES["early-masks"]
+    rows = [row for run in masks.runs("fc", "smoke", (0,)) for row in study_rows.of_run(run, 3)]
+    labels = [curve.label for curve in select(masks, "fc", "smoke", rows).curves]
+    assert labels[1] == "large_final, init, final_at 0.01 = final_at 0.02"
     assert select(study, "fc", "paper", rows).missing == tuple(arm.label for arm in study.arms())
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments import studies
-from experiments.claims import judge
 from experiments.files import write_whole
+from experiments.judging import judge
 from experiments.networks import NETWORKS
 from experiments.report import build, weights_from
 from experiments.runs import PROFILES

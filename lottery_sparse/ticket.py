@@ -46,6 +46,7 @@ class Ticket:
     history: list[dict[str, Any]] = field(default_factory=list)
     released: bool = False  # mask-0 "original": every weight trains, masks only shape the start
     rescale: bool = False
+    saved: ticket_file.Saved | None = field(default=None, repr=False, compare=False)
 
     @property
     def bits(self) -> dict[str, int]:
@@ -65,20 +66,61 @@ class Ticket:
         Raises:
             TypeError: a start that is no tensor or source, or metrics that JSON cannot hold.
         """
-        ticket_file.save(
-            path, self.masks, self.start, self.frozen,
-            {"history": self.history, "released": self.released, "rescale": self.rescale},
-        )  # fmt: skip
+        ticket_file.save(path, self.masks, self.start, self.frozen, self._others)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
         """The ticket that `save` wrote. Nothing in the file is executed.
 
         Raises:
-            ValueError: the file is no ticket, or of a newer format.
+            ValueError: the file is no ticket, of a newer format, or was changed since.
         """
-        masks, start, frozen, others = ticket_file.load(path)
-        return cls(masks, start, frozen, **others)
+        masks, start, frozen, others, saved = ticket_file.load(path)
+        return cls(masks, start, frozen, **others, saved=saved)
+
+    def verify(self) -> Ticket:
+        """Recompute what the ticket says of itself; returns the ticket.
+
+        Starts and frozen values have the shapes of the masks; the last record of `history` has
+        their density. Of a ticket that was loaded, all is as it was saved: masks and tensors bit by
+        bit, and the weights that its seeds draw here are those that were drawn where it was saved
+        (whatever machine that was). Digests find damage and mistakes; who forges a file can forge
+        them too.
+
+        Raises:
+            ValueError: something is not as the ticket says; the message names it and the file.
+        """
+        where = "the ticket" if self.saved is None else self.saved.path
+        for name, mask in self.masks.items():
+            if name not in self.start:
+                raise ValueError(f"{where} has a mask of {name}, but no start for it.")
+            for what, value in ("start", self.start[name]), ("frozen", self.frozen.get(name)):
+                if isinstance(value, Tensor) and value.shape != mask.shape:
+                    raise ValueError(
+                        f"{where}: {what} of {name} must have the shape of its mask, "
+                        f"{tuple(mask.shape)}, got {tuple(value.shape)}."
+                    )
+        if unknown := sorted(self.frozen.keys() - self.masks.keys()):
+            raise ValueError(f"{where} has frozen values of {unknown[0]}, but no mask for it.")
+        said = self.history[-1].get("density") if self.history else None
+        if said is not None and said != self.masks.density:
+            raise ValueError(
+                f"{where}: the last record of history says density {said}, but its masks keep "
+                f"{self.masks.kept} of {self.masks.total} ({self.masks.density})."
+            )
+        now = ticket_file.digests(self.masks, self.start, self.frozen, self._others)
+        if self.saved and (
+            changed := ticket_file.differing(self.saved, now, self.masks, self.start)
+        ):
+            raise ValueError(
+                f"{where}: {changed} is not what was saved; load or make the ticket again, or save "
+                "it where the change was meant."
+            )
+        return self
+
+    @property
+    def _others(self) -> dict[str, Any]:
+        return {"history": self.history, "released": self.released, "rescale": self.rescale}
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the ticket into a model of the same architecture, ready to train; in place."""

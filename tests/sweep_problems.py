@@ -23,6 +23,11 @@ def ids(count: int) -> list[str]:
     return [f"fc-s{seed}-test-{seed:012x}" for seed in range(count)]
 
 
+RUN = ids(1)[0]
+ROW = {"run_id": RUN, "round": 0, "test_accuracy": 0.1 + 0.2, "kept": 3, "products": ["sparse"]}
+RECORD = {"run_id": RUN, "round": 0, "seconds": 1.5}
+
+
 def start(run_id: str) -> torch.Tensor:
     return torch.tensor([1.0, 2.0, int(run_id[-12:], 16)], dtype=torch.float64)
 

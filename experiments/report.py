@@ -33,7 +33,8 @@ STATUSES = {  # of a verdict -> in a count of them
     "not run": "not run",
     "not the paper profile": "not judged",
 }
-REFERENCES = ("rewind", "zero", "large_final", "large_final, init")  # others are tested against it
+# others are tested against it
+REFERENCES = ("rewind", "zero", "large_final", "large_final, init", "rewind_to 0")
 
 
 class Claim(Protocol):
@@ -45,7 +46,7 @@ class Claim(Protocol):
 
 
 class Verdict(Protocol):
-    """What rows say to a claim about a network, see `claims.judge`."""
+    """What rows say to a claim about a network, see `judging.judge`."""
 
     @property
     def claim(self) -> Claim: ...
@@ -162,10 +163,11 @@ def _overview(
         page.table(counted, "overview"),
         page.tag(
             "p",
-            "A claim holds or fails by rows of the paper profile alone, from three seeds on; its "
-            "statistic and threshold were committed before its runs. p < 0.05 by Welch's two-sided "
-            "test is starred as in the paper; beside it stands p corrected by Holm over the levels "
-            "of a figure.",
+            "A claim holds or fails by rows of the paper profile alone, from three seeds on (two "
+            "for some learned masks), of the seeds that all its arms have; its statistic and "
+            "threshold were committed before its runs, unless claims.py says otherwise. p < 0.05 "
+            "by Welch's two-sided test is starred as in the paper; beside it stands p corrected by "
+            "Holm over the levels of a figure.",
         ),
     ]
     ran = [(_shown(network), its_rows) for network, its_rows in mine if its_rows]

@@ -1,7 +1,7 @@
 """From rows of the store to what figures and tables show: the curves of a study on one network."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -146,25 +146,33 @@ def select(study: Study, network: str, profile: str, rows: Iterable[Row]) -> Sel
     for row in mine:
         by_run.setdefault(row["run_id"], []).append(row)
     dense = tuple(row for row in mine if is_dense(row) and row["permuted"] == "none")
-    curves, missing = [], []
+    missing = []
+    curves: dict[tuple[str, ...], Curve] = {}
     for arm in study.arms():
         runs = arm.runs(network, profile, seeds)
+        ids = tuple(run.id for run in runs)
         found = tuple(row for run in runs for row in by_run.get(run.id, ()))
         label = "dense" if found and is_dense(found[0]) else arm.label
         if not found:
             missing.append(label)
             continue
+        if ids in curves:  # in a short profile two moments may be one iteration: one curve
+            before = curves[ids].label
+            told = before.replace(" = ", ", ").split(", ")
+            apart = [word for word in label.split(", ") if word not in told]
+            curves[ids] = replace(curves[ids], label=f"{before} = {', '.join(apart)}")
+            continue
         starts = {run.dense.id for run in runs if run.id in by_run}
         before = tuple(
             row for start in sorted(starts) for row in by_run.get(start, ()) if row["round"] == 0
         )
-        curves.append(Curve(label, found, before))
+        curves[ids] = Curve(label, found, before)
     return Selection(
         study.name,
         study.question,
         network,
         profile,
-        tuple(curves),
+        tuple(curves.values()),
         dense,
         tuple(mine),
         tuple(missing),

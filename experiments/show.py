@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import studies
-from experiments.claims import judge
 from experiments.files import write_whole
+from experiments.judging import judge
 from experiments.networks import NETWORKS
 from experiments.report import build, weights_from
 from experiments.runs import PROFILES

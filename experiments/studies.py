@@ -100,8 +100,9 @@ class Study:
         return list(dict.fromkeys(found))
 
     def runs(self, network: str, profile: str, seeds: Sequence[int]) -> list[Run]:
-        """By arm, then by seed."""
-        return [run for arm in self.arms() for run in arm.runs(network, profile, seeds)]
+        """By arm, then by seed; each run once: in a short profile two arms may be the same runs."""
+        found = [run for arm in self.arms() for run in arm.runs(network, profile, seeds)]
+        return list(dict.fromkeys(found))
 
 
 def _one(changes: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:

@@ -424,7 +424,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl("resize_", resize_);
     m.impl("set_.source_Storage_storage_offset", set_);
     m.impl("set_.source_Storage", set_whole);
-    for (const char* name : {"copy_"}) {  // composites that want kernels of the device
+    for (const char* name : {"copy_", "convolution", "convolution_backward"}) {  // composites that want kernels of the device
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
     }
 }

@@ -114,6 +114,16 @@ PROPERTIES = types.SimpleNamespace(
 )  # fmt: skip
 
 
+_to_of_torch = torch.storage._to
+
+
+def _storage_to(storage, device, non_blocking=False):
+    if device.type != "cuda":
+        return _to_of_torch(storage, device, non_blocking)
+    new = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+    return new.copy_(storage, non_blocking)
+
+
 def _own(f):
     return lambda *args, **options: f(*args, **options)
 
@@ -151,12 +161,8 @@ def install() -> ctypes.CDLL:
         setattr(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda.random, name, replaced[name])
-    of_torch = torch.storage._to
-    torch.storage._to = lambda storage, device, non_blocking=False: (
-        torch.empty(storage.size(), dtype=torch.uint8, device=device).untyped_storage()
-        .copy_(storage, non_blocking) if device.type == "cuda" else
-        of_torch(storage, device, non_blocking)
-    )  # fmt: skip
+    torch.storage._to = _storage_to
+    torch.UntypedStorage.clone = lambda storage: _storage_to(storage, storage.device)
     torch._C._cuda_getDriverVersion = lambda: 13000
     return LIBRARY
 

@@ -37,8 +37,7 @@ struct Arena {
         TORCH_CHECK(file >= 0 && ftruncate(file, ARENA) == 0, "fake_cuda: no memory");
         const auto map = [&](int may) {
             return static_cast<char*>(
-                mmap(nullptr, ARENA, may, MAP_SHARED | MAP_NORESERVE, file, 0)
-            );
+                mmap(nullptr, ARENA, may, MAP_SHARED | MAP_NORESERVE, file, 0));
         };
         // Triton's interpreter follows pointers that lie in tensors
         const char* interpret = std::getenv("TRITON_INTERPRET");
@@ -166,26 +165,21 @@ namespace {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 REGISTER_ALLOCATOR(c10::kCUDA, &memory)
 
-at::Tensor empty(
-    c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-    std::optional<at::Device>, std::optional<bool> pinned,
-    std::optional<at::MemoryFormat> format
-) {
+at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype,
+                 std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool> pinned,
+                 std::optional<at::MemoryFormat> format) {
     TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
-    return at::detail::empty_generic(
-        C10_AS_INTARRAYREF_SLOW(size), &memory, c10::DispatchKeySet(c10::DispatchKey::CUDA),
-        dtype.value_or(at::kFloat), format
-    );
+    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory,
+                                     c10::DispatchKeySet(c10::DispatchKey::CUDA),
+                                     dtype.value_or(at::kFloat), format);
 }
 
-at::Tensor empty_strided(
-    c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
-    std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>
-) {
+at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                         std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+                         std::optional<at::Device>, std::optional<bool>) {
     return at::detail::empty_strided_generic(
         C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
-        c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype.value_or(at::kFloat)
-    );
+        c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype.value_or(at::kFloat));
 }
 
 void grow(const at::Tensor& t, size_t bytes) {
@@ -199,18 +193,15 @@ void grow(const at::Tensor& t, size_t bytes) {
     storage->set_nbytes(bytes);
 }
 
-const at::Tensor& resize_(
-    const at::Tensor& t, c10::SymIntArrayRef size, std::optional<at::MemoryFormat>
-) {
+const at::Tensor& resize_(const at::Tensor& t, c10::SymIntArrayRef size,
+                          std::optional<at::MemoryFormat>) {
     t.unsafeGetTensorImpl()->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
     grow(t, (t.storage_offset() + t.numel()) * t.itemsize());
     return t;
 }
 
-at::Tensor& set_(
-    at::Tensor& t, c10::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
-    c10::SymIntArrayRef stride
-) {
+at::Tensor& set_(at::Tensor& t, c10::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                 c10::SymIntArrayRef stride) {
     TORCH_CHECK(source.device() == DEVICE, "set_: storage is on ", source.device());
     auto* impl = t.unsafeGetTensorImpl();
     impl->set_storage_keep_dtype(std::move(source));
@@ -218,9 +209,7 @@ at::Tensor& set_(
     if (stride.empty()) {
         impl->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
     } else {
-        impl->set_sizes_and_strides(
-            C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride)
-        );
+        impl->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride));
     }
     return t;
 }
@@ -249,16 +238,13 @@ struct Call {
         const c10::Storage& storage = t.storage();
         auto& other = there[storage.unsafeGetStorageImpl()];
         if (!other) {
-            other = c10::Storage(
-                c10::Storage::use_byte_size_t(), storage.nbytes(),
-                c10::DataPtr(host_of(storage.data()), c10::kCPU), c10::GetAllocator(c10::kCPU),
-                true
-            );
+            other = c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(),
+                                 c10::DataPtr(host_of(storage.data()), c10::kCPU),
+                                 c10::GetAllocator(c10::kCPU), true);
             back[other.unsafeGetStorageImpl()] = storage;
         }
         auto impl = c10::make_intrusive<c10::TensorImpl>(
-            c10::Storage(other), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype()
-        );
+            c10::Storage(other), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
         copy_shape(t, *impl);
         at::Tensor cpu(std::move(impl));
         cpu._set_conj(t.is_conj()), cpu._set_neg(t.is_neg());
@@ -283,14 +269,12 @@ struct Call {
             storage = found->second;
         } else {
             const size_t bytes = t.storage().nbytes();
-            storage = c10::Storage(
-                c10::Storage::use_byte_size_t(), bytes, memory.allocate(bytes), &memory, true
-            );
+            storage = c10::Storage(c10::Storage::use_byte_size_t(), bytes, memory.allocate(bytes),
+                                   &memory, true);
             if (bytes) std::memcpy(host_of(storage.data()), t.storage().data(), bytes);
         }
         auto impl = c10::make_intrusive<c10::TensorImpl>(
-            std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CUDA), t.dtype()
-        );
+            std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CUDA), t.dtype());
         copy_shape(t, *impl);
         return at::Tensor(std::move(impl));
     }
@@ -341,15 +325,14 @@ c10::IValue each_tensor(const c10::IValue& value, F&& f) {
 // Ops of which CUDA takes tensors on the CPU, besides numbers.
 bool takes_both(const std::string& name) {
     static const std::set<std::string> names = {
-        "aten::copy_", "aten::_copy_from", "aten::index", "aten::index_put_",
-        "aten::_index_put_impl_", "aten::index_put", "aten::_unsafe_index",
+        "aten::copy_",         "aten::_copy_from",       "aten::index",
+        "aten::index_put_",    "aten::_index_put_impl_", "aten::index_put",
+        "aten::_unsafe_index",
     };
     return names.count(name);
 }
 
-void check_devices(
-    const c10::FunctionSchema& schema, const std::vector<c10::IValue>& arguments
-) {
+void check_devices(const c10::FunctionSchema& schema, const std::vector<c10::IValue>& arguments) {
     const std::string& name = schema.name();
     for (size_t i = 0; i < arguments.size(); ++i) {
         const auto* alias = schema.arguments()[i].alias_info();
@@ -359,9 +342,8 @@ void check_devices(
             TORCH_CHECK(
                 t.dim() == 0 && !written && t.device() == c10::kCPU,
                 "Expected all tensors to be on the same device, but found at least two devices, "
-                "cuda:0 and ", t.device(), "! (argument ", schema.arguments()[i].name(), " of ",
-                name, ")"
-            );
+                "cuda:0 and ",
+                t.device(), "! (argument ", schema.arguments()[i].name(), " of ", name, ")");
             return t;
         });
     }
@@ -373,9 +355,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto& schema = op.schema();
     const size_t count = schema.arguments().size();
     TORCH_CHECK_NOT_IMPLEMENTED(
-        schema.name().starts_with("aten::") || schema.name().starts_with("prims::"), "Could not run '", schema.name(),
-        "' with arguments from the 'CUDA' backend."
-    );
+        schema.name().starts_with("aten::") || schema.name().starts_with("prims::"),
+        "Could not run '", schema.name(), "' with arguments from the 'CUDA' backend.");
     std::vector<c10::IValue> arguments(stack->end() - count, stack->end());
     stack->erase(stack->end() - count, stack->end());
     check_devices(schema, arguments);
@@ -400,10 +381,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         if (value.isDevice()) value = c10::Device(c10::kCPU);
         if (value.isGenerator()) {
             const at::Generator generator = value.toGenerator();
-            TORCH_CHECK(
-                generator.device().type() == c10::kCUDA,
-                "Expected a 'cuda' device type for generator but found 'cpu'"
-            );
+            TORCH_CHECK(generator.device().type() == c10::kCUDA,
+                        "Expected a 'cuda' device type for generator but found 'cpu'");
             value = static_cast<Drawn*>(generator.unsafeGetGeneratorImpl())->inner;
         }
         stack->push_back(value);
@@ -428,7 +407,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
     m.impl("resize_", resize_);
     m.impl("set_.source_Storage_storage_offset", set_);
     m.impl("set_.source_Storage", set_whole);
-    for (const char* name : {"copy_", "convolution", "convolution_backward"}) {  // composites that want kernels of the device
+    for (const char* name :
+         {"copy_", "convolution",
+          "convolution_backward"}) {  // composites that want kernels of the device
         m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fallback>());
     }
 }

@@ -1,4 +1,4 @@
-"""A CUDA device for a CPU build of torch: see fake_cuda.cpp. `install` changes the process for good.
+"""A CUDA device for a CPU build of torch (fake_cuda.cpp); `install` changes the process for good.
 
     python tests/fake_cuda.py FILE|-m MODULE [ARGUMENTS]
 

@@ -77,11 +77,8 @@ def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) 
     began = time.time()
     at = studies.snapshots(run)
     this, found = dense_round(lottery_of(run, 0), dataset, at)
-    store.add(
-        lease,
-        [row_of(run, this)],
-        [record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])],
-    )
+    made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
+    store.add(lease, missing([row_of(run, this)], store, dataset, say), [made])
     tensors = {f"final.{name}": value for name, value in this.w_final.items()}
     for iteration, weights in found.items():
         tensors |= {f"at_{iteration}.{name}": value for name, value in weights.items()}
@@ -115,7 +112,7 @@ def run_chains(
 ) -> None:
     """Lotteries side by side: always the ones with the fewest rounds done."""
     device = dataset.train.images.device
-    scored = {run: resumed(run, rounds, store, lease, device) for run in runs}
+    scored = {run: resumed(run, rounds, store, lease, dataset, say) for run in runs}
     rewinds = {
         run: Rewind(
             dense_of(run, store, device)[1][run.rewind_to], spread(run.net, run.seed, device)
@@ -137,7 +134,7 @@ def run_chains(
             pairs = list(zip(some, done, strict=True))
             store.add(
                 lease,
-                [row_of(run, this) for run, this in pairs],
+                missing([row_of(run, this) for run, this in pairs], store, dataset, say),
                 [
                     record(run, number, began, some, this.seconds, dataset, this.row["engine"])
                     for run, this in pairs
@@ -149,14 +146,15 @@ def run_chains(
                 say(line(run, this))
 
 
-def resumed(run: Run, rounds: int, store: Store, lease: Lease, device: torch.device) -> Round:
+def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say) -> Round:
     """The last round that the store holds all of; the dense one, with its row, if none."""
+    device = dataset.train.images.device
     found = store.load(run.id)
     if found is not None and found[1]["round"] <= rounds:
         return unpacked(*found, device)
     dense, snapshots = dense_of(run, store, device)
     dense = scored_at(run, dense, snapshots)
-    store.add(lease, [row_of(run, dense)], [])
+    store.add(lease, missing([row_of(run, dense)], store, dataset, say), [])
     return dense
 
 
@@ -262,6 +260,23 @@ class Checkpoints:
 
 
 # ---- rows and records ----------------------------------------------------------------------------
+
+
+def missing(
+    rows: list[dict[str, Any]], store: Store, dataset: Dataset, say: Say
+) -> list[dict[str, Any]]:
+    """The rows to add. Of a GPU, only those of rounds that the store has no row of.
+
+    Its bits depend on the card and on the company, so a round that is done again, as its checkpoint
+    is elsewhere or was not written before a kill, may end otherwise. What was stored first stays.
+    """
+    if dataset.train.images.device.type == "cpu":
+        return rows  # the same bits: anything else is an error
+    new = [row for row in rows if row["round"] not in store.rounds_done(row["run_id"])]
+    for row in rows:
+        if row not in new:
+            say(f"{row['run_id']} round {row['round']:2}: done again; its stored row stays")
+    return new
 
 
 def base_row(run: Run) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches, permuted
+from experiments.lottery import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
 from experiments.train import Result, evaluation, stepper, train
@@ -210,10 +211,7 @@ def sources(run: Run, model: nn.Module) -> dict[str, ls.Seeded | ls.SignOf]:
 
 def backend_of(model: nn.Module) -> dict[str, Any]:
     """Whose kernels train the model; every product is one with a dense, masked weight."""
-    device = next(model.parameters()).device.type
-    ours = {"cpu": "cpu", "cuda": "triton"}.get(device)
-    built = ours is not None and ls.backends.built(ours)
-    backend = ls.backends.forced() or (ours if built else "reference")
+    backend = kernels_on(next(model.parameters()).device)
     return {"backend": backend, "products": ["dense"] * len(list(layers(model)))}
 
 

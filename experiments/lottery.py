@@ -303,11 +303,17 @@ def row_of(
 
 def backend_of(model: nn.Module) -> dict[str, object]:
     """Whose kernels train the model, and of each layer whether they skip what is pruned."""
-    device = next(model.parameters()).device
+    return {
+        "backend": kernels_on(next(model.parameters()).device),
+        "products": products_of(model),
+    }
+
+
+def kernels_on(device: torch.device) -> str:
+    """The backend whose kernels run here, where they are the best choice."""
     ours = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    built = ours is not None and backends.built(ours)
-    backend = backends.forced() or (ours if built else "reference")
-    return {"backend": backend, "products": products_of(model)}
+    runs = ours is not None and backends.built(ours) and backends.fits(ours, device)
+    return backends.forced() or (ours if runs and ours else "reference")
 
 
 def products_of(model: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from experiments.data import Dataset, Split, batches
 from lottery_sparse import backends
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
+MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -91,20 +92,20 @@ def train_together(
     parameters = list(model.parameters())
     engine, take_step = stepper(model, adam(parameters, lr))
     watch = _Watch(parameters, len(seeds), lr)
-    watch(0, evaluations(model, dataset.val))
+    watch(0, evaluations(model, dataset.val, len(seeds)))
     for iteration, (images, labels) in enumerate(
         minibatches(dataset.train, iterations, batch_size, seeds), start=1
     ):
         take_step(images, labels)
         if iteration % evaluate_every == 0 or iteration == iterations:
-            watch(iteration, evaluations(model, dataset.val))
+            watch(iteration, evaluations(model, dataset.val, len(seeds)))
         on_step(iteration)
 
     final_weights = [parameter.detach().clone() for parameter in parameters]
-    final_tests = evaluations(model, dataset.test)
-    final_trains = evaluations(model, dataset.train) if train_accuracy else None
+    final_tests = evaluations(model, dataset.test, len(seeds))
+    final_trains = evaluations(model, dataset.train, len(seeds)) if train_accuracy else None
     assign_(parameters, watch.best_weights)
-    tests = evaluations(model, dataset.test)
+    tests = evaluations(model, dataset.test, len(seeds))
     assign_(parameters, final_weights)
     seconds = time.perf_counter() - start
     return [
@@ -210,13 +211,12 @@ def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def evaluations(model: nn.Module, split: Split) -> list[tuple[float, float]]:
+def evaluations(model: nn.Module, split: Split, networks: int = 1) -> list[tuple[float, float]]:
     """Mean cross-entropy and accuracy over all images of a part, of each network."""
+    size = at_once(networks, split.images.device)
     loss: Tensor | int = 0
     correct: Tensor | int = 0
-    for images, labels in zip(
-        split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
-    ):
+    for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):
         logits = model(images)
         if logits.dim() == 2:
             logits = logits.unsqueeze(0)
@@ -228,6 +228,13 @@ def evaluations(model: nn.Module, split: Split) -> list[tuple[float, float]]:
     assert isinstance(correct, Tensor)
     means, shares = loss / len(split), correct.double() / len(split)
     return list(zip(means.tolist(), shares.tolist(), strict=True))
+
+
+def at_once(networks: int, device: torch.device) -> int:
+    """Images per forward pass. On the CPU so many for every group: bits may depend on it."""
+    if device.type == "cpu":
+        return EVALUATION_BATCH
+    return max(1, min(EVALUATION_BATCH, MOST_ON_GPU // networks))
 
 
 @torch.no_grad()

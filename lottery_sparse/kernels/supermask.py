@@ -107,13 +107,13 @@ def _dscore(
         if RESCALE:
             scale = scale_of(weight, kept, e, size, WEIGHT, RESCALE)
             dm -= scale * through_r(products, kept, e, count, RESCALE)
-        s = tl.load(score + first + at, mask=inside, other=0.0)
+        s = tl.load(score + first + at, mask=inside, other=0.0).to(tl.float32)
         value = gradient_of_score(dm, s).to(dscore.dtype.element_ty)
         if STEP:
             v = tl.load(velocity + first + at, mask=inside, other=0.0).to(tl.float32)
             v = (momentum * v + value).to(dscore.dtype.element_ty)
             tl.store(velocity + first + at, v, mask=inside)
-            value = (s - lr * v).to(dscore.dtype.element_ty)
+            value = (s - lr * v.to(tl.float32)).to(dscore.dtype.element_ty)
         tl.store(dscore + first + at, value, mask=inside)
 
 

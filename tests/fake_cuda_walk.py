@@ -1,0 +1,135 @@
+"""What test_fake_cuda.py runs on the fake device: tiny chains, learned masks, the package."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lottery_sparse as ls
+from experiments import data, train
+from experiments.execute import execute
+from experiments.networks import FC, NETWORKS
+from experiments.runs import DENSE, Run
+from experiments.store import Store
+
+torch.set_num_threads(1)
+CUDA = torch.device("cuda:0")
+SMOKE = partial(Run, network="fc", profile="smoke")
+NETWORKS["fc"] = replace(FC, iterations=4_000, score_iterations=3_000)  # smoke: a thousandth
+
+
+def refused(call, kind: type[Exception] = RuntimeError) -> None:
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError("the fake device takes what CUDA refuses")
+
+
+def the_device_is_like_one() -> None:
+    a, b = torch.randn(3, 4, device=CUDA), torch.randn(3, 4)
+    for call in (
+        lambda: a + b, lambda: b.add_(a), lambda: torch.where(a > 0, a, b),
+        lambda: a.index_select(0, torch.tensor([0])), lambda: torch.equal(a, b),
+        lambda: b[torch.tensor([0], device=CUDA)], lambda: torch.cat([a, b]),
+        lambda: torch.rand(3, device=CUDA, generator=torch.Generator()),
+    ):  # fmt: skip
+        refused(call)
+    refused(a.numpy, TypeError)
+    assert torch.equal((a * 2)[torch.tensor([1])].cpu(), a.cpu()[1:2] * 2)
+
+
+def first(dataset: data.Dataset) -> data.Dataset:
+    def cut(part: data.Split, count: int) -> data.Split:
+        return data.Split(part.images[:count], part.labels[:count])
+
+    return replace(
+        dataset, train=cut(dataset.train, 600), val=cut(dataset.val, 50), test=cut(dataset.test, 50)
+    )
+
+
+def do(folder: Path, runs: list[Run], rounds: int, dataset: data.Dataset) -> list[dict]:
+    store = Store(folder)
+    with store.claim([run.id for run in runs]) as lease:
+        execute(runs, rounds, store, lease, dataset, lambda text: None)
+    return Store(folder).rows()
+
+
+def experiments(folder: Path) -> None:
+    sets = {name: first(data.load("mnist-mini", device=name)) for name in ("cpu", "cuda:0")}
+    found: dict[str, list[dict]] = {}
+    dense = [SMOKE(seed=seed, criterion=DENSE) for seed in (0, 1)]
+    chains = [SMOKE(seed=0, criterion="random"), SMOKE(seed=1, mask1="signed_constant")]
+    frozen = [SMOKE(seed=0, mask0="freeze_init")]
+    shot = [SMOKE(seed=0, schedule="one_shot", trained=False)]
+    learned = [SMOKE(seed=0, schedule="learned", criterion=DENSE, trained=True, rescale=True)]
+    for name, dataset in sets.items():
+        for runs in (dense, chains, frozen, shot, learned):
+            found[name] = do(folder / name[:4], runs, 2, dataset)
+    for cpu, cuda in zip(*found.values(), strict=True):
+        assert (cuda["run_id"], cuda["round"]) == (cpu["run_id"], cpu["round"])
+        # no kernel of Triton starts here, and a row says what has run
+        assert (cuda["backend"], set(cuda["products"])) == ("reference", {"dense"}), cuda
+        assert abs(cuda["test_accuracy"] - cpu["test_accuracy"]) <= 0.1
+        if cuda["schedule"] != "learned":
+            assert cuda["kept"] == cpu["kept"]
+    # without checkpoints, which are not committed, rounds are done again; their rows stay
+    shutil.rmtree(folder / "cuda" / "checkpoints")
+    rows = folder / "cuda" / "rows.jsonl"
+    before = rows.read_bytes()
+    train.EPS = 1e-3  # another card ends otherwise, too
+    for runs in (dense, chains):
+        do(folder / "cuda", runs, 2, sets["cuda:0"])
+    assert rows.read_bytes() == before
+
+
+def small(conv: bool) -> nn.Sequential:
+    torch.manual_seed(0)
+    head = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten()] if conv else [nn.Flatten()]
+    return nn.Sequential(*head, nn.Linear(144 if conv else 64, 5)).cuda()
+
+
+def package(folder: Path) -> None:
+    x = torch.randn(6, 1, 8, 8, device=CUDA)
+    for conv in (False, True):
+        models = []
+        for seed in range(2):
+            model = ls.sparsify_(small(conv))
+            ls.set_masks_(model, {
+                name: torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+                for name, mask in ls.masks_of(model).items()
+            }, frozen=dict.fromkeys(ls.masks_of(model), ls.Constant(0.5)))  # fmt: skip
+            models.append(ls.compact_(model))
+        both = ls.replicate(models)
+        assert torch.allclose(both(x), torch.stack([m(x) for m in models]), atol=1e-5)
+        for model in (*models, both):
+            optimizer = ls.optim.Adam(model.parameters(), fused=True)
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        ls.refresh_(ls.select(both, 1))
+        model = ls.sparsify_(small(conv))
+        model.load_state_dict({k: v.cpu() for k, v in models[0].state_dict().items()})
+        assert torch.allclose(model(x), models[0](x), atol=1e-5)
+        ls.pack_(models[0], report=None)(x)
+        ls.drop_channels(ls.sparsify_(small(conv)), x)
+        model = ls.supermask_(small(conv), seed=3)
+        model(x).sum().backward()
+        ticket = ls.supermask_ticket(ls.use_masks_(model, 0))
+        ticket.save(folder / "ticket")
+        again = ls.Ticket.load(folder / "ticket").apply_(small(conv))
+        assert next(again.parameters()).device == CUDA
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        the_device_is_like_one()
+        package(Path(name))
+        experiments(Path(name))
+    print("walked")

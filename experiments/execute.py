@@ -147,11 +147,19 @@ def run_chains(
 
 
 def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say) -> Round:
-    """The last round that the store holds all of; the dense one, with its row, if none."""
+    """The last round that the store holds all of; the dense one, with its row, if none.
+
+    A checkpoint behind which rows are missing (a damaged line is not read) is of no use: the chain
+    is done again, which adds them.
+    """
     device = dataset.train.images.device
     found = store.load(run.id)
     if found is not None and found[1]["round"] <= rounds:
-        return unpacked(*found, device)
+        if set(range(found[1]["round"] + 1)) <= store.rounds_done(run.id):
+            return unpacked(*found, device)
+        say(
+            f"{run.id}: rows are missing before round {found[1]['round']}; done again from the start"
+        )
     dense, snapshots = dense_of(run, store, device)
     dense = scored_at(run, dense, snapshots)
     store.add(lease, missing([row_of(run, dense)], store, dataset, say), [])
@@ -346,7 +354,8 @@ def rounds_of(run: Run, rounds: int) -> set[int]:
 def kind_of(run: Run) -> tuple[object, ...]:
     """Runs of one kind can be trained side by side."""
     pruned = run.mask0 if run.mask0 in ("zero", "original") else "values"
-    return run.network, run.profile, run.schedule, run.trained, run.permuted, pruned, run.rescale
+    protocol = run.network, run.profile, run.schedule, run.trained, run.permuted
+    return *protocol, pruned, run.rescale, run.rewind_to
 
 
 def groups(

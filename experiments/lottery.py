@@ -157,13 +157,15 @@ def train_rounds(
 ) -> list[Round]:
     """Round `number` of lotteries side by side, of one network and protocol, seeds apart.
 
-    All starts have to be of one kind: pruned weights at zero, or at values, or free to train. Each
-    network gets what it would alone: on the CPU the same bits where `together` is true.
+    All starts have to be of one kind: pruned weights at zero, or at values, or free to train; and
+    rewound to one iteration, from which they train to the dense run's last, as in Frankle et al.
+    Each network gets what it would alone: on the CPU the same bits where `together` is true.
     """
     device = dataset.train.images.device
     models = [model_of(run.network, start, device) for run, start in zip(runs, starts, strict=True)]
     model = models[0] if len(models) == 1 else ls.replicate(models)
-    results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step)
+    [first] = {run.rewind_to for run in runs}
+    results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step, first)
     rounds = []
     for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
         one = model if len(models) == 1 else ls.select(model, e)
@@ -256,12 +258,17 @@ def train_models(
     model: nn.Module,
     dataset: Dataset,
     on_step: Callable[[int], None] = lambda iteration: None,
+    first: int = 0,
 ) -> list[Result]:
-    """Train one network, or several side by side, in place by the protocol of the run."""
+    """Train one network, or several side by side, in place by the protocol of the run.
+
+    From iteration `first` of it on, with the batches that follow there, and a fresh optimizer.
+    """
     return train_together(
         model,
         dataset,
         iterations=run.network.iterations,
+        first=first,
         lr=run.network.lr,
         batch_size=run.network.batch_size,
         seeds=seeds,

@@ -33,7 +33,7 @@ class Network:
     keep: Mapping[str, Fraction]  # layer kind -> share of the kept weights that a round keeps
     batch_size: int = 60
     score_lr: float = 100.0  # of SGD with momentum 0.9 on the scores of a learned mask
-    score_iterations: int = 440_000  # 2,000 epochs of 220
+    score_iterations: int = 360_000  # 2,000 epochs of 180
     score_batch_size: int = 250
 
 
@@ -49,6 +49,7 @@ FC = Network(  # LeNet-300-100
     hidden=(300, 100),
     lr=1.2e-3,
     iterations=50_380,  # 55 epochs of 916
+    score_iterations=440_000,  # 2,000 epochs of 220
     keep=_keep(hidden="0.8", output="0.9"),
 )
 CONV2 = Network(

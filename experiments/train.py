@@ -63,6 +63,7 @@ def train_together(
     lr: float,
     batch_size: int,
     seeds: Sequence[int],
+    first: int = 0,
     evaluate_every: int = 100,
     train_accuracy: bool = True,
     on_step: Callable[[int], None] = lambda iteration: None,
@@ -73,6 +74,8 @@ def train_together(
         model: one network, or with more seeds as many side by side (`ls.replicate`). Each trains
             as it would alone: on the CPU with the same bits.
         seeds: of each network; with the epoch it decides the order of the batches, nothing else.
+        iterations, first: training goes from iteration `first` to `iterations`; what is reported
+            counts alike. The batches are those that follow there.
         evaluate_every: iterations between two looks at the validation part. The last iteration
             is always evaluated and stored.
         train_accuracy: evaluate the training part at the end; None is reported otherwise.
@@ -92,9 +95,9 @@ def train_together(
     parameters = list(model.parameters())
     engine, take_step = stepper(model, adam(parameters, lr))
     watch = _Watch(parameters, len(seeds), lr)
-    watch(0, evaluations(model, dataset.val, len(seeds)))
+    watch(first, evaluations(model, dataset.val, len(seeds)))
     for iteration, (images, labels) in enumerate(
-        minibatches(dataset.train, iterations, batch_size, seeds), start=1
+        minibatches(dataset.train, iterations, batch_size, seeds, first), start=first + 1
     ):
         take_step(images, labels)
         if iteration % evaluate_every == 0 or iteration == iterations:
@@ -110,7 +113,7 @@ def train_together(
     seconds = time.perf_counter() - start
     return [
         Result(
-            iterations=iterations,
+            iterations=iterations - first,
             early_stop_iteration=best.iteration,
             early_stop_validation_loss=best.validation_loss,
             early_stop_validation_accuracy=best.validation_accuracy,
@@ -146,7 +149,7 @@ class _Watch:
                 )
             now = Evaluation(iteration, loss, accuracy)
             self.seen[e].append(now)
-            if iteration == 0:
+            if len(self.best) == e:
                 self.best.append(now)
             elif loss < self.best[e].validation_loss:
                 self.best[e] = now
@@ -185,23 +188,24 @@ def step(
 
 
 def minibatches(
-    split: Split, iterations: int, batch_size: int, seeds: Sequence[int]
+    split: Split, iterations: int, batch_size: int, seeds: Sequence[int], first: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield `iterations` pairs (images, labels), epoch after epoch in the order of data.batches.
+    """Yield pairs (images, labels), epoch after epoch in the order of data.batches: those after
+    number `first` of `iterations`.
 
     Of networks with one seed the pair is [B, ...], shared; else [E, B, ...].
     """
     if len(set(seeds)) == 1:
         seeds = seeds[:1]
-    done = 0
-    epoch = 0
+    per_epoch = len(split) // batch_size
+    done = first
     while done < iterations:
+        epoch, at = divmod(done, per_epoch)
         orders = [batches(len(split), batch_size, seed, epoch) for seed in seeds]
         order = orders[0] if len(seeds) == 1 else torch.stack(orders, 1)  # [step, (E,) B]
-        for indices in order[: iterations - done].to(split.labels.device):
+        for indices in order[at : at + iterations - done].to(split.labels.device):
             yield split.images[indices], split.labels[indices]
-        done += len(order)
-        epoch += 1
+        done += per_epoch - at
 
 
 def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Runs of studies: their ids, what is still to do, and rows that nothing but the run decides."""
 
 import re
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -9,12 +10,21 @@ import torch
 
 from experiments import claims, data, studies
 from experiments.__main__ import main
-from experiments.execute import dense_of, execute, groups, has_dense, packed, unpacked
+from experiments.execute import (
+    dense_of,
+    execute,
+    groups,
+    has_dense,
+    kind_of,
+    packed,
+    unpacked,
+)
 from experiments.lottery import Lottery, lottery
 from experiments.networks import FC, NETWORKS
 from experiments.runs import DENSE, PROFILES, Run
 from experiments.store import Store
 from experiments.sweep import check_only, chosen
+from experiments.train import minibatches
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 DENSE_RUN = SMOKE(criterion=DENSE)
@@ -177,10 +187,11 @@ def test_only_takes_values_of_fields():
 
 MIXED = [
     SMOKE(criterion="large_final"),
-    SMOKE(mask1="reinit", rewind_to=5),
+    SMOKE(mask1="reinit"),
     SMOKE(criterion="movement", mask1="reinit_permute", compounding=True),
 ]
 VALUES = [SMOKE(mask0="freeze_init_zero_all")]
+LATE = [SMOKE(rewind_to=5)]
 ROUNDS = 8  # the last one with sparse products in every layer, so side by side
 
 
@@ -188,7 +199,7 @@ ROUNDS = 8  # the last one with sparse products in every layer, so side by side
 def together(tmp_path_factory, tiny):
     store = Store(tmp_path_factory.mktemp("together"))
     torch.set_num_threads(1)
-    for runs in ([DENSE_RUN], MIXED, VALUES):
+    for runs in ([DENSE_RUN], MIXED, VALUES, LATE):
         do(store, runs, ROUNDS, tiny)
     return store
 
@@ -206,6 +217,41 @@ def test_rows_are_those_of_the_lottery_loop(together, tiny):
     )
 
 
+def test_a_rewound_ticket_trains_what_is_left_of_the_training(together, tiny):
+    rows = [row for row in rows_by_id(together) if row["run_id"] == LATE[0].id]
+    total = DENSE_RUN.iterations
+    assert [row["iterations"] for row in rows] == [total] + [total - 5] * ROUNDS
+    assert all(row["early_stop_iteration"] >= 5 for row in rows[1:])
+    size = DENSE_RUN.net.batch_size
+    whole = list(minibatches(tiny.train, 25, size, [0]))  # epochs of ten
+    for (x, y), (its_x, its_y) in zip(
+        whole[13:], minibatches(tiny.train, 25, size, [0], 13), strict=True
+    ):
+        assert torch.equal(x, its_x)
+        assert torch.equal(y, its_y)
+    assert len(list(minibatches(tiny.train, 25, size, [0], 13))) == 12
+    assert kind_of(LATE[0]) != kind_of(MIXED[0])
+
+
+def test_a_chain_with_a_damaged_row_is_done_again(together, tmp_path, tiny):
+    store = Store(tmp_path / "damaged")
+    do(store, [DENSE_RUN], 0, tiny)
+    do(store, MIXED[:1], 2, tiny)
+    good = rows_by_id(store)
+    path = store.folder / "rows.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if b'"round":1' in line)
+    path.write_bytes(b"".join([*lines[:at], lines[at].replace(b"0", b"1", 1), *lines[at + 1 :]]))
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # test_store.py has them
+        store = Store(tmp_path / "damaged")
+        assert store.rounds_done(MIXED[0].id) == {0, 2}
+        do(store, MIXED[:1], 2, tiny, said.append)
+    assert "rows are missing" in said[0]
+    assert rows_by_id(store) == good
+
+
 def test_rows_do_not_depend_on_company_or_restarts(together, tmp_path, tiny):
     class Killed(Exception):
         pass
@@ -219,14 +265,14 @@ def test_rows_do_not_depend_on_company_or_restarts(together, tmp_path, tiny):
 
     store = Store(tmp_path)
     do(store, [DENSE_RUN], 0, tiny)
-    for runs in (MIXED[:2], MIXED[2:], VALUES):
+    for runs in (MIXED[:2], MIXED[2:], VALUES, LATE):
         while True:
             try:
                 do(store, runs, ROUNDS, tiny, say)
             except Killed:
                 continue
             break
-    assert len(said) >= len(MIXED + VALUES) * ROUNDS
+    assert len(said) >= len(MIXED + VALUES + LATE) * ROUNDS
     assert rows_by_id(store) == rows_by_id(together)
 
 

@@ -158,7 +158,7 @@ def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset,
         if set(range(found[1]["round"] + 1)) <= store.rounds_done(run.id):
             return unpacked(*found, device)
         say(
-            f"{run.id}: rows are missing before round {found[1]['round']}; done again from the start"
+            f"{run.id}: rows before round {found[1]['round']} are missing; done again"
         )
     dense, snapshots = dense_of(run, store, device)
     dense = scored_at(run, dense, snapshots)

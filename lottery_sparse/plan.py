@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
-from lottery_sparse.convert import _masked_modules, densify_
+from lottery_sparse.convert import _by_parameter, _masked_modules, densify_
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
 from lottery_sparse.packed import pack_
@@ -107,6 +107,7 @@ def plan(
     layer, the compact layer on sparse kernels, and the compact layer on the dense library ("dense
     product"). "dense" is the yardstick and cannot be applied, as it has no mask. For inference the
     same, forward only, and the packed layer of `ls.pack_` for linear ones, which cannot train.
+    Layers that share a weight get one choice, the best for all of them that the example reaches.
 
     Args:
         model: a model with masked or compact layers.
@@ -133,29 +134,43 @@ def plan(
         raise ValueError("example_inputs reach no masked layer; is the model called differently?")
     store = _Store() if cache else None
     rows = []
+    groups = [layers for _, layers in _by_parameter(model)]
+    costs = {name: _measured(layers[name], x, training, store) for name, x in inputs.items()}
     for name, x in inputs.items():
         layer = layers[name]
-        paths = _measured(layer, x, training, store)
-        choice = min((n for n in paths if n != "dense"), key=lambda n: paths[n].ms)
-        rows.append(Row(name, _kind(layer), tuple(x.shape), layer.density, paths, choice))
+        [group] = [group for group in groups if layer in group]
+        choice = _choice([costs[n] for n in inputs if layers[n] in group], len(group) > 1)
+        rows.append(Row(name, _kind(layer), tuple(x.shape), layer.density, costs[name], choice))
     found = Plan(rows, training, torch.get_num_threads())
     print(found)
     if apply:
         for row in rows:
-            _apply(layers[row.name], row.choice, optimizer)
+            [group] = [group for group in groups if layers[row.name] in group]
+            _apply(group, row.choice, optimizer)
     return found
 
 
-def _apply(layer: Masked, choice: str, optimizer: torch.optim.Optimizer | None) -> None:
+def _choice(costs: list[dict[str, Cost]], tied: bool) -> str:
+    """The path with the least time over all layers of a shared weight."""
+    paths = {n: sum(cost[n].ms for cost in costs) for n in costs[0] if n != "dense"}
+    if tied:
+        paths.pop("packed", None)  # which would hold the weight once per layer
+    return min(paths, key=paths.__getitem__)
+
+
+def _apply(group: list[Masked], choice: str, optimizer: torch.optim.Optimizer | None) -> None:
     if choice == "packed":
+        [layer] = group
         pack_(layer, report=None)
         return
+    together = nn.ModuleList(group)  # at once, so that they go on sharing their weight
     if choice == "masked":
-        expand_(layer, optimizer)
+        expand_(together, optimizer)
         return
-    compact_(layer, optimizer)
-    assert isinstance(layer, Compact)
-    layer.products = "dense" if choice == "dense product" else "sparse"
+    compact_(together, optimizer)
+    for layer in group:
+        assert isinstance(layer, Compact)
+        layer.products = "dense" if choice == "dense product" else "sparse"
 
 
 def _inputs_of(
@@ -165,20 +180,24 @@ def _inputs_of(
     seen: dict[str, Tensor] = {}
 
     def look(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            seen.setdefault(name, args[0].detach())
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.setdefault(name, (*args, *kwargs.values())[0].detach())
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(look(name)) for name, layer in layers.items()]
-    was_training = model.training
+    hooks = [
+        layer.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    were_training = [(module, module.training) for module in model.modules()]
     args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     try:
         model.eval()
         with torch.no_grad():
             model(*args)
     finally:
-        model.train(was_training)
+        for module, was_training in were_training:  # some may be in eval() on purpose
+            module.training = was_training
         for hook in hooks:
             hook.remove()
     return seen
@@ -203,7 +222,10 @@ def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) ->
 def _candidates(layer: Masked, training: bool) -> dict[str, nn.Module]:
     """Copies of the layer, one per path."""
     plain = copy.deepcopy(layer)
-    for hooks in (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks):
+    for hooks in (
+        plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks,
+        plain._backward_pre_hooks,
+    ):  # fmt: skip
         hooks.clear()  # the user's hooks are not what is measured
     expand_(plain)
     found = {"dense": densify_(copy.deepcopy(plain)), "masked": plain}

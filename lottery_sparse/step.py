@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse import backends
+from lottery_sparse import backends, optim
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
 from lottery_sparse.replicate import _Linear, as_rows
@@ -44,8 +45,8 @@ def train_step(
 
     Args:
         model: the network; forward hooks are not run.
-        optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim` over exactly the model's
-            parameters (those that train). Its options are read in every call, so schedulers work;
+        optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim`, or a subclass with
+            their `step`, without step hooks, over exactly the model's parameters (those that train). Its options are read in every call, so schedulers work;
             its state stays its own, so that steps by modules can follow.
 
     Returns:
@@ -54,6 +55,7 @@ def train_step(
 
     Raises:
         ValueError, TypeError: something in the model or the optimizer that the op does not do.
+        RuntimeError: (the step) another backend than "cpu" is forced, see `ls.use_backend`.
     """
     return _Step(model, optimizer)
 
@@ -133,6 +135,7 @@ class _Step:
         layers = _stack(model)
         self.layers = [_Layer(layer) for layer in layers]
         self.adam = _is_adam(optimizer)
+        _check_hooks(optimizer)
         for group in optimizer.param_groups:
             _check_options(group)
         self.parameters: list[Tensor | None] = []  # that train, two per layer
@@ -169,7 +172,17 @@ class _Step:
                 does = "does not require" if id(parameter) not in frozen else "requires"
                 raise ValueError(f"{name} {does} a gradient; {OTHERWISE}.")
 
+    def _check_call(self) -> None:
+        name = backends.forced()
+        if name is not None and name != "cpu":
+            raise RuntimeError(
+                f"train_step runs on the backend cpu only, but {name!r} is forced (ls.use_backend, "
+                f"LS_BACKEND); force none, or {OTHERWISE}."
+            )
+        _check_hooks(self.optimizer)
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self._check_call()
         single = self.networks is None
         features = self.layers[0].layer.in_features
         if x.dim() != 2 or x.shape[1] != features:
@@ -198,6 +211,7 @@ class _Step:
             for parameter, momentum in zip(self.parameters, first, strict=True):
                 if parameter is not None and momentum is not self.empty:
                     self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        self.optimizer._opt_called = True  # pyright: ignore  # what schedulers look at
         torch.autograd.graph.increment_version(raised)
         for layer in written:  # past nn.Module's __setattr__, which costs 2 us
             object.__setattr__(layer, "fresh_version", layer._parameters["weight"]._version)
@@ -279,15 +293,39 @@ def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     return group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
 
 
-def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        return True
-    if isinstance(optimizer, torch.optim.SGD):
-        return False
-    raise TypeError(
-        f"optimizer must be SGD, Adam or AdamW for train_step, got {type(optimizer).__name__}; "
-        f"{OTHERWISE}."
+def _function(step: Any) -> Any:
+    """The function below what torch and its schedulers wrap around a step."""
+    return inspect.unwrap(getattr(step, "__func__", step))
+
+
+_ADAM_STEPS, _SGD_STEPS = (
+    {_function(kind.step) for kind in kinds}
+    for kinds in (
+        (torch.optim.Adam, torch.optim.AdamW, optim.Adam, optim.AdamW),
+        (torch.optim.SGD, optim.SGD),
     )
+)
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    step = _function(optimizer.step)
+    # by type, too: one function is the step of all in ls.optim
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and step in _ADAM_STEPS:
+        return True
+    if isinstance(optimizer, torch.optim.SGD) and step in _SGD_STEPS:
+        return False
+    known = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD)
+    raise TypeError(
+        f"optimizer must be SGD, Adam or AdamW for train_step, got {type(optimizer).__name__}"
+        f"{' with a step of its own' if known else ''}; {OTHERWISE}."
+    )
+
+
+def _check_hooks(optimizer: torch.optim.Optimizer) -> None:
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(
+            f"optimizer has step hooks, which train_step does not run; remove them, or {OTHERWISE}."
+        )
 
 
 def _check_options(group: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "replicate",
         "channel_reads",
     },
-    "step": {"backends", "compact", "compact_layers", "replicate", "supermask"},
+    "step": {"backends", "compact", "compact_layers", "optim", "replicate", "supermask"},
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "modules", "ops", "packing"},
     "ticket_file": {"masks", "frozen"},

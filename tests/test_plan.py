@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -12,6 +13,8 @@ import lottery_sparse as ls
 from lottery_sparse.__main__ import main
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.ops.compact import has_node
+
+plan = importlib.import_module("lottery_sparse.plan")  # as a name of the package, the function
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +86,64 @@ def test_nothing_changes_unless_asked():
     assert [type(m) for m in model] == types
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("choice", ["masked", "compact"])
+def test_tied_layers_get_one_choice_and_stay_tied(choice, monkeypatch):
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    model[2].weight = model[0].weight
+    ls.sparsify_(model)
+    ls.set_masks_(model, {"0.weight": torch.rand(12, 12) < 0.3})
+    x = torch.randn(3, 12)
+    expected = model(x).detach()
+    # packed would be best, alone; each layer has a favourite of its own
+    times = {id(model[0]): {"masked": 1.0, "compact": 2.0}, id(model[2]): {"masked": 2.0}}
+    times[id(model[2])]["compact"] = 0.5 if choice == "compact" else 1.5
+
+    def measured(layer, *rest):
+        found = {"dense": 9.0, "packed": 0.1, **times[id(layer)]}
+        return {name: plan.Cost(ms, 0) for name, ms in found.items()}
+
+    monkeypatch.setattr(plan, "_measured", measured)
+    found = ls.plan(model, x, training=False)
+    assert [row.choice for row in found.rows] == [choice, choice]
+    assert model[0].weight is model[2].weight
+    assert isinstance(model[0], Compact) == isinstance(model[2], Compact) == (choice == "compact")
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
+@pytest.mark.parametrize("apply", [True, False])
+def test_each_module_keeps_its_training_flag(apply):
+    model = model_of()
+    model.insert(1, nn.BatchNorm2d(4).eval())
+    ls.plan(model, X, apply=apply)
+    assert model.training
+    assert not model[1].training
+    assert all(m.training for i, m in enumerate(model) if i != 1)
+
+
+def test_a_layer_may_be_called_by_keyword():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ls.MaskedLinear(6, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    assert ls.plan(Model(), torch.randn(3, 6)).rows[0].shape == (3, 6)
+
+
+def test_hooks_stay_and_measuring_does_not_run_them():
+    model, seen = model_of(), []
+    layer = model[3]
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_, **__: seen.append("after"), with_kwargs=True)
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("backward"))
+    ls.plan(model, X, cache=False)
+    assert seen == ["before", "after"]  # of the one run that finds shapes
+    model(X).sum().backward()
+    assert seen[2:] == ["before", "after", "backward"]
 
 
 def test_an_optimizer_follows():

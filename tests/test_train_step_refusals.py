@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -80,3 +81,59 @@ def test_a_first_step_that_failed_leaves_the_next_one_first():
         step(x, y)
         by_modules(other, other_optimizer, x, y)
     assert_same(model, other)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton", "nonsense"])
+def test_another_backend_that_is_forced_is_refused(name, monkeypatch):
+    model = network()
+    step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = next(batches(WIDTHS[0], 5, 1))
+    monkeypatch.setenv("LS_BACKEND", name)
+    with pytest.raises(RuntimeError, match=f"cpu only, but '{name}' is forced.*the modules"):
+        step(x, y)
+    with ls.use_backend("cpu"):
+        step(x, y)
+
+
+class _OwnStep(torch.optim.Adam):
+    def step(self, closure=None):
+        raise NotImplementedError
+
+
+class _SameStep(ls.optim.Adam):
+    pass
+
+
+def test_a_subclass_is_taken_only_with_a_step_that_is_known():
+    model = network()
+    with pytest.raises(TypeError, match="_OwnStep with a step of its own.*the modules"):
+        ls.train_step(model, _OwnStep(model.parameters()))
+    patched = torch.optim.SGD(model.parameters(), lr=0.1)
+    patched.step = lambda closure=None: None
+    with pytest.raises(TypeError, match="SGD with a step of its own"):
+        ls.train_step(model, patched)
+    assert ls.train_step(model, _SameStep(model.parameters())).adam
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_step_hooks_are_refused_whenever_they_come(kind):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = ls.train_step(model, optimizer)
+    getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
+    with pytest.raises(ValueError, match="step hooks.*the modules"):
+        step(*next(batches(WIDTHS[0], 5, 1)))
+    with pytest.raises(ValueError, match="step hooks"):
+        ls.train_step(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, ls.optim.Adam])
+def test_schedulers_see_that_the_optimizer_stepped(kind):
+    model = network()
+    optimizer = kind(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    step = ls.train_step(model, optimizer)  # takes the step that the scheduler wraps
+    step(*next(batches(WIDTHS[0], 5, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()

@@ -181,8 +181,8 @@ def set_masks_(
         `model`.
 
     Raises:
-        ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other values, or one that
-            keeps more weights than a compact layer has slots.
+        ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other
+            values, or one that keeps more weights than a compact layer has slots.
 
     Warns:
         UserWarning: a layer keeps no weight at all.

@@ -38,7 +38,7 @@ class CompactLinear(Compact, nn.Linear):
             weight,
             self.kept,
             effective,
-            own["bias"] if own else self.bias,
+            own["bias"] if "bias" in own else self.bias,  # noqa: SIM401, which asks both
             self.zero,
             self.products,
         )

@@ -13,7 +13,7 @@ from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import Shrunk, most_kept
-from lottery_sparse.convert import _become, _by_parameter
+from lottery_sparse.convert import _become, _by_parameter, check_masked
 
 
 def compact_(
@@ -37,10 +37,11 @@ def compact_(
 
     Raises:
         TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: a layer is on the meta device, or `spare` is negative.
+        ValueError: there is no masked layer, one is on the meta device, or `spare` is negative.
     """
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
+    check_masked(model)
     groups = [
         (name, layers)
         for name, layers in _by_parameter(model)

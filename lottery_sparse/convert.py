@@ -9,10 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
 
 from lottery_sparse.compact import find_optimizers
 from lottery_sparse.frozen import Held, Source, hold
-from lottery_sparse.masks import Masks
+from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.supermask import Supermask
 
@@ -45,8 +46,12 @@ def sparsify_(
     A layer whose weight is read without its forward being called would leak raw weights, so it is
     skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
     layers of nn.TransformerEncoderLayer (its fast path), `linear` of nn.LinearCrossEntropyLoss,
-    layers whose weight another kind of module shares, parametrized or `torch.nn.utils.prune`d
-    layers, layers with a forward of their own, and other subclasses.
+    layers whose weight another kind of module shares, parametrized layers, layers with a forward of
+    their own, and other subclasses.
+
+    Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
+    Parameter `weight_orig`, the same object, is `weight` again. What that module does to biases
+    stays as it is.
 
     Args:
         model: any module; a single nn.Linear or nn.Conv2d too.
@@ -64,14 +69,23 @@ def sparsify_(
         and not isinstance(module, Masked)
         and (filter_fn is None or filter_fn(module, name))
     }
-    skipped = {name: why for name, m in candidates.items() if (why := _refusal(model, name, m))}
+    pruned = {name: m for name, m in candidates.items() if _hooks_of_prune(m)}
+    skipped = {
+        name: why
+        for name, m in candidates.items()
+        if (why := _refusal(model, name, m, name in pruned))
+    }
+    for name, module in pruned.items():
+        if name not in skipped and len(owners[id(module._parameters["weight_orig"])]) > 1:
+            skipped[name] = "torch.nn.utils.prune masks its weight, which another layer shares"
     swapped = {id(m) for name, m in candidates.items() if name not in skipped}
     for name, module in candidates.items():
         if name in skipped:
             continue
+        weight = module._parameters["weight_orig" if name in pruned else "weight"]
         others = [
             f"{owner_name} ({type(owner).__name__})"
-            for owner_name, owner in owners.get(id(module._parameters["weight"]), [])
+            for owner_name, owner in owners.get(id(weight), [])
             if id(owner) not in swapped and not isinstance(owner, Masked)
         ]
         if others:
@@ -81,8 +95,11 @@ def sparsify_(
     swapped = {id(m) for name, m in candidates.items() if name not in skipped}
     for name, module in candidates.items():
         if name not in skipped:
+            mask = _take_from_prune(module) if name in pruned else None
             _become(module, MASKED_TYPES[type(module)])
             cast(Masked, module)._add_mask()
+            if mask is not None:
+                cast(Masked, module).weight_mask.copy_(mask)
     _match_tied_masks(model, swapped)
     return model
 
@@ -164,18 +181,19 @@ def set_masks_(
         `model`.
 
     Raises:
-        ValueError, TypeError: an unknown name, a wrong shape, a mask with other values, or one that
-            keeps more weights than a compact layer has slots.
+        ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other
+            values, or one that keeps more weights than a compact layer has slots.
 
     Warns:
         UserWarning: a layer keeps no weight at all.
     """
+    check_masked(model)
     parameters = dict(_by_parameter(model))
     checked = Masks(masks)
     sources = frozen if isinstance(frozen, Mapping) else dict.fromkeys(checked, frozen)
     for name in checked:
         if name not in parameters:
-            known = ", ".join(parameters) or "none; call ls.sparsify_ first"
+            known = ", ".join(parameters)
             raise ValueError(f"masks names {name}, but masked parameters are: {known}.")
     for name in sources:
         if name not in checked:
@@ -207,6 +225,15 @@ def set_masks_(
         for layer in layers:
             layer._set_mask(mask, held[name], layers[0], optimizer)
     return model
+
+
+def check_masked(model: nn.Module) -> None:
+    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten."""
+    kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
+    if not kinds:
+        raise ValueError("the model has no masked layer; call ls.sparsify_(model) first.")
+    if not any(isinstance(m, Masked) for m in kinds):
+        raise ValueError("the model's masks are learned ones; call ls.masked_(model) first.")
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -251,7 +278,29 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def _hooks_of_prune(module: nn.Module) -> list[int]:
+    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight."""
+    return [
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"
+    ]
+
+
+def _take_from_prune(module: nn.Module) -> Tensor:
+    """Undo torch.nn.utils.prune, values under the mask included; the mask."""
+    for key in _hooks_of_prune(module):
+        del module._forward_pre_hooks[key]
+    mask = module._buffers.pop("weight_mask")
+    assert mask is not None
+    module._non_persistent_buffers_set.discard("weight_mask")
+    del module.weight  # what the hook computed last
+    others = {name: p for name, p in module._parameters.items() if name != "weight_orig"}
+    module._parameters = {"weight": module._parameters["weight_orig"], **others}
+    return as_mask("weight", mask)
+
+
+def _refusal(model: nn.Module, name: str, module: nn.Module, pruned: bool = False) -> str | None:
     """Why this layer cannot be masked, or None."""
     for parent in model.modules():  # by identity: a layer may be registered under other names too
         kind = _reader(parent)
@@ -265,7 +314,12 @@ def _refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "its weight has no shape yet; run one forward first"
     if type(module) not in MASKED_TYPES:
         return f"{type(module).__name__} is a subclass with behaviour of its own"
-    if weight is None:
+    if pruned:
+        try:
+            as_mask(f"{name}.weight", cast(Tensor, module._buffers["weight_mask"]))
+        except ValueError as error:
+            return str(error).rstrip(".")
+    elif weight is None:
         return "its weight is computed (weight_norm, torch.nn.utils.prune); remove that first"
     if "forward" in vars(module):
         return "its forward was replaced on the instance and may use the raw weight"

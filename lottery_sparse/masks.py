@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Masks(Mapping[str, Tensor]):
@@ -30,6 +30,27 @@ class Masks(Mapping[str, Tensor]):
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks must map names to tensors, got {type(masks).__name__}.")
         self._masks = {name: as_mask(name, mask) for name, mask in masks.items()}
+
+    @classmethod
+    def of_nonzero(cls, model: nn.Module) -> Masks:
+        """Masks that keep what is not zero, of the weights of a network pruned elsewhere.
+
+        >>> ls.sparsify_(model)
+        >>> ls.set_masks_(model, ls.Masks.of_nonzero(model))
+
+        Of masked layers, by their effective weights, or, if there is none, of every nn.Linear and
+        nn.Conv2d; tied weights come once. A weight that is zero by chance is pruned too.
+        """
+        found: dict[int, tuple[str, Tensor]] = {}
+        layers = [
+            (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+        ]
+        masked = [(name, layer) for name, layer in layers if hasattr(layer, "effective_weight")]
+        for name, layer in masked or layers:
+            weight = layer.effective_weight if masked else layer.weight
+            owner = layer._parameters.get("weight", layer)  # a computed weight is its layer's own
+            found.setdefault(id(owner), (f"{name}.weight" if name else "weight", weight.detach()))
+        return cls({name: weight != 0 for name, weight in found.values()})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import _become, densify_
+from lottery_sparse.convert import _become, check_masked, densify_
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops import (
     binary_linear,
@@ -244,12 +244,13 @@ def pack_(
         `model`.
 
     Raises:
-        ValueError: `activations` is unknown.
+        ValueError: `activations` is unknown, or there is no masked layer.
         TypeError: a masked layer is a subclass with behaviour of its own, or holds several
             networks side by side.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
+    check_masked(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
     for name, layer in layers:
         if not type(layer).__module__.startswith("lottery_sparse."):

@@ -7,7 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lottery_sparse import ops
 from lottery_sparse.criteria import CRITERIA, Criterion
@@ -66,9 +66,11 @@ def prune(
 
     Raises:
         ValueError: unknown criterion, scope or name, shapes that differ, keep outside [0, 1], or
-            NaN scores; the message names the layer.
+            NaN scores; the message names the layer. Or masks has no entry.
+        TypeError: a model in place of its state_dict or masks.
     """
     score = find(criterion, CRITERIA, "criterion")
+    _check_kinds(w_init, w_final, masks)
     masks, seed = Masks(masks), as_seed(generator)
     keeps = check_keep(keep, scope, masks)
     _check_names(w_init, w_final, masks)
@@ -127,6 +129,23 @@ def _scores(
             "weights; did the training diverge?"
         )
     return torch.zeros(mask.shape, dtype=live.dtype, device=mask.device).masked_scatter(mask, live)
+
+
+def _check_kinds(w_init: object, w_final: object, masks: object) -> None:
+    """Models in place of what they hold, and no masks at all."""
+    for argument, given, instead in (
+        ("w_init", w_init, "model.state_dict()"),
+        ("w_final", w_final, "model.state_dict()"),
+        ("masks", masks, "ls.masks_of(model)"),
+    ):
+        if not isinstance(given, Mapping) or isinstance(given, nn.Module):
+            raise TypeError(
+                f"{argument} must map names to tensors, got {type(given).__name__}; pass {instead}."
+            )
+    if not masks:
+        raise ValueError(
+            "masks is empty: the model has no masked layer; call ls.sparsify_(model) first."
+        )
 
 
 def _check_names(w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], masks: Masks) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
-from lottery_sparse.convert import dense_state_dict, masks_of, set_masks_, sparsify_
+from lottery_sparse.convert import (
+    _by_parameter,
+    _masked_modules,
+    dense_state_dict,
+    masks_of,
+    set_masks_,
+    sparsify_,
+)
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
@@ -123,15 +130,19 @@ class Ticket:
         return {"history": self.history, "released": self.released, "rescale": self.rescale}
 
     def apply_(self, model: nn.Module) -> nn.Module:
-        """Put the ticket into a model of the same architecture, ready to train; in place."""
+        """Put the ticket into a model of the same architecture, ready to train; in place.
+
+        Compact layers stay compact, and need as many slots as the ticket keeps weights.
+        """
         weights = {
             id(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)
             if name in self.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
-        model.load_state_dict(self._start_of(model))
-        return set_masks_(model, _trained(self.masks, self.released), self.frozen)
+        return _restart(
+            model, self._start_of(model), _trained(self.masks, self.released), self.frozen
+        )
 
     def _start_of(self, model: nn.Module) -> dict[str, Any]:
         """`start` with tensors in place of sources."""
@@ -161,6 +172,8 @@ def find_ticket(
     scope: str = "layer",
     generator: int | torch.Generator | None = None,
     compounding: bool = False,
+    on_round: Callable[[Ticket], None] | None = None,
+    resume: Ticket | None = None,
 ) -> Ticket:
     """Iterative pruning with rewinding: train, score, prune, restart, `rounds` times.
 
@@ -184,9 +197,20 @@ def find_ticket(
         generator: int seed or CPU Generator: ties, reinitialisations, the random criterion.
         compounding: mask-1 actions start from the previous round's start instead of the dense
             run's, as the authors' code does.
+        on_round: called after each training with the ticket that it started from, the dense one
+            of round 0 first; `history[-1]` is that round's. To save each of them:
+            `lambda t: t.save(f"round-{t.history[-1]['round']}.safetensors")`.
+        resume: such a ticket, to go on from where a search was cut off. Its round is trained once
+            more, as a ticket does not hold what a training ended with. The result is the same, bit
+            for bit, if all else is: the model as it was at first, a train_fn that repeats itself,
+            criterion, actions, generator (a seed), keep. `rounds` may be more than before.
 
     Returns:
         The `Ticket` the last training started from.
+
+    Raises:
+        ValueError: an argument has no such value, or `resume` is not of such a search; before the
+            first training, but for what late rewinding trains.
 
     Source: Frankle & Carbin 2019; Zhou et al. 2019; late rewinding: Frankle et al. 2019.
     """
@@ -201,6 +225,8 @@ def find_ticket(
     if not masks:
         raise ValueError("model has no nn.Linear or nn.Conv2d that can be masked.")
     check_keep(keep, scope, masks)
+    if resume is not None:
+        _check_resume(resume, masks, rounds, compounding)
     names = _names(model)
     init = _snapshot(model)
     stds = {name: float(init[name].double().std(correction=0)) for name in masks}
@@ -212,8 +238,26 @@ def find_ticket(
     else:
         base = init
     start, frozen, released, acted = init, {}, False, base
-    history = [_record(0, masks, train_fn(model))]
-    for r in range(1, rounds + 1):
+    first = 0 if resume is None else resume.history[-1]["round"]
+    history = [] if resume is None else resume.history[:-1]
+    if resume is not None and first:
+        _check_base(resume, base, {alias for name in masks for alias in names[name]})
+        device = next(iter(masks.values())).device
+        masks = resume.masks.to(device)
+        start = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in resume.start.items()}
+        frozen = {name: value.to(device) for name, value in resume.frozen.items()}
+        released = resume.released
+        _restart(model, start, _trained(masks, released), frozen)
+
+    def train(round: int) -> Ticket:
+        history.append(_record(round, masks, train_fn(model)))
+        found = Ticket(masks, start, frozen, list(history), released)
+        if on_round is not None:
+            on_round(found)
+        return found
+
+    ticket = train(first)
+    for r in range(first + 1, rounds + 1):
         final = _snapshot(model)
         previous, masks = masks, prune(start, final, masks, score, keep, scope, derive(seed, r))
         origin = acted if compounding else base
@@ -234,10 +278,22 @@ def find_ticket(
         start = next_start
         frozen = {n: d.frozen for n, d in decisions.items() if d.frozen is not None}
         released = any(d.released for d in decisions.values())
-        model.load_state_dict(start)
-        set_masks_(model, _trained(masks, released), frozen)
-        history.append(_record(r, masks, train_fn(model)))
-    return Ticket(masks, start, frozen, history, released)
+        _restart(model, start, _trained(masks, released), frozen)
+        ticket = train(r)
+    return ticket
+
+
+def _restart(
+    model: nn.Module, start: Mapping[str, Any], masks: Masks, frozen: Mapping[str, Tensor]
+) -> nn.Module:
+    """Load a dense start together with the masks: compact layers have no slots for all of it."""
+    shared = {id(layer): name for name, layers in _by_parameter(model) for layer in layers}
+    state = dict(start)
+    for prefix, layer in _masked_modules(model, remove_duplicate=False):
+        if shared[id(layer)] in masks:
+            state[f"{prefix}weight_mask"] = masks[shared[id(layer)]]
+    model.load_state_dict(state)
+    return set_masks_(model, masks, frozen)
 
 
 def assemble(kept: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
@@ -270,6 +326,46 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
 
 def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
     return {"round": round, "density": masks.density, "metrics": metrics}
+
+
+def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) -> None:
+    """Whether a search of these masks and arguments can go on from the ticket."""
+    if not ticket.history or "round" not in ticket.history[-1]:
+        raise ValueError(
+            "resume has no history, which says what round it is of; give a ticket of on_round."
+        )
+    if ticket.history[-1]["round"] > rounds:
+        raise ValueError(
+            f"resume is of round {ticket.history[-1]['round']}, but rounds is {rounds}; give more."
+        )
+    if ticket.history[-1]["round"] and compounding:
+        raise ValueError(
+            "resume cannot go on with compounding=True: pruned places of the last start are "
+            "needed, which a ticket does not hold; start over."
+        )
+    shapes = {name: tuple(mask.shape) for name, mask in ticket.masks.items()}
+    if shapes != (wanted := {name: tuple(mask.shape) for name, mask in masks.items()}):
+        raise ValueError(f"resume has masks of {shapes}, but the model's are of {wanted}.")
+    if sources := [n for n, v in ticket.start.items() if isinstance(v, str | Seeded | SignOf)]:
+        raise ValueError(
+            f"resume holds a source in place of the start of {sources[0]}, so it is not of "
+            "find_ticket; give a ticket of on_round."
+        )
+
+
+def _check_base(ticket: Ticket, base: Mapping[str, Any], masked: set[str]) -> None:
+    """Whether what is never masked, and restarts every round, is the model's."""
+    if ticket.start.keys() != base.keys():
+        odd = min(ticket.start.keys() ^ base.keys())
+        raise ValueError(f"resume is of another model: only one of them has {odd}.")
+    for name, value in base.items():
+        if name in masked or not isinstance(value, Tensor):
+            continue
+        if not torch.equal(ticket.start[name].to(value.device), value):
+            raise ValueError(
+                f"resume restarts {name} from other values than this model; give the model as it "
+                "was at first."
+            )
 
 
 def _check(rounds: int, rewind_to: int) -> None:

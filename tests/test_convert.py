@@ -330,8 +330,10 @@ def replaced_forward():
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), "Parametrized"),
         (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 4)), "Parametrized"),
         (
-            lambda: torch_prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5),
-            r"weight is computed .*torch\.nn\.utils\.prune.*remove that first",
+            lambda: torch_prune.custom_from_mask(
+                nn.Linear(3, 4), "weight", torch.full((4, 3), 0.5)
+            ),
+            "must hold only 0 and 1",
         ),
         (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), "weight is computed"),
         (lambda: nn.LazyLinear(4), "no shape yet; run one forward first"),

@@ -184,7 +184,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_half_written():
 
 
 def test_a_dense_model_says_what_to_do():
-    with pytest.raises(ValueError, match=r"none; call ls\.sparsify_ first"):
+    with pytest.raises(ValueError, match=r"no masked layer; call ls\.sparsify_\(model\)"):
         ls.set_masks_(nn.Linear(3, 3), {"weight": torch.eye(3)})
     assert ls.masks_of(nn.Linear(3, 3)) == ls.Masks({})
 

@@ -160,6 +160,7 @@ inline Window dy_window(const Conv2dShape& s) {
 struct Regions {
     Pair size;
     Pair count;
+    Pair all;  // the rounded grid: what lies beyond it has no source
 
     Regions(const Grid& grid, int64_t channels, const Pair& step, const Pair& span,
             int64_t pixels_a_position, bool channels_last) {
@@ -177,10 +178,15 @@ struct Regions {
         while (size.h < grid.rounded.h && fits({size.h + grid.block.h, size.w}))
             size.h += grid.block.h;
         count = {divide_up(grid.rounded.h, size.h), divide_up(grid.rounded.w, size.w)};
+        all = grid.rounded;
     }
 
     int64_t total() const { return count.h * count.w; }
     Pair first(int64_t i) const { return {i / count.w * size.h, i % count.w * size.w}; }
+    Pair size_of(int64_t i) const {
+        const Pair at = first(i);
+        return {std::min(size.h, all.h - at.h), std::min(size.w, all.w - at.w)};
+    }
 };
 
 }  // namespace lottery_sparse

@@ -192,7 +192,8 @@ void Products<Index>::scatter(const KeptLists<Index>& lists, const float* dy, T*
     constexpr bool kRounds = !std::is_same_v<T, float>;
     const int64_t n = shape_.out_features, k = shape_.in_features;
     const int64_t outputs = shape_.shared_x ? 1 : shape_.replicates;
-    const Buffer<float> sums = buffer<float>(outputs * tiles_ * k * kTileBatch);
+    // seven columns of slack: they are read in blocks of eight
+    const Buffer<float> sums = buffer<float>((outputs * tiles_ * k + 7) * kTileBatch);
     Buffer<float> blocks;  // what is to be rounded: [outputs, tiles, kTileBatch, K]
     if constexpr (kRounds) blocks = buffer<float>(outputs * tiles_ * k * kTileBatch);
     // a part is a range of columns of one tile; how columns are split changes no sum

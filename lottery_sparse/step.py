@@ -46,8 +46,9 @@ def train_step(
     Args:
         model: the network; forward hooks are not run.
         optimizer: SGD, Adam or AdamW of `torch.optim` or `ls.optim`, or a subclass with
-            their `step`, without step hooks, over exactly the model's parameters (those that train). Its options are read in every call, so schedulers work;
-            its state stays its own, so that steps by modules can follow.
+            their `step`, without step hooks, over exactly the model's parameters (those that
+            train). Its options are read in every call, so schedulers work; its state stays its
+            own, so that steps by modules can follow.
 
     Returns:
         (x, y) -> loss: x [B, ...], or [E, B, ...] with inputs of each network's own; y int64 [B],

@@ -51,6 +51,12 @@ ON_PLANES = [
     ((2, 8), (3, 3), (2, 320), 3, {"padding": (1, 2)}),
     ((1, 4), (3, 3), (32, 32), 0, {"padding": (1, 1)}),
 ]
+# the first layers of ResNets and AlexNet: few channels, large strides
+STEMS = [
+    ((3, 64), (7, 7), (64, 64), 3, {"padding": (3, 3), "stride": (2, 2)}),
+    ((3, 64), (3, 3), (64, 64), 3, {"padding": (1, 1), "stride": (2, 2)}),
+    ((3, 64), (11, 11), (64, 64), 3, {"padding": (2, 2), "stride": (4, 4)}),
+]
 NAMES = ["y", "dx", "dvalues", "dbias"]
 
 
@@ -134,6 +140,12 @@ def test_matches_float64(case, density, last):
     if last:
         assert got[0].movedim(-3, -1).is_contiguous()
         assert got[1].movedim(-3, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("case", STEMS, ids=str)
+def test_stems_match_float64(case):
+    p = problem(case, 0.1)
+    check(p, run(p))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])

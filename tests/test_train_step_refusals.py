@@ -106,7 +106,7 @@ class _SameStep(ls.optim.Adam):
 
 def test_a_subclass_is_taken_only_with_a_step_that_is_known():
     model = network()
-    with pytest.raises(TypeError, match="_OwnStep with a step of its own.*the modules"):
+    with pytest.raises(TypeError, match=r"_OwnStep with a step of its own.*the modules"):
         ls.train_step(model, _OwnStep(model.parameters()))
     patched = torch.optim.SGD(model.parameters(), lr=0.1)
     patched.step = lambda closure=None: None
@@ -121,7 +121,7 @@ def test_step_hooks_are_refused_whenever_they_come(kind):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = ls.train_step(model, optimizer)
     getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
-    with pytest.raises(ValueError, match="step hooks.*the modules"):
+    with pytest.raises(ValueError, match=r"step hooks.*the modules"):
         step(*next(batches(WIDTHS[0], 5, 1)))
     with pytest.raises(ValueError, match="step hooks"):
         ls.train_step(model, optimizer)

@@ -157,9 +157,7 @@ def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset,
     if found is not None and found[1]["round"] <= rounds:
         if set(range(found[1]["round"] + 1)) <= store.rounds_done(run.id):
             return unpacked(*found, device)
-        say(
-            f"{run.id}: rows before round {found[1]['round']} are missing; done again"
-        )
+        say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
     dense, snapshots = dense_of(run, store, device)
     dense = scored_at(run, dense, snapshots)
     store.add(lease, missing([row_of(run, dense)], store, dataset, say), [])

@@ -47,7 +47,7 @@ class Masks(Mapping[str, Tensor]):
         ]
         masked = [(name, layer) for name, layer in layers if hasattr(layer, "effective_weight")]
         for name, layer in masked or layers:
-            weight = layer.effective_weight if masked else layer.weight
+            weight: Tensor = getattr(layer, "effective_weight", layer.weight)
             owner = layer._parameters.get("weight", layer)  # a computed weight is its layer's own
             found.setdefault(id(owner), (f"{name}.weight" if name else "weight", weight.detach()))
         return cls({name: weight != 0 for name, weight in found.values()})

@@ -72,7 +72,7 @@ def statistics(
         curves[name] = {}
         for seed in seeds:
             its_rows = by_run.get(arm.run(network, profile, seed).id, {})
-            values = {r: its_rows[r][claim.statistic] for r in rounds if r in its_rows}
+            values = {r: its_rows[r].get(claim.statistic) for r in rounds if r in its_rows}
             if len(values) == len(rounds) and None not in values.values():
                 curves[name][seed] = values
     shared = [seed for seed in seeds if all(seed in by_seed for by_seed in curves.values())]

@@ -45,6 +45,8 @@ def network(
         model = ls.sparsify_(nn.Sequential(*layers[:-1]))
         for i in plain:
             model[2 * i + 1] = nn.Linear(widths[i], widths[i + 1], bias=bias)
+        if len(plain) == len(widths) - 1:
+            return model
         masks = {name: torch.rand(m.shape) < density for name, m in ls.masks_of(model).items()}
         sources = {
             name: torch.randn(mask.shape) / 4 if frozen is None else frozen

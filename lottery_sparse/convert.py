@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.prune import BasePruningMethod
 
-from lottery_sparse.compact import find_optimizers
+from lottery_sparse.compact import find_optimizers, holders_of
 from lottery_sparse.frozen import Held, Source, hold
 from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -201,7 +201,8 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
-    if optimizer is None or not optimizer.state:  # else it is the one that trains the model
+    kept_only = any(holders_of(layers[0].weight) for layers in parameters.values())
+    if kept_only and (optimizer is None or not optimizer.state):  # else it trains the model
         find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]

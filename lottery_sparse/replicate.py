@@ -331,6 +331,12 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
 
 
 def _stack_buffers(new: nn.Module, each: list[Any]) -> None:
+    for option in ("rescale", "round_mask", "evaluation"):  # one for all networks of a layer
+        if len(values := {getattr(m, option) for m in each}) > 1:
+            raise ValueError(
+                f"models differ in {option} of their learned masks: {sorted(values)}; make it the "
+                "same in all of them first."
+            )
     for key in new._buffers:
         values = [m._buffers[key] for m in each]
         if any(v is None for v in values) != all(v is None for v in values):

@@ -108,6 +108,8 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
             not; a number i: evaluation sample i, the same whenever it is asked for; or masks by
             parameter name, as from `masks_of`. Numbers and masks stay until the next choice.
 
+    The choice is part of the state_dict, so a loaded model evaluates as the saved one did.
+
     Returns:
         `model`. Training draws its masks as before.
     """
@@ -232,7 +234,7 @@ def supermask_ticket(
         raise ValueError("some layers rescale and others do not; a ticket does it for all or none.")
     masks = masks_of(model)
     start: dict[str, Any] = {}
-    learned = {"score", "key", "sample_key"}
+    learned = {"score", "key", "sample_key", "evaluates_with", "held_mask"}
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
         weight = f"{prefix}.weight" if prefix else "weight"

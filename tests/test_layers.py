@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
-    "supermask": {"ops", "random", "reference", "frozen", "modules"},
+    "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
     "convert": {"compact", "masks", "frozen", "modules", "supermask"},
     "supermasking": {
         "random",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
-from lottery_sparse.convert import _by_parameter, _masked_modules, densify_
+from lottery_sparse.convert import _by_parameter, _masked_modules, check_masked, densify_
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
 from lottery_sparse.packed import pack_
@@ -124,11 +124,8 @@ def plan(
     Raises:
         ValueError: the model has no masked layer, or the example reaches none of them.
     """
+    check_masked(model)
     layers = {prefix[:-1] or "(model)": layer for prefix, layer in _masked_modules(model)}
-    if not layers:
-        raise ValueError(
-            "the model has no masked layer; call ls.sparsify_ and ls.set_masks_ first."
-        )
     inputs = _inputs_of(model, layers, example_inputs)
     if not inputs:
         raise ValueError("example_inputs reach no masked layer; is the model called differently?")

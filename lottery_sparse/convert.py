@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.compact import find_optimizers
 from lottery_sparse.frozen import Held, Source, hold
@@ -50,8 +50,9 @@ def sparsify_(
     their own, and other subclasses.
 
     Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
-    Parameter `weight_orig`, the same object, is `weight` again. What that module does to biases
-    stays as it is.
+    Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
+    pruned by it (`bias_orig`, `bias_mask`), as our masks are of weights; `ls.pack_` and
+    `ls.dense_state_dict` take what is left of it.
 
     Args:
         model: any module; a single nn.Linear or nn.Conv2d too.
@@ -135,7 +136,17 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict that the dense model loads strictly: effective weights, no masks."""
+    """A state_dict that the dense model loads strictly: effective weights and biases, no masks."""
+    state = state_without_masks(model)
+    for prefix, layer in _masked_modules(model, remove_duplicate=False):
+        if _hooks_of_prune(layer, "bias"):
+            original, mask = (state.pop(f"{prefix}bias_{part}") for part in ("orig", "mask"))
+            state[f"{prefix}bias"] = original * mask.to(original.dtype)
+    return state
+
+
+def state_without_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict, dense: effective weights, without their masks and frozen values."""
     state = model.state_dict()
     for prefix, _ in _masked_modules(model, remove_duplicate=False):
         for name in ("weight_mask", "weight_frozen"):
@@ -278,13 +289,19 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _hooks_of_prune(module: nn.Module) -> list[int]:
-    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight."""
+def _hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
+    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight, or bias."""
     return [
         key
         for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == tensor
     ]
+
+
+def settle_bias(module: nn.Module) -> None:
+    """Where torch.nn.utils.prune computes the bias, what it leaves of it becomes the Parameter."""
+    if _hooks_of_prune(module, "bias"):
+        torch_prune.remove(module, "bias")
 
 
 def _take_from_prune(module: nn.Module) -> Tensor:

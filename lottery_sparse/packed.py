@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import _become, check_masked, densify_
+from lottery_sparse.convert import _become, check_masked, densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops import (
     binary_linear,
@@ -230,8 +230,9 @@ def pack_(
     Each linear layer takes the format that `choose_format` names: ternary where all effective
     weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
     a bitmap, else dense. Frozen values other than zero are weights like the others. Convolutions
-    become dense nn.Conv2d: there are no packed kernels for them. The model is set to eval mode, and
-    Parameters that it still has no longer require grad.
+    become dense nn.Conv2d: there are no packed kernels for them. A bias that torch.nn.utils.prune
+    prunes becomes what is left of it. The model is set to eval mode, and Parameters that it still
+    has no longer require grad.
 
     Args:
         model: any module; a single masked layer too.
@@ -263,6 +264,8 @@ def pack_(
                 f"{name or 'the model itself'} holds several networks side by side; pack each of "
                 "them alone."
             )
+    for _, layer in layers:
+        settle_bias(layer)
     expand_(model)
     lines = []
     for name, layer in layers:

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
-from lottery_sparse.convert import _by_parameter, _masked_modules, check_masked, densify_
+from lottery_sparse.convert import (
+    _by_parameter,
+    _masked_modules,
+    check_masked,
+    densify_,
+    settle_bias,
+)
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
 from lottery_sparse.packed import pack_
@@ -219,6 +225,7 @@ def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) ->
 def _candidates(layer: Masked, training: bool) -> dict[str, nn.Module]:
     """Copies of the layer, one per path."""
     plain = copy.deepcopy(layer)
+    settle_bias(plain)
     for hooks in (
         plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks,
         plain._backward_pre_hooks,

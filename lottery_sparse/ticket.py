@@ -16,10 +16,10 @@ from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Act
 from lottery_sparse.convert import (
     _by_parameter,
     _masked_modules,
-    dense_state_dict,
     masks_of,
     set_masks_,
     sparsify_,
+    state_without_masks,
 )
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.frozen import Seeded, SignOf, drawn
@@ -328,7 +328,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
     """Effective weights, biases, buffers and extra state by name, without the masks."""
-    return {name: copy.deepcopy(value) for name, value in dense_state_dict(model).items()}
+    return {name: copy.deepcopy(value) for name, value in state_without_masks(model).items()}
 
 
 def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import _become, check_masked, densify_, settle_bias
+from lottery_sparse.convert import become, check_masked, densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops.packed import check_x
 from lottery_sparse.packing import FORMATS, scale_of, unfit
@@ -270,7 +270,7 @@ def _replace(layer: Masked, activations: str) -> PackedLinear:
     layer._buffers.clear()
     layer._non_persistent_buffers_set.clear()
     del layer._frozen_descriptor, layer._summed
-    _become(layer, PackedLinear)
+    become(layer, PackedLinear)
     assert isinstance(layer, PackedLinear)
     layer._pack(weight, bias, None, activations)
     return layer

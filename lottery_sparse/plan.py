@@ -20,10 +20,10 @@ from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
 from lottery_sparse.convert import (
-    _by_parameter,
-    _masked_modules,
+    by_parameter,
     check_masked,
     densify_,
+    masked_modules,
     settle_bias,
 )
 from lottery_sparse.modules import Masked
@@ -131,13 +131,13 @@ def plan(
         ValueError: the model has no masked layer, or the example reaches none of them.
     """
     check_masked(model)
-    layers = {prefix[:-1] or "(model)": layer for prefix, layer in _masked_modules(model)}
+    layers = {prefix[:-1] or "(model)": layer for prefix, layer in masked_modules(model)}
     inputs = _inputs_of(model, layers, example_inputs)
     if not inputs:
         raise ValueError("example_inputs reach no masked layer; is the model called differently?")
     store = _Store() if cache else None
     rows = []
-    groups = [layers for _, layers in _by_parameter(model)]
+    groups = [layers for _, layers in by_parameter(model)]
     costs = {name: _measured(layers[name], x, training, store) for name, x in inputs.items()}
     for name, x in inputs.items():
         layer = layers[name]

@@ -111,7 +111,7 @@ class Supermask(nn.Module):
             for name in _FIRST_STEPS:
                 self._buffers[name].copy_(random_key(self._seed, self._stream))  # pyright: ignore
             self._restart()
-            self.hold(None)
+            self.evaluate_with(None)
         return self
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class Supermask(nn.Module):
         bits, _ = ops.sample_bits(self._flat(self.score.detach()), key)
         return reference.mask_as_bool(bits, self.score, self.rank)
 
-    def hold(self, mask: Tensor | None) -> None:
+    def evaluate_with(self, mask: Tensor | None) -> None:
         """Evaluate with this mask from now on; None: as `evaluation` says."""
         self.held_mask = None if mask is None else normal(mask.to(self.score.device).clone())
 
@@ -240,7 +240,7 @@ class Supermask(nn.Module):
                 unexpected_keys.remove(name)
         if number is not None or mask is not None:
             self.evaluation = evaluation
-            self.hold(mask)
+            self.evaluate_with(mask)
 
     def extra_repr(self) -> str:
         density = "?" if self.score.is_meta else f"{self.expected_density:.4g}"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
 from lottery_sparse.convert import (
-    _by_parameter,
-    _masked_modules,
+    by_parameter,
+    masked_modules,
     masks_of,
     set_masks_,
     sparsify_,
@@ -295,9 +295,9 @@ def _restart(
     model: nn.Module, start: Mapping[str, Any], masks: Masks, frozen: Mapping[str, Tensor]
 ) -> nn.Module:
     """Load a dense start together with the masks: compact layers have no slots for all of it."""
-    shared = {id(layer): name for name, layers in _by_parameter(model) for layer in layers}
+    shared = {id(layer): name for name, layers in by_parameter(model) for layer in layers}
     state = dict(start)
-    for prefix, layer in _masked_modules(model, remove_duplicate=False):
+    for prefix, layer in masked_modules(model, remove_duplicate=False):
         if shared[id(layer)] in masks:
             state[f"{prefix}weight_mask"] = masks[shared[id(layer)]]
     model.load_state_dict(state)

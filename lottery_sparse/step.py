@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends, optim
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
-from lottery_sparse.replicate import _Linear, as_rows
+from lottery_sparse.replicate import LinearNetworks, as_rows
 from lottery_sparse.supermask import SupermaskLinear
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
@@ -352,7 +352,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True
-        elif type(module) in (CompactLinear, SupermaskLinear, nn.Linear, _Linear) and relu:
+        elif type(module) in (CompactLinear, SupermaskLinear, nn.Linear, LinearNetworks) and relu:
             if "weight" not in module._parameters:
                 raise ValueError(f"{name} computes its weight; {OTHERWISE}.")
             assert isinstance(module, nn.Linear)

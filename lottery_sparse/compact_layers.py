@@ -11,6 +11,7 @@ from torch.fx import Proxy
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
 from lottery_sparse.ops import compact as products
+from lottery_sparse.ops import masked_conv2d, masked_linear
 
 
 class CompactLinear(Compact, nn.Linear):
@@ -30,6 +31,10 @@ class CompactLinear(Compact, nn.Linear):
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
+            )
+        if self._is_foreign():
+            return masked_linear(
+                input, self._spread(), self.weight_mask, self.bias, self._held().for_op()
             )
         weight, effective = self._weights()
         own = self._parameters  # a replica has none
@@ -57,8 +62,7 @@ class CompactConv2d(Compact, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-        weight, effective = self._weights()
-        padding = self.padding
+        foreign, padding = self._is_foreign(), self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -68,6 +72,19 @@ class CompactConv2d(Compact, nn.Conv2d):
                 input, padding = F.pad(input, around), 0
             else:
                 padding = (around[2], around[0])
+        if foreign:
+            return masked_conv2d(
+                input,
+                self._spread(),
+                self.weight_mask,
+                self.bias,
+                self._held().for_op(),
+                self.stride,
+                padding,
+                self.dilation,
+                self.groups,
+            )
+        weight, effective = self._weights()
         return products.compact_conv2d(
             input,
             weight,

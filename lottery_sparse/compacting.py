@@ -106,7 +106,9 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 def refresh_(model: nn.Module) -> nn.Module:
     """Copy kept weights into the effective weights, after writes through `.data`; returns `model`.
 
-    Any other write is noticed without it.
+    The next forward notices any other write by itself, unless it is a compiled one: that needs
+    this after all writes but those of optimizers, `set_masks_` and load_state_dict; for
+    DistributedDataParallel, which copies weights and masks of rank 0, after wrapping the model.
     """
     for module in model.modules():
         if isinstance(module, Compact):

@@ -127,14 +127,14 @@ class Call:
         parameter, owner = self.params[-1], len(self.params) - 1
         for reference in references:
             layer: Any = reference()
-            # the dicts of nn.Module, which are quicker than its attributes
+            # the dict of nn.Module, which is quicker than its attributes
             if layer is None or layer._parameters.get("weight") is not parameter:
                 continue
-            buffers = layer._buffers
+            kept = layer.kept
             # without an effective weight, a target only says which slots are kept
-            self.effective.append(_NONE if layer.lags else buffers["weight_effective"])
-            self.starts.append(buffers["kept_starts"])
-            self.columns.append(buffers["kept_columns"])
+            self.effective.append(_NONE if layer.lags else layer._dense)
+            self.starts.append(kept.starts)
+            self.columns.append(kept.columns)
             self.owners.append(owner)
             self.layers.append(layer)
 

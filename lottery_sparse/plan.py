@@ -273,6 +273,7 @@ def _milliseconds(module: nn.Module, x: Tensor, training: bool) -> float:
 
 def _bytes(module: nn.Module) -> int:
     held = [*module.parameters(), *module.buffers()]
+    held += [t for m in module.modules() if isinstance(m, Compact) for t in m.derived()]
     return sum(t.numel() * t.element_size() for t in held)
 
 

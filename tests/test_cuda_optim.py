@@ -162,7 +162,7 @@ def test_rows_are_found_among_empty_ones():
     params = [*parameters(sizes=[(3,)] * 70), holder.weight]
     by_cuda(ls.optim.SGD(params, lr=1.0), params, 1)
     dense = torch.zeros(mask.shape).masked_scatter(mask, -holder.weight.grad)
-    assert torch.equal(holder.get_buffer("weight_effective"), dense)
+    assert torch.equal(holder.weight_effective, dense)
 
 
 def test_views_that_no_vector_fits():

@@ -25,6 +25,7 @@ from lottery_sparse.reference.compact import (
     max_density,
     may_lag,
     scatter_kept_,
+    spread_kept,
 )
 from lottery_sparse.reference.masked import (
     WORDS_PER_CHUNK,
@@ -120,6 +121,7 @@ __all__ = [
     "seeded_linear",
     "seeded_weight",
     "source",
+    "spread_kept",
     "supermask_conv2d",
     "supermask_conv2d_backward",
     "supermask_gradients",

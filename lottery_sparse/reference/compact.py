@@ -7,6 +7,7 @@ allows the latter to be out of date. Its dtype is that of `values`, except under
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.reference.masked import conv2d, conv2d_backward, linear, linear_backward
@@ -58,6 +59,16 @@ def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     column = column & 0xFFFF if columns.dtype == torch.int16 else column
     per_row = weight.numel() // max(weight.shape[0], 1)
     return torch.where(slots < starts[-1], row * per_row + column, weight.numel())
+
+
+def spread_kept(values: Tensor, mask: Tensor) -> Tensor:
+    """A mask's shape with `values` [C] or [E, C] where it keeps, in row-major order, else 0.
+
+    The same as `kept_weight`, by the mask alone: in torch.vmap each mask may be another one.
+    """
+    kept = mask.flatten(values.dim() - 1)
+    slots = torch.where(kept, kept.cumsum(-1) - 1, values.shape[-1])
+    return F.pad(values, (0, 1)).gather(-1, slots).view(mask.shape)
 
 
 def gather_kept(dense: Tensor, starts: Tensor, columns: Tensor) -> Tensor:

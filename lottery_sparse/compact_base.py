@@ -22,7 +22,7 @@ from lottery_sparse.compact_parts import (
     versions_of,
 )
 from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, _sum_of, normal
+from lottery_sparse.modules import Masked, normal, sum_of_signs
 
 
 class Compact(Masked):
@@ -215,7 +215,7 @@ class Compact(Masked):
             return
         held = self._held()
         signs, total = held.signs, self.weight_signs_sum
-        if signs is not None and not torch.equal(_sum_of(signs), total):  # pyright: ignore
+        if signs is not None and not torch.equal(sum_of_signs(signs), total):  # pyright: ignore
             # averaged, which rounds integers down
             self._hold(hold("weight", held.descriptor, self._dense))
         self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
 from lottery_sparse.convert import _by_parameter, _masked_modules, densify_
+from lottery_sparse.files import write_whole
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
 from lottery_sparse.packed import pack_
@@ -351,12 +351,6 @@ class _Store:
         entries = self._read() | {key: {name: asdict(path) for name, path in paths.items()}}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, delete=False, encoding="utf-8"
-            ) as file:
-                json.dump(entries, file, indent=1, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self.path)
+            write_whole(self.path, json.dumps(entries, indent=1, sort_keys=True).encode())
         except OSError:
             pass  # a cache that cannot be written costs time, nothing else

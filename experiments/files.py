@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from lottery_sparse import files
 
 try:
     import fcntl
@@ -17,23 +18,9 @@ def write_whole(
     content: bytes,
     guard: contextlib.AbstractContextManager[object] | None = None,
 ) -> None:
-    """Write `path`, making its folder; a reader sees the old file or the new one, never a part.
-
-    `guard` is entered around the moment in which the file appears.
-    """
+    """`lottery_sparse.files.write_whole`, which makes the folder too."""
     make_folder(path.parent)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=temporary(path), delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private
-            with guard or contextlib.nullcontext():
-                os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise
+    files.write_whole(path, content, guard)
 
 
 def make_folder(path: Path) -> None:
@@ -43,11 +30,6 @@ def make_folder(path: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         said = f"{path} cannot be a folder, since it, or what it is in, is a file: give another one"
         raise NotADirectoryError(error.errno, said) from error
-
-
-def temporary(path: Path) -> str:
-    """How the names of files begin that a killed `write_whole` of `path` leaves beside it."""
-    return f".{path.name}."
 
 
 @contextlib.contextmanager

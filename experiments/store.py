@@ -26,9 +26,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from experiments.files import locked, temporary, write_all, write_whole
+from experiments.files import locked, write_all, write_whole
 from experiments.leases import Lease, Leases
 from experiments.lines import Lines, canonical, line_of, without_checksum
+from lottery_sparse.files import temporary
 
 FORMAT = 1
 ROWS, RUNS = "rows.jsonl", "runs.jsonl"

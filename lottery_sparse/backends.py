@@ -112,13 +112,22 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One `use_backend` block that has not been left; equal to itself only."""
+
+    backend: str
+
+
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.
-overrides: list[str] = []  # what `use_backend` forces, the last one counts
+overrides: list[_Block] = []  # the blocks that are open, the one entered last counts
 
 
 def forced() -> str | None:
     """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
-    return overrides[-1] if overrides else os.environ.get("LS_BACKEND") or None
+    last = overrides[-1:]  # at once: another thread may leave its block meanwhile
+    return last[0].backend if last else os.environ.get("LS_BACKEND") or None
 
 
 @contextlib.contextmanager
@@ -128,6 +137,11 @@ def use_backend(name: str) -> Iterator[None]:
     An op that this backend does not have, or cannot run for the tensors given, raises
     RuntimeError: a forced backend never falls back.
 
+    Of blocks that are open at the same time the one entered last counts, in whatever order they are
+    left. That is so for the whole process, as autograd runs a backward on threads of its own: a
+    block in one thread, or around an `await` or a `yield`, holds for the other threads and tasks
+    that run meanwhile.
+
     Args:
         name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
             effective weight), "cpu" (C++ kernels), "triton" or "cuda" (CUDA kernels).
@@ -136,11 +150,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
     """
     _check_name(name)
-    overrides.append(name)
+    block = _Block(name)
+    overrides.append(block)
     try:
         yield
     finally:
-        overrides.pop()
+        overrides.remove(block)
 
 
 def built(name: str) -> bool:

@@ -14,7 +14,20 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import SignConstant
-from lottery_sparse.random import LAWS, as_seed, stream_of
+from lottery_sparse.random import LAWS, _whole_seed, _word, stream_of
+
+
+def _magnitude(value: Any, what: str) -> float:
+    """A number of any kind, of NumPy or a tensor too, as a float that is a magnitude."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what}, a finite number, at least 0, got {value!r}.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # many elements, or 10**400
+        number = float("nan")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{what}, a finite number, at least 0, got {value!r}.")
+    return number
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,10 @@ class Constant:
 
     def __post_init__(self) -> None:
         # a negative one would flip the signs that a state_dict reads back
-        if self.constant is not None and not 0 <= self.constant < float("inf"):
-            raise ValueError(f"constant is a magnitude, at least 0, got {self.constant!r}.")
+        if self.constant is not None:
+            object.__setattr__(
+                self, "constant", _magnitude(self.constant, "constant is a magnitude")
+            )
 
 
 @dataclass(frozen=True)
@@ -42,9 +57,13 @@ class Seeded:
 
     Args:
         law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
-        seed: 64-bit seed.
-        std: standard deviation; None = population standard deviation of the layer's weight.
+        seed: 64-bit seed, a whole number of Python's or NumPy's.
+        std: standard deviation, finite and at least 0; None = population standard deviation of the
+            layer's weight.
         stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these.
     """
 
     law: str
@@ -53,9 +72,14 @@ class Seeded:
     stream: int | None = None
 
     def __post_init__(self) -> None:
-        if self.law not in LAWS:
+        if not isinstance(self.law, str) or self.law not in LAWS:
             raise ValueError(f"law must be one of {', '.join(LAWS)}, got {self.law!r}.")
-        as_seed(self.seed)
+        # written down as Python's numbers, which compare, and go into JSON, alike
+        object.__setattr__(self, "seed", _whole_seed(self.seed))
+        if self.std is not None:
+            object.__setattr__(self, "std", _magnitude(self.std, "std is a standard deviation"))
+        if self.stream is not None:
+            object.__setattr__(self, "stream", _word(self.stream, "stream"))
 
 
 @dataclass(frozen=True)
@@ -65,11 +89,19 @@ class SignOf:
 
     Args:
         source: what is drawn.
-        constant: the magnitude.
+        constant: the magnitude, finite and at least 0.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these.
     """
 
     source: Seeded
     constant: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Seeded):
+            raise TypeError(f"source must be ls.Seeded, got {type(self.source).__name__}.")
+        object.__setattr__(self, "constant", _magnitude(self.constant, "constant is a magnitude"))
 
 
 Source = str | Tensor | Constant | Seeded | None
@@ -124,7 +156,7 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
             )
         return Held(source.detach().to(weight.device, weight.dtype, copy=True))
     if isinstance(source, Constant):
-        constant = std_of(weight) if source.constant is None else float(source.constant)
+        constant = std_of(weight) if source.constant is None else source.constant
         rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
         signs, value = SignConstant.of(weight.detach(), constant, rank)
         return Held(value, signs, Constant(constant))
@@ -133,7 +165,7 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
             Seeded(
                 source.law,
                 source.seed,
-                std_of(weight) if source.std is None else float(source.std),
+                std_of(weight) if source.std is None else source.std,
                 stream_of(name) if source.stream is None else source.stream,
             ),
             weight,
@@ -161,6 +193,8 @@ def remake(held: Held, weight: Tensor) -> Held:
 
 
 def std_of(weight: Tensor) -> float:
+    if weight.numel() == 0:
+        return 0.0  # nothing deviates; torch warns, and says NaN
     return float(weight.detach().double().std(correction=0))
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from lottery_sparse.convert import (
     masked_modules,
     settle_bias,
 )
+from lottery_sparse.files import write_whole
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
 from lottery_sparse.packed import pack_
@@ -356,12 +356,6 @@ class _Store:
         entries = self._read() | {key: {name: asdict(path) for name, path in paths.items()}}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, delete=False, encoding="utf-8"
-            ) as file:
-                json.dump(entries, file, indent=1, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self.path)
+            write_whole(self.path, json.dumps(entries, indent=1, sort_keys=True).encode())
         except OSError:
             pass  # a cache that cannot be written costs time, nothing else

@@ -199,17 +199,32 @@ def _draw(law: str, shape: Shape, seed: int, stream: int, step: int, *table: Ten
     return backends.kernel(law, torch.device("cpu"), args)(*args).view(shape)
 
 
-def _signed(seed: int) -> int:
-    """A seed of 64 bits as the int64 with the same bits, which is what tensors can hold."""
+def _whole_seed(seed: int) -> int:
+    """A seed as an int, if it is a whole number (NumPy's too) of 64 bits."""
+    seed = _whole(seed, "seed")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {seed}; take it modulo 2**64.")
-    return seed - 2**64 if seed >= 2**63 else seed
+    return seed
 
 
 def _word(value: int, name: str) -> int:
+    """A stream or step as an int, if it is a whole number (NumPy's too) of 32 bits."""
+    value = _whole(value, name)
     if not 0 <= value < 2**32:
         raise ValueError(f"{name} must be in [0, 2**32), got {value}.")
     return value
+
+
+def _whole(value: int, name: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    return operator.index(value)
+
+
+def _signed(seed: int) -> int:
+    """A seed of 64 bits as the int64 with the same bits, which is what tensors can hold."""
+    seed = _whole_seed(seed)
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 # Tables of the upper half of a quantile function at the midpoints of 32,768 equal cells, int32

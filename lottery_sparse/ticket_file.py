@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lottery_sparse.files import write_whole
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 
@@ -59,7 +59,7 @@ def save(
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    _write_whole(Path(path), safetensors.torch.save(tensors, header))
+    write_whole(Path(path), safetensors.torch.save(tensors, header))
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
@@ -208,18 +208,3 @@ def _from_json(value: Any) -> Any:
     if "sign_of" in value:
         return SignOf(Seeded(**value["sign_of"]), value["constant"])
     return Seeded(**value)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # NamedTemporaryFile makes it private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -93,6 +93,34 @@ def test_a_backend_is_forced_no_longer_after_an_error():
     assert backends.forced() is None
 
 
+def test_blocks_may_be_left_in_any_order():
+    outer, inner, again = (ls.use_backend(name) for name in ("reference", "dense", "reference"))
+    outer.__enter__()
+    inner.__enter__()
+    again.__enter__()
+    assert backends.forced() == "reference"
+    outer.__exit__(None, None, None)
+    assert backends.forced() == "reference"  # of `again`
+    again.__exit__(None, None, None)
+    assert backends.forced() == "dense"
+    inner.__exit__(None, None, None)
+    assert backends.forced() is None
+
+
+def test_generators_force_each_their_own_backend_until_they_end():
+    def steps(name):
+        with ls.use_backend(name):
+            yield backends.forced()
+            yield backends.forced()
+
+    first, second = steps("reference"), steps("dense")
+    assert (next(first), next(second)) == ("reference", "dense")
+    first.close()
+    assert backends.forced() == "dense"
+    second.close()
+    assert backends.forced() is None
+
+
 def test_a_backend_is_forced_in_every_thread():
     # the backward of CUDA tensors runs on threads of autograd's own
     seen = []

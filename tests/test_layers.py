@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "step_tables": set(),
     "kernels": {"reference", "step_tables"},
+    # whole files
+    "files": set(),
     # which one runs
     "backends": set(),
     "random": {"backends"},
@@ -71,6 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "plan": {
         "backends",
+        "files",
         "ops",
         "modules",
         "compact_base",
@@ -102,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"backends", "compact", "compact_layers", "optim", "replicate", "supermask"},
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "modules", "ops", "packing"},
-    "ticket_file": {"masks", "frozen"},
+    "ticket_file": {"files", "masks", "frozen"},
     "ticket": {
         "random",
         "masks",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,11 +196,53 @@ def test_a_dense_model_says_what_to_do():
     ("source", "error", "message"),
     [
         (lambda: ls.Seeded("gauss", 1), ValueError, "law must be one of"),
-        (lambda: ls.Seeded("normal", 1.5), TypeError, "generator must be an int seed"),
-        (lambda: ls.Constant(-0.5), ValueError, "constant is a magnitude, at least 0, got -0.5"),
+        (lambda: ls.Seeded("normal", 1.5), TypeError, "seed must be a whole number, got 1.5"),
+        (lambda: ls.Seeded("normal", None), TypeError, "seed must be a whole number, got None"),
+        (lambda: ls.Seeded("normal", True), TypeError, "seed must be a whole number, got True"),
+        (lambda: ls.Seeded("normal", 2**64), ValueError, "seed must fit 64 bits"),
+        (lambda: ls.Seeded("normal", 1, -1.0), ValueError, "std is a standard .* got -1.0"),
+        (lambda: ls.Seeded("normal", 1, math.nan), ValueError, "std .* finite .* got nan"),
+        (lambda: ls.Seeded("normal", 1, math.inf), ValueError, "std .* finite .* got inf"),
+        (lambda: ls.Seeded("normal", 1, 10**400), ValueError, "std .* finite .* got 1000"),
+        (lambda: ls.Seeded("normal", 1, torch.ones(2)), ValueError, "std .* got tensor"),
+        (lambda: ls.Seeded("normal", 1, "0.1"), TypeError, "std .* got '0.1'"),
+        (lambda: ls.Seeded("normal", 1, 0.1, -1), ValueError, r"stream must be in \[0, 2\*\*32"),
+        (lambda: ls.Seeded("normal", 1, 0.1, "a"), TypeError, "stream must be a whole number"),
+        (lambda: ls.Seeded(["normal"], 1), ValueError, "law must be one of"),
+        (lambda: ls.SignOf("zero", 1), TypeError, "source must be ls.Seeded, got str"),
+        (lambda: ls.SignOf(ls.Seeded("sign", 1), -1), ValueError, "constant .* at least 0, got -1"),
+        (lambda: ls.Constant(-0.5), ValueError, "constant .* at least 0, got -0.5"),
+        (lambda: ls.Constant("1"), TypeError, "constant is a magnitude"),
         (lambda: ls.Constant(float("nan")), ValueError, "constant is a magnitude"),
     ],
 )
 def test_sources_that_make_no_sense(source, error, message):
     with pytest.raises(error, match=message):
         source()
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = ls.Seeded("normal", seed=2**63 + 5, std=0.5, stream=7)
+    fancy = ls.Seeded("normal", np.uint64(2**63 + 5), np.float32(0.5), np.int64(7))
+    assert fancy == plain
+    assert [type(v) for v in (fancy.seed, fancy.std, fancy.stream)] == [int, float, int]
+    assert ls.Constant(torch.tensor(0.25)) == ls.Constant(0.25)
+    model = ls.set_masks_(ls.sparsify_(nn.Linear(6, 5)), {"weight": torch.ones(5, 6)}, fancy)
+    again = ls.sparsify_(nn.Linear(6, 5))
+    again.load_state_dict(model.state_dict())  # through JSON
+
+
+@pytest.mark.parametrize("seed", [np.int64(-3), np.uint64(2**63 + 5), np.int32(7)])
+def test_seeds_of_numpy_draw_what_ints_draw(seed):
+    drawn = ls.random.words(9, seed, np.int64(4), np.uint32(2))
+    assert torch.equal(drawn, ls.random.words(9, int(seed), 4, 2))
+    assert torch.equal(ls.random.key(seed, np.int64(4)), ls.random.key(int(seed), 4))
+
+
+@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant()], ids=repr)
+def test_an_empty_layer_has_no_deviation(source):
+    with pytest.warns(UserWarning, match="zero-element"):
+        model = ls.sparsify_(nn.Linear(0, 5))
+    with pytest.warns(UserWarning, match="layer collapse"):  # and torch says nothing
+        ls.set_masks_(model, {"weight": torch.ones(5, 0)}, source)
+    assert model(torch.ones(2, 0)).shape == (2, 5)

@@ -1,5 +1,6 @@
 // The rim of compact_conv2d.
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -10,8 +11,9 @@ namespace lottery_sparse {
 namespace {
 
 Pair checked_pair(const char* name, const std::vector<int64_t>& v, int64_t least) {
-    STD_TORCH_CHECK(v.size() == 2 && std::min(v[0], v[1]) >= least, name,
-                    " must be two integers of at least ", least, ".");
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    STD_TORCH_CHECK(v.size() == 2 && std::min(v[0], v[1]) >= least && std::max(v[0], v[1]) <= kMost,
+                    name, " must be two integers of at least ", least, " and at most ", kMost, ".");
     return {v[0], v[1]};
 }
 
@@ -85,10 +87,10 @@ Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& colu
     STD_TORCH_CHECK(shape.in_channels % o.groups == 0 && shape.out_channels % o.groups == 0,
                     "groups is ", o.groups, ", which does not divide ", shape.in_channels,
                     " input and ", shape.out_channels, " output channels.");
+    STD_TORCH_CHECK(lines_fit(shape), "x has shape ", shape_text(x),
+                    ", whose padded images are too large for the native kernels.");
     STD_TORCH_CHECK(output.h > 0 && output.w > 0, "x has shape ", shape_text(x),
                     ", which is smaller than the kernel.");
-    STD_TORCH_CHECK(lines_fit(shape), "x has shape ", shape_text(x),
-                    ", whose images are too large for the native kernels.");
     return {shape,
             {static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
              nullptr, nullptr, nullptr, values.size(d - 1), wide}};

@@ -69,6 +69,7 @@ Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& colu
                         (d == 1 || starts.size(0) == values.size(0)) && starts.size(d - 1) > 0,
                     "values ", shape_text(values), ", columns ", shape_text(columns),
                     " and starts ", shape_text(starts), " do not fit each other.");
+    check_ends("starts", starts, values.size(d - 1));
     const int64_t replicates = d == 2 ? values.size(0) : 1;
     const int64_t first = x.dim() - 3, channel = o.channels_last ? first + 2 : first;
     const int64_t row = o.channels_last ? first : first + 1;
@@ -152,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
                     "rows ", shape_text(rows), ", positions ", shape_text(positions),
                     " and column_starts ", shape_text(column_starts), " do not fit values ",
                     shape_text(values), ".");
+    check_ends("column_starts", column_starts, lists.capacity);
     lists.column_starts = static_cast<const int64_t*>(column_starts.const_data_ptr());
     lists.rows = rows.const_data_ptr();
     lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lottery_sparse import reference
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
 from lottery_sparse.ops import compact as products
@@ -58,6 +59,10 @@ class CompactConv2d(Compact, nn.Conv2d):
     rank = 4
     dense_type, masked_type = nn.Conv2d, MaskedConv2d
     __signature__ = inspect.signature(nn.Conv2d)
+
+    @property
+    def lags(self) -> bool:
+        return super().lags and reference.kernels_take(self.stride)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

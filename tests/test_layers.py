@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "compact_parts": {"backends", "reference", "compact", "modules"},
     "compact_base": {"backends", "reference", "compact", "compact_parts", "frozen", "modules"},
-    "compact_layers": {"compact_base", "modules", "ops"},
+    "compact_layers": {"reference", "compact_base", "modules", "ops"},
     "compacting": {
         "reference",
         "compact",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from lottery_sparse.reference.compact import (
     MAX_DENSITY_LINEAR,
+    MOST_STRIDE,
     compact_conv2d,
     compact_conv2d_backward,
     compact_linear,
@@ -22,6 +23,7 @@ from lottery_sparse.reference.compact import (
     kept_positions,
     kept_share,
     kept_weight,
+    kernels_take,
     max_density,
     may_lag,
     scatter_kept_,
@@ -79,6 +81,7 @@ from lottery_sparse.reference.supermask import (
 
 __all__ = [
     "MAX_DENSITY_LINEAR",
+    "MOST_STRIDE",
     "WORDS_PER_CHUNK",
     "binary_linear",
     "binary_weight",
@@ -99,6 +102,7 @@ __all__ = [
     "kept_positions",
     "kept_share",
     "kept_weight",
+    "kernels_take",
     "linear",
     "linear_backward",
     "mask_as_bool",

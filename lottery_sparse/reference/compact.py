@@ -6,6 +6,9 @@ allows the latter to be out of date. Its dtype is that of `values`, except under
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,8 @@ from lottery_sparse.reference.masked import conv2d, conv2d_backward, linear, lin
 # Up to these densities the CPU kernels, which skip zeros, beat the dense product:
 # benchmarks/results/cpu.md.
 MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+# They take convolutions up to this product of strides: kMaxPhases of csrc/sparse_conv2d.h.
+MOST_STRIDE = 128
 
 
 def max_density(effective: Tensor) -> float:
@@ -24,10 +29,19 @@ def max_density(effective: Tensor) -> float:
     return MAX_DENSITY_CONV_1X1 if effective.shape[-2:] == (1, 1) else MAX_DENSITY_CONV
 
 
-def may_lag(effective: Tensor, starts: Tensor, zero: bool) -> bool:
-    """Whether `effective` may lack the newest `values`, since the kernels do not read it."""
-    kernels = effective.is_cpu and effective.dtype == torch.float32
+def may_lag(effective: Tensor, starts: Tensor, zero: bool, stride: Sequence[int] = ()) -> bool:
+    """Whether `effective` may lack the newest `values`, since the kernels do not read it.
+
+    `stride` is that of a convolution. Calls that kernels refuse for other reasons, such as the size
+    of x, must not read `effective` where this says that it may.
+    """
+    kernels = effective.is_cpu and effective.dtype == torch.float32 and kernels_take(stride)
     return zero and kernels and kept_share(starts, effective) <= max_density(effective)
+
+
+def kernels_take(stride: Sequence[int]) -> bool:
+    """Whether the CPU kernels run convolutions of this stride."""
+    return math.prod(stride) <= MOST_STRIDE
 
 
 def kept_share(starts: Tensor, effective: Tensor) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import SignConstant
-from lottery_sparse.random import LAWS, _whole_seed, _word, stream_of
+from lottery_sparse.random import LAWS, stream_of, whole_seed, word_of
 
 
 def _magnitude(value: Any, what: str) -> float:
@@ -75,11 +75,11 @@ class Seeded:
         if not isinstance(self.law, str) or self.law not in LAWS:
             raise ValueError(f"law must be one of {', '.join(LAWS)}, got {self.law!r}.")
         # written down as Python's numbers, which compare, and go into JSON, alike
-        object.__setattr__(self, "seed", _whole_seed(self.seed))
+        object.__setattr__(self, "seed", whole_seed(self.seed))
         if self.std is not None:
             object.__setattr__(self, "std", _magnitude(self.std, "std is a standard deviation"))
         if self.stream is not None:
-            object.__setattr__(self, "stream", _word(self.stream, "stream"))
+            object.__setattr__(self, "stream", word_of(self.stream, "stream"))
 
 
 @dataclass(frozen=True)

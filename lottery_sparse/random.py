@@ -111,7 +111,7 @@ def key_numbers(seed: int, stream: int = 0, step: int = 0) -> tuple[int, int, in
     Raises:
         ValueError: a seed beyond 64 bits, a stream or step beyond 32.
     """
-    return _signed(seed), _word(stream, "stream"), _word(step, "step")
+    return _signed(seed), word_of(stream, "stream"), word_of(step, "step")
 
 
 class Stream:
@@ -199,7 +199,7 @@ def _draw(law: str, shape: Shape, seed: int, stream: int, step: int, *table: Ten
     return backends.kernel(law, torch.device("cpu"), args)(*args).view(shape)
 
 
-def _whole_seed(seed: int) -> int:
+def whole_seed(seed: int) -> int:
     """A seed as an int, if it is a whole number (NumPy's too) of 64 bits."""
     seed = _whole(seed, "seed")
     if not -(2**63) <= seed < 2**64:
@@ -207,7 +207,7 @@ def _whole_seed(seed: int) -> int:
     return seed
 
 
-def _word(value: int, name: str) -> int:
+def word_of(value: int, name: str) -> int:
     """A stream or step as an int, if it is a whole number (NumPy's too) of 32 bits."""
     value = _whole(value, name)
     if not 0 <= value < 2**32:
@@ -223,7 +223,7 @@ def _whole(value: int, name: str) -> int:
 
 def _signed(seed: int) -> int:
     """A seed of 64 bits as the int64 with the same bits, which is what tensors can hold."""
-    seed = _whole_seed(seed)
+    seed = whole_seed(seed)
     return seed - 2**64 if seed >= 2**63 else seed
 
 

@@ -165,7 +165,7 @@ def test_without_matplotlib(command, folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    command = "run mask-criteria --profile smoke --seeds 1 --workers 1 --store"
+    command = "run mask-criteria --profile smoke --seeds 5 --workers 1 --store"
     program = subprocess.Popen(
         [sys.executable, "-m", "experiments", *command.split(), tmp_path / "store"],
         cwd=ROOT,

@@ -196,7 +196,10 @@ def test_any_number_of_dimensions_and_a_wrong_one():
 
 def replace(made, name, change):
     """Through .data, which counts no version and asks no layer."""
-    tensor = getattr(made, name, None) if name in ("weight", "bias") else made._buffers[name]
+    if name.startswith("kept_"):
+        tensor = getattr(made.kept, name.removeprefix("kept_"))
+    else:
+        tensor = made._dense if name == "weight_effective" else getattr(made, name)
     tensor.data = change(tensor.data)
 
 

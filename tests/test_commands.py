@@ -165,13 +165,15 @@ def test_without_matplotlib(command, folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    command = "run mask-criteria --profile smoke --seeds 5 --workers 1 --store"
+    command = "run mask-criteria --profile smoke --seeds 1 --workers 1 --store"
     program = subprocess.Popen(
         [sys.executable, "-m", "experiments", *command.split(), tmp_path / "store"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background job ignores it, and so would what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
     while not (tmp_path / "store/rows.jsonl").exists() and time.monotonic() < until:

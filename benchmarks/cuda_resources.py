@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ def nvcc_version() -> str | None:
     return found[1] if found else None
 
 
-def measure(architecture: str) -> dict[str, dict[str, Any]]:
-    """Kernel -> what it takes."""
+def measure(architecture: str, files: Sequence[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Kernel -> what it takes; of some files, or of all."""
     found: dict[str, dict[str, Any]] = {}
-    for path in kernel_files():
+    for path in kernel_files() if files is None else files:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"

@@ -27,22 +27,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STORED = HERE / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
-KERNELS = (  # compiled for each variant
-    "bitmap_linear_cpu",
-    "dense_tiles_cpu",
-    "keep_top_cpu",
-    "mask_bits_cpu",
-    "masked_optim_cpu",
-    "packed_linear_cpu",
-    "random_fill_cpu",
-    "sample_mask_cpu",
-    "sparse_conv2d_cpu",
-    "sparse_conv2d_planes_cpu",
-    "sparse_linear_bf16_cpu",
-    "sparse_linear_cpu",
-    "ternary_linear_cpu",
-    "ternary_tiles_cpu",
-)
 DRIVERS = ("compact_linear", "sparse_conv2d", "sparse_conv2d_planes", "train_step", "variants")
 PROGRAM = ("instructions", "instructions_conv2d", "instructions_packed", "instructions_step")
 SLACK = 0.03
@@ -114,13 +98,14 @@ def _runs_avx2() -> bool:
 
 
 def _setup() -> dict[str, list[str]]:
-    """The lists of flags in setup.py."""
+    """The lists of flags, and of kernel files compiled for each variant, in setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
     assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in assigned
-        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("FLAGS", "AVX2")
+        if isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in ("FLAGS", "AVX2", "KERNELS")
     }
 
 
@@ -134,7 +119,7 @@ def _build(variants: dict[str, list[str]], pool: ThreadPoolExecutor) -> dict[str
     shared += [HERE / f"{name}.cpp" for name in PROGRAM]
     wanted = [(BUILD / "shared" / f"{source.stem}.o", source, []) for source in shared]
     for variant, flags in variants.items():
-        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in KERNELS]
+        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in _setup()["KERNELS"]]
         wanted += [(BUILD / variant / f"{source.stem}.o", source, flags) for source in sources]
     headers = [*(ROOT / "csrc").glob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
     newest = max(p.stat().st_mtime for p in headers)

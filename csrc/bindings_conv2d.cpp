@@ -1,5 +1,6 @@
 // The rim of compact_conv2d.
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -10,8 +11,9 @@ namespace lottery_sparse {
 namespace {
 
 Pair checked_pair(const char* name, const std::vector<int64_t>& v, int64_t least) {
-    STD_TORCH_CHECK(v.size() == 2 && std::min(v[0], v[1]) >= least, name,
-                    " must be two integers of at least ", least, ".");
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    STD_TORCH_CHECK(v.size() == 2 && std::min(v[0], v[1]) >= least && std::max(v[0], v[1]) <= kMost,
+                    name, " must be two integers of at least ", least, " and at most ", kMost, ".");
     return {v[0], v[1]};
 }
 
@@ -67,6 +69,7 @@ Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& colu
                         (d == 1 || starts.size(0) == values.size(0)) && starts.size(d - 1) > 0,
                     "values ", shape_text(values), ", columns ", shape_text(columns),
                     " and starts ", shape_text(starts), " do not fit each other.");
+    check_ends("starts", starts, values.size(d - 1));
     const int64_t replicates = d == 2 ? values.size(0) : 1;
     const int64_t first = x.dim() - 3, channel = o.channels_last ? first + 2 : first;
     const int64_t row = o.channels_last ? first : first + 1;
@@ -85,10 +88,10 @@ Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& colu
     STD_TORCH_CHECK(shape.in_channels % o.groups == 0 && shape.out_channels % o.groups == 0,
                     "groups is ", o.groups, ", which does not divide ", shape.in_channels,
                     " input and ", shape.out_channels, " output channels.");
+    STD_TORCH_CHECK(lines_fit(shape), "x has shape ", shape_text(x),
+                    ", whose padded images are too large for the native kernels.");
     STD_TORCH_CHECK(output.h > 0 && output.w > 0, "x has shape ", shape_text(x),
                     ", which is smaller than the kernel.");
-    STD_TORCH_CHECK(lines_fit(shape), "x has shape ", shape_text(x),
-                    ", whose images are too large for the native kernels.");
     return {shape,
             {static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
              nullptr, nullptr, nullptr, values.size(d - 1), wide}};
@@ -150,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
                     "rows ", shape_text(rows), ", positions ", shape_text(positions),
                     " and column_starts ", shape_text(column_starts), " do not fit values ",
                     shape_text(values), ".");
+    check_ends("column_starts", column_starts, lists.capacity);
     lists.column_starts = static_cast<const int64_t*>(column_starts.const_data_ptr());
     lists.rows = rows.const_data_ptr();
     lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());

@@ -126,6 +126,7 @@ CompactArguments checked_compact(Tensor& values, Tensor& starts, Tensor& columns
                         (d == 1 || starts.size(0) == values.size(0)) && starts.size(d - 1) > 0,
                     "values ", shape_text(values), ", columns ", shape_text(columns),
                     " and starts ", shape_text(starts), " do not fit each other.");
+    check_ends("starts", starts, values.size(d - 1));
     const int64_t replicates = d == 2 ? values.size(0) : 1;
     return {{replicates, batch, in_features, starts.size(d - 1) - 1, d == 2 && shared_x},
             {static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
@@ -182,6 +183,12 @@ std::tuple<Tensor, Tensor, Tensor> compact_linear_backward(Tensor dy, Tensor pac
                     "dy ", shape_text(dy), ", rows ", shape_text(rows), ", positions ",
                     shape_text(positions), " and column_starts ", shape_text(column_starts),
                     " do not fit values ", shape_text(values), ".");
+    check_ends("column_starts", column_starts, lists.capacity);
+    STD_TORCH_CHECK(!need_dvalues || (packed_x.size(0) == (shape.shared_x ? 1 : shape.replicates) &&
+                                      packed_x.size(1) == (batch + kTileBatch - 1) / kTileBatch &&
+                                      packed_x.size(3) == kTileBatch),
+                    "packed_x has shape ", shape_text(packed_x), ", which does not fit dy ",
+                    shape_text(dy), ".");
     lists.column_starts = static_cast<const int64_t*>(column_starts.const_data_ptr());
     lists.rows = rows.const_data_ptr();
     lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());

@@ -174,15 +174,9 @@ Tensor compact_linear(const Tensor& x, const Tensor& values, const Tensor& bias,
 
 // ---- from Python -----------------------------------------------------------------------------
 
-// An ordinary float32 CPU tensor, without a tangent.
-bool plain(PyObject* object) {
-    static const auto keys = [](const Tensor& t) {
-        return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-    };
-    static const c10::DispatchKeySet ordinary = keys(Call::empty({0}));
-    if (!THPVariable_CheckExact(object)) return false;
-    const Tensor& t = THPVariable_Unpack(object);
-    return keys(t) == ordinary && t.scalar_type() == at::kFloat && !t._fw_grad(0).defined();
+// A float32 tensor that kernels may read, and whose tangent nobody would lose.
+bool plain(const Tensor& t) {
+    return ordinary(t, at::kFloat) && !t._fw_grad(0).defined();
 }
 
 // Whether somebody changes or watches what ops do: modes, transforms, tracing, autocast.
@@ -201,7 +195,7 @@ bool watched() {
 PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     TORCH_CHECK(count == 13, "compact_linear takes 13 arguments, got ", count, ".");
-    if (!plain(args[0]) || !plain(args[1]) || watched()) Py_RETURN_NONE;
+    if (watched()) Py_RETURN_NONE;
     std::array<Tensor, 9> tensors;
     for (int i = 0; i < 9; ++i) {
         if (i == 2 && args[i] == Py_None) continue;
@@ -211,7 +205,13 @@ PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) 
     const auto& [x, values, bias, effective, starts, columns, column_starts, rows, positions] =
         tensors;
     const Kept kept = {starts, columns, column_starts, rows, positions};
-    if (!Call::fits(x, values, kept)) Py_RETURN_NONE;
+    // what does not fit goes the way of all ops, whose errors say why
+    if (!plain(x) || !plain(values) || !plain(effective) ||
+        !Call::fits(x, values, effective, kept) || !Call::takes(kept))
+        Py_RETURN_NONE;
+    if (bias.defined() &&
+        !(plain(bias) && bias.is_contiguous() && Call::fits_bias(bias, effective)))
+        Py_RETURN_NONE;
     const Options options = {args[9] == Py_True, PyFloat_AsDouble(args[10]),
                              PyFloat_AsDouble(args[11]), PyFloat_AsDouble(args[12])};
     if (PyErr_Occurred()) return nullptr;

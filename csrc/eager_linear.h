@@ -6,6 +6,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -38,8 +39,18 @@ struct Options {
 constexpr int64_t kCachedFeatures = 320;
 constexpr int64_t kSmallBatch = 64, kSmallFeatures = 1024;
 
-// A call's tensors as the kernels take them. Layers hold float32 CPU tensors that fit together, as
-// ops/compact.py has made sure; what can change between calls is checked: x and the values.
+// Whether kernels may read this tensor: on the CPU, of this type, and no subclass's, which may hold
+// anything, nor one whose numbers are not what its memory says (negative views, zero tensors).
+bool ordinary(const Tensor& t, at::ScalarType dtype) {
+    static const auto keys = [](const Tensor& t) {
+        return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+    };
+    static const c10::DispatchKeySet wanted = keys(at::detail::empty_cpu({0}, at::kFloat));
+    return t.defined() && keys(t) == wanted && t.scalar_type() == dtype;
+}
+
+// A call's tensors as the kernels take them, once they are known to fit. A layer holds tensors that
+// do, but anybody may give them other data, so every call checks.
 struct Call {
     SparseLinearShape shape;
     CompactLists lists;
@@ -73,19 +84,52 @@ struct Call {
         return skips(options, shape.out_features <= kCachedFeatures);
     }
 
-    static bool fits(const Tensor& x, const Tensor& values, const Kept& kept) {
-        return x.dim() >= 2 && x.dim() <= values.dim() + 1 &&
-               x.size(-1) == kept.column_starts.size(-1) - 1 &&
-               (x.dim() == 2 || x.size(0) == values.size(0));
+    // Whether the shapes fit each other; x and values are read through contiguous().
+    static bool fits(const Tensor& x, const Tensor& values, const Tensor& effective,
+                     const Kept& kept) {
+        const int64_t d = values.dim();
+        if (d < 1 || d > 2 || x.dim() < 2 || x.dim() > d + 1 || effective.dim() != d + 1 ||
+            kept.starts.dim() != d || kept.column_starts.dim() != d)
+            return false;
+        const int64_t rows = effective.size(d - 1), columns = effective.size(d);
+        if (x.size(-1) != columns || kept.starts.size(-1) != rows + 1 ||
+            kept.column_starts.size(-1) != columns + 1)
+            return false;
+        if (d == 2)
+            for (const Tensor* t : {&effective, &kept.starts, &kept.column_starts})
+                if (t->size(0) != values.size(0)) return false;
+        return (x.dim() == 2 || x.size(0) == values.size(0)) &&
+               kept.columns.sizes() == values.sizes() && kept.rows.sizes() == values.sizes() &&
+               kept.positions.sizes() == values.sizes();
+    }
+    static bool fits_bias(const Tensor& bias, const Tensor& effective) {
+        return bias.sizes() == effective.sizes().slice(0, effective.dim() - 1);
+    }
+    // Whether the lists are as kernels read them, and end within their slots.
+    static bool takes(const Kept& kept) {
+        const auto list = [](const Tensor& t, at::ScalarType dtype) {
+            return ordinary(t, dtype) && t.is_contiguous();
+        };
+        const auto numbers = kept.columns.scalar_type() == at::kInt ? at::kInt : at::kShort;
+        if (!list(kept.starts, at::kLong) || !list(kept.columns, numbers) ||
+            !list(kept.column_starts, at::kLong) || !list(kept.rows, numbers) ||
+            !list(kept.positions, at::kInt))
+            return false;
+        for (const Tensor* t : {&kept.starts, &kept.column_starts}) {
+            const int64_t* ends = t->const_data_ptr<int64_t>() - 1;
+            for (int64_t i = t->size(-1); i <= t->numel(); i += t->size(-1))
+                if (ends[i] < 0 || ends[i] > kept.columns.size(-1)) return false;
+        }
+        return true;
     }
 
     Tensor matrix(bool each, int64_t rows, int64_t columns) const {
         if (each) return empty({shape.replicates, rows, columns});
         return empty({rows, columns});
     }
-    Tensor tiles() const {
-        return empty({shape.shared_x ? 1 : shape.replicates,
-                      (shape.batch + kTileBatch - 1) / kTileBatch, shape.in_features, kTileBatch});
+    static std::array<int64_t, 4> tiles_sizes(const Tensor& x) {
+        return {x.dim() == 2 ? 1 : x.size(0), (x.size(-2) + kTileBatch - 1) / kTileBatch,
+                x.size(-1), kTileBatch};
     }
     static Tensor empty(at::IntArrayRef sizes) {  // at::empty without the dispatcher
         return at::detail::empty_cpu(sizes, at::kFloat);
@@ -99,7 +143,7 @@ Tensor forward(const Tensor& x, const Tensor& values, const Tensor& bias, const 
     const Call call(source, weights, kept);
     if (call.skips_in_y(options)) {
         Tensor y = call.matrix(call.several, call.shape.batch, call.shape.out_features);
-        packed = call.tiles();
+        packed = Call::empty(Call::tiles_sizes(source));
         compact_linear_forward({call.shape, call.lists, source.const_data_ptr<float>(),
                                 weights.const_data_ptr<float>(),
                                 bias.defined() ? bias.const_data_ptr<float>() : nullptr,
@@ -128,13 +172,34 @@ struct Saved {
         if (at::GradMode::is_enabled()) {  // to be differentiated again: by the registered op
             if (need_dx || need_dv) differentiable(dy, found);
             if (need_db) found[2] = dy.sum(-2);
-        } else {
+            return found;
+        }
+        // a hook or .data may have put other tensors in their place
+        TORCH_CHECK(Call::fits(x, values, effective, kept), "x ", x.sizes(), ", the kept weights ",
+                    values.sizes(), ", the effective weight ", effective.sizes(),
+                    " or the lists of a compact layer have changed their shapes since its forward; "
+                    "run it again.");
+        const bool floats = ordinary(x, at::kFloat) && ordinary(values, at::kFloat) &&
+                            ordinary(effective, at::kFloat) && ordinary(dy, at::kFloat);
+        if (floats && Call::takes(kept) && takes_dy_and_packed(dy)) {
             products(dy, found);
+        } else {
+            if (need_dx || need_dv) differentiable(dy, found);
+            if (need_db) found[2] = dy.sum(-2);
         }
         return found;
     }
 
   private:
+    bool takes_dy_and_packed(const Tensor& dy) const {
+        const int64_t rows = effective.size(-2), batch = x.size(-2);
+        const bool several = values.dim() == 2;
+        if (dy.dim() != (several ? 3 : 2) || dy.size(-2) != batch || dy.size(-1) != rows ||
+            (several && dy.size(0) != values.size(0)))
+            return false;
+        return !packed.defined() || (ordinary(packed, at::kFloat) && packed.is_contiguous() &&
+                                     packed.sizes() == Call::tiles_sizes(x));
+    }
     void differentiable(const Tensor& dy, variable_list& found) const {
         static const auto op = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("lottery_sparse::compact_linear_backward", "")
@@ -160,7 +225,7 @@ struct Saved {
             Tensor tiles = packed;
             if (sampled && !tiles.defined()) {
                 const Tensor source = x.contiguous();
-                tiles = call.tiles();
+                tiles = Call::empty(Call::tiles_sizes(source));
                 pack_tiles(source.const_data_ptr<float>(), tiles.size(0), call.shape.batch,
                            call.shape.in_features, tiles.mutable_data_ptr<float>(), kParallel);
             }

@@ -339,8 +339,15 @@ void Conv2d::backward(const CompactConv2dBackward& p) const {
 
 bool lines_fit(const Conv2dShape& s) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    return x_window(s).plane() <= kMost / std::max<int64_t>(s.in_channels, 1) &&
-           dy_window(s).plane() <= kMost / std::max<int64_t>(s.out_channels, 1);
+    // at least what x_window and dy_window span, whose grids end with whole blocks
+    const auto span = [](int64_t image, int64_t padding, int64_t kernel, int64_t dilation,
+                         int64_t stride) {
+        return image + 2 * padding + kernel * dilation + kBlock * stride;
+    };
+    const int64_t h = span(s.image.h, s.padding.h, s.kernel.h, s.dilation.h, s.stride.h);
+    const int64_t w = span(s.image.w, s.padding.w, s.kernel.w, s.dilation.w, s.stride.w);
+    return h <= kMost && w <= kMost &&
+           h * w <= kMost / std::max<int64_t>({s.in_channels, s.out_channels, 1});
 }
 
 void compact_conv2d_lanes_forward(const CompactConv2dForward& p, const Parallel& parallel) {

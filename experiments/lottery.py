@@ -74,6 +74,13 @@ class Start:
     frozen: dict[str, Tensor | None]  # weight name -> values of the pruned weights; None: zero
     masked: bool = True  # False: all weights train (dense; mask-0 action "original")
 
+    def effective(self, name: str) -> Tensor:
+        """The weight that the network computes with at the start."""
+        if not self.masked:
+            return self.weights[name]
+        frozen = self.frozen[name]
+        return torch.where(self.masks[name], self.weights[name], 0.0 if frozen is None else frozen)
+
 
 @dataclass(frozen=True)
 class Round:
@@ -223,7 +230,7 @@ def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Star
         weights[name] = ls.MASK1_ACTIONS[run.mask1](base[name], mask, rewind.std[name], gen)
         gen = ls.random.Stream(ls.random.derive(run.seed, "mask-0", number), name)
         action = ls.MASK0_ACTIONS[run.mask0](
-            last.weights[name], w_final[name], mask, last.masks[name], last.frozen[name], gen
+            last.effective(name), w_final[name], mask, last.masks[name], last.frozen[name], gen
         )
         frozen[name], masked = action.frozen, not action.released
         if action.start_at_zero is not None:

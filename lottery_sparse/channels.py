@@ -13,7 +13,14 @@ from lottery_sparse.channel_reads import NORMS, WEIGHTED, layers_of, staying
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_
 from lottery_sparse.modules import Masked
-from lottery_sparse.replicate import ELEMENTWISE, PER_IMAGE, _map, _networks, _parameter, _plain
+from lottery_sparse.replicate import (
+    ELEMENTWISE,
+    PER_IMAGE,
+    map_modules,
+    networks_of,
+    parameter_like,
+    plain_copy,
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def drop_channels(
             another shape.
     """
     modules = list(_walk(model))
-    if any(_networks(module) is not None for _, module in modules):
+    if any(networks_of(module) is not None for _, module in modules):
         raise ValueError("model holds networks side by side (ls.replicate); ls.select one first.")
     owners: dict[int, str] = {}
     for name, module in modules:
@@ -165,7 +172,7 @@ def drop_channels(
             compact_(new)
         return new
 
-    return _map(model, narrowed), Channels(
+    return map_modules(model, narrowed), Channels(
         outputs,
         inputs,
         flop=sum(2 * len(outputs[x.name]) * len(inputs[x.name]) * x.uses for x in layers),
@@ -180,7 +187,7 @@ _HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 
 
 def _walk(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside nested Sequentials, in the order of `_map`; one used twice comes twice."""
+    """The modules inside nested Sequentials, as `map_modules` goes; one used twice comes twice."""
     hooks = (getattr(module, f"_{kind}_hooks") for kind in _HOOKS)
     if any((*hooks, "forward" in vars(module))):
         raise TypeError(
@@ -242,7 +249,7 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
 
 def _sliced(module: Any, rows: Tensor | None, columns: Tensor | None) -> nn.Module:
     """A new module with these outputs and inputs, and Parameters and buffers of its own."""
-    new: Any = _plain(module)
+    new: Any = plain_copy(module)
     for key, value in [*new._parameters.items(), *new._buffers.items()]:
         if value is None:
             continue
@@ -254,7 +261,7 @@ def _sliced(module: Any, rows: Tensor | None, columns: Tensor | None) -> nn.Modu
         if value.dim() == 4 and not value.is_contiguous():
             small = small.contiguous(memory_format=torch.channels_last)
         if key in new._parameters:
-            new._parameters[key] = _parameter(small, value)
+            new._parameters[key] = parameter_like(small, value)
         else:
             new._buffers[key] = small
     sizes = {"in": columns, "out": rows, "num": rows}
@@ -271,4 +278,4 @@ def _add_to_bias(layer: Any, constant: Tensor) -> None:
     weight, bias = layer.weight, layer.bias
     total = constant if bias is None else bias.detach().cpu().double() + constant
     like = weight if bias is None else bias
-    layer.bias = _parameter(total.to(like.device, like.dtype), like)
+    layer.bias = parameter_like(total.to(like.device, like.dtype), like)

@@ -15,14 +15,14 @@ from lottery_sparse.compact_parts import (
     Shrunk,
     as_matrix,
     elementwise,
+    follow,
     most_kept,
     skips_pruned,
     version_of,
+    versions_of,
 )
 from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, normal
-
-_KEPT = tuple(f"kept_{name}" for name in KeptLists._fields)
+from lottery_sparse.modules import Masked, normal, sum_of_signs
 
 
 class Compact(Masked):
@@ -30,10 +30,15 @@ class Compact(Masked):
 
     `weight` is [C], or [E, C] for E networks side by side: kept weights in row-major order, then
     spare slots, which hold 0 and get no gradient. C is fixed when the layer becomes compact, so a
-    change of masks changes no shape. Besides the buffers of `Masked`:
+    change of masks changes no shape. Besides the buffers of `Masked`, and made of them:
 
         weight_effective   dense, what the layer computes with: kept and frozen values
-        kept_*             where kept weights are, see `KeptLists`
+        kept               where kept weights are, see `KeptLists`
+
+    They move with the layer, but are no buffers: nobody broadcasts, averages or stacks them. Where
+    buffers were written (DistributedDataParallel copies those of rank 0 as it wraps a model) the
+    next forward makes them anew. A call that brings buffers of its own (torch.func, replicas of
+    nn.DataParallel) computes with its own mask, as the masked layer would.
 
     Kept weights are copied into `weight_effective` whenever they change: by `ls.optim` as it steps,
     by a hook after any other torch optimizer's step, and by the next forward that finds that
@@ -47,8 +52,11 @@ class Compact(Masked):
     weight: nn.Parameter
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     fresh_version: int  # of `weight` when weight_effective last got its values
+    kept: KeptLists
+    _dense: Tensor  # `weight_effective` as it is, which may lag behind
     _skips: bool  # the kernels for this layer skip pruned weights
-    _listed: int  # version of `kept_starts` when the lists were last written
+    _made_of: tuple[Any, ...]  # the buffers that `kept` and `_dense` are made of
+    _made_at: tuple[int, ...]  # their versions then
     _known: weakref.ref | None  # the Parameter that the registry has for this layer
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -59,22 +67,18 @@ class Compact(Masked):
 
     def _shrink(self, parts: Shrunk) -> None:
         """From plain to compact."""
-        self.register_buffer("weight_effective", parts.effective, persistent=False)
-        self._list(parts.kept)
+        self._dense, self.kept = parts.effective, parts.kept
         self.weight = parts.parameter
-        # torch.export wants what may be None last
-        for name in ("weight_frozen", "weight_signs", "weight_signs_sum"):
-            self._buffers[name] = self._buffers.pop(name)
         self._skips = parts.skips
+        self._mark_made()
         self._mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
         """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
         parameter = self._dense_parameter() if parameter is None else parameter
-        for name in ("weight_effective", *_KEPT):
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
-        for name in ("fresh_version", "_known", "_listed", "_skips"):
+        for name in (
+            "fresh_version", "kept", "_dense", "_known", "_made_at", "_made_of", "_skips",
+        ):  # fmt: skip
             self.__dict__.pop(name, None)
         self.weight = parameter
 
@@ -83,27 +87,15 @@ class Compact(Masked):
         return nn.Parameter(dense, requires_grad=self.weight.requires_grad)
 
     def _list(self, kept: KeptLists) -> None:
-        for name, numbers in kept._asdict().items():
-            held = self._buffers.get(f"kept_{name}")
-            if held is not None and held.shape == numbers.shape and held.dtype == numbers.dtype:
-                held.copy_(numbers)  # the same tensors: a compiled model runs on
-            else:
-                self.register_buffer(f"kept_{name}", normal(numbers), persistent=False)
-        self._listed = self.kept.starts._version
+        if [(t.shape, t.dtype) for t in kept] != [(t.shape, t.dtype) for t in self.kept]:
+            self.kept = KeptLists(*map(normal, kept))
+            return
+        for held, numbers in zip(self.kept, kept, strict=True):
+            held.copy_(numbers)  # the same tensors: a compiled model runs on
 
-    def _gather(self, dense: Tensor) -> Tensor:
-        return reference.gather_kept(dense, self.kept.starts, self.kept.columns)
-
-    @property
-    def kept(self) -> KeptLists:
-        held: Any = self._buffers  # by name, not in a loop: each forward asks
-        return KeptLists(
-            held["kept_starts"],
-            held["kept_columns"],
-            held["kept_column_starts"],
-            held["kept_rows"],
-            held["kept_positions"],
-        )
+    def derived(self) -> list[Tensor]:
+        """The tensors of the layer that are neither Parameters nor buffers."""
+        return [self._dense, *self.kept]
 
     @property
     def capacity(self) -> int:
@@ -120,25 +112,35 @@ class Compact(Masked):
     @property
     def effective_weight(self) -> Tensor:
         """The dense weight the layer computes with; differentiable in `weight`."""
+        if self._is_foreign():
+            return reference.effective_weight(
+                self._spread(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+            )
         if not torch.compiler.is_compiling():
-            self._keep_lists()
-        kept = self.kept
-        return reference.kept_weight(self.weight, self._dense, kept.starts, kept.columns)
+            self._keep_made()
+        return reference.kept_weight(self.weight, self._dense, *self.kept[:2])
 
     @property
     def weight_effective(self) -> Tensor:
-        """The dense weight as a buffer, without a gradient."""
-        if "weight_effective" not in self._buffers:
-            raise AttributeError("weight_effective")  # as long as the layer becomes compact
+        """The dense weight as the layer holds it, without a gradient."""
+        if self._is_foreign():
+            return self.effective_weight.detach()
         weight = self._parameters.get("weight")
         if isinstance(weight, nn.Parameter) and not weight.is_meta:
             self._settle(weight)
         return self._dense
 
-    @property
-    def _dense(self) -> Tensor:
-        """`weight_effective` as it is, which may lag behind."""
-        return self._buffers["weight_effective"]  # pyright: ignore[reportReturnType]
+    def _spread(self) -> Tensor:
+        """`weight` as the masked layer holds it, by the mask alone."""
+        return reference.spread_kept(self.weight, self.weight_mask)
+
+    def _is_foreign(self) -> bool:
+        """Whether the buffers are not those that `kept` and `_dense` are made of."""
+        held, (mask, frozen, signs) = self._buffers, self._made_of
+        same = held["weight_mask"] is mask and held["weight_frozen"] is frozen
+        if same and held["weight_signs"] is signs:
+            return False
+        return not torch.compiler.is_exporting()  # which has tensors of its own for everything
 
     @property
     def lags(self) -> bool:
@@ -150,7 +152,7 @@ class Compact(Masked):
 
     def refresh_(self) -> None:
         """Copy the kept weights into `weight_effective`."""
-        self._keep_lists()  # first: wrong lists would write over frozen values
+        self._keep_made()  # first: wrong lists would write over frozen values
         effective, kept = self._dense, self.kept
         args = (effective, self.weight.detach(), kept.starts, kept.columns)
         backends.kernel("scatter_kept_", effective.device, args)(*args)
@@ -169,7 +171,7 @@ class Compact(Masked):
         """The kept weights, and `weight_effective` as it must be for them."""
         # the dicts of nn.Module, which are quicker than its attributes
         weight = self._parameters.get("weight")
-        effective: Any = self._buffers["weight_effective"]
+        effective = self._dense
         if weight is None and "_is_replica" in self.__dict__:  # of nn.DataParallel
             weight: Any = self.__dict__["weight"]
         if weight is None:
@@ -177,15 +179,16 @@ class Compact(Masked):
                 "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
                 "call ls.expand_ and parametrize the masked layer."
             )
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._keep_made()
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
         if not is_parameter:  # functional_call, a replica: not ours to keep
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
-        if not torch.compiler.is_compiling():
-            if not self.lags:
-                self._settle(weight)
-            self._keep_lists()
+        if not compiling and not self.lags:
+            self._settle(weight)
         return weight, effective
 
     def _is_stale(self, weight: nn.Parameter) -> bool:
@@ -197,13 +200,23 @@ class Compact(Masked):
         if self._is_stale(weight):
             self.refresh_()
 
-    def _keep_lists(self) -> None:
-        """Make lists and signs anew if buffers were averaged, which rounds integers down."""
-        starts: Any = self._buffers["kept_starts"]
-        if starts._version == self._listed:
+    def _mark_made(self) -> None:
+        names = "weight_mask", "weight_frozen", "weight_signs"
+        self._made_of = tuple(self._buffers[name] for name in names)
+        self._made_at = versions_of(*self._made_of)
+
+    def is_made(self) -> bool:
+        """Whether nobody wrote to the buffers since lists and frozen values were made of them."""
+        return versions_of(*self._made_of) == self._made_at
+
+    def _keep_made(self) -> None:
+        """Make anew what is made of buffers, if these were written: averaged, copied, broadcast."""
+        if self.is_made() or self._is_foreign():
             return
         held = self._held()
-        if held.signs is not None and held.descriptor is not None:
+        signs, total = held.signs, self.weight_signs_sum
+        if signs is not None and not torch.equal(sum_of_signs(signs), total):  # pyright: ignore
+            # averaged, which rounds integers down
             self._hold(hold("weight", held.descriptor, self._dense))
         self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
         self._refill()
@@ -217,6 +230,7 @@ class Compact(Masked):
                 blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
             )
         )
+        self._mark_made()
         self._note_kernels()
         self.refresh_()
 
@@ -260,6 +274,7 @@ class Compact(Masked):
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         moving = [self.weight.grad] if self.weight.grad is not None else []
         moving += elementwise(state, self.weight)
+        self._keep_made()  # or the old lists may be those of another mask
         # first all that takes memory: where there is too little, nothing has changed
         mask = mask.to(self.weight_mask.device, torch.bool)
         old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
@@ -282,6 +297,7 @@ class Compact(Masked):
                 slots.copy_(there)
         self._dense.copy_(effective)
         self._skips = skips
+        self._mark_made()
         self._mark_fresh()
 
     # ---- moving, saving, loading -----------------------------------------------------------------
@@ -290,6 +306,8 @@ class Compact(Masked):
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
         was_fresh = self.fresh_version == version_of(self.weight)
+        if not was_meta:
+            self._keep_made()
         nn.Module._apply(self, fn, recurse)
         self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:
@@ -297,7 +315,10 @@ class Compact(Masked):
                 "a compact layer on the meta device has lost which weights it keeps; move the "
                 "masked model with to_empty, load it, then call ls.compact_."
             )
-        self._listed = self.kept.starts._version
+        # lists follow the mask, so that to_empty leaves no numbers that are out of range
+        self.kept = KeptLists(*(normal(follow(t, self.weight_mask)) for t in self.kept))
+        self._dense = normal(fn(self._dense))
+        self._mark_made()
         if self.weight.dtype != was_dtype:
             self._hold(remake(self._held(), self._dense))
             self._refill()
@@ -309,12 +330,15 @@ class Compact(Masked):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
+        if not self.weight_mask.is_meta:
+            self._keep_made()  # a copy cannot tell
         return self.__dict__ | {"_known": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.kept, self._dense = KeptLists(*map(normal, self.kept)), normal(self._dense)
+        self._mark_made()
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
-            self._listed = self.kept.starts._version
             self._mark_fresh()
             self.fresh_version = -1
 
@@ -367,7 +391,8 @@ class Compact(Masked):
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
-            state[names[0]] = normal(self._gather(weight.to(like.device, like.dtype)))
+            weight, kept = weight.to(like.device, like.dtype), self.kept
+            state[names[0]] = normal(reference.gather_kept(weight, kept.starts, kept.columns))
         nn.Module._load_from_state_dict(
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lottery_sparse import reference
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
 from lottery_sparse.ops import compact as products
+from lottery_sparse.ops import masked_conv2d, masked_linear
 
 
 class CompactLinear(Compact, nn.Linear):
@@ -30,6 +32,10 @@ class CompactLinear(Compact, nn.Linear):
             raise ValueError(
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
+            )
+        if self._is_foreign():
+            return masked_linear(
+                input, self._spread(), self.weight_mask, self.bias, self._held().for_op()
             )
         weight, effective = self._weights()
         own = self._parameters  # a replica has none
@@ -54,11 +60,14 @@ class CompactConv2d(Compact, nn.Conv2d):
     dense_type, masked_type = nn.Conv2d, MaskedConv2d
     __signature__ = inspect.signature(nn.Conv2d)
 
+    @property
+    def lags(self) -> bool:
+        return super().lags and reference.kernels_take(self.stride)
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-        weight, effective = self._weights()
-        padding = self.padding
+        foreign, padding = self._is_foreign(), self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -68,6 +77,19 @@ class CompactConv2d(Compact, nn.Conv2d):
                 input, padding = F.pad(input, around), 0
             else:
                 padding = (around[2], around[0])
+        if foreign:
+            return masked_conv2d(
+                input,
+                self._spread(),
+                self.weight_mask,
+                self.bias,
+                self._held().for_op(),
+                self.stride,
+                padding,
+                self.dilation,
+                self.groups,
+            )
+        weight, effective = self._weights()
         return products.compact_conv2d(
             input,
             weight,

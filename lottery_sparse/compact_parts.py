@@ -58,8 +58,21 @@ def as_matrix(dense: Tensor, rank: int) -> Tensor:
     return dense.flatten(dense.dim() - rank + 1) if rank > 2 else dense
 
 
+def follow(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor where the other one is: on its device, shared between processes if it is."""
+    tensor = tensor.to(other.device)
+    return tensor.share_memory_() if other.is_cpu and other.is_shared() else tensor
+
+
 def version_of(weight: Tensor) -> int:
     return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
+
+
+def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
+    """Those of a layer's buffers; written out, since each forward asks."""
+    if frozen is None:
+        return (mask._version,)
+    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:

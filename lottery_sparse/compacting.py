@@ -13,7 +13,7 @@ from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import Shrunk, most_kept
-from lottery_sparse.convert import _become, _by_parameter, check_masked
+from lottery_sparse.convert import become, by_parameter, check_masked
 
 
 def compact_(
@@ -43,9 +43,7 @@ def compact_(
         raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
     groups = [
-        (name, layers)
-        for name, layers in _by_parameter(model)
-        if not isinstance(layers[0], Compact)
+        (name, layers) for name, layers in by_parameter(model) if not isinstance(layers[0], Compact)
     ]
     for name, layers in groups:
         for layer in layers:
@@ -69,7 +67,7 @@ def compact_(
 
         replace = _replacement(optimizer, old, parameter, gather)
         for layer, mine in zip(layers, parts, strict=True):
-            _become(layer, COMPACT_TYPES[type(layer)])
+            become(layer, COMPACT_TYPES[type(layer)])
             assert isinstance(layer, Compact)
             layer._shrink(mine)
         replace()
@@ -86,7 +84,7 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Returns:
         `model`.
     """
-    for _, layers in _by_parameter(model):
+    for _, layers in by_parameter(model):
         first = layers[0]
         if not isinstance(first, Compact):
             continue
@@ -100,7 +98,7 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
         for layer in layers:
             assert isinstance(layer, Compact)
             layer._grow(parameter)
-            _become(layer, layer.masked_type)
+            become(layer, layer.masked_type)
         replace()
     return model
 
@@ -108,7 +106,9 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 def refresh_(model: nn.Module) -> nn.Module:
     """Copy kept weights into the effective weights, after writes through `.data`; returns `model`.
 
-    Any other write is noticed without it.
+    The next forward notices any other write by itself, unless it is a compiled one: that needs
+    this after all writes but those of optimizers, `set_masks_` and load_state_dict; for
+    DistributedDataParallel, which copies weights and masks of rank 0, after wrapping the model.
     """
     for module in model.modules():
         if isinstance(module, Compact):

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils import prune as torch_prune
 
-from lottery_sparse.compact import find_optimizers
+from lottery_sparse.compact import find_optimizers, holders_of
 from lottery_sparse.frozen import Held, Source, hold
 from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -50,8 +50,9 @@ def sparsify_(
     their own, and other subclasses.
 
     Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
-    Parameter `weight_orig`, the same object, is `weight` again. What that module does to biases
-    stays as it is.
+    Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
+    pruned by it (`bias_orig`, `bias_mask`), as our masks are of weights; `ls.pack_` and
+    `ls.dense_state_dict` take what is left of it.
 
     Args:
         model: any module; a single nn.Linear or nn.Conv2d too.
@@ -61,7 +62,7 @@ def sparsify_(
     Returns:
         `model`.
     """
-    owners = _owners(model)
+    owners = owners_of(model)
     candidates = {
         name: module
         for name, module in model.named_modules()
@@ -73,7 +74,7 @@ def sparsify_(
     skipped = {
         name: why
         for name, m in candidates.items()
-        if (why := _refusal(model, name, m, name in pruned))
+        if (why := refusal_of(model, name, m, name in pruned))
     }
     for name, module in pruned.items():
         if name not in skipped and len(owners[id(module._parameters["weight_orig"])]) > 1:
@@ -96,7 +97,7 @@ def sparsify_(
     for name, module in candidates.items():
         if name not in skipped:
             mask = _take_from_prune(module) if name in pruned else None
-            _become(module, MASKED_TYPES[type(module)])
+            become(module, MASKED_TYPES[type(module)])
             cast(Masked, module)._add_mask()
             if mask is not None:
                 cast(Masked, module).weight_mask.copy_(mask)
@@ -114,7 +115,7 @@ def densify_(model: nn.Module) -> nn.Module:
         TypeError: a layer is a subclass with behaviour of its own, which a dense layer would lose.
     """
     layers = []
-    for prefix, layer in _masked_modules(model):
+    for prefix, layer in masked_modules(model):
         if type(layer) not in MASKED_TYPES.values():
             raise TypeError(
                 f"{prefix[:-1] or 'the model itself'} is a {type(layer).__name__}, which has no "
@@ -126,7 +127,7 @@ def densify_(model: nn.Module) -> nn.Module:
         for layer in layers:
             layer.weight.copy_(layer.effective_weight)
     for layer in layers:
-        _become(layer, layer.dense_type)
+        become(layer, layer.dense_type)
         for name in ("weight_mask", "weight_frozen", "weight_signs", "weight_signs_sum"):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
@@ -135,9 +136,19 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict that the dense model loads strictly: effective weights, no masks."""
+    """A state_dict that the dense model loads strictly: effective weights and biases, no masks."""
+    state = state_without_masks(model)
+    for prefix, layer in masked_modules(model, remove_duplicate=False):
+        if _hooks_of_prune(layer, "bias"):
+            original, mask = (state.pop(f"{prefix}bias_{part}") for part in ("orig", "mask"))
+            state[f"{prefix}bias"] = original * mask.to(original.dtype)
+    return state
+
+
+def state_without_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict, dense: effective weights, without their masks and frozen values."""
     state = model.state_dict()
-    for prefix, _ in _masked_modules(model, remove_duplicate=False):
+    for prefix, _ in masked_modules(model, remove_duplicate=False):
         for name in ("weight_mask", "weight_frozen"):
             state.pop(prefix + name, None)
     return state
@@ -149,7 +160,7 @@ def masks_of(model: nn.Module) -> Masks:
     Of a layer that learns its mask it is the one that evaluations are told to use
     (`ls.use_masks_`), else the weights more probable than not.
     """
-    found = {name: layers[0].weight_mask.clone() for name, layers in _by_parameter(model)}
+    found = {name: layers[0].weight_mask.clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
         if isinstance(module, Supermask):
             found[f"{name}.weight" if name else "weight"] = module.weight_mask.clone()
@@ -188,7 +199,7 @@ def set_masks_(
         UserWarning: a layer keeps no weight at all.
     """
     check_masked(model)
-    parameters = dict(_by_parameter(model))
+    parameters = dict(by_parameter(model))
     checked = Masks(masks)
     sources = frozen if isinstance(frozen, Mapping) else dict.fromkeys(checked, frozen)
     for name in checked:
@@ -201,7 +212,8 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
-    if optimizer is None or not optimizer.state:  # else it is the one that trains the model
+    kept_only = any(holders_of(layers[0].weight) for layers in parameters.values())
+    if kept_only and (optimizer is None or not optimizer.state):  # else it trains the model
         find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]
@@ -236,24 +248,22 @@ def check_masked(model: nn.Module) -> None:
         raise ValueError("the model's masks are learned ones; call ls.masked_(model) first.")
 
 
-def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class in place: identity, Parameters, hooks and flags all stay."""
     module.__class__ = kind
 
 
-def _masked_modules(
-    model: nn.Module, remove_duplicate: bool = True
-) -> Iterator[tuple[str, Masked]]:
+def masked_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Masked]]:
     """(prefix ending in a dot, layer) of every masked layer, each module once unless said."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, Masked):
             yield f"{name}." if name else "", module
 
 
-def _by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
+def by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
     """(name of the weight, the layers that share it), the name as named_parameters gives it."""
     found: dict[int, tuple[str, list[Masked]]] = {}
-    for prefix, layer in _masked_modules(model):
+    for prefix, layer in masked_modules(model):
         owner = layer._parameters.get("weight", layer)  # a parametrized weight is one layer's own
         found.setdefault(id(owner), (f"{prefix}weight", []))[1].append(layer)
     return list(found.values())
@@ -261,7 +271,7 @@ def _by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
 
 def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
     """Layers that share a weight share its mask's values: the one masked earlier is right."""
-    for _, layers in _by_parameter(model):
+    for _, layers in by_parameter(model):
         right = next((layer for layer in layers if id(layer) not in new), layers[0])
         for layer in layers:
             if layer is not right:
@@ -269,7 +279,7 @@ def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
                 layer._hold(right._held())
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """id of a parameter -> (name, module) of all that hold it."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -278,13 +288,19 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _hooks_of_prune(module: nn.Module) -> list[int]:
-    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight."""
+def _hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
+    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight, or bias."""
     return [
         key
         for key, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight"
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == tensor
     ]
+
+
+def settle_bias(module: nn.Module) -> None:
+    """Where torch.nn.utils.prune computes the bias, what it leaves of it becomes the Parameter."""
+    if _hooks_of_prune(module, "bias"):
+        torch_prune.remove(module, "bias")
 
 
 def _take_from_prune(module: nn.Module) -> Tensor:
@@ -300,7 +316,7 @@ def _take_from_prune(module: nn.Module) -> Tensor:
     return as_mask("weight", mask)
 
 
-def _refusal(model: nn.Module, name: str, module: nn.Module, pruned: bool = False) -> str | None:
+def refusal_of(model: nn.Module, name: str, module: nn.Module, pruned: bool = False) -> str | None:
     """Why this layer cannot be masked, or None."""
     for parent in model.modules():  # by identity: a layer may be registered under other names too
         kind = _reader(parent)

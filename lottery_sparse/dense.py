@@ -8,6 +8,7 @@ Zen 4 core). An integer AND with 0 or -1 selects just as exactly, NaN included.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -300,7 +301,8 @@ def compact_conv2d(
     x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_geometry: Any
 ) -> tuple[Tensor, Tensor]:
     kept, geometry = kept_and_geometry[:6], kept_and_geometry[6:]
-    y = reference.conv2d(x, _filled(values, effective, *kept), bias, *geometry)
+    w = _filled(values, effective, *kept, stride=geometry[0])
+    y = reference.conv2d(x, w, bias, *geometry)
     return y, x.new_empty(0)
 
 
@@ -309,7 +311,7 @@ def compact_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     kept, (*geometry_and_needs, _) = kept_and_geometry[:6], kept_and_geometry[6:]
     need_dx, need_dv = geometry_and_needs[-2:]
-    w = _filled(values, effective, *kept) if need_dx else effective
+    w = _filled(values, effective, *kept, stride=geometry_and_needs[0]) if need_dx else effective
     dx, dw = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
     return dx, _gather(dw, *kept[:2]) if need_dv else dw
 
@@ -331,9 +333,9 @@ def _has_triton(device: torch.device) -> bool:
     return fails_on(device) is None
 
 
-def _filled(values: Tensor, effective: Tensor, *kept: Any) -> Tensor:
+def _filled(values: Tensor, effective: Tensor, *kept: Any, stride: Sequence[int] = ()) -> Tensor:
     starts, columns, *_, zero = kept
-    if reference.may_lag(effective, starts, zero):
+    if reference.may_lag(effective, starts, zero, stride):
         return reference.kept_weight(values, effective, starts, columns)
     return effective.to(values.dtype)
 

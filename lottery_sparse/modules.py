@@ -83,7 +83,7 @@ class Masked(nn.Module):
 
     def _hold(self, held: Held) -> None:
         frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
-        total = None if signs is None else normal(_sum_of(signs))
+        total = None if signs is None else normal(sum_of_signs(signs))
         self.register_buffer("weight_frozen", frozen, persistent=False)
         self.register_buffer("weight_signs", signs, persistent=False)
         self.register_buffer("weight_signs_sum", total, persistent=False)
@@ -92,7 +92,7 @@ class Masked(nn.Module):
 
     def _sum_signs(self) -> None:
         signs = self.weight_signs
-        total = None if signs is None else normal(_sum_of(signs))
+        total = None if signs is None else normal(sum_of_signs(signs))
         self.register_buffer("weight_signs_sum", total, persistent=False)
         self._summed = signs, 0 if signs is None else signs._version
 
@@ -103,7 +103,7 @@ class Masked(nn.Module):
             return  # functional_call, replicas: not ours
         if signs._version == version:
             return
-        if not torch.equal(_sum_of(signs), self.weight_signs_sum):  # pyright: ignore
+        if not torch.equal(sum_of_signs(signs), self.weight_signs_sum):  # pyright: ignore
             raise RuntimeError(
                 "weight_signs hold bits, but were averaged as if they were numbers "
                 "(AveragedModel(use_buffers=True)); leave use_buffers out, which copies them, or "
@@ -241,7 +241,7 @@ class Masked(nn.Module):
         return mask, decode(name, frozen, weight)
 
 
-def _sum_of(signs: Tensor) -> Tensor:
+def sum_of_signs(signs: Tensor) -> Tensor:
     return signs.long().sum().remainder(2**24).float()  # exact, on every device
 
 

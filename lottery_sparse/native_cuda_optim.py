@@ -11,7 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-from lottery_sparse.step_tables import Table, Targets, refused, table_of
+from lottery_sparse.step_tables import (
+    Table,
+    Targets,
+    log_of,
+    on_device,
+    refused,
+    table_of,
+    tables_by_count,
+)
 
 _ops = torch.ops.lottery_sparse_cuda
 
@@ -95,36 +103,22 @@ def adam_step(
             table = table_of(tensors, steps, targets)
         held, rate = _rate(lr)
         factors = _ops.count_steps(
-            table.numbers, table.steps, len(steps), held, rate, _log(beta1), _log(beta2)
+            table.numbers, table.steps, len(steps), held, rate, log_of(beta1), log_of(beta2)
         )
         if table.chunks:
             _ops.adam_step(*_where(table, params[0], lr), factors, 0.0, 0.0, *rates)
         return -1
     if isinstance(lr, Tensor):
         return 0
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Adam's step counts are on the host, which a captured graph would not count; use "
-            "capturable=True or fused=True, and take a step before the capture."
-        )
-    torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
-    counts = [step.item() for step in steps]
-    for count in sorted(set(counts)):
-        mine = [i for i, c in enumerate(counts) if c == count]
-        some, held = tensors, targets
-        if len(mine) < len(params):
-            some, held = tuple([t[p] for p in mine] for t in tensors), targets.of(mine)
-        with torch.cuda.device_of(params[0]):
-            table = table_of(some, [], held)
+    with torch.cuda.device_of(params[0]):
+        launches = tables_by_count(tensors, steps, targets)
+    for table, counted in launches:
+        count = counted[0].item() + 1
         if table.chunks:
             factors = -lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
             _ops.adam_step(*_where(table, params[0], lr), None, *factors, *rates)
+        torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
     return -1
-
-
-def on_device(steps: list[Tensor], params: list[Tensor]) -> bool:
-    """Whether step counts lie beside the Parameters, as with `capturable` and `fused`."""
-    return steps[0].device == params[0].device
 
 
 def _where(table: Table, like: Tensor, lr: float | Tensor) -> tuple:
@@ -134,7 +128,3 @@ def _where(table: Table, like: Tensor, lr: float | Tensor) -> tuple:
 
 def _rate(lr: float | Tensor) -> tuple[Tensor | None, float]:
     return (lr, 0.0) if isinstance(lr, Tensor) else (None, float(lr))
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf

@@ -34,7 +34,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact
-from lottery_sparse.optim_plan import Call, GroupPlan, Plan
+from lottery_sparse.optim_plan import Call, GroupPlan, StepPlan
 
 
 def _unhooked(step: Any) -> Callable:
@@ -89,7 +89,7 @@ class _KernelStep:
         """Whether the kernel knows what the group's options ask for."""
         raise NotImplementedError
 
-    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
+    def _collect(self, plan: StepPlan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
         """Adds the calls that step what the kernel takes; returns the other Parameters."""
         raise NotImplementedError
 
@@ -214,7 +214,7 @@ class SGD(_KernelStep, torch.optim.SGD):
             return False
         return _is_rate(group["lr"], backend)
 
-    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
+    def _collect(self, plan: StepPlan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
         momentum = group["momentum"]
         options = (
             group["lr"], momentum, group["dampening"], group["weight_decay"], group["nesterov"],
@@ -260,7 +260,7 @@ class _AdamStep(_KernelStep):
             return False
         return _is_rate(group["lr"], backend) and _numbers(group["weight_decay"], *group["betas"])
 
-    def _collect(self, plan: Plan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
+    def _collect(self, plan: StepPlan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
         options = (
             group["lr"], *group["betas"], group["eps"], group["weight_decay"],
             group["decoupled_weight_decay"], group["maximize"],

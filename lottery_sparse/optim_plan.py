@@ -20,7 +20,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """Parameters of a group that one call of a kernel steps."""
 
     backend: str | None  # "cpu", "triton", "cuda"; None: torch's own step
@@ -40,7 +40,7 @@ class GroupPlan:
     """The Parameters of a group, by what steps them."""
 
     params: list[Tensor]
-    plans: list[Plan]
+    plans: list[StepPlan]
     forced: str | None
     registrations: int
 
@@ -48,14 +48,14 @@ class GroupPlan:
     def of(cls, params: list[Tensor], optimizer: Any, forced: str | None) -> GroupPlan:
         registrations = compact.registrations()
         twice = len(set(map(id, params))) < len(params)
-        plans: dict[Any, Plan] = {}
+        plans: dict[Any, StepPlan] = {}
         for parameter in params:
             holders = compact.holders_of(parameter)
             if holders:
                 compact.note_optimizer(parameter, optimizer)
             backend = None if twice else _backend_of(parameter, forced, bool(holders))
             key = backend and (backend, parameter.device, parameter.dtype)
-            plan = plans.setdefault(key, Plan(backend, [], [], []))
+            plan = plans.setdefault(key, StepPlan(backend, [], [], []))
             plan.params.append(parameter)
             plan.layers.append([weakref.ref(holder) for holder in holders])
             plan.refused.append(backend is None)
@@ -104,7 +104,12 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, name: str, plan: Plan, group: dict[str, Any], states: int, options: tuple[Any, ...]
+        self,
+        name: str,
+        plan: StepPlan,
+        group: dict[str, Any],
+        states: int,
+        options: tuple[Any, ...],
     ) -> None:
         self.op = op_of(name, plan.backend)  # pyright: ignore[reportArgumentType]
         self.plan, self.group, self.options = plan, group, options
@@ -122,14 +127,14 @@ class Call:
         parameter, owner = self.params[-1], len(self.params) - 1
         for reference in references:
             layer: Any = reference()
-            # the dicts of nn.Module, which are quicker than its attributes
+            # the dict of nn.Module, which is quicker than its attributes
             if layer is None or layer._parameters.get("weight") is not parameter:
                 continue
-            buffers = layer._buffers
+            kept = layer.kept
             # without an effective weight, a target only says which slots are kept
-            self.effective.append(_NONE if layer.lags else buffers["weight_effective"])
-            self.starts.append(buffers["kept_starts"])
-            self.columns.append(buffers["kept_columns"])
+            self.effective.append(_NONE if layer.lags else layer._dense)
+            self.starts.append(kept.starts)
+            self.columns.append(kept.columns)
             self.owners.append(owner)
             self.layers.append(layer)
 

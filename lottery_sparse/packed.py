@@ -6,23 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import _become, check_masked, densify_
+from lottery_sparse.convert import become, check_masked, densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
-from lottery_sparse.ops import (
-    binary_linear,
-    bitmap_linear,
-    csr_linear,
-    delta_linear,
-    seeded_linear,
-    ternary_linear,
-)
 from lottery_sparse.ops.packed import check_x
-from lottery_sparse.packing import FORMATS, packed, scale_of, unfit, unpacked
+from lottery_sparse.packing import FORMATS, scale_of, unfit
 
 # Up to these densities a format beats the dense library at every batch from 1 to 32, by element
 # size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
@@ -91,7 +82,8 @@ class PackedLinear(nn.Module):
         self.activations = activations
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
-        for name, tensor in packed(weight, self.format, key).items():
+        form = FORMATS[self.format]
+        for name, tensor in zip(form.names, form.pack(weight, key), strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.dtype = weight.dtype
@@ -108,30 +100,14 @@ class PackedLinear(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but the layer needs [..., {self.in_features}]."
             )
-        bias, parts = self.bias, self._parts()
-        if self.format == "ternary":
-            codes, scale = parts
-            return ternary_linear(x, codes, scale, self.out_features, bias, activations)
-        if self.format == "binary":
-            signs, scale = parts
-            return binary_linear(x, signs, scale, bias)
-        if self.format == "seeded":
-            mask, key, scale = parts
-            return seeded_linear(x, mask, key, scale, bias)
-        if self.format == "csr":
-            values, starts, columns = parts
-            return csr_linear(x, values, starts, columns, bias)
-        if self.format == "delta":
-            values, starts, gaps = parts
-            return delta_linear(x, values, starts, gaps, bias)
-        if self.format == "bitmap":
-            values, starts, bits = parts
-            return bitmap_linear(x, values, starts, bits, bias)
-        return F.linear(x, parts[0], bias)
+        multiply = FORMATS[self.format].multiply
+        return multiply(
+            x, *self._parts(), self.bias, rows=self.out_features, activations=activations
+        )
 
     def _parts(self) -> list[Tensor]:
         """The tensors of the format."""
-        parts = [self._buffers[name] for name in FORMATS[self.format]]
+        parts = [self._buffers[name] for name in FORMATS[self.format].names]
         return [part for part in parts if part is not None]
 
     def activation_error(self, x: Tensor) -> float:
@@ -150,7 +126,8 @@ class PackedLinear(nn.Module):
     @property
     def effective_weight(self) -> Tensor:
         """The weight, unpacked: [N, K]."""
-        return unpacked(self.format, self._parts(), self.out_features, self.in_features)
+        unpack = FORMATS[self.format].unpack
+        return unpack(self.out_features, self.in_features, *self._parts())
 
     @property
     def bytes(self) -> int:
@@ -163,9 +140,7 @@ class PackedLinear(nn.Module):
         return self.in_features * self.out_features * self.dtype.itemsize
 
     def extra_repr(self) -> str:
-        int8 = (
-            ", activations=int8" if self.format == "ternary" and self.activations != "exact" else ""
-        )
+        int8 = self.format == "ternary" and self.activations != "exact"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, bytes={self.bytes}"
@@ -183,15 +158,19 @@ class PackedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Take the format, and the sizes, that the state has."""
-        found = [f for f, names in FORMATS.items() if all(prefix + n in state_dict for n in names)]
+        found = [
+            name
+            for name, form in FORMATS.items()
+            if all(prefix + part in state_dict for part in form.names)
+        ]
         if found:
-            tensors = {name: state_dict[prefix + name] for name in FORMATS[found[0]]}
+            tensors = {name: state_dict[prefix + name] for name in FORMATS[found[0]].names}
             why = unfit(found[0], tensors, self.out_features, self.in_features)
             if why:
                 error_msgs.append(f"{prefix}{why}")
                 return
             device = self._parts()[0].device
-            for name in FORMATS[self.format]:
+            for name in FORMATS[self.format].names:
                 del self._buffers[name]
             self.format = found[0]
             for name, tensor in tensors.items():
@@ -230,8 +209,9 @@ def pack_(
     Each linear layer takes the format that `choose_format` names: ternary where all effective
     weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
     a bitmap, else dense. Frozen values other than zero are weights like the others. Convolutions
-    become dense nn.Conv2d: there are no packed kernels for them. The model is set to eval mode, and
-    Parameters that it still has no longer require grad.
+    become dense nn.Conv2d: there are no packed kernels for them. A bias that torch.nn.utils.prune
+    prunes becomes what is left of it. The model is set to eval mode, and Parameters that it still
+    has no longer require grad.
 
     Args:
         model: any module; a single masked layer too.
@@ -263,6 +243,8 @@ def pack_(
                 f"{name or 'the model itself'} holds several networks side by side; pack each of "
                 "them alone."
             )
+    for _, layer in layers:
+        settle_bias(layer)
     expand_(model)
     lines = []
     for name, layer in layers:
@@ -288,7 +270,7 @@ def _replace(layer: Masked, activations: str) -> PackedLinear:
     layer._buffers.clear()
     layer._non_persistent_buffers_set.clear()
     del layer._frozen_descriptor, layer._summed
-    _become(layer, PackedLinear)
+    become(layer, PackedLinear)
     assert isinstance(layer, PackedLinear)
     layer._pack(weight, bias, None, activations)
     return layer

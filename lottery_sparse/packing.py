@@ -1,23 +1,56 @@
-"""The tensors of a packed weight, by format: made, read, and checked. See `formats`."""
+"""The formats of a packed weight: what packs, unpacks, checks and multiplies. See `formats`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse import formats, reference
-from lottery_sparse.ops import pack_mask
+from lottery_sparse.ops import (
+    binary_linear,
+    bitmap_linear,
+    csr_linear,
+    delta_linear,
+    pack_mask,
+    seeded_linear,
+    ternary_linear,
+)
 
-# the tensors of a format, in the order that its op takes them
-FORMATS: dict[str, tuple[str, ...]] = {
-    "ternary": ("codes", "scale"),
-    "binary": ("signs", "scale"),
-    "seeded": ("mask", "key", "scale"),
-    "csr": ("values", "starts", "columns"),
-    "delta": ("values", "starts", "gaps"),
-    "bitmap": ("values", "starts", "bits"),
-    "dense": ("weight",),
-}
+
+@dataclass(frozen=True)
+class Format:
+    """One way to hold a weight [N, K]. `parts` are its tensors, in the order of `names`.
+
+    Attributes:
+        names: of the tensors, as a state_dict has them.
+        pack: (weight, key) -> parts; ValueError if the format cannot hold the weight. The key is
+            that of drawn signs.
+        unpack: (N, K, *parts) -> the weight.
+        fits: (N, K, *parts) -> whether tensors of a checkpoint are such a weight; kernels trust
+            them later.
+        multiply: (x, *parts, bias, rows=N, activations="exact" or "int8") -> x wᵀ + b.
+    """
+
+    names: tuple[str, ...]
+    pack: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    unpack: Callable[..., Tensor]
+    fits: Callable[..., bool]
+    multiply: Callable[..., Tensor]
+
+
+def unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> str | None:
+    """Why the tensors of a checkpoint are no weight [rows, columns], or None."""
+    names = FORMATS[format].names
+    if FORMATS[format].fits(rows, columns, *(tensors[name] for name in names)):
+        return None
+    return f"{names[0]} is no {format} weight of {rows} x {columns}."
+
+
+# ---- weights of one magnitude --------------------------------------------------------------------
 
 
 def scale_of(weight: Tensor) -> Tensor | None:
@@ -32,33 +65,58 @@ def scale_of(weight: Tensor) -> Tensor | None:
     return None
 
 
-def packed(weight: Tensor, format: str, key: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors of a weight [N, K] in a format; ValueError if it cannot hold them."""
-    if format == "dense":
-        return {"weight": weight.clone()}
-    kept = weight != 0
-    if format in ("ternary", "binary", "seeded"):
-        scale = scale_of(weight) if weight.numel() else weight.new_zeros(1)
-        if scale is None:
-            raise ValueError(
-                f'format "{format}" holds weights of one magnitude (per matrix or per row) and '
-                'zeros, but this weight has more; use "csr" or "bitmap".'
-            )
-        if format == "ternary":
-            return {"codes": formats.pack_ternary(weight.sign()), "scale": scale}
-        if format == "seeded":
-            return {"mask": pack_mask(kept), "key": _drawn(weight, key), "scale": scale}
-        if (weight.abs() != scale.unsqueeze(1)).any():
-            raise ValueError(
-                'format "binary" holds no zeros between weights, but this weight has some; use '
-                '"ternary".'
-            )
-        return {"signs": pack_mask(weight > 0), "scale": scale}
-    if format == "bitmap":
-        starts = formats.row_starts(kept)
-        return {"values": weight[kept], "starts": starts, "bits": pack_mask(kept)}
-    pack = formats.pack_delta if format == "delta" else formats.pack_csr
-    return dict(zip(FORMATS[format], pack(weight, kept), strict=True))
+def _scale(format: str, weight: Tensor) -> Tensor:
+    scale = scale_of(weight) if weight.numel() else weight.new_zeros(1)
+    if scale is None:
+        raise ValueError(
+            f'format "{format}" holds weights of one magnitude (per matrix or per row) and '
+            'zeros, but this weight has more; use "csr" or "bitmap".'
+        )
+    return scale
+
+
+def _pack_ternary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("ternary", weight)
+    return formats.pack_ternary(weight.sign()), scale
+
+
+def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Tensor:
+    return formats.ternary_weight(codes, scale, rows, columns)
+
+
+def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
+    blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
+    fits = codes.dtype == torch.int32 and codes.shape == blocks
+    return fits and scale.shape in ((1,), (rows,))
+
+
+def _multiply_ternary(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, activations: str
+) -> Tensor:
+    return ternary_linear(x, codes, scale, rows, bias, activations)
+
+
+def _pack_binary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("binary", weight)
+    if (weight.abs() != scale.unsqueeze(1)).any():
+        raise ValueError(
+            'format "binary" holds no zeros between weights, but this weight has some; use '
+            '"ternary".'
+        )
+    return pack_mask(weight > 0), scale
+
+
+def _unpack_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> Tensor:
+    return reference.binary_weight(signs, scale, columns)
+
+
+def _fits_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> bool:
+    return _fits_bits(rows, columns, signs) and scale.shape in ((1,), (rows,))
+
+
+def _pack_seeded(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("seeded", weight)
+    return pack_mask(weight != 0), _drawn(weight, key), scale
 
 
 def _drawn(weight: Tensor, key: Tensor | None) -> Tensor:
@@ -77,66 +135,125 @@ def _drawn(weight: Tensor, key: Tensor | None) -> Tensor:
     return key.to(weight.device, copy=True)
 
 
-def unpacked(format: str, parts: list[Tensor], rows: int, columns: int) -> Tensor:
-    """The weight that the tensors of a format are: [rows, columns]."""
-    if format == "ternary":
-        codes, scale = parts
-        return formats.ternary_weight(codes, scale, rows, columns)
-    if format == "binary":
-        signs, scale = parts
-        return reference.binary_weight(signs, scale, columns)
-    if format == "seeded":
-        mask, key, scale = parts
-        return reference.seeded_weight(mask, key, scale, columns)
-    if format == "csr":
-        values, starts, numbers = parts
-        return formats.unpack_csr(values, starts, numbers, columns)
-    if format == "delta":
-        values, starts, gaps = parts
-        numbers = formats.delta_columns(starts, gaps).to(torch.int32)
-        return formats.unpack_csr(values, starts, numbers, columns)
-    if format == "bitmap":
-        values, _, bits = parts
-        return formats.unpack_bitmap(values, reference.unpack_mask(bits, columns))
-    return parts[0]
+def _unpack_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+    return reference.seeded_weight(mask, key, scale, columns)
 
 
-def unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> str | None:
-    """Why the tensors of a checkpoint are no weight [rows, columns]; kernels trust them later."""
-    if format == "dense":
-        fits = tensors["weight"].shape == (rows, columns)
-    elif format == "ternary":
-        blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
-        codes, scale = tensors["codes"], tensors["scale"]
-        fits = codes.dtype == torch.int32 and codes.shape == blocks
-        fits = fits and scale.shape in ((1,), (rows,))
-    elif format in ("binary", "seeded"):
-        bits, scale = tensors[FORMATS[format][0]], tensors["scale"]
-        fits = bits.dtype == torch.int32
-        fits = fits and bits.shape == (rows, reference.words_per_row(columns))
-        fits = fits and scale.shape in ((1,), (rows,))
-        if format == "seeded":
-            fits = fits and tensors["key"].dtype == torch.int64 and tensors["key"].shape == (3,)
-    else:
-        values, starts = tensors["values"], tensors["starts"]
-        fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,) and values.dim() == 1
-        fits = fits and int(starts[0]) == 0 and int(starts[-1]) == len(values)
-        fits = fits and bool((starts.diff() >= 0).all())
-        if fits and format == "csr":
-            numbers = tensors["columns"]
-            fits = numbers.shape == values.shape and numbers.dtype in (torch.int16, torch.int32)
-            if fits and len(values):
-                numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
-                fits = int(numbers.min()) >= 0 and int(numbers.max()) < columns
-        elif fits and format == "delta":
-            gaps = tensors["gaps"]
-            fits = gaps.dtype == torch.uint8 and gaps.shape == values.shape
-            if fits and len(values):
-                fits = int(formats.delta_columns(starts, gaps).max()) < columns
-        elif fits:
-            bits = tensors["bits"]
-            fits = bits.dtype == torch.int32
-            fits = fits and bits.shape == (rows, reference.words_per_row(columns))
-            ones = reference.unpack_mask(bits, columns).sum(1) if fits else None
-            fits = fits and torch.equal(ones, starts.diff())  # pyright: ignore[reportArgumentType]
-    return None if fits else f"{FORMATS[format][0]} is no {format} weight of {rows} x {columns}."
+def _fits_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> bool:
+    fits = _fits_binary(rows, columns, mask, scale)
+    return fits and key.dtype == torch.int64 and key.shape == (3,)
+
+
+# ---- kept weights by row -------------------------------------------------------------------------
+
+
+def _pack_csr(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return formats.pack_csr(weight, weight != 0)
+
+
+def _unpack_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> Tensor:
+    return formats.unpack_csr(values, starts, numbers, columns)
+
+
+def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> bool:
+    fits = _fits_rows(rows, values, starts) and numbers.shape == values.shape
+    if not fits or numbers.dtype not in (torch.int16, torch.int32):
+        return False
+    numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
+    return not len(values) or (int(numbers.min()) >= 0 and int(numbers.max()) < columns)
+
+
+def _pack_delta(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return formats.pack_delta(weight, weight != 0)
+
+
+def _unpack_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> Tensor:
+    numbers = formats.delta_columns(starts, gaps).to(torch.int32)
+    return formats.unpack_csr(values, starts, numbers, columns)
+
+
+def _fits_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> bool:
+    fits = _fits_rows(rows, values, starts) and gaps.shape == values.shape
+    if not fits or gaps.dtype != torch.uint8:
+        return False
+    return not len(values) or int(formats.delta_columns(starts, gaps).max()) < columns
+
+
+def _pack_bitmap(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    kept = weight != 0
+    return weight[kept], formats.row_starts(kept), pack_mask(kept)
+
+
+def _unpack_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> Tensor:
+    return formats.unpack_bitmap(values, reference.unpack_mask(bits, columns))
+
+
+def _fits_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> bool:
+    if not (_fits_rows(rows, values, starts) and _fits_bits(rows, columns, bits)):
+        return False
+    return torch.equal(reference.unpack_mask(bits, columns).sum(1), starts.diff())
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+def _pack_dense(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return (weight.clone(),)
+
+
+def _unpack_dense(rows: int, columns: int, weight: Tensor) -> Tensor:
+    return weight
+
+
+def _fits_dense(rows: int, columns: int, weight: Tensor) -> bool:
+    return weight.shape == (rows, columns)
+
+
+# ---- what several share --------------------------------------------------------------------------
+
+
+def _exact(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An op (x, *parts, bias) that needs no number of rows and never rounds x, as `multiply`."""
+
+    def multiply(*args: Tensor | None, rows: int, activations: str) -> Tensor:
+        return op(*args)
+
+    return multiply
+
+
+def _fits_bits(rows: int, columns: int, bits: Tensor) -> bool:
+    return bits.dtype == torch.int32 and bits.shape == (rows, reference.words_per_row(columns))
+
+
+def _fits_rows(rows: int, values: Tensor, starts: Tensor) -> bool:
+    """Whether `starts` are those of `rows` rows of the values."""
+    fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,) and values.dim() == 1
+    fits = fits and int(starts[0]) == 0 and int(starts[-1]) == len(values)
+    return fits and bool((starts.diff() >= 0).all())
+
+
+FORMATS: dict[str, Format] = {
+    "ternary": Format(
+        ("codes", "scale"), _pack_ternary, _unpack_ternary, _fits_ternary, _multiply_ternary
+    ),
+    "binary": Format(
+        ("signs", "scale"), _pack_binary, _unpack_binary, _fits_binary, _exact(binary_linear)
+    ),
+    "seeded": Format(
+        ("mask", "key", "scale"), _pack_seeded, _unpack_seeded, _fits_seeded, _exact(seeded_linear)
+    ),
+    "csr": Format(
+        ("values", "starts", "columns"), _pack_csr, _unpack_csr, _fits_csr, _exact(csr_linear)
+    ),
+    "delta": Format(
+        ("values", "starts", "gaps"), _pack_delta, _unpack_delta, _fits_delta, _exact(delta_linear)
+    ),
+    "bitmap": Format(
+        ("values", "starts", "bits"),
+        _pack_bitmap,
+        _unpack_bitmap,
+        _fits_bitmap,
+        _exact(bitmap_linear),
+    ),
+    "dense": Format(("weight",), _pack_dense, _unpack_dense, _fits_dense, _exact(F.linear)),
+}

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
-from lottery_sparse.convert import _by_parameter, _masked_modules, densify_
+from lottery_sparse.convert import (
+    by_parameter,
+    check_masked,
+    densify_,
+    masked_modules,
+    settle_bias,
+)
 from lottery_sparse.files import write_whole
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
@@ -124,17 +130,14 @@ def plan(
     Raises:
         ValueError: the model has no masked layer, or the example reaches none of them.
     """
-    layers = {prefix[:-1] or "(model)": layer for prefix, layer in _masked_modules(model)}
-    if not layers:
-        raise ValueError(
-            "the model has no masked layer; call ls.sparsify_ and ls.set_masks_ first."
-        )
+    check_masked(model)
+    layers = {prefix[:-1] or "(model)": layer for prefix, layer in masked_modules(model)}
     inputs = _inputs_of(model, layers, example_inputs)
     if not inputs:
         raise ValueError("example_inputs reach no masked layer; is the model called differently?")
     store = _Store() if cache else None
     rows = []
-    groups = [layers for _, layers in _by_parameter(model)]
+    groups = [layers for _, layers in by_parameter(model)]
     costs = {name: _measured(layers[name], x, training, store) for name, x in inputs.items()}
     for name, x in inputs.items():
         layer = layers[name]
@@ -222,6 +225,7 @@ def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) ->
 def _candidates(layer: Masked, training: bool) -> dict[str, nn.Module]:
     """Copies of the layer, one per path."""
     plain = copy.deepcopy(layer)
+    settle_bias(plain)
     for hooks in (
         plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks,
         plain._backward_pre_hooks,
@@ -269,6 +273,7 @@ def _milliseconds(module: nn.Module, x: Tensor, training: bool) -> float:
 
 def _bytes(module: nn.Module) -> int:
     held = [*module.parameters(), *module.buffers()]
+    held += [t for m in module.modules() if isinstance(m, Compact) for t in m.derived()]
     return sum(t.numel() * t.element_size() for t in held)
 
 

@@ -102,7 +102,16 @@ def permutation(count: int, seed: int, stream: int = 0, step: int = 0) -> Tensor
 
 def key(seed: int, stream: int = 0, step: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """int64 [3]: (seed, stream, step) as `ops.sample_mask` takes it; add 1 to [2] per step."""
-    return torch.tensor([_signed(seed), _word(stream, "stream"), _word(step, "step")]).to(device)
+    return torch.tensor(key_numbers(seed, stream, step)).to(device)
+
+
+def key_numbers(seed: int, stream: int = 0, step: int = 0) -> tuple[int, int, int]:
+    """A key as the integers that kernels take: the seed as the int64 with the same bits.
+
+    Raises:
+        ValueError: a seed beyond 64 bits, a stream or step beyond 32.
+    """
+    return _signed(seed), _word(stream, "stream"), _word(step, "step")
 
 
 class Stream:
@@ -186,7 +195,7 @@ def quantiles(law: str, std: float = 1.0) -> Tensor:
 
 def _draw(law: str, shape: Shape, seed: int, stream: int, step: int, *table: Tensor) -> Tensor:
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    args = (math.prod(shape), _signed(seed), _word(stream, "stream"), _word(step, "step"), *table)
+    args = (math.prod(shape), *key_numbers(seed, stream, step), *table)
     return backends.kernel(law, torch.device("cpu"), args)(*args).view(shape)
 
 

@@ -13,7 +13,7 @@ from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import most_kept
 from lottery_sparse.compacting import compact_
-from lottery_sparse.convert import _become
+from lottery_sparse.convert import become
 from lottery_sparse.frozen import Constant, Held, hold
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal
 from lottery_sparse.supermask import Supermask, SupermaskConv2d, SupermaskLinear
@@ -73,7 +73,7 @@ def replicate(
                     "layers with parameters of their own."
                 )
     count = len(models) if seeds is not None or E is None else E
-    plains = [_map(one, _plain) for one in models]
+    plains = [map_modules(one, plain_copy) for one in models]
     if seeds is not None:
         for seed, plain in zip(seeds, plains, strict=True):
             _reset(plain, seed)
@@ -88,7 +88,7 @@ def select(model: nn.Module, e: int) -> nn.Module:
     Raises:
         ValueError: there is no such network, or the module holds only one.
     """
-    counts = {c for _, m in _named(model) if (c := _networks(m)) is not None}
+    counts = {c for _, m in _named(model) if (c := networks_of(m)) is not None}
     if len(counts) != 1:
         raise ValueError("model holds a single network; select takes one from ls.replicate.")
     count = counts.pop()
@@ -100,13 +100,13 @@ def select(model: nn.Module, e: int) -> nn.Module:
             return nn.Flatten(layer.start_dim, layer.end_dim)
         if isinstance(layer, _PerImage):
             return _bare(layer.inner)
-        if _networks(layer) is None:
+        if networks_of(layer) is None:
             return _bare(layer)
         compact = isinstance(layer, Compact)
-        new = _plain(layer)
+        new = plain_copy(layer)
         for key, parameter in new._parameters.items():
             if parameter is not None:
-                new._parameters[key] = _parameter(parameter.detach()[e].clone(), parameter)
+                new._parameters[key] = parameter_like(parameter.detach()[e].clone(), parameter)
         if isinstance(new, Masked):
             new._buffers["weight_mask"] = normal(new.weight_mask[e].clone())
             new._hold(_held_of(layer, e))
@@ -114,17 +114,17 @@ def select(model: nn.Module, e: int) -> nn.Module:
         elif isinstance(new, Supermask):
             for key, buffer in new._buffers.items():
                 new._buffers[key] = None if buffer is None else normal(buffer[e].clone())
-        elif type(new) is _Linear:
-            _become(new, nn.Linear)
+        elif type(new) is LinearNetworks:
+            become(new, nn.Linear)
         return compact_(new) if compact else new
 
-    return _map(model, one)
+    return map_modules(model, one)
 
 
 # ---- modules that know of E -------------------------------------------------------------------
 
 
-class _Linear(nn.Linear):
+class LinearNetworks(nn.Linear):
     """nn.Linear with weight [E, N, K] and bias [E, N]."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _check(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
         raise TypeError(f"{name} is a {module}; replicate takes one of dimensions 1 to -1.")
-    if _networks(module) is not None:
+    if networks_of(module) is not None:
         raise TypeError(f"{name} holds networks side by side already; select one first.")
     if isinstance(module, nn.Linear | Masked) and "weight" not in module._parameters:
         raise TypeError(f"{name} computes its weight; remove the parametrization first.")
@@ -224,24 +224,24 @@ def _check(name: str, module: nn.Module) -> None:
         raise TypeError(f"{name} is on the meta device, which holds no mask; load it first.")
 
 
-def _networks(module: nn.Module) -> int | None:
+def networks_of(module: nn.Module) -> int | None:
     """E of a layer with a leading E, else None."""
     if isinstance(module, Masked):
         mask = module.weight_mask
         return mask.shape[0] if mask.dim() > module.rank else None
     if isinstance(module, Supermask):
         return module.key.shape[0] if module.key.dim() > 1 else None
-    return module.weight.shape[0] if type(module) is _Linear else None
+    return module.weight.shape[0] if type(module) is LinearNetworks else None
 
 
-def _map(module: nn.Module, change: Any) -> nn.Module:
+def map_modules(module: nn.Module, change: Any) -> nn.Module:
     """A new tree of Sequentials, with every other module replaced by change(module)."""
     if type(module) is not nn.Sequential:
         return change(module)
     new = _bare(module)
     for name, child in module._modules.items():
         assert child is not None
-        new._modules[name] = _map(child, change)
+        new._modules[name] = map_modules(child, change)
     return new
 
 
@@ -254,19 +254,19 @@ def _bare(module: nn.Module) -> nn.Module:
     return new
 
 
-def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+def parameter_like(value: Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=like.requires_grad)
 
 
-def _plain(module: nn.Module) -> nn.Module:
+def plain_copy(module: nn.Module) -> nn.Module:
     """A new module with Parameters of its own; masked if the module is compact."""
     new = _bare(module)
     if isinstance(new, Compact):
         new._grow()
-        _become(new, new.masked_type)
+        become(new, new.masked_type)
     for key, parameter in module._parameters.items():
         if parameter is not None and new._parameters[key] is parameter:
-            new._parameters[key] = _parameter(parameter.detach().clone(), parameter)
+            new._parameters[key] = parameter_like(parameter.detach().clone(), parameter)
     if isinstance(new, Supermask):  # they are written to
         new._buffers = {k: None if b is None else b.clone() for k, b in new._buffers.items()}
     return new
@@ -308,12 +308,12 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
                 values = [m._parameters[key].detach() for m in each]  # pyright: ignore
                 if any(v.shape != values[0].shape for v in values):
                     raise ValueError(f"models differ in the shape of layer {at}.")
-                new._parameters[key] = _parameter(torch.stack(values), parameter)
+                new._parameters[key] = parameter_like(torch.stack(values), parameter)
         if isinstance(new, Supermask):
             _stack_buffers(new, each)
             return new
         if not isinstance(new, Masked):
-            _become(new, _Linear)
+            become(new, LinearNetworks)
             return new
         masks = torch.stack([m.weight_mask for m in each])  # pyright: ignore
         new._buffers["weight_mask"] = normal(masks)
@@ -327,10 +327,16 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
             compact_(new, spare=max(0, capacity - most_kept(new.weight_mask, new.rank)))
         return new
 
-    return _map(plains[0], stack)
+    return map_modules(plains[0], stack)
 
 
 def _stack_buffers(new: nn.Module, each: list[Any]) -> None:
+    for option in ("rescale", "round_mask", "evaluation"):  # one for all networks of a layer
+        if len(values := {getattr(m, option) for m in each}) > 1:
+            raise ValueError(
+                f"models differ in {option} of their learned masks: {sorted(values)}; make it the "
+                "same in all of them first."
+            )
     for key in new._buffers:
         values = [m._buffers[key] for m in each]
         if any(v is None for v in values) != all(v is None for v in values):

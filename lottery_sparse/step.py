@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends, optim
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
-from lottery_sparse.replicate import _Linear, as_rows
+from lottery_sparse.replicate import LinearNetworks, as_rows
 from lottery_sparse.supermask import SupermaskLinear
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
@@ -21,9 +21,7 @@ OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
 # for its output and its input's gradient, and for the gradients of its weights.
 DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
 
-_LISTS = (*(f"kept_{name}" for name in KeptLists._fields), "weight_mask")
-# of a compact layer: another tensor in one of these means that others may be new, too
-_BUFFERS = ("kept_starts", "weight_effective", "weight_mask", "weight_frozen")
+_LISTS = len(KeptLists._fields) + 1  # and the mask
 
 
 def train_step(
@@ -72,12 +70,12 @@ class _Layer:
         self.weight: nn.Parameter = layer._parameters[self.name]  # pyright: ignore
         self.bias = layer.bias
         self.addresses: tuple[int, ...] | None = None  # None: not looked up yet
-        self.version = -1  # of the lists
+        self.version = -1  # of the mask
         self.products: str | None = None  # as `ls.plan` has set it
-        self.buffers: list[Tensor | None] = [None] * len(_BUFFERS)
+        self.made: tuple[Any, ...] = (None,) * 4  # its lists, effective weight, mask, frozen values
         self.parameters: list[Tensor] = []  # weight and bias, detached
         self.effective = self.frozen = self.key = self.empty = torch.empty(0)
-        self.lists: list[Tensor] = [self.empty] * len(_LISTS)
+        self.lists: list[Tensor] = [self.empty] * _LISTS
         self.zero = True
         self.dense = True  # whether the op reads `effective`
         self.keep = False  # whether the op writes `effective`
@@ -95,10 +93,12 @@ class _Layer:
         addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         same = addresses == self.addresses and self.layer.__dict__.get("products") is self.products
         if self.compact:
-            now = [buffers[name] for name in _BUFFERS]
-            same = same and all(map(is_, now, self.buffers)) and now[0]._version == self.version
-            if not same:
-                self._list(now)
+            made, mask = self.layer, buffers["weight_mask"]
+            now = made.kept, made._dense, mask, buffers["weight_frozen"]
+            same = same and all(map(is_, now, self.made)) and mask._version == self.version
+            if not (same and made.is_made()):
+                same = False
+                self._list()
         if self.learned:
             frozen, key = held["weight"], buffers["key"]
             addresses = *addresses, frozen.data_ptr(), key.data_ptr()
@@ -115,12 +115,13 @@ class _Layer:
             self.layer.refresh_()
         return not same
 
-    def _list(self, buffers: list[Any]) -> None:
+    def _list(self) -> None:
         layer = self.layer
-        layer._keep_lists()
-        self.buffers, self.version = buffers, layer.kept.starts._version
-        self.lists = [layer._buffers[name] for name in _LISTS]
-        self.effective, self.zero = layer._buffers["weight_effective"], layer.zero
+        layer._keep_made()
+        mask, self.zero = layer.weight_mask, layer.zero
+        self.effective, self.version = layer._dense, mask._version
+        self.made = layer.kept, layer._dense, mask, layer.weight_frozen
+        self.lists = [*layer.kept, mask]
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features
@@ -352,7 +353,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True
-        elif type(module) in (CompactLinear, SupermaskLinear, nn.Linear, _Linear) and relu:
+        elif type(module) in (CompactLinear, SupermaskLinear, nn.Linear, LinearNetworks) and relu:
             if "weight" not in module._parameters:
                 raise ValueError(f"{name} computes its weight; {OTHERWISE}.")
             assert isinstance(module, nn.Linear)

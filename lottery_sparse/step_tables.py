@@ -13,6 +13,7 @@ one network of a compact one; a row for each target, an effective weight; pointe
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,3 +187,43 @@ def refused(
         ):
             return owner
     return -1
+
+
+# ---- Adam's step counts --------------------------------------------------------------------------
+
+
+def on_device(steps: list[Tensor], params: list[Tensor]) -> bool:
+    """Whether step counts lie beside the Parameters, as with `capturable` and `fused`."""
+    return steps[0].device == params[0].device
+
+
+def tables_by_count(
+    tensors: tuple[list[Tensor], ...], steps: list[Tensor], targets: Targets
+) -> list[tuple[Table, list[Tensor]]]:
+    """For counts on the host: a table, and the counts, of all that have taken as many steps.
+
+    All tables come before the first launch: they take memory, and a step is taken whole or not.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    params = tensors[0]
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Adam's step counts are on the host, which a captured graph would not count; use "
+            "capturable=True or fused=True, and take a step before the capture."
+        )
+    taken = [step.item() for step in steps]
+    found = []
+    for count in sorted(set(taken)):
+        mine = [i for i, c in enumerate(taken) if c == count]
+        some, to = tensors, targets
+        if len(mine) < len(params):
+            some, to = tuple([held[p] for p in mine] for held in tensors), targets.of(mine)
+        found.append((table_of(some, [], to), [steps[i] for i in mine]))
+    return found
+
+
+def log_of(beta: float) -> float:
+    """ln beta, -inf for 0."""
+    return math.log(beta) if beta > 0 else -math.inf

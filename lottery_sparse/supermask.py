@@ -17,11 +17,12 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import std_of
+from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import normal, one_node
 from lottery_sparse.random import key as random_key
 
 WEIGHTS = ("init", "signed_constant")
-EVALUATIONS = ("sample", "threshold")
+EVALUATIONS = ("sample", "threshold")  # in this order: a state_dict holds the place
 # Evaluations draw at steps from here on, so that they share no random word with the training.
 FIRST_SAMPLE = 2**31
 _FIRST_STEPS = {"key": 0, "sample_key": FIRST_SAMPLE}
@@ -39,6 +40,11 @@ class Supermask(nn.Module):
 
         key         int64 [3] (or [E, 3]): seed, stream, and the step that is drawn next
         sample_key  the same of evaluations, which leave the training's draws alone
+        held_mask   None, or bool like the weight: what evaluations use instead of `evaluation`
+
+    The state_dict also says what evaluations use, `evaluates_with` (uint8: the place of
+    `evaluation` in EVALUATIONS), and loading it takes that over. One that does not, of an earlier
+    version, loads strictly and leaves the layer's own choice.
 
     Attributes:
 
@@ -58,7 +64,7 @@ class Supermask(nn.Module):
     bias: nn.Parameter | None
     key: Tensor
     sample_key: Tensor
-    held_mask: Tensor | None  # bool: the mask that evaluations use instead of `evaluation`
+    held_mask: Tensor | None
     weights: str
     rescale: bool
     round_mask: bool
@@ -89,7 +95,7 @@ class Supermask(nn.Module):
         self._seed, self._stream = seed, stream
         for name, step in _FIRST_STEPS.items():
             self.register_buffer(name, normal(random_key(seed, stream, step, self.weight.device)))
-        self.register_buffer("held_mask", None, persistent=False)
+        self.register_buffer("held_mask", None, persistent=False)  # saved and loaded by hand below
 
     @torch.no_grad()
     def _restart(self) -> None:
@@ -105,6 +111,7 @@ class Supermask(nn.Module):
             for name in _FIRST_STEPS:
                 self._buffers[name].copy_(random_key(self._seed, self._stream))  # pyright: ignore
             self._restart()
+            self.evaluate_with(None)
         return self
 
     @torch.no_grad()
@@ -157,7 +164,7 @@ class Supermask(nn.Module):
         bits, _ = ops.sample_bits(self._flat(self.score.detach()), key)
         return reference.mask_as_bool(bits, self.score, self.rank)
 
-    def hold(self, mask: Tensor | None) -> None:
+    def evaluate_with(self, mask: Tensor | None) -> None:
         """Evaluate with this mask from now on; None: as `evaluation` says."""
         self.held_mask = None if mask is None else normal(mask.to(self.score.device).clone())
 
@@ -194,6 +201,47 @@ class Supermask(nn.Module):
         size = self.score.shape[-self.rank :].numel()
         return w * (size / m.sum(own, keepdim=True).clamp(min=1)).to(w.dtype)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        number = EVALUATIONS.index(self.evaluation)
+        destination[prefix + "evaluates_with"] = torch.tensor(number, dtype=torch.uint8)
+        if self.held_mask is not None:
+            destination[prefix + "held_mask"] = self.held_mask
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("evaluates_with", "held_mask")]
+        number, mask = (state_dict.get(name) for name in names)
+        try:  # check all of it before anything is written
+            evaluation = self.evaluation if number is None else _evaluation(names[0], number)
+            if mask is not None:
+                mask = as_mask(names[1], mask)
+                if mask.shape != self.score.shape:
+                    raise ValueError(
+                        f"{names[1]} has shape {tuple(mask.shape)}, the model needs "
+                        f"{tuple(self.score.shape)}."
+                    )
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in names:
+            if name in unexpected_keys:
+                unexpected_keys.remove(name)
+        if number is not None or mask is not None:
+            self.evaluation = evaluation
+            self.evaluate_with(mask)
+
     def extra_repr(self) -> str:
         density = "?" if self.score.is_meta else f"{self.expected_density:.4g}"
         options = [f"weights={self.weights}", f"expected_density={density}"]
@@ -208,6 +256,16 @@ def check_options(weights: str, init_score: float, evaluation: str) -> None:
         raise ValueError(f"evaluation must be one of {', '.join(EVALUATIONS)}; got {evaluation!r}.")
     if not -float("inf") < init_score < float("inf"):
         raise ValueError(f"init_score must be a finite number, got {init_score}.")
+
+
+def _evaluation(name: str, number: Tensor) -> str:
+    """What the entry `evaluates_with` of a state_dict says."""
+    if number.numel() != 1 or not 0 <= int(number) < len(EVALUATIONS):
+        raise ValueError(
+            f"{name} is {number.tolist()}, but this version knows 0 to {len(EVALUATIONS) - 1}; the "
+            "checkpoint is of a newer version, or damaged."
+        )
+    return EVALUATIONS[int(number)]
 
 
 def _every(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse.convert import _become, _owners, _refusal, masks_of
+from lottery_sparse.convert import become, masks_of, owners_of, refusal_of
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -26,7 +26,7 @@ SUPERMASK_TYPES: dict[type[nn.Module], type[Supermask]] = {
     nn.Linear: SupermaskLinear,
     nn.Conv2d: SupermaskConv2d,
 }
-MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
+FIXED_TYPES: dict[type[nn.Module], type[Masked]] = {
     SupermaskLinear: MaskedLinear,
     SupermaskConv2d: MaskedConv2d,
 }
@@ -70,7 +70,7 @@ def supermask_(
     """
     check_options(weights, init_score, evaluation)
     seed = as_seed(seed)
-    owners = _owners(model)
+    owners = owners_of(model)
     chosen = {
         name: module
         for name, module in model.named_modules()
@@ -81,7 +81,7 @@ def supermask_(
     if not chosen:
         raise ValueError("model has no nn.Linear or nn.Conv2d to learn a mask for.")
     for name, module in chosen.items():
-        why = _refusal(model, name, module)
+        why = refusal_of(model, name, module)
         if not why and len(owners[id(module.weight)]) > 1:
             why = "its weight is shared with another layer"
         if why:
@@ -93,7 +93,7 @@ def supermask_(
         parameter.requires_grad_(False)
         parameter.grad = None
     for name, module in chosen.items():
-        _become(module, SUPERMASK_TYPES[type(module)])
+        become(module, SUPERMASK_TYPES[type(module)])
         assert isinstance(module, Supermask)
         stream = stream_of(f"{name}.score" if name else "score")
         module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
@@ -108,6 +108,8 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
             not; a number i: evaluation sample i, the same whenever it is asked for; or masks by
             parameter name, as from `masks_of`. Numbers and masks stay until the next choice.
 
+    The choice is part of the state_dict, so a loaded model evaluates as the saved one did.
+
     Returns:
         `model`. Training draws its masks as before.
     """
@@ -120,7 +122,7 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
             )
         for layer in layers.values():
             layer.evaluation = masks
-            layer.hold(None)
+            layer.evaluate_with(None)
         return model
     if isinstance(masks, Mapping):
         given = Masks(masks)
@@ -131,12 +133,12 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
                     f"masks must hold {name} of shape {tuple(layer.score.shape)}, got {got}."
                 )
         for name, layer in layers.items():
-            layer.hold(given[name])
+            layer.evaluate_with(given[name])
         return model
     if isinstance(masks, bool) or not isinstance(masks, int) or masks < 0:
         raise ValueError(f"a sample has a number, at least 0, got {masks!r}.")
     for layer in layers.values():
-        layer.hold(layer.sample(masks))
+        layer.evaluate_with(layer.sample(masks))
     return model
 
 
@@ -177,7 +179,7 @@ def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = N
     """
     layers = _layers(model)
     for name, layer in layers.items():
-        if type(layer) not in MASKED_TYPES:
+        if type(layer) not in FIXED_TYPES:
             raise TypeError(
                 f"{name} belongs to a {type(layer).__name__}, a subclass with behaviour of its "
                 "own, which a masked layer would lose."
@@ -199,7 +201,7 @@ def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = N
             "weights", "rescale", "round_mask", "evaluation", "init_score", "_seed", "_stream",
         ):  # fmt: skip
             del layer.__dict__[name]
-        _become(module, MASKED_TYPES[type(layer)])
+        become(module, FIXED_TYPES[type(layer)])
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(True)
@@ -232,7 +234,7 @@ def supermask_ticket(
         raise ValueError("some layers rescale and others do not; a ticket does it for all or none.")
     masks = masks_of(model)
     start: dict[str, Any] = {}
-    learned = {"score", "key", "sample_key"}
+    learned = {"score", "key", "sample_key", "evaluates_with", "held_mask"}
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
         weight = f"{prefix}.weight" if prefix else "weight"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
 from lottery_sparse.convert import (
-    _by_parameter,
-    _masked_modules,
-    dense_state_dict,
+    by_parameter,
+    masked_modules,
     masks_of,
     set_masks_,
     sparsify_,
+    state_without_masks,
 )
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.frozen import Seeded, SignOf, drawn
@@ -214,6 +214,11 @@ def find_ticket(
         ValueError: an argument has no such value, or `resume` is not of such a search; before the
             first training, but for what late rewinding trains.
 
+    Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
+    with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
+    steps, the tickets are those of `python -m experiments`, bit for bit. With late rewinding they
+    are if train_fn trains a ticket for what is left of the training, from iteration rewind_to on.
+
     Source: Frankle & Carbin 2019; Zhou et al. 2019; late rewinding: Frankle et al. 2019.
     """
     _check(rounds, rewind_to)
@@ -261,21 +266,24 @@ def find_ticket(
     ticket = train(first)
     for r in range(first + 1, rounds + 1):
         final = _snapshot(model)
-        previous, masks = masks, prune(start, final, masks, score, keep, scope, derive(seed, r))
+        previous = masks
+        masks = prune(start, final, masks, score, keep, scope, derive(seed, "prune", r))
         origin = acted if compounding else base
         decisions: dict[str, Mask0] = {}
         next_start, acted = dict(base), dict(base)
         for name, mask in masks.items():
             decision = frozen_of(
                 start[name], final[name], mask, previous[name], frozen.get(name),
-                Stream(seed, f"mask0/{r}/{name}"),
+                Stream(derive(seed, "mask-0", r), name),
             )  # fmt: skip
             decisions[name] = decision
             # pruned places keep what the action gave them: permutations may move it later
             acted[name] = start_of(
-                origin[name], mask, stds[name], Stream(seed, f"mask1/{r}/{name}")
+                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), name)
             )
-            assembled = assemble(acted[name], mask, decision)
+            if decision.start_at_zero is not None:
+                acted[name] = acted[name].masked_fill(decision.start_at_zero, 0)
+            assembled = _assembled(acted[name], mask, decision)
             next_start |= dict.fromkeys(names[name], assembled)
         start = next_start
         frozen = {n: d.frozen for n, d in decisions.items() if d.frozen is not None}
@@ -289,21 +297,20 @@ def _restart(
     model: nn.Module, start: Mapping[str, Any], masks: Masks, frozen: Mapping[str, Tensor]
 ) -> nn.Module:
     """Load a dense start together with the masks: compact layers have no slots for all of it."""
-    shared = {id(layer): name for name, layers in _by_parameter(model) for layer in layers}
+    shared = {id(layer): name for name, layers in by_parameter(model) for layer in layers}
     state = dict(start)
-    for prefix, layer in _masked_modules(model, remove_duplicate=False):
+    for prefix, layer in masked_modules(model, remove_duplicate=False):
         if shared[id(layer)] in masks:
             state[f"{prefix}weight_mask"] = masks[shared[id(layer)]]
     model.load_state_dict(state)
     return set_masks_(model, masks, frozen)
 
 
-def assemble(kept: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
-    """The effective weights a round starts from: kept ones, zero starts, frozen ones."""
-    start = kept if decision.start_at_zero is None else kept.masked_fill(decision.start_at_zero, 0)
+def _assembled(acted: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
+    """The effective weights a round starts from: what the actions gave, and frozen values."""
     if decision.released:
-        return start
-    return torch.where(mask, start, 0.0 if decision.frozen is None else decision.frozen)
+        return acted
+    return torch.where(mask, acted, 0.0 if decision.frozen is None else decision.frozen)
 
 
 def _trained(masks: Masks, released: bool) -> Masks:
@@ -323,7 +330,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:
     """Effective weights, biases, buffers and extra state by name, without the masks."""
-    return {name: copy.deepcopy(value) for name, value in dense_state_dict(model).items()}
+    return {name: copy.deepcopy(value) for name, value in state_without_masks(model).items()}
 
 
 def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:

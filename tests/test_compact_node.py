@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from test_compact_layers import pair
@@ -66,13 +68,14 @@ def test_matches_float64(networks, shared, density, shape):
         assert ((got.detach() - wanted).abs() <= TOLERANCE * scale).all()
 
 
-@pytest.mark.parametrize("changed", ["x", "weight", "kept_starts", "weight_effective"])
+@pytest.mark.parametrize("changed", ["x", "weight", "lists", "weight_effective"])
 @pytest.mark.parametrize("density", [0.3, 0.9])
 def test_what_the_backward_reads_must_not_change(changed, density):
     made, x = layer(density)
     y = made(x).sum()
     with torch.no_grad():
-        (x if changed == "x" else getattr(made, changed)).add_(0)
+        read = {"x": x, "lists": made.kept.starts}
+        (read[changed] if changed in read else getattr(made, changed)).add_(0)
     if (changed, density) == ("weight_effective", 0.3):  # which nobody reads
         y.backward()
         return
@@ -186,3 +189,119 @@ def test_any_number_of_dimensions_and_a_wrong_one():
     for wrong in (x[:, :39], torch.zeros(())):
         with pytest.raises(ValueError, match=r"input has shape .*, but this layer needs"):
             made(wrong)
+
+
+# ---- tensors that somebody gave other data -------------------------------------------------------
+
+
+def replace(made, name, change):
+    """Through .data, which counts no version and asks no layer."""
+    tensor = getattr(made, name, None) if name in ("weight", "bias") else made._buffers[name]
+    tensor.data = change(tensor.data)
+
+
+def strided(t):
+    return torch.stack([t, t], -1)[..., 0]
+
+
+UNFIT = [
+    ("bias", lambda t: t[:1].clone(), "bias has shape (1)"),
+    ("bias", lambda t: torch.cat([t, t]), "bias has shape (60)"),
+    ("bias", torch.Tensor.double, "dtype"),
+    ("weight", lambda t: t[:-5].clone(), "values"),
+    ("weight", lambda t: t.view(1, -1), "values (1, "),
+    ("weight", torch.Tensor.double, "dtype"),
+    ("kept_columns", lambda t: t[:-5].clone(), "columns"),
+    ("kept_columns", torch.Tensor.float, "columns must be Short"),
+    ("kept_columns", torch.Tensor.int, "rows must be Int"),
+    ("kept_starts", lambda t: t[:-1].clone(), "29 rows"),
+    ("kept_starts", torch.Tensor.int, "starts must be Long"),
+    ("kept_starts", lambda t: t + 10_000, "starts"),
+    ("kept_column_starts", lambda t: t[:-1].clone(), "column_starts"),
+    ("kept_column_starts", lambda t: t - 10_000, "column_starts"),
+    ("kept_rows", lambda t: t[:-5].clone(), "rows"),
+    ("kept_positions", lambda t: t[:-5].clone(), "positions"),
+    ("kept_positions", torch.Tensor.long, "positions must be Int"),
+]
+UNFIT_IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(UNFIT)]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), UNFIT, ids=UNFIT_IDS)
+def test_what_does_not_fit_is_not_read(name, change, message):
+    made, x = layer()
+    replace(made, name, change)
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)):
+        made(x).sum().backward()
+
+
+@pytest.mark.parametrize(("name", "change", "message"), UNFIT, ids=UNFIT_IDS)
+def test_what_does_not_fit_the_backward_any_more(name, change, message):
+    made, x = layer()
+    y = made(x).sum()
+    assert y.grad_fn.next_functions[0][0].name() == NODE
+    replace(made, name, change)
+    if name == "bias":
+        y.backward()  # which it does not read
+    else:
+        with pytest.raises((RuntimeError, ValueError)):
+            y.backward()
+
+
+@pytest.mark.parametrize("density", [0.3, 0.9])
+@pytest.mark.parametrize("shape", [(20, 40), (30, 39), (0,)], ids=str)
+def test_an_effective_weight_that_does_not_fit(shape, density):
+    made, x = layer(density)
+    y = made(x).sum()
+    replace(made, "weight_effective", lambda t: torch.zeros(shape))
+    with pytest.raises(RuntimeError, match="have changed their shapes since its forward"):
+        y.backward()
+    if density == 0.9:  # else nobody reads it
+        with pytest.raises(RuntimeError, match=r"size|dimension|shape|matrices"):
+            made(x)
+
+
+def test_an_x_that_does_not_fit_any_more():
+    made, x = layer()
+    y = made(x).sum()
+    x.data = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match=r"x \[2, 3\].*have changed their shapes"):
+        y.backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", *(f"kept_{n}" for n in KeptLists._fields)])
+def test_strided_tensors(name):
+    made, x = layer()
+    wanted = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
+    replace(made, name, strided)
+    got = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_that_unpacks_other_tensors():
+    """Their dtype, or their class: the registered op computes with them, or says why not."""
+    made, x = layer()
+    wanted = torch.autograd.grad(made(x).square().sum(), [x, made.weight])
+    for unpack in (strided, lambda t: nn.Parameter(t.clone(), requires_grad=False)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = made(x).square().sum()
+        got = torch.autograd.grad(y, [x, made.weight])
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_negative_view_as_a_gradient():
+    """Its memory holds the numbers before their sign turned."""
+    made, x = layer()
+    dy = torch.randn(6, 30)
+    wanted = torch.autograd.grad(made(x), [x, made.weight, made.bias], dy)
+    negative = torch._neg_view(-dy)
+    assert negative.is_neg()
+    got = torch.autograd.grad(made(x), [x, made.weight, made.bias], negative)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tangent_of_the_bias_is_not_lost():
+    made, x = layer()
+    with forward_ad.dual_level():
+        bias = forward_ad.make_dual(made.bias.detach(), made.bias.detach())
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.func.functional_call(made, {"bias": bias}, (x,))

@@ -247,6 +247,26 @@ def test_averaged_models(decay):
             assert all(torch.equal(a, b) for a, b in zip(layer.kept, original.kept, strict=True))
 
 
+@frozen
+def test_emptied_layers_load_again(frozen):
+    _, compact = pair(nn.Linear(7, 6), frozen)
+    before = copy_of(compact.state_dict())
+    compact.to_empty(device="cpu")
+    compact.load_state_dict(before)
+    same_state = compact.state_dict()
+    assert all(torch.equal(before[n], v) for n, v in same_state.items())
+    assert is_fresh(compact)
+
+
+def test_lists_are_shared_between_processes_like_the_mask():
+    _, compact = pair(nn.Linear(7, 6), "tensor")
+    x = torch.randn(3, 7)
+    before = compact(x)
+    compact.share_memory()
+    assert all(t.is_shared() for t in compact.derived())
+    assert torch.equal(compact(x), before)
+
+
 # ---- torch.func, autocast, export ------------------------------------------------------------
 
 

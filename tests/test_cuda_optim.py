@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
@@ -11,7 +13,7 @@ from test_optim_compact import Holder
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact, native_cuda_optim, optim_plan
+from lottery_sparse import backends, compact, native_cuda_optim, optim_plan, step_tables
 from lottery_sparse.compact import KeptLists
 
 SIZES = [(0,), (1,), (3, 11), (1024,), (2, 600)]  # none, one, chunks with and without a tail
@@ -160,7 +162,7 @@ def test_rows_are_found_among_empty_ones():
     params = [*parameters(sizes=[(3,)] * 70), holder.weight]
     by_cuda(ls.optim.SGD(params, lr=1.0), params, 1)
     dense = torch.zeros(mask.shape).masked_scatter(mask, -holder.weight.grad)
-    assert torch.equal(holder.get_buffer("weight_effective"), dense)
+    assert torch.equal(holder.weight_effective, dense)
 
 
 def test_views_that_no_vector_fits():
@@ -189,3 +191,34 @@ def test_what_the_kernel_does_not_take():
     with ls.use_backend("cuda"), pytest.raises(RuntimeError, match="for 1 of the Parameters"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+def test_adam_steps_all_parameters_or_none_if_memory_runs_out(monkeypatch):
+    """Parameters with other step counts are another launch, and another table."""
+    monkeypatch.setattr(native_cuda_optim, "on_device", lambda steps, params: False)
+    params = parameters()
+    optimizer = ls.optim.Adam(params)
+    with ls.use_backend("cuda"):
+        for step in range(2):
+            set_grads(params, step)
+            params[3].grad = None if step == 0 else params[3].grad
+            if step == 0:
+                optimizer.step()
+        before = copy.deepcopy([p.detach() for p in params])
+        counts = [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in params]
+        made, table_of = [], step_tables.table_of
+
+        def second_fails(*args):
+            made.append(args)
+            if len(made) == 2:
+                raise torch.OutOfMemoryError("no memory for the second table")
+            return table_of(*args)
+
+        monkeypatch.setattr(step_tables, "table_of", second_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+        assert [int(optimizer.state[p]["step"]) for p in params] == counts == [1, 1, 1, 0, 1]
+        monkeypatch.setattr(step_tables, "table_of", table_of)
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2, 1, 2]

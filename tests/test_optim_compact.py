@@ -98,7 +98,7 @@ def test_what_no_kernel_reads_waits_for_readers(kind, fused):
     model = compact_model(shared=True)
     layers = compact_layers(model)
     assert all(layer.lags for layer in layers)
-    held = [layer._buffers["weight_effective"] for layer in layers]
+    held = [layer._dense for layer in layers]
     before = [(t.clone(), t._version) for t in held]
     train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 2)
     for t, (old, version) in zip(held, before, strict=True):
@@ -127,7 +127,7 @@ def test_what_no_kernel_reads_waits_for_readers(kind, fused):
     assert torch.equal(model(x), y)
     for layer in compact_layers(model.double()):
         assert not layer.lags
-        assert torch.equal(layer._buffers["weight_effective"], layer.effective_weight)
+        assert torch.equal(layer._dense, layer.effective_weight)
 
 
 @needs_kernel
@@ -163,15 +163,13 @@ class Holder(nn.Module):
     def __init__(self, kept, effective):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(kept.columns.shape))
-        self.register_buffer("weight_effective", effective)
-        self.register_buffer("kept_starts", kept.starts)
-        self.register_buffer("kept_columns", kept.columns)
+        self.weight_effective = self._dense = effective
         self.kept, self.fresh_version, self.lags = kept, 0, False
         compact.register(self)
 
     def refresh_(self):
-        arguments = self.weight_effective, self.weight.detach(), self.kept_starts, self.kept_columns
-        ls.reference.scatter_kept_(*arguments)
+        kept = self.kept
+        ls.reference.scatter_kept_(self._dense, self.weight.detach(), kept.starts, kept.columns)
         self.fresh_version = self.weight._version
 
 

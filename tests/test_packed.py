@@ -56,7 +56,7 @@ def test_a_layer_computes_what_its_weight_says(format, bias):
     x = torch.randn(2, 5, 30)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, b))
     assert not list(layer.parameters())
-    assert sum(layer._buffers[n].nbytes for n in FORMATS[format]) == layer.bytes
+    assert sum(layer._buffers[n].nbytes for n in FORMATS[format].names) == layer.bytes
     assert f"format={format}, bytes={layer.bytes}" in repr(layer)
 
 

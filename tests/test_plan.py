@@ -188,3 +188,10 @@ def test_the_command_line_says_what_is_wrong(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["plan", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_compact_layer_costs_its_lists_and_its_dense_weight_too():
+    layer = ls.compact_(ls.sparsify_(nn.Linear(30, 20)))
+    kept, dense, starts = 600, 600, 21 + 31
+    lists = kept * (2 + 2 + 4) + starts * 8
+    assert plan._bytes(layer) == kept * 4 + 20 * 4 + dense * 4 + dense + lists

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
 from torch import nn
 
@@ -117,6 +119,64 @@ def test_masks_are_taken_over(prune):
         torch.testing.assert_close(fresh(X), ours(X))
     ls.compact_(ours)
     torch.testing.assert_close(ours(X), torchs(X))
+
+
+def with_stale_biases():
+    """Masked layers whose pruned biases have been trained since torch computed them last."""
+    model = network()
+    with_biases(model)
+    torch_prune.l1_unstructured(model[0], "bias", 0.4)
+    ls.sparsify_(model)
+    model(X)
+    with torch.no_grad():
+        model[0].bias_orig += 1
+        model[3].bias_orig += 1
+        left = [model[i].bias_orig * model[i].bias_mask for i in (0, 3)]
+        hidden = F.conv2d(X, model[0].effective_weight, left[0]).relu().flatten(1)
+        expected = F.linear(hidden, model[3].effective_weight, left[1])
+    assert not torch.equal(model[3].bias, left[1])
+    return model, expected
+
+
+FORMS = {
+    "masked": lambda model: model,
+    "compact": ls.compact_,
+    "expanded": lambda model: ls.expand_(ls.compact_(model)),
+    "dense": ls.densify_,
+    "packed": lambda model: ls.pack_(model, report=None),
+    "packed from compact": lambda model: ls.pack_(ls.compact_(model), report=None),
+    "planned": lambda model: ls.plan(model, X, training=False, cache=False) and model,
+    "one of two": lambda model: ls.select(ls.replicate([model, model]), 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_uses_the_biases_that_are_left(form):
+    model, expected = with_stale_biases()
+    torch.testing.assert_close(FORMS[form](model)(X).detach(), expected)
+
+
+def test_packed_layers_hold_plain_biases():
+    model, expected = with_stale_biases()
+    ls.pack_(model, report=None)
+    assert {"0.bias", "3.bias"} < model.state_dict().keys()
+    assert not any("orig" in name or "mask" in name for name in model.state_dict())
+    assert not any(m._forward_pre_hooks for m in model)
+    torch.testing.assert_close(copy.deepcopy(model)(X), expected)
+
+
+def test_the_dense_state_dict_has_the_biases_that_are_left():
+    model, expected = with_stale_biases()
+    dense = network()
+    dense.load_state_dict(ls.dense_state_dict(model), strict=True)
+    torch.testing.assert_close(dense(X).detach(), expected)
+
+
+def test_a_ticket_of_a_network_with_pruned_biases():
+    model, _ = with_stale_biases()
+    ticket = ls.find_ticket(model, lambda model, stop_at=None: None, 1, 0.5)
+    again, _ = with_stale_biases()
+    torch.testing.assert_close(ticket.apply_(again)(X), model(X))
 
 
 def test_a_pruned_weight_that_is_shared_is_left_to_torch():

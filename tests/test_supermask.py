@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from problems import TOLERANCE
@@ -188,3 +190,102 @@ def test_compiled_steps_are_the_eager_ones(round_mask):
     for one, two in zip(layers(eager), layers(traced), strict=True):
         assert torch.equal(one.key, two.key)
         torch.testing.assert_close(one.score.grad, two.score.grad)
+
+
+# ---- the choice of use_masks_ --------------------------------------------------------------------
+
+
+def by_state_dict(model):
+    other = learning(seed=5).eval()
+    ls.use_masks_(other, 2)  # whatever it evaluated with before
+    other.load_state_dict(model.state_dict(), strict=True)
+    return other
+
+
+def by_assignment(model):
+    other = learning(seed=5).eval()
+    other.load_state_dict(copy.deepcopy(model.state_dict()), strict=True, assign=True)
+    return other
+
+
+def by_safetensors(model):
+    other = learning(seed=5).eval()
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(model.state_dict())))
+    return other
+
+
+def by_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+ROUND_TRIPS = [by_state_dict, by_assignment, by_safetensors, by_file, copy.deepcopy]
+
+
+@pytest.mark.parametrize("round_trip", ROUND_TRIPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("choice", ["sample", "threshold", 3, "masks"])
+def test_the_choice_of_masks_is_saved(choice, round_trip):
+    model = learning().eval()
+    masks = {n: torch.rand(m.shape) < 0.3 for n, m in ls.masks_of(model).items()}
+    ls.use_masks_(model, masks if choice == "masks" else choice)
+    other, x = round_trip(model), images()
+    assert ls.masks_of(other) == ls.masks_of(model)
+    assert torch.equal(other(x), model(x))
+    assert torch.equal(other(x), model(x))  # also the second sample
+    train(other, 1)  # and it goes on training
+    assert [layer.evaluation for layer in layers(other)] == [
+        "threshold" if choice == "threshold" else "sample"
+    ] * 3
+
+
+def test_a_state_dict_without_the_choice_loads_and_leaves_it():
+    """Those of versions before it was saved."""
+    state = {n: v for n, v in learning(seed=1).state_dict().items() if "evaluates_with" not in n}
+    for choice in ("threshold", 3):
+        model = ls.use_masks_(learning(), choice)
+        held = [layer.held_mask for layer in layers(model)]
+        assert model.load_state_dict(state, strict=True)
+        for layer, mask in zip(layers(model), held, strict=True):
+            assert layer.held_mask is mask
+            assert layer.evaluation == ("threshold" if choice == "threshold" else "sample")
+
+
+def test_the_state_dict_of_a_choice_runs_functionally():
+    model, x = ls.use_masks_(learning().eval(), 3), images()
+    y = torch.func.functional_call(learning().eval(), model.state_dict(), x)
+    assert torch.equal(y, model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("4.held_mask", torch.ones(2, 2, dtype=torch.bool), r"has shape \(2, 2\), .*7, 16"),
+        ("4.held_mask", torch.full((7, 16), 2), "4.held_mask"),
+        ("4.evaluates_with", torch.tensor(9, dtype=torch.uint8), "4.evaluates_with is 9, .*newer"),
+        ("4.evaluates_with", torch.ones(3), "4.evaluates_with"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_cannot_be_is_refused_and_changes_nothing(name, value, message):
+    model = ls.use_masks_(learning(), 3)
+    before = copy.deepcopy(model.state_dict())
+    state = ls.use_masks_(learning(seed=1), 4).state_dict()
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state | {name: value})
+    for entry, kept in model.state_dict().items():
+        if entry.startswith("4."):
+            assert torch.equal(kept, before[entry]), entry
+
+
+def test_to_empty_holds_no_mask():
+    model = ls.use_masks_(learning(), 3).to("meta").to_empty(device="cpu")
+    assert all(layer.held_mask is None for layer in layers(model))
+
+
+@pytest.mark.parametrize(
+    "change", [{"evaluation": "threshold"}, {"rescale": True}, {"round_mask": True}], ids=str
+)
+def test_networks_that_differ_in_how_they_use_masks_do_not_go_side_by_side(change):
+    with pytest.raises(ValueError, match=f"differ in {next(iter(change))}"):
+        ls.replicate([learning(), learning(**change)])

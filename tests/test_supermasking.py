@@ -161,6 +161,7 @@ def test_networks_side_by_side_are_each_alone(options, round_mask):
     y = many(x)
     for e, model in enumerate(models):
         one = ls.select(many, e)
+        ls.use_masks_(model, 1)
         for (name, a), (_, b) in zip(
             one.state_dict().items(), model.state_dict().items(), strict=True
         ):

@@ -71,7 +71,7 @@ def test_iterative_pruning_with_rewinding():
         counts = {n: keep_count(counts[n], {"0.weight": 0.8, "3.weight": 0.9}[n]) for n in counts}
         expected = ls.prune(
             train.starts[r - 1], train.finals[r - 1], masks, "large_final",
-            {"0.weight": 0.8, "3.weight": 0.9}, generator=ls.random.derive(0, r),
+            {"0.weight": 0.8, "3.weight": 0.9}, generator=ls.random.derive(0, "prune", r),
         )  # fmt: skip
         masks = train.masks[r]
         assert masks == expected
@@ -168,7 +168,7 @@ def test_every_mask1_action_starts_from_the_dense_init(mask1):
     for r in (1, 2):
         for name in WEIGHTS:
             mask = train.masks[r][name]
-            stream = ls.random.Stream(9, f"mask1/{r}/{name}")
+            stream = ls.random.Stream(ls.random.derive(9, "mask-1", r), name)
             kept = ls.MASK1_ACTIONS[mask1](init[name], mask, stds_of(init)[name], stream)
             assert torch.equal(train.starts[r][name], torch.where(mask, kept, 0))
 
@@ -182,7 +182,7 @@ def test_compounding_acts_on_what_the_last_round_was_given():
     for r in (1, 2):
         for name in WEIGHTS:
             mask = train.masks[r][name]
-            stream = ls.random.Stream(9, f"mask1/{r}/{name}")
+            stream = ls.random.Stream(ls.random.derive(9, "mask-1", r), name)
             given[name] = ls.MASK1_ACTIONS["reinit_permute"](given[name], mask, 0.0, stream)
             assert torch.equal(train.starts[r][name], torch.where(mask, given[name], 0))
             assert (train.starts[r][name][mask] != 0).all(), "zeros of pruned places stay there"
@@ -198,7 +198,7 @@ def test_every_mask0_action_holds(mask0):
             before, mask = train.masks[r - 1][name], train.masks[r][name]
             decision = ls.MASK0_ACTIONS[mask0](
                 train.starts[r - 1][name], train.finals[r - 1][name], mask, before, frozen,
-                ls.random.Stream(9, f"mask0/{r}/{name}"),
+                ls.random.Stream(ls.random.derive(9, "mask-0", r), name),
             )  # fmt: skip
             frozen = decision.frozen
             held = torch.zeros_like(mask, dtype=torch.float32) if frozen is None else frozen

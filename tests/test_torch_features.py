@@ -121,6 +121,75 @@ def test_replicas_compute_and_train_the_layer(kind, frozen, replicate):
     assert torch.equal(replicate(model)[0](x), model(x))
 
 
+# ---- buffers of another model --------------------------------------------------------------------
+
+
+def pair_of_models(kind, frozen):
+    """(two models with other weights, masks and frozen values, an input)."""
+    model, x = model_of(kind, frozen)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    source = SOURCES[frozen]
+    if callable(source):
+        source = {f"{i}.weight": source(model[i].effective_weight.detach()) for i in (0, 3, 4)}
+    ls.set_masks_(other, moved(model), source)
+    return model, other, x
+
+
+@kinds
+@frozen
+def test_a_model_is_another_one_once_all_its_tensors_are_copied(kind, frozen):
+    """As DistributedDataParallel does with those of rank 0."""
+    model, other, x = pair_of_models(kind, frozen)
+    assert not torch.allclose(model(x), other(x))
+    tensors = [[*m.parameters(), *m.buffers()] for m in (model, other)]
+    for value, written in zip(*tensors, strict=True):
+        written.detach().copy_(value)
+    others = [other, copy.deepcopy(other)]
+    if frozen != "seeded":  # whose law and seed are no tensors: made again, it is that of `other`
+        others.append(copy.deepcopy(other).double().float())
+    step(model, x)
+    for same in others:
+        step(same, x)
+        torch.testing.assert_close(same(x), model(x))
+        for i in (0, 3, 4):
+            torch.testing.assert_close(same[i].effective_weight, model[i].effective_weight)
+    masks = moved(model)
+    for same in (model, other):
+        ls.set_masks_(same, masks, ls.Constant(0.1))
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "frozen", "compiled"),
+    [
+        *((kind, frozen, False) for kind in ("masked", "compact") for frozen in SOURCES),
+        ("compact", "constant", True),
+    ],
+)
+def test_functional_calls_with_all_tensors_of_another_model(kind, frozen, compiled):
+    model, other, x = pair_of_models(kind, frozen)
+    expected, before = other(x), model(x)
+    expected.square().sum().backward()
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(model, (parameters, buffers), (x,))
+
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    values = {n: p.detach().clone().requires_grad_() for n, p in other.named_parameters()}
+    y = call(values, dict(other.named_buffers()))
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(values[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(call(dict(other.named_parameters()), dict(other.named_buffers())), y)
+    assert torch.equal(model(x), before)
+
+
 # ---- other processes -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.files import write_whole
 from experiments.selection import Selection
@@ -120,8 +120,9 @@ def density_axis(axes: Axes, lowest: float) -> None:
     axes.grid(alpha=0.25)
 
 
-def accuracy_axis(axes: Axes, label: str, digits: int = 0) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=digits))
+def accuracy_axis(axes: Axes, label: str) -> None:
+    """Fractions as percentages, with the digits that tell the ticks apart."""
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{round(100 * y, 3):g}%"))
     axes.set_ylabel(label)
 
 

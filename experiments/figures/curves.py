@@ -76,8 +76,7 @@ def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None =
             accuracy_axis(axes, "test accuracy")
         if zoom:
             panels[0].set_ylim(zoom)
-            panels[0].set_ylabel("test accuracy, enlarged")
-            panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+            accuracy_axis(panels[0], "test accuracy, enlarged")
             panels[0].tick_params(labelbottom=True)
             panels[0].set_xlabel("")
         if pair:

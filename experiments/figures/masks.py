@@ -135,7 +135,7 @@ def sensitivity(selection: Selection) -> Drawing:
                 scores, middle, yerr=np.transpose(ends), capsize=3, label="", **CYCLE[0].plot
             )
             axes.grid(alpha=0.25)
-        accuracy_axis(upper, "test accuracy, untrained", 1)
+        accuracy_axis(upper, "test accuracy, untrained")
         accuracy_axis(lower, "weights kept")
         lower.set_ylim(0, 1)
         lower.set_xlabel("score of every weight before the mask is learned")

@@ -17,7 +17,16 @@ import triton
 from torch import Tensor
 
 from lottery_sparse.kernels.step_kernels import adam, count_steps, sgd
-from lottery_sparse.step_tables import CHUNK, Table, Targets, refused, table_of
+from lottery_sparse.step_tables import (
+    CHUNK,
+    Table,
+    Targets,
+    log_of,
+    on_device,
+    refused,
+    table_of,
+    tables_by_count,
+)
 
 
 def sgd_step(
@@ -88,11 +97,6 @@ def prepare_step(
             table_of(tensors, steps, targets)
 
 
-def on_device(steps: list[Tensor], params: list[Tensor]) -> bool:
-    """Whether step counts lie beside the Parameters, as with `capturable` and `fused`."""
-    return steps[0].device == params[0].device
-
-
 def adam_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -130,21 +134,8 @@ def adam_step(
         return -1
     if isinstance(lr, Tensor):
         return 0
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Adam's step counts are on the host, which a captured graph would not count; use "
-            "capturable=True or fused=True, and take a step before the capture."
-        )
-    taken = [step.item() for step in steps]
     with torch.cuda.device_of(params[0]):
-        launches = []
-        for count in sorted(set(taken)):  # all tables before the first launch: they take memory
-            mine = [i for i, c in enumerate(taken) if c == count]
-            some, to = tensors, targets
-            if len(mine) < len(params):
-                some, to = tuple([held[p] for p in mine] for held in tensors), targets.of(mine)
-            launches.append((table_of(some, [], to), [steps[i] for i in mine]))
-        for table, counted in launches:
+        for table, counted in tables_by_count(tensors, steps, targets):
             _adam(params[0], table, [], lr, counted[0].item() + 1, rates)
             torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
     return -1
@@ -171,7 +162,7 @@ def _adam(
     if steps:
         count_steps[(triton.cdiv(len(steps), 128),)](
             table.numbers, steps[0], lr_at, factors, table.steps, len(steps), rate,
-            _log(beta1), _log(beta2), HELD=held, BLOCK=128,
+            log_of(beta1), log_of(beta2), HELD=held, BLOCK=128,
         )  # fmt: skip
     if table.chunks:
         adam[(table.chunks,)](
@@ -182,7 +173,3 @@ def _adam(
             DECAY=weight_decay != 0 and not decoupled, SHRINK=weight_decay != 0 and decoupled,
             COUNTED=bool(steps), HELD=held, TARGETS=table.has_targets,
         )  # fmt: skip
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,7 @@ def refuses(op: str, *args: Any) -> str | None:
         if len(dtypes) > 1 or not dtypes.issubset(_LINEAR if linear else _LINEAR[:1]):
             runs = "float32 or bfloat16" if linear else "float32"
             return f"its kernels run {runs}, got {' and '.join(sorted(map(str, dtypes)))}."
+        return None if linear else _refuses_conv2d(op, args)
     if op == "scatter_kept_" and not (
         args[0].dtype == args[1].dtype and args[0].dtype in _LINEAR and args[0].is_contiguous()
     ):
@@ -51,6 +53,38 @@ def _refuses_linear(x: Tensor, weight: Tensor, *arguments: Any) -> str | None:
         return "its sparse kernel takes pruned weights as zero, not as frozen values."
     if x.dtype not in _LINEAR or weight.dtype != x.dtype:
         return f"its kernels run float32 or bfloat16, got {x.dtype}."
+    return None
+
+
+# Images are packed 16 at a time, one line of 16 floats a pixel; kernels number lines in 32 bits.
+_MOST_LINES = 2**31 - 1
+# Beyond so many lines, 1 GiB, a few images are not worth it: the dense library makes no such copy.
+_MANY_LINES, _FEW_IMAGES = 2**24, 4
+
+
+def _images(op: str, args: tuple) -> Tensor:
+    return args[1] if op.endswith("_backward") else args[0]
+
+
+def _lines(op: str, args: tuple) -> int:
+    """What packing takes of x or dy at most: `lines_fit` of csrc/sparse_conv2d.cpp."""
+    stride, padding, dilation, groups = args[10:14]
+    image, (o, i, *kernel) = _images(op, args).shape[-2:], args[3].shape[-4:]
+    axes = zip(image, padding, kernel, dilation, stride, strict=True)
+    return max(o, i * groups) * math.prod(n + 2 * p + k * d + 16 * s for n, p, k, d, s in axes)
+
+
+def _copies_too_much(op: str, args: tuple) -> bool:
+    return _images(op, args).shape[-4] < _FEW_IMAGES and _lines(op, args) > _MANY_LINES
+
+
+def _refuses_conv2d(op: str, args: tuple) -> str | None:
+    stride = tuple(args[10])
+    if not reference.kernels_take(stride):
+        return f"its kernels take strides of up to {reference.MOST_STRIDE} pixels, got {stride}."
+    if _lines(op, args) > _MOST_LINES:
+        shape = tuple(_images(op, args).shape)
+        return f"x has shape {shape}, whose padded images are too large for its kernels."
     return None
 
 
@@ -98,6 +132,8 @@ def wins(op: str, *args: Any) -> bool:
     """Whether this backend is the faster one for a call that it does not refuse."""
     if op == "compact_linear" or op.startswith("compact_conv2d"):
         x, (effective, starts) = args[0], args[3:5]
+        if op != "compact_linear" and _copies_too_much(op, args):
+            return False
         most = most_density(x, reference.max_density(effective), effective)
         return reference.kept_share(starts, effective) <= most
     if not op.startswith("masked_linear"):

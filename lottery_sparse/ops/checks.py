@@ -114,16 +114,16 @@ def check_masked(
             f"side, got shape {tuple(weight.shape)}."
         )
     networks = tuple(weight.shape[:-rank])
-    _check_bits("mask", mask, weight, rank, "True = kept")
+    check_bits("mask", mask, weight, rank, "True = kept")
     if bias is not None and bias.shape != networks + (weight.shape[-rank],):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, but weight {tuple(weight.shape)} "
             f"needs {networks + (weight.shape[-rank],)}."
         )
     if signs is not None and signs.dtype == torch.int64:
-        _check_drawn(frozen, signs, weight, rank)
+        check_drawn(frozen, signs, weight, rank)
     elif signs is not None:
-        _check_bits("signs", signs, weight, rank, "1 = plus", packed_only=True)
+        check_bits("signs", signs, weight, rank, "1 = plus", packed_only=True)
         if frozen is None or tuple(frozen.shape) != networks:
             got = None if frozen is None else tuple(frozen.shape)
             raise ValueError(
@@ -138,13 +138,13 @@ def check_masked(
     if frozen is not None and frozen.requires_grad:
         raise ValueError("frozen values are constants, got one that requires grad; detach it.")
     for name, value in (("weight", weight), ("bias", bias), ("frozen", frozen)):
-        _check_like_x(name, value, x)
+        check_like_x(name, value, x)
     for name, value in (("mask", mask), ("signs", signs)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
 
 
-def _check_drawn(values: Tensor | None, key: Tensor, weight: Tensor, rank: int) -> None:
+def check_drawn(values: Tensor | None, key: Tensor, weight: Tensor, rank: int) -> None:
     networks = tuple(weight.shape[:-rank])
     if tuple(key.shape) != (*networks, 3):
         raise ValueError(
@@ -161,7 +161,7 @@ def _check_drawn(values: Tensor | None, key: Tensor, weight: Tensor, rank: int) 
         raise ValueError(f"key is on {key.device}, but values are on {values.device}; move one.")
 
 
-def _check_bits(
+def check_bits(
     name: str, bits: Tensor, weight: Tensor, rank: int, meaning: str, packed_only: bool = False
 ) -> None:
     rows = tuple(weight.shape[: weight.dim() - rank + 1])
@@ -185,7 +185,7 @@ def _check_bits(
         )
 
 
-def _check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
+def check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
     if value is None:
         return
     if value.device != x.device:

@@ -26,9 +26,9 @@ from torch import Tensor
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops.checks import autocasts
-from lottery_sparse.ops.conv2d import Pair, _pair
+from lottery_sparse.ops.conv2d import Pair, as_pair
 from lottery_sparse.ops.differentiable import differentiable
-from lottery_sparse.ops.product import _autocast, _register_autocast
+from lottery_sparse.ops.product import cast_all_of, register_autocast
 
 
 def compact_linear(
@@ -157,9 +157,9 @@ def compact_conv2d(
             f"groups={groups} needs [B, C, H, W] (or [E, B, C, H, W]) with C = {channels}."
         )
     geometry = (
-        _pair("stride", stride, 1),
-        _pair("padding", padding, 0),
-        _pair("dilation", dilation, 1),
+        as_pair("stride", stride, 1),
+        as_pair("padding", padding, 0),
+        as_pair("dilation", dilation, 1),
     )
     return conv2d(x, values, kept, effective, bias, zero, *geometry, groups)
 
@@ -323,7 +323,7 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
     backward = differentiable(
         name_backward, op_backward, run_backward, save_backward, second_gradients, _one_by_one
     )
-    _register_autocast(name, op, _autocast_read)
+    register_autocast(name, op, _autocast_read)
 
     def forward_autocast(*args: Any) -> Tensor:
         device = args[0].device.type
@@ -335,7 +335,7 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
 def _autocast_read(args: tuple, device: str) -> tuple:
     """All but `effective`, which most implementations do not read: those that do convert it."""
     x, values, bias, *rest = args
-    return *_autocast((x, values, bias), device), *rest
+    return *cast_all_of((x, values, bias), device), *rest
 
 
 def _one_by_one(call: Callable) -> Callable:

@@ -62,14 +62,14 @@ def masked_conv2d(
         )
     if x.dim() == 5 and x.shape[0] != weight.shape[0]:
         raise ValueError(f"x holds {x.shape[0]} networks, but weight {weight.shape[0]}.")
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    x, padding = _resolve_padding(x, padding, stride, dilation, list(weight.shape[-2:]))
+    stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
+    x, padding = resolve_padding(x, padding, stride, dilation, list(weight.shape[-2:]))
     batched = x.unsqueeze(0) if x.dim() == 3 else x
     y = _forward(batched, weight, mask, bias, constant, signs, stride, padding, dilation, groups)
     return y.squeeze(0) if x.dim() == 3 else y
 
 
-def _pair(name: str, value: Pair, least: int) -> list[int]:
+def as_pair(name: str, value: Pair, least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
     if len(pair) == 1:
         pair = pair * 2
@@ -78,12 +78,12 @@ def _pair(name: str, value: Pair, least: int) -> list[int]:
     return pair
 
 
-def _resolve_padding(
+def resolve_padding(
     x: Tensor, padding: Pair | str, stride: list[int], dilation: list[int], kernel: list[int]
 ) -> tuple[Tensor, list[int]]:
     """Numbers for "same" and "valid"; an uneven "same" pads x on the far side first."""
     if not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
+        return x, as_pair("padding", padding, 0)
     if padding == "valid":
         return x, [0, 0]
     if padding != "same":

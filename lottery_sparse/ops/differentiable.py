@@ -47,7 +47,7 @@ def differentiable(
         if torch._C._are_functorch_transforms_active():
             return UnderTransforms.apply(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if not _plain(tensors):
+        if not unwatched(tensors):
             return op(*args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return Eager.apply(*args)
@@ -98,7 +98,7 @@ def direct(op: Callable, run: Callable) -> Callable:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*args)
-        return run(*args) if _plain([a for a in args if isinstance(a, Tensor)]) else op(*args)
+        return run(*args) if unwatched([a for a in args if isinstance(a, Tensor)]) else op(*args)
 
     return call
 
@@ -106,7 +106,7 @@ def direct(op: Callable, run: Callable) -> Callable:
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def unwatched(tensors: list[Tensor]) -> bool:
     """Real tensors, and nobody watches the dispatcher."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         type(t) in _PLAIN and not t.is_meta for t in tensors

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from lottery_sparse import backends, reference
 from lottery_sparse.formats import BLOCK
 from lottery_sparse.ops.checks import AUTOCAST_KEYS, autocasts
-from lottery_sparse.ops.differentiable import _plain
-from lottery_sparse.ops.product import _cast
+from lottery_sparse.ops.differentiable import unwatched
+from lottery_sparse.ops.product import cast_one
 
 
 def ternary_linear(
@@ -276,7 +276,7 @@ def _register(name: str):
     def call(*args) -> Tensor:
         """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
         watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if watched or not _plain([a for a in args if isinstance(a, Tensor)]):
+        if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
             return op(*args)
         return run(*_autocast(args, args[0].device.type))
 
@@ -304,7 +304,7 @@ def _rows(name: str, args: tuple) -> int:
 def _autocast(args: tuple, device: str) -> tuple:
     if not autocasts(device):
         return args
-    return _cast(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
+    return cast_one(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
 
 
 def _vmap_rule(op: Callable) -> Callable:

@@ -100,12 +100,12 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         second_gradients,
         partial(vmap_backward, rank, 6),
     )
-    _register_autocast(name, op)
+    register_autocast(name, op)
 
     def forward_autocast(*args: Any) -> Tensor:
         # cast before torch.func saves anything, or dy and x would differ in dtype
         device = args[0].device.type
-        return forward(*(_autocast(args, device) if autocasts(device) else args))
+        return forward(*(cast_all_of(args, device) if autocasts(device) else args))
 
     return forward_autocast
 
@@ -147,9 +147,9 @@ def _exports() -> bool:
     return custom_triton_ops_decomposition_disabled()
 
 
-def _register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:
+def register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:
     """Under torch.autocast every floating tensor is cast to the autocast dtype, as F.linear's."""
-    cast_all = cast_all or _autocast
+    cast_all = cast_all or cast_all_of
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Any:
@@ -160,12 +160,12 @@ def _register_autocast(name: str, op: Callable, cast_all: Callable | None = None
         torch.library.impl(name, key, cast)
 
 
-def _autocast(args: tuple, device: str) -> tuple:
+def cast_all_of(args: tuple, device: str) -> tuple:
     dtype = torch.get_autocast_dtype(device)
-    return tuple(_cast(a, device, dtype) for a in args)
+    return tuple(cast_one(a, device, dtype) for a in args)
 
 
-def _cast(value: Any, device: str, dtype: torch.dtype) -> Any:
+def cast_one(value: Any, device: str, dtype: torch.dtype) -> Any:
     eligible = (
         isinstance(value, Tensor)
         and value.is_floating_point()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends
-from lottery_sparse.random import _signed, _word
+from lottery_sparse.random import key_numbers
 
 
 def keep_top(
@@ -66,8 +66,9 @@ def keep_top(
             )
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}.")
-    streams = [_word(value, "stream") for value in streams]
-    return _keep_top(list(scores), list(masks), count, _signed(seed), streams)
+    keys = [key_numbers(seed, stream) for stream in streams]
+    streams = [stream for _, stream, _ in keys]
+    return _keep_top(list(scores), list(masks), count, keys[0][0], streams)
 
 
 torch.library.define(

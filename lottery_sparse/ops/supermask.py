@@ -14,15 +14,15 @@ from lottery_sparse.ops.bits import pack_mask
 from lottery_sparse.ops.checks import (
     Drawn,
     SignConstant,
-    _check_bits,
-    _check_drawn,
-    _check_like_x,
     autocasts,
+    check_bits,
+    check_drawn,
+    check_like_x,
     split_source,
 )
-from lottery_sparse.ops.conv2d import Pair, _pair, _resolve_padding
+from lottery_sparse.ops.conv2d import Pair, as_pair, resolve_padding
 from lottery_sparse.ops.differentiable import differentiable, direct
-from lottery_sparse.ops.product import _autocast, _register_autocast, vmap_backward, vmap_forward
+from lottery_sparse.ops.product import cast_all_of, register_autocast, vmap_backward, vmap_forward
 
 
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,14 +92,14 @@ def supermask_linear(
     Source: Zhou et al. 2019, "Deconstructing Lottery Tickets", section 4 and its dynamic weight
     rescaling, whose factor is not detached in their code either.
     """
-    values, signs = _split_weight(x, score, weight, rank=2)
-    _check(x, score, values, key, mask, bias, signs, rank=2)
+    values, signs = split_weight(x, score, weight, rank=2)
+    check_supermask(x, score, values, key, mask, bias, signs, rank=2)
     if x.dim() == 0 or x.shape[-1] != score.shape[-1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} "
             f"needs [..., {score.shape[-1]}]."
         )
-    bits, kept = _mask(score, key, mask, rescale, rank=2)
+    bits, kept = bits_and_kept(score, key, mask, rescale, rank=2)
     if score.dim() == 3:
         if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != score.shape[0]):
             raise ValueError(
@@ -144,8 +144,8 @@ def supermask_conv2d(
     Raises:
         ValueError: as in `supermask_linear`.
     """
-    values, signs = _split_weight(x, score, weight, rank=4)
-    _check(x, score, values, key, mask, bias, signs, rank=4)
+    values, signs = split_weight(x, score, weight, rank=4)
+    check_supermask(x, score, values, key, mask, bias, signs, rank=4)
     if groups < 1 or score.shape[-4] % groups:
         raise ValueError(f"groups={groups} must divide the {score.shape[-4]} output channels.")
     single = score.dim() == 4
@@ -159,9 +159,9 @@ def supermask_conv2d(
         )
     if x.dim() == 5 and x.shape[0] != score.shape[0]:
         raise ValueError(f"x holds {x.shape[0]} networks, but score {score.shape[0]}.")
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    x, padding = _resolve_padding(x, padding, stride, dilation, list(score.shape[-2:]))
-    bits, kept = _mask(score, key, mask, rescale, rank=4)
+    stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
+    x, padding = resolve_padding(x, padding, stride, dilation, list(score.shape[-2:]))
+    bits, kept = bits_and_kept(score, key, mask, rescale, rank=4)
     batched = x.unsqueeze(0) if x.dim() == 3 else x
     geometry = stride, padding, dilation, groups
     y = _conv2d(batched, score, values, bits, kept, bias, signs, *geometry)
@@ -171,7 +171,7 @@ def supermask_conv2d(
 # ---- check ---------------------------------------------------------------------------------------
 
 
-def _split_weight(
+def split_weight(
     x: Tensor, score: Tensor, weight: Tensor | SignConstant | Drawn, rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """The source as the two tensors (weight, signs) that the schemas take."""
@@ -195,7 +195,7 @@ def _check_key(score: Tensor, key: Tensor, networks: torch.Size) -> None:
         raise ValueError(f"key is on {key.device}, but score is on {score.device}; move one.")
 
 
-def _check(
+def check_supermask(
     x: Tensor,
     score: Tensor,
     weight: Tensor,
@@ -219,11 +219,11 @@ def _check(
     if key is not None:
         _check_key(score, key, networks)
     if mask is not None:
-        _check_bits("mask", mask, score, rank, "True = kept")
+        check_bits("mask", mask, score, rank, "True = kept")
     if signs is not None and signs.dtype == torch.int64:
-        _check_drawn(weight, signs, score, rank)
+        check_drawn(weight, signs, score, rank)
     elif signs is not None:
-        _check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
+        check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
         if weight.shape != networks:
             raise ValueError(
                 f"constant must be one number, or one per network of score "
@@ -242,13 +242,13 @@ def _check(
     if not score.is_floating_point():
         raise ValueError(f"score must be of a floating dtype, got {score.dtype}.")
     for name, value in (("weight", weight), ("bias", bias)):
-        _check_like_x(name, value, x)
+        check_like_x(name, value, x)
     for name, value in (("score", score), ("mask", mask), ("signs", signs)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
 
 
-def _mask(
+def bits_and_kept(
     score: Tensor, key: Tensor | None, mask: Tensor | None, rescale: bool, rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """The bits to use, drawn or given, and what rescales."""
@@ -379,7 +379,7 @@ def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = 
         no_second_gradients,
         partial(vmap_backward, rank, 7),
     )
-    _register_autocast(name, op, _autocast_all_but_score)
+    register_autocast(name, op, _autocast_all_but_score)
 
     def forward_autocast(*args: Any) -> Tensor:
         # cast before torch.func saves anything, or dy and x would differ in dtype
@@ -391,7 +391,7 @@ def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = 
 
 def _autocast_all_but_score(args: tuple, device: str) -> tuple:
     """A score takes steps that the lower precisions do not resolve."""
-    x, _, *others = _autocast(args, device)
+    x, _, *others = cast_all_of(args, device)
     return x, args[1], *others
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lottery_sparse import backends
 from lottery_sparse.ops.checks import Drawn, SignConstant
-from lottery_sparse.ops.supermask import _check, _mask, _split_weight
+from lottery_sparse.ops.supermask import bits_and_kept, check_supermask, split_weight
 
 
 def supermask_linear_sgd(
@@ -60,13 +60,13 @@ def supermask_linear_sgd(
         )
     if not velocity.is_contiguous() or velocity.device != score.device:
         raise ValueError(f"velocity must be contiguous and on {score.device}, as the score is.")
-    values, signs = _split_weight(x, score, weight, rank=2)
+    values, signs = split_weight(x, score, weight, rank=2)
     if values.requires_grad:
         raise ValueError("weight must be a constant, got one that requires grad; detach it.")
     if x.dim() < 2 or x.shape[-1] != score.shape[-1] or (x.dim() > 2 and score.dim() == 2):
         raise ValueError(f"x must be [B, K] or [E, B, K] for score {tuple(score.shape)}.")
-    _check(x, score, values, key, None, bias, signs, rank=2)
-    bits, kept = _mask(score, key, None, rescale, rank=2)
+    check_supermask(x, score, values, key, None, bias, signs, rank=2)
+    bits, kept = bits_and_kept(score, key, None, rescale, rank=2)
     return _Step.apply(x, score, velocity, values, bits, kept, bias, signs, lr, momentum)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from lottery_sparse.reference.compact import (
     MAX_DENSITY_LINEAR,
+    MOST_STRIDE,
     compact_conv2d,
     compact_conv2d_backward,
     compact_linear,
@@ -22,9 +23,11 @@ from lottery_sparse.reference.compact import (
     kept_positions,
     kept_share,
     kept_weight,
+    kernels_take,
     max_density,
     may_lag,
     scatter_kept_,
+    spread_kept,
 )
 from lottery_sparse.reference.masked import (
     WORDS_PER_CHUNK,
@@ -78,6 +81,7 @@ from lottery_sparse.reference.supermask import (
 
 __all__ = [
     "MAX_DENSITY_LINEAR",
+    "MOST_STRIDE",
     "WORDS_PER_CHUNK",
     "binary_linear",
     "binary_weight",
@@ -98,6 +102,7 @@ __all__ = [
     "kept_positions",
     "kept_share",
     "kept_weight",
+    "kernels_take",
     "linear",
     "linear_backward",
     "mask_as_bool",
@@ -120,6 +125,7 @@ __all__ = [
     "seeded_linear",
     "seeded_weight",
     "source",
+    "spread_kept",
     "supermask_conv2d",
     "supermask_conv2d_backward",
     "supermask_gradients",

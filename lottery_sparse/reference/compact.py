@@ -6,7 +6,11 @@ allows the latter to be out of date. Its dtype is that of `values`, except under
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.reference.masked import conv2d, conv2d_backward, linear, linear_backward
@@ -14,6 +18,8 @@ from lottery_sparse.reference.masked import conv2d, conv2d_backward, linear, lin
 # Up to these densities the CPU kernels, which skip zeros, beat the dense product:
 # benchmarks/results/cpu.md.
 MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+# They take convolutions up to this product of strides: kMaxPhases of csrc/sparse_conv2d.h.
+MOST_STRIDE = 128
 
 
 def max_density(effective: Tensor) -> float:
@@ -23,10 +29,19 @@ def max_density(effective: Tensor) -> float:
     return MAX_DENSITY_CONV_1X1 if effective.shape[-2:] == (1, 1) else MAX_DENSITY_CONV
 
 
-def may_lag(effective: Tensor, starts: Tensor, zero: bool) -> bool:
-    """Whether `effective` may lack the newest `values`, since the kernels do not read it."""
-    kernels = effective.is_cpu and effective.dtype == torch.float32
+def may_lag(effective: Tensor, starts: Tensor, zero: bool, stride: Sequence[int] = ()) -> bool:
+    """Whether `effective` may lack the newest `values`, since the kernels do not read it.
+
+    `stride` is that of a convolution. Calls that kernels refuse for other reasons, such as the size
+    of x, must not read `effective` where this says that it may.
+    """
+    kernels = effective.is_cpu and effective.dtype == torch.float32 and kernels_take(stride)
     return zero and kernels and kept_share(starts, effective) <= max_density(effective)
+
+
+def kernels_take(stride: Sequence[int]) -> bool:
+    """Whether the CPU kernels run convolutions of this stride."""
+    return math.prod(stride) <= MOST_STRIDE
 
 
 def kept_share(starts: Tensor, effective: Tensor) -> float:
@@ -58,6 +73,16 @@ def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     column = column & 0xFFFF if columns.dtype == torch.int16 else column
     per_row = weight.numel() // max(weight.shape[0], 1)
     return torch.where(slots < starts[-1], row * per_row + column, weight.numel())
+
+
+def spread_kept(values: Tensor, mask: Tensor) -> Tensor:
+    """A mask's shape with `values` [C] or [E, C] where it keeps, in row-major order, else 0.
+
+    The same as `kept_weight`, by the mask alone: in torch.vmap each mask may be another one.
+    """
+    kept = mask.flatten(values.dim() - 1)
+    slots = torch.where(kept, kept.cumsum(-1) - 1, values.shape[-1])
+    return F.pad(values, (0, 1)).gather(-1, slots).view(mask.shape)
 
 
 def gather_kept(dense: Tensor, starts: Tensor, columns: Tensor) -> Tensor:

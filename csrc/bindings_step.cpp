@@ -173,7 +173,7 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
     for (size_t i = 0; i < steps.size(); ++i) {
         double t = 0;
         if (float* counter = in_place<float>("step", steps[i], ScalarType::Float, 1))
-            t = *counter += 1;
+            t = *counter + 1.0f;
         StepLayer& layer = p.layers[i / 2];
         (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
     }
@@ -181,6 +181,9 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
     Tensor loss = several ? empty({networks}, ScalarType::Float) : empty({}, ScalarType::Float);
     p.loss = output<float>(loss);
     train_step(p, kParallel);
+    // last, so that a step for which there is no memory does not count
+    for (const Tensor& taken : steps)
+        if (taken.numel()) *output<float>(taken) += 1;
     for (const Tensor& key : keys)
         for (int64_t e = 0; e < key.numel() / 3; ++e) ++output<int64_t>(key)[3 * e + 2];
     return loss;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -175,7 +176,7 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
 def _unpack(name: str, packed: Tensor, shapes: Mapping[str, Any]) -> Tensor:
     if name not in shapes:
         raise ValueError(f"shapes has no {name}; it has {', '.join(shapes)}.")
-    count = int(np.prod(shapes[name], dtype=np.int64))
+    count = math.prod(shapes[name])
     if packed.dtype != torch.uint8 or packed.shape != (-(-count // 8),):
         raise ValueError(
             f"bits of {name} must be uint8 [{-(-count // 8)}] for shape {tuple(shapes[name])}, "

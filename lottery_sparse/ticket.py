@@ -80,7 +80,9 @@ class Ticket:
         """The ticket that `save` wrote. Nothing in the file is executed.
 
         Raises:
-            ValueError: the file is no ticket, of a newer format, or was changed since.
+            ValueError: the file is no ticket, of a newer format, or was changed since it was saved;
+                the message is one sentence that names the file and what is wrong.
+            OSError: there is no such file, or it cannot be read.
         """
         masks, start, frozen, others, saved = ticket_file.load(path)
         return cls(masks, start, frozen, **others, saved=saved)

@@ -5,6 +5,9 @@ start.NAME    the state that training starts from, where it is a tensor
 frozen.NAME   what pruned weights hold, where it is not zero
 header        "ticket": JSON of the format, the masks' shapes, sources and the rest
               "digests": JSON, sha256 of the header, of each tensor, and of what sources draw
+
+A file holds this and nothing else, so that no changed name passes for something optional. Format 1
+is the same, but early files of it have no digests. Whoever adds to a file raises FORMAT.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -26,12 +29,23 @@ from lottery_sparse.files import write_whole
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 
-FORMAT = 1
+_T = TypeVar("_T")
+
+FORMAT = 2
 HEADER = "header"  # its entry among the digests
+
+# what JSON of a header is read as: the kind, in words
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"} | {
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
+OTHERS: dict[str, type] = {"history": list, "released": bool, "rescale": bool}
+FIELDS: dict[str, type] = {"format": int, "shapes": dict, "sources": dict, **OTHERS}
 
 
 class Saved(NamedTuple):
-    """The file a ticket was loaded from, and the digests that stand in it."""
+    """The file a ticket was loaded from, and the digests that `save` would write of it."""
 
     path: str
     digests: dict[str, str]
@@ -50,8 +64,13 @@ def save(
     tensors = {f"masks.{name}": packed for name, packed in masks.to_bits().items()}
     tensors |= {f"start.{name}": v for name, v in start.items() if isinstance(v, Tensor)}
     tensors |= {f"frozen.{name}": value for name, value in frozen.items()}
+    ticket = _header(masks, start, others)
+    try:
+        _check_header(json.loads(ticket))
+    except ValueError as error:
+        raise TypeError(f"the ticket cannot be saved: {_said(error)}.") from None
     header = {
-        "ticket": _header(masks, start, others),
+        "ticket": ticket,
         "digests": json.dumps(digests(masks, start, frozen, others)),
     }
     # copies, since safetensors refuses tensors that share memory or are not contiguous
@@ -66,40 +85,105 @@ def load(path: str | os.PathLike[str]) -> Parts:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            header = json.loads(metadata["ticket"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = header.pop("format", None)
-    except (safetensors.SafetensorError, KeyError, ValueError, AttributeError) as error:
+        if "ticket" not in metadata:
+            raise ValueError("it has no ticket")
+        header = _object(metadata, "ticket")
+        format = _expect(int, header.get("format"), "its format")
+        if format < 1:
+            raise ValueError(f"its format must be 1 to {FORMAT}, got {format}")
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no ticket of this package: {_said(error)}.") from None
-    if found != FORMAT:
+    if format > FORMAT:
         raise ValueError(
-            f"{path} is a ticket of format {found}, this version reads format {FORMAT}; "
+            f"{path} is a ticket of format {format}, this version reads formats up to {FORMAT}; "
             "use a newer version."
         )
-    parts: dict[str, dict[str, Any]] = {"masks": {}, "start": {}, "frozen": {}}
-    for key, value in tensors.items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = value
     try:
-        masks = Masks.from_bits(parts["masks"], header.pop("shapes"))
-        sources = {name: _from_json(value) for name, value in header.pop("sources").items()}
-        others = {name: header[name] for name in ("history", "released", "rescale")}
-        start = {**parts["start"], **sources}
-        stored = json.loads(metadata["digests"]) if "digests" in metadata else None
-        saved = None if stored is None else Saved(os.fspath(path), dict(stored))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        parts = _parts(metadata, header, tensors)
+        masks = Masks.from_bits(parts["masks"], header["shapes"])
+        start = {**parts["start"], **parts["sources"]}
+        others = {name: header[name] for name in OTHERS}
+        stored = _object(metadata, "digests") if "digests" in metadata else None
+        if stored is None and format > 1:
+            raise ValueError("it has no digests")
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} holds no whole ticket ({_said(error)}): it was changed since it was saved; "
             "fetch or make it again."
         ) from None
-    if saved is not None:
-        now = digests(masks, start, parts["frozen"], others, draw=False)
-        if changed := differing(saved, now, masks, start):
-            raise ValueError(
-                f"{path} was changed since it was saved: {changed} is not what its digest says; "
-                "fetch or make it again."
-            )
+    if stored is None:
+        return masks, start, parts["frozen"], others, None
+    now = digests(masks, start, parts["frozen"], others, draw=False)
+    as_read = {**now, HEADER: _of_text(json.dumps(header, sort_keys=True))}
+    saved = Saved(os.fspath(path), stored)
+    if changed := differing(saved, as_read, masks, start):
+        raise ValueError(
+            f"{path} was changed since it was saved: {changed} is not what its digest says; "
+            "fetch or make it again."
+        )
+    # an earlier version may have written the same header in other words, 1 for 1.0
+    saved.digests[HEADER] = now[HEADER]
     return masks, start, parts["frozen"], others, saved
+
+
+def _parts(
+    metadata: Mapping[str, str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """masks, start, frozen (tensors by name) and sources of a file that holds nothing else."""
+    _known(metadata, ("ticket", "digests"))
+    _check_header(header)
+    sources = {name: _from_json(name, value) for name, value in header["sources"].items()}
+    parts: dict[str, dict[str, Any]] = {"masks": {}, "start": {}, "frozen": {}}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        _known([part], parts)
+        parts[part][name] = value
+    if twice := sorted(parts["start"].keys() & sources.keys()):
+        raise ValueError(f"it has two starts of {twice[0]}")
+    if without := sorted(header["shapes"].keys() - parts["masks"].keys()):
+        raise ValueError(f"it has no mask of {without[0]}")
+    return {**parts, "sources": sources}
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """What stands in a header has the kinds that it must have, and nothing else stands there."""
+    _known(header, FIELDS)
+    for name, kind in FIELDS.items():
+        if name not in header:
+            raise ValueError(f"it has no {name}")
+        _expect(kind, header[name], name)
+    for name, shape in header["shapes"].items():
+        sizes = [
+            _expect(int, size, f"a size of {name}")
+            for size in _expect(list, shape, f"shape of {name}")
+        ]
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"a size of {name} must be at least 0, got {min(sizes)}")
+    for number, record in enumerate(header["history"]):
+        _expect(dict, record, f"record {number} of history")
+
+
+def _known(names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"it has {unknown[0]!r}, which no ticket of its format has")
+
+
+def _object(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    """An entry of the header, JSON of an object."""
+    try:
+        value = json.loads(metadata[name])
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}") from None
+    return _expect(dict, value, name)
+
+
+def _expect(kind: type[_T], value: Any, what: str) -> _T:
+    if type(value) is not kind:  # JSON has these types only, and its true is no number
+        raise ValueError(f"{what} must be {KINDS[kind]}, got {KINDS[type(value)]}")
+    return value
 
 
 def digests(
@@ -120,7 +204,7 @@ def digests(
     # through JSON once, after which keys are strings and sort as they do in a file
     header = json.dumps(json.loads(_header(masks, start, others)), sort_keys=True)
     return {
-        HEADER: hashlib.sha256(header.encode()).hexdigest(),
+        HEADER: _of_text(header),
         **{name: _digest(tensor) for name, tensor in tensors.items()},
     }
 
@@ -154,6 +238,10 @@ def differing(
     return f"the start of {name}{drawn_by}"
 
 
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _digest(tensor: Tensor) -> str:
     """Of dtype, shape and bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -183,8 +271,8 @@ def _header(masks: Masks, start: Mapping[str, Any], others: Mapping[str, Any]) -
 
 
 def _said(error: Exception) -> str:
-    """Its message without a full stop; that of a KeyError is only a name."""
-    return f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error).rstrip(".")
+    """Its message in one line, without a full stop."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _as_json(name: str, value: Any) -> Any:
@@ -200,11 +288,22 @@ def _as_json(name: str, value: Any) -> Any:
     )
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(name: str, value: Any) -> Any:
+    """The start of a parameter that is a source; the inverse of `_as_json`."""
     if isinstance(value, str):
         if value != "zero":
-            raise ValueError(f'a start in words is "zero", got {value!r}')
+            raise ValueError(f'the start of {name} in words is "zero", got {value!r}')
         return value
-    if "sign_of" in value:
-        return SignOf(Seeded(**value["sign_of"]), value["constant"])
-    return Seeded(**value)
+    fields = _expect(dict, value, f"the source of {name}")
+    if "sign_of" not in fields:
+        return _seeded(name, fields)
+    if fields.keys() != {"sign_of", "constant"}:
+        raise ValueError(f"the source of {name} must have sign_of and constant, got {[*fields]}")
+    source = _expect(dict, fields["sign_of"], f"the source of {name}")
+    return SignOf(_seeded(name, source), fields["constant"])
+
+
+def _seeded(name: str, fields: dict[str, Any]) -> Seeded:
+    if fields.keys() != (wanted := {"law", "seed", "std", "stream"}):
+        raise ValueError(f"the source of {name} must have {sorted(wanted)}, got {sorted(fields)}")
+    return Seeded(**fields)

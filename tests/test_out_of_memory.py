@@ -6,7 +6,9 @@ half its size.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -177,10 +179,75 @@ def test_a_training_step(cls):
     models = [compact_model("cpu") for _ in range(2)]
     steps = [ls.train_step(model, cls(model.parameters(), lr=0.1)) for model in models]
     expected = steps[1](x, y)
-    got = fail_each(lambda: steps[0](x, y), snapshot(*models[0].parameters()))
+    optimizer, parameters = steps[0].optimizer, list(models[0].parameters())
+    same = snapshot(*parameters)
+
+    def unchanged() -> None:
+        same()
+        for parameter in parameters:  # state that was made holds nothing yet
+            assert not any(v.any() for v in optimizer.state.get(parameter, {}).values())
+
+    got = fail_each(lambda: steps[0](x, y), unchanged)
     assert torch.equal(got, expected)
+    again = snapshot(*parameters, *(v for s in optimizer.state.values() for v in s.values()))
+    expected = steps[1](x, y)
+    assert torch.equal(fail_each(lambda: steps[0](x, y), again, least=0), expected)
     for mine, theirs in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(mine, theirs)
+
+
+# One feature becomes 1000, for a batch of 2^18: 1 GiB that the kernel asks for itself.
+STEP_WITHOUT_MEMORY = """
+import copy, json, resource, sys, torch
+from torch import nn
+import lottery_sparse as ls
+
+torch.manual_seed(0)
+model = ls.sparsify_(nn.Sequential(nn.Linear(1, 1000), nn.ReLU(), nn.Linear(1000, 2)))
+ls.set_masks_(model, {"2.weight": torch.rand(2, 1000) < 0.2})
+ls.compact_(model)
+optimizer = getattr(torch.optim, sys.argv[1])(model.parameters(), **json.loads(sys.argv[2]))
+step = ls.train_step(model, optimizer)
+x, y = torch.randn(1 << 18, 1), torch.randint(2, (1 << 18,))
+for _ in range(int(sys.argv[3])):
+    step(x[:8], y[:8])
+before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 28), limits[1]))
+try:
+    step(x, y)
+    sys.exit("it had enough memory")
+except (RuntimeError, MemoryError) as error:
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    print(type(error).__name__, error)
+after = model.state_dict(), optimizer.state_dict()["state"]
+if sys.argv[3] == "0":  # made for a first step: nothing that has happened
+    for state in after[1].values():
+        assert all(not v.any() for v in state.values()), state
+    before = before[0], after[1]
+torch.testing.assert_close(after, before, rtol=0, atol=0)
+step(x[:8], y[:8])
+for state in optimizer.state_dict()["state"].values():
+    assert state.get("step", 1 + int(sys.argv[3])) == 1 + int(sys.argv[3])
+"""
+
+
+@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize(
+    ("cls", "options"), [("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adam", {"lr": 0.1})]
+)
+def test_a_training_step_that_finds_no_memory_for_itself(cls, options, steps_before):
+    done = subprocess.run(
+        [sys.executable, "-c", STEP_WITHOUT_MEMORY, cls, json.dumps(options), str(steps_before)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "alloc" in done.stdout
 
 
 # ---- conversions ---------------------------------------------------------------------------------

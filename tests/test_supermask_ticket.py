@@ -110,8 +110,8 @@ def test_other_files_are_refused(tmp_path):
     ticket.save(path)
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
-    assert json.loads(header["__metadata__"]["ticket"])["format"] == 1
-    content = path.read_bytes().replace(b'\\"format\\": 1', b'\\"format\\": 2')
+    assert json.loads(header["__metadata__"]["ticket"])["format"] == 2
+    content = path.read_bytes().replace(b'\\"format\\": 2', b'\\"format\\": 3')
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="format 2, this version reads format 1"):
+    with pytest.raises(ValueError, match="format 3, this version reads formats up to 2"):
         ls.Ticket.load(path)

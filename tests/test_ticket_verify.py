@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -48,8 +49,8 @@ def test_any_changed_byte_is_found_when_the_file_is_loaded(make, tmp_path):
     size = int.from_bytes(content[:8], "little")
     assert b"digests" in content[: 8 + size]
     places = {*range(0, len(content), len(content) // 60), 8, 7 + size, 8 + size, len(content) - 1}
-    key = content.index(b"digests")  # a file without them counts as an old one
-    for at in places - {*range(key, key + len(b"digests"))}:
+    key = content.index(b"digests")  # a file without them may not pass for an old one
+    for at in places | {*range(key - 1, key + len(b"digests") + 1)}:
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(ValueError, match=rf"^{path}(:| is| was| holds) ") as caught:
             ls.Ticket.load(path).verify()
@@ -156,14 +157,128 @@ def test_what_was_changed_after_loading_is_named_until_it_is_saved(tmp_path):
     ls.Ticket.load(path).verify()
 
 
-def test_a_ticket_saved_without_digests_still_loads(tmp_path):
+def written_raw(path, ticket, **others):
+    """A file with these header entries and no tensors, or those of the file that is there."""
+    tensors = {}
+    if path.exists():
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.torch.save_file(tensors, path, {"ticket": ticket, **others})
+    return path
+
+
+def first_format(path, digests: bool):
+    """The file as the first versions wrote it, with digests or, before that, without."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        ticket, stored = (json.loads(file.metadata()[name]) for name in ("ticket", "digests"))
+    ticket["format"] = 1
+    for source in ticket["sources"].values():
+        source["sign_of"]["std"] = 1  # which Seeded holds as 1.0 now
+    text = json.dumps(ticket, sort_keys=True)
+    stored["header"] = hashlib.sha256(text.encode()).hexdigest()
+    return written_raw(path, text, **({"digests": json.dumps(stored)} if digests else {}))
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_a_ticket_of_the_first_format_still_loads(digests, tmp_path):
+    path = tmp_path / "t.safetensors"
+    sources = {"1.weight": ls.SignOf(ls.Seeded("sign", 3, 1), 0.5)}
+    ls.Ticket(ls.Masks({"1.weight": torch.ones(30, 40)}), sources).save(path)
+    ticket = ls.Ticket.load(first_format(path, digests)).verify()
+    assert (ticket.saved is not None) == digests
+    assert ticket.start == sources
+    ticket.save(path)
+    assert ls.Ticket.load(path).verify().saved is not None
+
+
+def test_a_ticket_without_its_digests_is_no_old_one(tmp_path):
     path = tmp_path / "t.safetensors"
     of_a_seed().save(path)
     with safetensors.safe_open(path, framework="pt") as file:
-        header = {"ticket": file.metadata()["ticket"]}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    safetensors.torch.save_file(tensors, path, header)
-    assert ls.Ticket.load(path).verify().saved is None
+        ticket = file.metadata()["ticket"]
+    with pytest.raises(ValueError, match=rf"^{path} holds no whole ticket \(it has no digests\)"):
+        ls.Ticket.load(written_raw(path, ticket))
+
+
+TICKET = {"format": 2, "shapes": {}, "sources": {}, "history": [], "released": False}
+TICKET["rescale"] = False
+SEEDED = {"law": "normal", "seed": 1, "std": 1.0, "stream": None}
+
+
+def no_std(**changes):
+    return {"sources": {"a": {k: v for k, v in {**SEEDED, **changes}.items() if k != "std"}}}
+
+
+@pytest.mark.parametrize(
+    ("ticket", "message"),
+    [
+        ([1], "is no ticket of this package: ticket must be an object, got a list."),
+        (None, "is no ticket of this package: ticket must be an object, got null."),
+        ("{", "is no ticket of this package: ticket is no JSON: Expecting"),
+        ("[" * 100_000, "is no ticket of this package: ticket is nested too deep."),
+        ({}, "is no ticket of this package: its format must be a whole number, got null."),
+        ({"format": True}, "is no ticket of .*: its format must be a whole number, got true or"),
+        ({"format": "2"}, "is no ticket of .*: its format must be a whole number, got a string."),
+        ({"format": 0}, "is no ticket of this package: its format must be 1 to 2, got 0."),
+        ({"format": 3, "new": 1}, "is a ticket of format 3, this version reads formats up to 2; u"),
+        ({**TICKET, "new": 1}, r"holds no whole ticket \(it has 'new', which no ticket of its"),
+        ({"format": 2}, r"holds no whole ticket \(it has no shapes\)"),
+        ({**TICKET, "shapes": [1]}, r"holds .* \(shapes must be an object, got a list\)"),
+        ({**TICKET, "shapes": {"a": 3}}, r"holds .* \(shape of a must be a list, got a whole nu"),
+        ({**TICKET, "shapes": {"a": [2.0]}}, r"holds .* \(a size of a must be a whole .* a number"),
+        ({**TICKET, "shapes": {"a": [-2]}}, r"holds .* \(a size of a must be at least 0, got -2"),
+        ({**TICKET, "shapes": {"a": [2]}}, r"holds .* \(it has no mask of a\)"),
+        ({**TICKET, "history": {}}, r"holds .* \(history must be a list, got an object\)"),
+        ({**TICKET, "history": [3]}, r"holds .* \(record 0 of history must be an object, got a"),
+        ({**TICKET, "released": 0}, r"holds .* \(released must be true or false, got a whole num"),
+        ({**TICKET, "sources": {"a": 3}}, r"holds .* \(the source of a must be an object, got a"),
+        ({**TICKET, "sources": {"a": "one"}}, r"holds .* \(the start of a in words is \"zero\""),
+        ({**TICKET, **no_std()}, r"holds .* \(the source of a must have .*'std'.*, got"),
+        ({**TICKET, "sources": {"a": {**SEEDED, "seed": 1.5}}}, r"holds .* \(seed must be a whole"),
+        ({**TICKET, "sources": {"a": {**SEEDED, "std": [1]}}}, r"holds .* \(std is a standard d"),
+        (
+            {**TICKET, "sources": {"a": {"sign_of": SEEDED}}},
+            r"holds .* \(the source of a must have sign_of and constant, got \['sign_of'\]\)",
+        ),
+        (
+            {**TICKET, "sources": {"a": {"sign_of": 1, "constant": 1}}},
+            r"holds .* \(the source of a must be an object, got a whole number\)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_header_of_other_kinds_is_one_sentence(ticket, message, tmp_path):
+    text = ticket if isinstance(ticket, str) else json.dumps(ticket)
+    path = written_raw(tmp_path / "t.safetensors", text, digests="{}")
+    with pytest.raises(ValueError, match=f"^{path} {message}") as caught:
+        ls.Ticket.load(path)
+    assert caught.value.__cause__ is None  # and no traceback of what went wrong inside
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "entries", "message"),
+    [
+        ("other.weight", {}, "it has 'other', which no ticket of its format has"),
+        ("start.weight", {"new": "1"}, "it has 'new', which no ticket of its format has"),
+        ("start.weight", {"digests": "[]"}, "digests must be an object, got a list"),
+        ("start.weight", {"digests": "{"}, "digests is no JSON: Expecting"),
+        ("start.zero", {"digests": "{}"}, "it has two starts of zero"),
+    ],
+)
+def test_a_file_that_holds_something_else_says_so(tensor, entries, message, tmp_path):
+    path = tmp_path / "t.safetensors"
+    safetensors.torch.save_file({tensor: torch.ones(2)}, path)
+    written_raw(path, json.dumps({**TICKET, "sources": {"zero": "zero"}}), **entries)
+    with pytest.raises(ValueError, match=rf"^{path} holds no whole ticket \({message}"):
+        ls.Ticket.load(path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    ticket = replace(of_a_seed(), history=["round 1"])
+    with pytest.raises(TypeError, match="saved: record 0 of history must be an object, got a str"):
+        ticket.save(tmp_path / "t.safetensors")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

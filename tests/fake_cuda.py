@@ -32,7 +32,8 @@ def build() -> Path:
         raise RuntimeError("no C++ compiler to build fake_cuda.cpp with")
     source = HERE / "fake_cuda.cpp"
     version = importlib.metadata.version("torch")
-    digest = hashlib.sha256(source.read_bytes() + repr((FLAGS, version)).encode())
+    sources = b"".join(path.read_bytes() for path in (source, HERE / "fake_cuda_device.h"))
+    digest = hashlib.sha256(sources + repr((FLAGS, version)).encode())
     built = HERE.parent / "build" / f"fake_cuda-{digest.hexdigest()[:12]}.so"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)

@@ -30,7 +30,10 @@ from lottery_sparse.random import Stream, as_seed, derive
 
 
 class TrainFn(Protocol):
-    """Trains a model in place and returns metrics; with stop_at=k it stops after k iterations."""
+    """Trains a model in place and returns metrics; with stop_at=k it stops after k iterations.
+
+    Metrics are numbers, strings, tensors, None, and lists and dicts of them.
+    """
 
     def __call__(self, model: nn.Module, stop_at: int | None = None) -> Any: ...
 
@@ -187,6 +190,7 @@ def find_ticket(
         model: any module. Its nn.Linear and nn.Conv2d become masked (see `sparsify_`, which you
             can call before with a filter); it is left as the last training leaves it.
         train_fn: (model, stop_at=None) -> metrics. Trains in place, with an optimizer of its own.
+            Metrics are kept as Python's numbers: tensors and NumPy's are converted as they come.
             With late rewinding it is called once with stop_at=rewind_to, for the weights that
             tickets restart from; data order must then be the same as in a full training.
         rounds: number of prunings.
@@ -213,6 +217,7 @@ def find_ticket(
     Raises:
         ValueError: an argument has no such value, or `resume` is not of such a search; before the
             first training, but for what late rewinding trains.
+        TypeError: metrics that no file of a ticket can hold; as soon as they are returned.
 
     Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
     with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
@@ -334,7 +339,8 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
-    return {"round": round, "density": masks.density, "metrics": metrics}
+    kept = ticket_file.plain(metrics, "metrics of train_fn")
+    return {"round": round, "density": masks.density, "metrics": kept}
 
 
 def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) -> None:

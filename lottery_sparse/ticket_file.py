@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -184,6 +185,29 @@ def _expect(kind: type[_T], value: Any, what: str) -> _T:
     if type(value) is not kind:  # JSON has these types only, and its true is no number
         raise ValueError(f"{what} must be {KINDS[kind]}, got {KINDS[type(value)]}")
     return value
+
+
+def plain(value: Any, what: str) -> Any:
+    """A copy that JSON can hold: tensors and NumPy's numbers and arrays as numbers and lists.
+
+    Raises:
+        TypeError: something else is in it; the message names it, beginning with `what`.
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str | int):
+                raise TypeError(f"{what} must have strings as keys, got {key!r}.")
+        return {str(key): plain(item, f"{what}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{what}[{at}]") for at, item in enumerate(value)]
+    raise TypeError(
+        f"{what} must be what a ticket's file can hold (numbers, strings, tensors, and lists and "
+        f"dicts of them), got {type(value).__name__}."
+    )
 
 
 def digests(

@@ -1,0 +1,89 @@
+"""What find_ticket refuses, when it does, and what it keeps of a training's metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_ticket import Trainer, network
+from torch import nn
+
+import lottery_sparse as ls
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds must be a whole number, at least 1, got 0"),
+        ({"rounds": 1.5}, "rounds must be a whole number"),
+        ({"rewind_to": -1}, "rewind_to is an iteration, at least 0, got -1"),
+        ({"keep": 80}, "keep is a fraction"),
+        ({"keep": {"0.weight": 1.5}}, "keep is a fraction"),
+        ({"keep": {"1.weight": 0.5}}, "keep names 1.weight, which has no mask; masks: 0.weight"),
+        ({"keep": {"0.weight": 0.5}, "scope": "global"}, "one fraction for global scope"),
+        ({"scope": "network"}, "scope must be"),
+        ({"criterion": "big"}, "criterion must be one of large_final"),
+        ({"mask1": "init"}, "mask1 must be one of rewind, reinit"),
+        ({"mask0": "rewind"}, "mask0 must be one of zero, freeze_init"),
+        ({"generator": "x"}, "generator must be an int seed"),
+        ({"model": nn.ReLU()}, "model has no nn.Linear or nn.Conv2d"),
+    ],
+    ids=str,
+)
+def test_errors_come_before_the_first_training(changes, message):
+    train = Trainer()
+    arguments = {"model": network(), "train_fn": train, "rounds": 1, "keep": 0.5}
+    with pytest.raises((ValueError, TypeError), match=message):
+        ls.find_ticket(**arguments | changes)
+    assert train.stops == []
+
+
+def test_metrics_become_numbers_that_a_file_can_hold(tmp_path):
+    shared = {}
+
+    def train(model, stop_at=None):
+        shared["loss"] = model[0].weight.sum() * 0 + 0.5  # of a graph
+        shared["steps"] = shared.get("steps", np.int64(0)) + 1
+        return {**shared, "each": (torch.tensor([1, 2]), np.float32(0.25), None), 3: True}
+
+    ticket = ls.find_ticket(network(), train, 1, 0.5)
+    assert [record["metrics"] for record in ticket.history] == [
+        {"loss": 0.5, "steps": steps, "each": [[1, 2], 0.25, None], "3": True} for steps in (1, 2)
+    ]
+    assert type(ticket.history[0]["metrics"]["loss"]) is float
+    ticket.save(tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"net": [nn.ReLU()]}, r"metrics of train_fn\['net'\]\[0\] must be .*, got ReLU"),
+        ({(1, 2): 3}, r"metrics of train_fn must have strings as keys, got \(1, 2\)"),
+        (torch.ones(2, dtype=torch.complex64), "got complex"),
+    ],
+)
+def test_metrics_that_no_file_can_hold_are_refused_after_the_first_training(metrics, message):
+    trainings = []
+
+    def train(model, stop_at=None):
+        trainings.append(stop_at)
+        return metrics
+
+    with pytest.raises(TypeError, match=message):
+        ls.find_ticket(network(), train, 3, 0.5)
+    assert len(trainings) == 1
+
+
+def test_a_training_that_diverged_names_the_layer():
+    def diverge(model, stop_at=None):
+        with torch.no_grad():
+            model[3].weight[0, 0] = float("nan")
+
+    with pytest.raises(ValueError, match=r"scores of 3\.weight hold NaN.*did the training diverge"):
+        ls.find_ticket(network(), diverge, 1, 0.5, "large_final_same_sign")
+
+
+def test_an_empty_layer_is_warned_about():
+    with pytest.warns(UserWarning, match=r"3\.weight keeps no weight at all"):
+        ticket = ls.find_ticket(network(), Trainer(), 1, {"3.weight": 0})
+    assert ticket.masks["3.weight"].sum() == 0

@@ -114,12 +114,13 @@ def _build(variants: dict[str, list[str]], pool: ThreadPoolExecutor) -> dict[str
 
     Each program has one instruction set, which its drivers know as the portable one.
     """
-    common = [_compiler(), *_setup()["FLAGS"], "-DLS_VARIANT=portable", "-DLS_X86_VARIANTS=0"]
+    setup = _setup()
+    common = [_compiler(), *setup["FLAGS"], "-DLS_VARIANT=portable", "-DLS_X86_VARIANTS=0"]
     shared = [ROOT / "csrc" / f"{name}.cpp" for name in DRIVERS]
     shared += [HERE / f"{name}.cpp" for name in PROGRAM]
     wanted = [(BUILD / "shared" / f"{source.stem}.o", source, []) for source in shared]
     for variant, flags in variants.items():
-        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in _setup()["KERNELS"]]
+        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in setup["KERNELS"]]
         wanted += [(BUILD / variant / f"{source.stem}.o", source, flags) for source in sources]
     headers = [*(ROOT / "csrc").glob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
     newest = max(p.stat().st_mtime for p in headers)

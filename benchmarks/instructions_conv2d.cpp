@@ -51,6 +51,11 @@ void count_convolutions() {
     Convolution(16, 32, 32, 8, 10)
         .count(compact_conv2d_lanes_forward, compact_conv2d_lanes_backward,
                {"sparse_conv2d.forward 10%", "sparse_conv2d.dx 10%", "sparse_conv2d.dvalues 10%"});
+    // 16 rows in regions of 3: the last one holds one
+    Convolution(16, 128, 128, 16, 5)
+        .count(compact_conv2d_lanes_forward, compact_conv2d_lanes_backward,
+               {"sparse_conv2d.forward 5% 128 channels", "sparse_conv2d.dx 5% 128 channels",
+                "sparse_conv2d.dvalues 5% 128 channels"});
     Convolution few(4, 3, 32, 28, 5);
     few.count(compact_conv2d_planes_forward, compact_conv2d_planes_backward,
               {"sparse_conv2d_planes.forward 5%", "sparse_conv2d_planes.dx 5%",

@@ -112,8 +112,8 @@ def adam_step(
         return 0
     with torch.cuda.device_of(params[0]):
         launches = tables_by_count(tensors, steps, targets)
-    for table, counted in launches:
-        count = counted[0].item() + 1
+    for table, counted, taken in launches:
+        count = taken + 1
         if table.chunks:
             factors = -lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
             _ops.adam_step(*_where(table, params[0], lr), None, *factors, *rates)

@@ -199,8 +199,8 @@ def on_device(steps: list[Tensor], params: list[Tensor]) -> bool:
 
 def tables_by_count(
     tensors: tuple[list[Tensor], ...], steps: list[Tensor], targets: Targets
-) -> list[tuple[Table, list[Tensor]]]:
-    """For counts on the host: a table, and the counts, of all that have taken as many steps.
+) -> list[tuple[Table, list[Tensor], float]]:
+    """For counts on the host: a table, the counts, and their value, of all with as many steps.
 
     All tables come before the first launch: they take memory, and a step is taken whole or not.
 
@@ -220,7 +220,7 @@ def tables_by_count(
         some, to = tensors, targets
         if len(mine) < len(params):
             some, to = tuple([held[p] for p in mine] for held in tensors), targets.of(mine)
-        found.append((table_of(some, [], to), [steps[i] for i in mine]))
+        found.append((table_of(some, [], to), [steps[i] for i in mine], count))
     return found
 
 

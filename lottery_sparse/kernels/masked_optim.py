@@ -135,8 +135,8 @@ def adam_step(
     if isinstance(lr, Tensor):
         return 0
     with torch.cuda.device_of(params[0]):
-        for table, counted in tables_by_count(tensors, steps, targets):
-            _adam(params[0], table, [], lr, counted[0].item() + 1, rates)
+        for table, counted, taken in tables_by_count(tensors, steps, targets):
+            _adam(params[0], table, [], lr, taken + 1, rates)
             torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
     return -1
 

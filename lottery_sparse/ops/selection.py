@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends
-from lottery_sparse.random import key_numbers
+from lottery_sparse.random import key_numbers, word_of
 
 
 def keep_top(
@@ -66,9 +66,8 @@ def keep_top(
             )
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}.")
-    keys = [key_numbers(seed, stream) for stream in streams]
-    streams = [stream for _, stream, _ in keys]
-    return _keep_top(list(scores), list(masks), count, keys[0][0], streams)
+    streams = [word_of(value, "stream") for value in streams]
+    return _keep_top(list(scores), list(masks), count, key_numbers(seed)[0], streams)
 
 
 torch.library.define(

@@ -1,4 +1,5 @@
-"""`python -m lottery_sparse doctor [--json]`, `… plan 784x300 --density 0.05` and `… build`."""
+"""`python -m lottery_sparse doctor [--json]`, `… plan 784x300 --density 0.05`, `… ticket FILE` and
+`… build`."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from lottery_sparse import doctor
 from lottery_sparse.convert import set_masks_
 from lottery_sparse.modules import MaskedLinear
 from lottery_sparse.plan import plan
+from lottery_sparse.ticket import Ticket
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--density", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05, 0.02])
     measure.add_argument("--threads", type=int, help="default: as torch chooses")
     measure.add_argument("--inference", action="store_true", help="forward only")
+    read = commands.add_parser(
+        "ticket",
+        help="what a ticket file holds, and whether it is what was saved",
+        description="Shows masks, starts, size and history of a file that ls.Ticket.save wrote, "
+        "and verifies it. Exit status 0 if all is as it was saved, 1 if not.",
+    )
+    read.add_argument("file", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.command == "ticket":
+        return _ticket(arguments.file)
     if arguments.command == "plan":
         for density in arguments.density:
             if not 0 <= density <= 1:
@@ -85,6 +96,41 @@ class _Each(nn.Module):
     def forward(self, x: torch.Tensor) -> None:
         for layer in self.layers.values():
             layer(x)
+
+
+def _ticket(path: Path) -> int:
+    try:
+        ticket = Ticket.load(path)
+        print(_as_text(ticket))
+        ticket.verify()
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if ticket.saved is None:
+        print("not verified: the file is of a time when tickets had no digests")
+    else:
+        print("verified: masks, tensors and what its seeds draw here are as they were saved")
+    return 0
+
+
+def _as_text(ticket: Ticket) -> str:
+    """Masks, starts, size and history of a ticket, for people."""
+    lines = [ticket.masks.table(), ""]
+    for name, start in ticket.start.items():
+        what = "a tensor" if isinstance(start, torch.Tensor) else repr(start)
+        held = ""
+        if name in ticket.masks:
+            held = "a tensor" if name in ticket.frozen else "zero"
+            held = ", pruned ones train too" if ticket.released else f", pruned ones hold {held}"
+        lines.append(f"{name} starts from {what}{held}")
+    if ticket.rescale:
+        lines.append("drawn weights are multiplied by weights / kept")
+    sizes = ", ".join(f"{name} {-(-bits // 8):,}" for name, bits in ticket.bits.items())
+    lines += ["", f"bytes: {sizes}"]
+    for record in ticket.history:
+        names = sorted(record, key=lambda name: (name != "round", name))
+        lines.append(", ".join(f"{name} {json.dumps(record[name])}" for name in names))
+    return "\n".join(lines)
 
 
 def _doctor(as_json: bool) -> int:

@@ -13,6 +13,7 @@ import torch
 from test_supermask_ticket import LAW, learned, seeded
 
 import lottery_sparse as ls
+from lottery_sparse.__main__ import main
 
 
 def of_a_seed():
@@ -304,3 +305,57 @@ def test_a_source_without_a_std_is_named():
     ticket.start["1.weight"] = ls.Seeded(LAW, 3)
     with pytest.raises(ValueError, match=r"seeded start of 1\.weight needs a std"):
         ticket.verify()
+
+
+# ---- python -m lottery_sparse ticket FILE --------------------------------------------------------
+
+
+def test_the_command_shows_what_a_file_holds(tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    found().save(path)
+    assert main(["ticket", str(path)]) == 0
+    said = capsys.readouterr().out
+    ticket = ls.Ticket.load(path)
+    assert ticket.masks.table() in said
+    for name in ticket.masks:
+        assert f"{name} starts from a tensor, pruned ones hold a tensor" in said
+    assert "bytes: masks " in said
+    assert "round 2, density " in said
+    assert '"loss": 1.0' in said
+    assert said.splitlines()[-1].startswith("verified:")
+
+
+def test_the_command_shows_what_seeds_draw(tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    of_a_seed().save(path)
+    assert main(["ticket", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "starts from SignOf(source=Seeded(" in said
+    assert "weights / kept" in said
+    assert "seeds 8, tensors " in said
+
+
+def test_the_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    assert main(["ticket", str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"No such file or directory: {path}")
+    found().save(path)
+    rewritten(path, flip_a_mask)
+    assert main(["ticket", str(path)]) == 1
+    told = capsys.readouterr()
+    assert f"{path} was changed since it was saved" in told.err
+    assert "verified" not in told.out
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_the_command_says_whether_an_old_file_has_digests(digests, tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    starts = {"1.weight": ls.SignOf(ls.Seeded("sign", 3, 1), 0.5)}
+    ls.Ticket(ls.Masks({"1.weight": torch.ones(30, 40)}), starts).save(path)
+    first_format(path, digests)
+    assert main(["ticket", str(path)]) == 0
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith("verified" if digests else "not verified")
+    )

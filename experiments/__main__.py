@@ -15,7 +15,7 @@ from experiments import data, quickstart, speed, studies
 from experiments.engines import ENGINES
 from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
-from experiments.progress import INSTALL
+from experiments.progress import INSTALL, warning_line
 from experiments.runs import PROFILES
 from experiments.status import Times, as_text, progress, together
 from experiments.store import Store
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():  # which ends what is changed here
-            warnings.showwarning = _warn
+            warnings.showwarning = warning_line
             status = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough: `list | head`
@@ -58,11 +58,6 @@ def _in_words(error: ValueError | OSError) -> str:
     if error.filename is None:
         return f"{error.strerror}."
     return f"{error.filename} cannot be read or written ({error.strerror}): give another place."
-
-
-def _warn(message: Warning | str, *_: object) -> None:
-    """A warning as one line, without the place in the source that gives it."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
+
+from experiments.progress import warning_line
 
 if TYPE_CHECKING:  # it imports torch, and processes shall start quickly
     from experiments.runs import Run
@@ -153,6 +156,7 @@ def _start(group: Group, attempt: int, slot: str, work: Work, running: dict[int,
 def _child(work: Work, group: Group, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    warnings.showwarning = warning_line
     try:
         work(group, device)
     except Exception as error:

@@ -7,6 +7,11 @@ from types import TracebackType
 INSTALL = "pip install 'lottery-sparse[experiments]'"
 
 
+def warning_line(message: Warning | str, *_: object) -> None:
+    """A warning as one line, without the place in the source that gives it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 class Progress:
     """One bar that counts iterations, with finished lines printed above it.
 

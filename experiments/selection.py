@@ -123,10 +123,6 @@ class Selection:
         """Name of the files: "mask-criteria-fc-paper"."""
         return f"{self.study}-{self.network}-{self.profile}"
 
-    @property
-    def dense_levels(self) -> tuple[Level, ...]:
-        return levels(self.dense)
-
     def find(self, **fields: Any) -> Curve | None:
         """The first curve whose rows have these fields."""
         for curve in self.curves:

@@ -84,7 +84,9 @@ def report(options: argparse.Namespace) -> None:
 
 
 def claims(options: argparse.Namespace) -> None:
-    """What the rows say to each claim, as a Markdown table on standard output."""
+    """What the rows say to each claim, as a Markdown table on standard output, and in claims.md of
+    the folder `out`.
+    """
     rows = Store(options.store, create=False).rows()
     _check_profile(options.profile)
     if options.study is not None:
@@ -95,11 +97,11 @@ def claims(options: argparse.Namespace) -> None:
         (verdict.claim.study, network, verdict.claim.text, verdict.numbers, verdict.status)
         for network in _networks(options.network)
         for verdict in judge(rows, network, options.profile, options.study)
-        if verdict.status != "not run"
     ]
-    print(
-        Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown(), end=""
-    )
+    text = Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown()
+    print(text, end="")
+    if options.out is not None:
+        write_whole(Path(options.out) / "claims.md", text.encode())
 
 
 def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:

@@ -139,6 +139,15 @@ def test_a_figure_where_a_file_is(folder, capsys):
     assert content(folder) == before
 
 
+def test_verdicts_as_a_file_name_what_was_not_run_too(folder, capsys):
+    with Store(Path("made")).claim([SMOKE.id]) as lease:
+        Store(Path("made")).add(lease, [ROW], [])
+    assert main(["claims", "--profile", "smoke", "--store", "made", "--out", "new"]) == 0
+    said = capsys.readouterr().out
+    assert Path("new/claims.md").read_text() == said
+    assert len(re.findall(r"\| conv4 \| .* \| not run \|\n", said)) > 10
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_changed_line_is_one_line_of_warning(folder, capsys):
     with Store(Path("made")).claim([SMOKE.id]) as lease:

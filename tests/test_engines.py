@@ -81,6 +81,11 @@ def test_what_does_not_go_together_is_refused(options, message, tmp_path):
 # processes
 
 
+def test_a_warning_of_a_worker_is_one_line(tmp_path, capfd):
+    assert sweep(named("odd"), Work(tmp_path), engine="process") == 0
+    assert capfd.readouterr().err == "warning: a line is damaged\n"
+
+
 def test_a_killed_worker_is_replaced_and_its_group_done_again(tmp_path, capfd):
     work = Work(tmp_path)
     assert sweep(named("once", "killed", "mute", "a"), work, engine="process", workers=2) == 2

@@ -246,6 +246,9 @@ def _found(module: str) -> bool:
 @cache
 def _say_not_built(name: str) -> None:
     # said once, when the first op would have used it; `doctor` repeats it
+    if name == "triton":
+        _LOG.warning("lottery_sparse runs without its Triton kernels: pip install triton.")
+        return
     _LOG.warning(
         "lottery_sparse runs in pure Python: its %s kernels (%s) are not built. To build them "
         "against the installed torch: pip install --no-build-isolation ., in a checkout.",

@@ -22,6 +22,7 @@ from torch import Tensor
 import lottery_sparse
 from lottery_sparse import backends, reference
 from lottery_sparse.doctor_cases import CARRY, CASES
+from lottery_sparse.ops.compact import node_module
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
 HOW_TO_BUILD = (
@@ -51,7 +52,7 @@ def report() -> dict[str, Any]:
     switch that cannot be followed, a backend that disagrees with the reference.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    native = {name: _native(name) for name in ("_C", "_host", "_C_cuda")}
+    native = {name: _native(name) for name in ("_C", "_host", "_C_cuda", _node())}
     ops = {device: {op: _diagnose(op, device) for op in CASES} for device in devices}
     diagnoses = [found for by_op in ops.values() for found in by_op.values()]
     healthy = (
@@ -79,7 +80,13 @@ def native_line() -> str:
     if host["state"] == "missing":
         return "lottery_sparse has its native kernels, but not _host, so their build is unknown."
     info = host["info"]
-    return f"lottery_sparse has its native kernels: {info['cpu_variant']}, {info['compiler']}."
+    built = f"lottery_sparse has its native kernels: {info['cpu_variant']}, {info['compiler']}"
+    node = _native(_node())
+    if node["state"] == "built":
+        return f"{built}."
+    missing = f"is not built for torch {torch.__version__}; {HOW_TO_BUILD}."
+    why = f"does not work: {node['error']}" if node["error"] else missing
+    return f"{built}; but the C++ node that makes compact layers quick {why}"
 
 
 def cuda_line() -> str:
@@ -123,6 +130,10 @@ def _machine() -> dict[str, Any]:
 def _switch(name: str) -> str | None:
     value = os.environ.get(name)
     return "set" if value and name in PRIVATE else value
+
+
+def _node() -> str:
+    return node_module().rpartition(".")[2]
 
 
 def _native(name: str) -> dict[str, Any]:

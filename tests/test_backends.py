@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -223,6 +224,27 @@ def test_without_kernels_everything_runs_and_one_line_says_so():
     (line,) = done.stderr.splitlines()  # once, for all five ops
     assert "lottery_sparse runs in pure Python" in line
     assert "pip install --no-build-isolation ." in line
+
+
+def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "built", lambda name: name == "reference")
+    backends._say_not_built.cache_clear()
+    with caplog.at_level("WARNING", logger="lottery_sparse"):
+        for _ in range(2):
+            backends.kernel("masked_linear", torch.device("cuda"))
+    backends._say_not_built.cache_clear()
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "Triton" in line] == [
+        "lottery_sparse runs without its Triton kernels: pip install triton."
+    ]
+
+
+@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+def test_the_doctor_says_that_the_node_is_of_another_torch(monkeypatch):
+    assert doctor.native_line().endswith(".")
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    assert re.search(r"node .* is not built for torch 2\.99\.0\+cpu; run ", doctor.native_line())
+    assert doctor.report()["native"]["_eager_2_99_0"]["state"] == "missing"
 
 
 def test_the_environment_forces_too():

@@ -107,6 +107,12 @@ def has_node() -> bool:
     return _node() is not None
 
 
+def node_module() -> str:
+    """Where the node is: it is built for one version of torch, and this name has it."""
+    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
+    return f"lottery_sparse._eager_{version}"
+
+
 @cache
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
     """The compact linear layer of csrc/eager.cpp, if it was built for this very torch.
@@ -114,9 +120,8 @@ def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
     With it, by what a layer wants: up to which density the forward and dx, the same where they are
     quick or dense is slow, and the dvalues run on sparse kernels.
     """
-    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     try:
-        module = importlib.import_module(f"lottery_sparse._eager_{version}")
+        module = importlib.import_module(node_module())
         native = backends.load("cpu")
     except ImportError:
         return None

@@ -73,7 +73,7 @@ def supermask_linear(
             last element for the next step.
         bias: [N] or [E, N], or None. Never masked.
         mask: instead of `key` a given m: bool like `score`, or packed int32 (`sample_bits`,
-            `pack_mask`), for one draw used twice, or `pack_mask(score >= 0)` to evaluate.
+            `pack_mask`), for one draw used twice, or `pack_mask(score > 0)` to evaluate.
         rescale: dynamic weight rescaling. A mask without ones counts as one with a single one.
 
     Returns:

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import lottery_sparse as ls
-from experiments import data, quickstart, speed, studies
+from experiments import data, quickstart, speed, studies, tune
 from experiments.engines import ENGINES
 from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
 from experiments.progress import INSTALL, warning_line
+from experiments.provenance import provenance
 from experiments.runs import PROFILES
 from experiments.status import Times, as_text, progress, together
 from experiments.store import Store
@@ -122,6 +123,23 @@ def parser() -> argparse.ArgumentParser:
         "speed", help="what a chain costs beside eager PyTorch; 5 minutes"
     )
     command.set_defaults(command=run_speed)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    _data_options(command)
+
+    command = commands.add_parser(
+        "tune", help="learning rates of learned masks, by validation data"
+    )
+    command.set_defaults(command=run_tune)
+    command.add_argument("--network", default="conv2", help="see `list` (default: %(default)s)")
+    command.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=tune.RATES,
+        help="of SGD on the scores (default: 10 30 100 300)",
+    )
+    command.add_argument("--iterations", type=int, required=True, help="of each rate")
+    command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     _data_options(command)
 
@@ -269,6 +287,24 @@ def run_speed(options: argparse.Namespace) -> None:
     print(", ".join(f"{over:.1f}x of {name}" for name, over in numbers["speedup"].items()))
     if options.json:
         write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+
+
+def run_tune(options: argparse.Namespace) -> None:
+    _check_places(options.json)
+    if options.network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {options.network!r}.")
+    name = NETWORKS[options.network].dataset
+    dataset = data.load(name, options.data_dir, download=options.download)
+    rows = []
+    for row in tune.tune(options.network, dataset, options.rates, options.iterations, options.seed):
+        print(
+            f"rate {row['rate']:g}  iteration {row['iteration']:,}  validation loss "
+            f"{row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2%}"
+        )
+        rows.append(row)
+        if options.json:  # after each, so that what was measured is not lost
+            numbers = {"rows": rows, "seed": options.seed, **provenance()}
+            write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
 def status(options: argparse.Namespace) -> None:

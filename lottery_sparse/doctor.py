@@ -1,5 +1,6 @@
 """What is installed, which kernels are built, which backend each op takes and why, and whether
-every backend agrees with the reference here. `python -m lottery_sparse doctor [--json]`.
+every backend agrees with the reference here, and every optimizer with torch's.
+`python -m lottery_sparse doctor [--json]`.
 
 The report holds versions, flags and verdicts, no paths and no other environment variables, so it
 can be pasted into an issue.
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 import lottery_sparse
-from lottery_sparse import backends, reference
+from lottery_sparse import backends, doctor_steps, reference
 from lottery_sparse.doctor_cases import CARRY, CASES
+from lottery_sparse.doctor_steps import FAILED
 from lottery_sparse.ops.compact import node_module
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
@@ -39,8 +41,6 @@ SWITCHES = {
 }
 PRIVATE = {"LS_DATA_DIR"}
 
-FAILED = "FAILED"
-
 # Float results may differ by the order of a sum of at most 300 products of order one.
 TOLERANCE = 1e-4
 
@@ -54,11 +54,14 @@ def report() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     native = {name: _native(name) for name in ("_C", "_host", "_C_cuda", _node())}
     ops = {device: {op: _diagnose(op, device) for op in CASES} for device in devices}
+    steps = {device: doctor_steps.verdicts(device) for device in devices}
     diagnoses = [found for by_op in ops.values() for found in by_op.values()]
+    verdicts = [v for found in diagnoses for v in found["check"].values()]
+    verdicts += [v for by_name in steps.values() for v in by_name.values()]
     healthy = (
         not any(part["error"] for part in native.values())
         and all(found["backend"] for found in diagnoses)
-        and not any(v.startswith(FAILED) for found in diagnoses for v in found["check"].values())
+        and not any(verdict.startswith(FAILED) for verdict in verdicts)
     )
     return {
         "versions": _versions(),
@@ -66,6 +69,7 @@ def report() -> dict[str, Any]:
         "native": native,
         "switches": {name: _switch(name) for name in SWITCHES},
         "ops": ops,
+        "steps": steps,
         "healthy": healthy,
     }
 
@@ -247,5 +251,8 @@ def as_text(report: dict[str, Any]) -> str:
             lines.append(
                 f"  {op:25} {taken:10} {found['why']}{'  [' + checks + ']' if checks else ''}"
             )
+    for device, verdicts in report["steps"].items():
+        lines.append(f"steps on {device}, beside torch's optimizers")
+        lines += [f"  {name:25} {verdict}" for name, verdict in verdicts.items()]
     lines.append("healthy" if report["healthy"] else "NOT healthy: see the lines above")
     return "\n".join(lines)

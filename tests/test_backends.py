@@ -14,7 +14,7 @@ import torch
 from problems import DTYPES, FROZEN, linear_problem, takes
 
 import lottery_sparse as ls
-from lottery_sparse import backends, doctor, ops, reference
+from lottery_sparse import backends, doctor, doctor_steps, ops, reference
 
 CPU = torch.device("cpu")
 ONE = torch.ones(1, 1, 1, 1).bool()
@@ -224,6 +224,33 @@ def test_without_kernels_everything_runs_and_one_line_says_so():
     (line,) = done.stderr.splitlines()  # once, for all five ops
     assert "lottery_sparse runs in pure Python" in line
     assert "pip install --no-build-isolation ." in line
+
+
+def test_the_doctor_takes_steps_beside_torch(monkeypatch):
+    found = doctor.report()
+    assert found["healthy"]
+    names = {f"optim.{name}" for name in ("SGD", "Adam", "AdamW")}
+    if backends.built("cpu"):
+        names |= {f"train_step, {name}" for name in ("SGD", "Adam", "AdamW")}
+    assert found["steps"]["cpu"] == dict.fromkeys(names, "ok")
+
+    ours, theirs, options = doctor_steps.OPTIMIZERS["Adam"]
+
+    def wrong(parameters, lr):
+        return ours(parameters, lr=1.1 * lr)
+
+    monkeypatch.setitem(doctor_steps.OPTIMIZERS, "Adam", (wrong, theirs, options))
+    found = doctor.report()
+    assert not found["healthy"]
+    failed = {name for name, said in found["steps"]["cpu"].items() if said.startswith("FAILED: ")}
+    assert failed == {name for name in names if name.endswith(" Adam") or name == "optim.Adam"}
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense"])
+def test_steps_that_a_forced_backend_does_not_take_are_not_failures(backend):
+    with ls.use_backend(backend):
+        found = doctor_steps.verdicts("cpu")
+    assert set(found.values()) == {"ok"}
 
 
 def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):

@@ -119,7 +119,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     # what people call
     "doctor_cases": {"compact", "formats", "reference"},
-    "doctor": {"backends", "doctor_cases", "ops", "reference", "_C", "_host"},
+    "doctor_steps": {"backends", "reference", "convert", "compacting", "optim", "step"},
+    "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference", "_C", "_host"},
     "__main__": {"doctor", "convert", "modules", "plan", "ticket"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version

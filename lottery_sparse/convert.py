@@ -178,6 +178,11 @@ def set_masks_(
     Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
     out keep what they have. Nothing is changed if anything is wrong.
 
+    A weight that becomes kept again goes on, in a plain layer, from what `layer.weight` holds there
+    (as you may have written it before, to rewind); in a compact layer, and after a state_dict was
+    loaded, from what it held while it was pruned. `model.load_state_dict(model.state_dict())` before
+    the call makes plain layers do that, too: regrowth as in RigL or SET, the same after a resume.
+
     Args:
         model: a model with masked layers, see `sparsify_`.
         masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept.

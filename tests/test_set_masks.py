@@ -246,3 +246,30 @@ def test_an_empty_layer_has_no_deviation(source):
     with pytest.warns(UserWarning, match="layer collapse"):  # and torch says nothing
         ls.set_masks_(model, {"weight": torch.ones(5, 0)}, source)
     assert model(torch.ones(2, 0)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("frozen", ["zero", ls.Constant(0.3)], ids=str)
+def test_regrown_weights_start_as_documented(frozen):
+    """From the raw weight in a plain layer; from what was held in compact and in loaded ones."""
+
+    def pruned():
+        torch.manual_seed(0)
+        model = ls.sparsify_(nn.Sequential(nn.Linear(6, 5)))
+        mask = torch.arange(30).view(5, 6) % 3 == 0
+        return ls.set_masks_(model, {"0.weight": mask}, frozen), mask
+
+    model, mask = pruned()
+    full = {"0.weight": torch.ones(5, 6)}
+    raw, held = model[0].weight.detach().clone(), model[0].effective_weight.detach().clone()
+    assert torch.equal(ls.set_masks_(model, full)[0].effective_weight, raw)
+    assert not torch.equal(raw, held)
+
+    again, _ = pruned()
+    again.load_state_dict(again.state_dict())
+    resumed = ls.sparsify_(nn.Sequential(nn.Linear(6, 5)))
+    resumed.load_state_dict(pruned()[0].state_dict())
+    compact = ls.sparsify_(nn.Sequential(nn.Linear(6, 5)))
+    compact.load_state_dict({"0.weight": raw, "0.bias": torch.zeros(5)})
+    ls.set_masks_(ls.compact_(compact), {"0.weight": mask}, frozen)  # with room for all
+    for each in (again, resumed, compact):
+        assert torch.equal(ls.set_masks_(each, full)[0].effective_weight, held)

@@ -180,8 +180,9 @@ def set_masks_(
 
     A weight that becomes kept again goes on, in a plain layer, from what `layer.weight` holds there
     (as you may have written it before, to rewind); in a compact layer, and after a state_dict was
-    loaded, from what it held while it was pruned. `model.load_state_dict(model.state_dict())` before
-    the call makes plain layers do that, too: regrowth as in RigL or SET, the same after a resume.
+    loaded, from what it held while it was pruned. `model.load_state_dict(model.state_dict())`
+    before the call makes plain layers do that, too: regrowth as in RigL or SET, and the same after
+    a resume.
 
     Args:
         model: a model with masked layers, see `sparsify_`.

@@ -68,6 +68,23 @@ PROFILES = {
 }
 
 
+_TICKETS, _MASKS = ("mask1", "mask0", "rewind_to", "compounding"), ("rescale", "init_score")
+
+# kind of a run -> what it does not read, and so must leave at its default
+NOT_READ: dict[str, tuple[str, ...]] = {
+    "iterative": ("weights", "permuted", *_MASKS),
+    "dense": ("final_at", "weights", "permuted", *_MASKS, *_TICKETS),
+    "one_shot": ("permuted", *_MASKS, *_TICKETS),
+    "learned": ("final_at", *_TICKETS),
+}
+READ_BY = {
+    **dict.fromkeys(_TICKETS, "only tickets, of rounds with a criterion, have it"),
+    **dict.fromkeys((*_MASKS, "permuted"), "only learned masks have it"),
+    "final_at": "only masks that a criterion scores have it",
+    "weights": "what is trained starts from its initial weights",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One curve with one seed. The defaults are a lottery ticket as in the paper.
@@ -120,6 +137,13 @@ class Run:
             raise ValueError("one-shot masks are for networks that are not trained: trained=False.")
         if self.schedule == "iterative" and not self.trained:
             raise ValueError("rounds train: a network that is not trained has schedule one_shot.")
+        kind = "dense" if self.criterion == DENSE and self.trained else ""
+        kind = "learned" if self.schedule == "learned" else kind or self.schedule
+        for name in NOT_READ[kind]:  # an id must not say what its rows do not depend on
+            if getattr(self, name) != (default := DEFAULTS[name]):
+                raise ValueError(
+                    f"{name} must be {default!r}, got {getattr(self, name)!r}: {READ_BY[name]}."
+                )
         for name in ("rewind_to", "final_at"):
             at = getattr(self, name)
             if at is not None and not 0 <= at <= self.iterations:
@@ -214,8 +238,10 @@ class Run:
             profile=self.profile,
             seed=self.seed,
             criterion=DENSE,
-            permuted=self.permuted,
         )
+
+
+DEFAULTS = {field.name: field.default for field in fields(Run)}
 
 
 def _check(name: str, value: str, known: Iterable[str]) -> None:

@@ -152,7 +152,8 @@ class Store:
                     raise ValueError(
                         f"run {key[0]} round {key[1]} is stored with other numbers "
                         f"({_differences(known, row)}): a run is a function of its config, so "
-                        "either it is not repeatable, or its code changed and runs.SCHEMA did not."
+                        "either it was made on a machine of other arithmetic (go on in a new "
+                        "folder, --store), or its code changed and runs.SCHEMA did not."
                     )
             self._append(lock, {name: text for name, text in texts.items() if text})
 

@@ -146,9 +146,11 @@ def run_study(
     failed = 0
     size = len(runs) if cuda else spread_over(len(runs), workers)
     for phase in (0, 1):  # the others start from the dense runs
-        again = 0
-        while not failed and again < ATTEMPTS:
+        again, before_failed = 0, failed
+        while failed == before_failed and again < ATTEMPTS:
             left = groups(runs, rounds, store, size, across_seeds=cuda)[phase]
+            if failed:  # of dense runs: what starts from the others is done all the same
+                left = [group for group in left if all(_can_start(run, store) for run in group)]
             todo = free(left, store)
             if left and not todo:  # by a worker that died on another machine, perhaps
                 wait_for_life([run for group in left for run in group], store)
@@ -162,6 +164,10 @@ def run_study(
             again = again + 1 if len(store.rows()) == before else 0
     left = say_left(runs, rounds, store)
     return failed or left
+
+
+def _can_start(run: Run, store: Store) -> bool:
+    return run.schedule == "learned" or has_dense(run.dense, store)
 
 
 def free(left: Sequence[tuple[Run, ...]], store: Store) -> list[tuple[Run, ...]]:

@@ -103,6 +103,19 @@ def test_the_protocol_is_part_of_the_id(monkeypatch):
         ({"schedule": "one_shot"}, "not trained: trained=False"),
         ({"trained": False}, "not trained has schedule one_shot"),
         ({"rewind_to": 52}, "iteration of the dense run, 0 to 51; got 52"),
+        ({"permuted": "pixels"}, "permuted must be 'none', got 'pixels': only learned masks"),
+        ({"weights": "signed_constant"}, "weights must be 'init', .* starts from its initial"),
+        ({"rescale": True}, "rescale must be False, got True: only learned masks have it"),
+        ({"criterion": "none", "mask1": "reinit"}, "mask1 must be 'rewind', .*: only tickets"),
+        ({"criterion": "none", "final_at": 5}, "final_at must be None, .* that a criterion"),
+        (
+            {"schedule": "one_shot", "trained": False, "mask0": "freeze_init"},
+            "mask0 must be 'zero'",
+        ),
+        (
+            {"schedule": "learned", "criterion": "none", "rewind_to": 5},
+            "rewind_to must be 0, got 5",
+        ),
     ],
 )
 def test_a_run_refuses_what_there_is_not(change, message):
@@ -320,6 +333,26 @@ def test_a_study_runs_and_resumes(tmp_path, capsys):
     assert main(command) == 0
     assert capsys.readouterr().out == ""  # all is done
     assert {row["round"] for row in Store(tmp_path).rows()} == {0, 1}
+
+
+def test_a_dense_run_of_another_machine_stops_nothing_but_its_own(tmp_path, capsys):
+    """A store came without its checkpoints, and one of its rows has other last digits."""
+    command = [
+        "run", "mask-criteria", "--profile", "smoke", "--seeds", "2", "--rounds", "1",
+        "--only", "criterion=random", "--engine", "inline", "--store",
+    ]  # fmt: skip
+    made, brought = tmp_path / "made", tmp_path / "brought"
+    assert main([*command, str(made)]) == 0
+    dense = {row["seed"]: row for row in Store(made).rows() if row["criterion"] == "none"}
+    dense[0]["final_validation_loss"] += 1e-7
+    store = Store(brought)
+    with store.claim([row["run_id"] for row in dense.values()]) as lease:
+        store.add(lease, list(dense.values()), [])
+    capsys.readouterr()
+    assert main([*command, str(brought)]) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"s0-smoke.* is stored with other numbers .*a new folder, --store", said)
+    assert {row["seed"] for row in Store(brought).rows() if row["round"] == 1} == {1}
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ class Curve:
         return levels(rows, value)
 
 
+def caveat_of(profile: str) -> str:
+    """What a profile leaves out of the paper's protocol; "" for the paper profile."""
+    deviations = ", ".join(PROFILES[profile].deviations)
+    return deviations and f"profile {profile}, not the paper's protocol: {deviations}"
+
+
 @dataclass(frozen=True)
 class Selection:
     """The curves of a study on one network under one profile, in the order of the study's arms.
@@ -113,10 +119,7 @@ class Selection:
     @property
     def caveat(self) -> str:
         """What the profile leaves out of the paper's protocol; "" for the paper profile."""
-        if self.paper:
-            return ""
-        deviations = ", ".join(PROFILES[self.profile].deviations)
-        return f"profile {self.profile}, not the paper's protocol: {deviations}"
+        return caveat_of(self.profile)
 
     @property
     def stem(self) -> str:

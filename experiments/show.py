@@ -15,7 +15,7 @@ from experiments.judging import judge
 from experiments.networks import NETWORKS
 from experiments.report import build, weights_from
 from experiments.runs import PROFILES
-from experiments.selection import Selection, select
+from experiments.selection import Selection, caveat_of, select
 from experiments.store import Store
 from experiments.tables import ITERATION, Table, all_levels, masks, seven, summary
 
@@ -51,7 +51,7 @@ def table(options: argparse.Namespace) -> None:
         both = seven([(name, its_rows) for name, its_rows in of.items() if its_rows])
         found.append((f"table-1-{options.profile}", both, both))
     for stem, short, full in found:
-        print(f"{stem}\n\n{short.text()}")
+        print("\n\n".join(filter(None, (stem, caveat_of(options.profile), short.text()))))
         if options.out is not None:
             write_whole(Path(options.out) / f"{stem}.txt", short.text().encode())
             write_whole(Path(options.out) / f"{stem}.md", short.markdown().encode())
@@ -99,6 +99,8 @@ def claims(options: argparse.Namespace) -> None:
         for verdict in judge(rows, network, options.profile, options.study)
     ]
     text = Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown()
+    if caveat := caveat_of(options.profile):
+        text = f"{caveat}\n\n{text}"
     print(text, end="")
     if options.out is not None:
         write_whole(Path(options.out) / "claims.md", text.encode())

@@ -224,7 +224,11 @@ def seven(networks: Sequence[tuple[str, Sequence[Row]]]) -> Table:
 
 
 def masks(selection: Selection) -> Table:
-    """Learned masks: accuracy sampled and at threshold, density, and what a mask costs in bits."""
+    """Learned masks: accuracy sampled and at threshold, density, and what a mask costs in bits.
+
+    The spread beside the mean is that over seeds; that of the ten masks drawn of each network is a
+    column of its own: the widest of any seed.
+    """
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
         level = next((level for level in curve.levels() if level.round == 1), None)
@@ -236,19 +240,25 @@ def masks(selection: Selection) -> Table:
             return mean(found) if found else None
 
         threshold, bits = average("threshold_accuracy"), average("mask_bits")
+        drawn = [row["sample_accuracies"] for row in curve.rows if row.get("sample_accuracies")]
+        widest = max(drawn, key=lambda found: max(found) - min(found), default=None)
         seed = average("seed_bits")
         rows.append(
             (
                 curve.label,
                 level.n,
                 spread(level),
+                "" if widest is None else f"{percent(min(widest))} to {percent(max(widest))}",
                 "" if threshold is None else percent(threshold),
                 percent(level.density, 1),
                 "" if bits is None else f"{bits:,.0f}",
                 "" if seed is None else f"{seed:,.0f}",
             )
         )
-    columns = ("learned mask", "n", "accuracy", "at threshold", "kept", "mask bits", "seed bits")
+    columns = (
+        "learned mask", "n", "accuracy", "of ten masks", "at threshold", "kept", "mask bits",
+        "seed bits",
+    )  # fmt: skip
     return Table(
         columns, tuple(rows), "Accuracy and kept weights in percent; a network is a mask and a seed"
     )

@@ -165,7 +165,13 @@ def _style(curve: Curve, i: int, curves: Sequence[Curve], by_criterion: bool) ->
 
 
 def _dense_line(axes: Axes, selection: Selection, value: str = ACCURACY) -> None:
-    values = [row[value] for row in selection.dense if row.get(value) is not None]
+    """Over the seeds that all curves have: seeds differ by as much as some arms do."""
+    seeds = set.intersection(*({row["seed"] for row in curve.rows} for curve in selection.curves))
+    values = [
+        row[value]
+        for row in selection.dense
+        if row.get(value) is not None and (row["seed"] in seeds or not seeds)
+    ]
     if values:
         label = f"dense, trained (mean, n = {len(values)})"
         axes.axhline(mean(values), color="black", linewidth=1.1, linestyle="--", label=label)

@@ -5,8 +5,7 @@ dense run of a seed is a run of its own, which all others of that seed start fro
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +28,9 @@ from experiments.lottery import (
     train_rounds,
     untrained,
 )
-from experiments.provenance import digest, provenance
+from experiments.records import Say, base_row, line, missing, record, row_of
 from experiments.runs import DENSE, Run
 from experiments.store import Lease, Store
-
-Say = Callable[[str], None]
 
 
 def lottery_of(run: Run, rounds: int) -> Lottery:
@@ -241,9 +238,10 @@ def run_learned(
 ) -> None:
     """One row each, of ten masks drawn from what was learned."""
     began = time.time()
-    for this in learn(runs, dataset, Checkpoints(store, lease)):
+    kept = Checkpoints(store, lease)
+    for this in learn(runs, dataset, kept):
         row = base_row(this.run) | this.row
-        seconds = time.time() - began
+        seconds = kept.seconds[this.run.id] + time.time() - began
         made = record(this.run, 1, began, [this.run], seconds, dataset, this.engine)
         store.add(lease, [row], [made])
         say(
@@ -256,87 +254,17 @@ class Checkpoints:
     """Of learned masks, under a lease."""
 
     def __init__(self, store: Store, lease: Lease):
-        self.store, self.lease = store, lease
+        self.store, self.lease, self.began = store, lease, time.time()
+        self.seconds: dict[str, float] = {}  # that a run took in processes before this one
 
     def load(self, run_id: str) -> State | None:
-        return self.store.load(run_id)
+        self.began, found = time.time(), self.store.load(run_id)
+        self.seconds[run_id] = found[1].get("seconds", 0.0) if found else 0.0
+        return found
 
     def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        self.store.save(self.lease, run_id, tensors, metadata)
-
-
-# ---- rows and records ----------------------------------------------------------------------------
-
-
-def missing(
-    rows: list[dict[str, Any]], store: Store, dataset: Dataset, say: Say
-) -> list[dict[str, Any]]:
-    """The rows to add. Of a GPU, only those of rounds that the store has no row of.
-
-    Its bits depend on the card and on the company, so a round that is done again, as its checkpoint
-    is elsewhere or was not written before a kill, may end otherwise. What was stored first stays.
-    """
-    if dataset.train.images.device.type == "cpu":
-        return rows  # the same bits: anything else is an error
-    new = [row for row in rows if row["round"] not in store.rounds_done(row["run_id"])]
-    for row in rows:
-        if row not in new:
-            say(f"{row['run_id']} round {row['round']:2}: done again; its stored row stays")
-    return new
-
-
-def base_row(run: Run) -> dict[str, Any]:
-    """What every row of a run says, and null for what it may say."""
-    unknown = dict.fromkeys(
-        (
-            "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
-            "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
-        )
-    )  # fmt: skip
-    named = {field.name: getattr(run, field.name) for field in fields(run)}
-    return {"study": studies.home(run), "run_id": run.id, **named, **unknown}
-
-
-def row_of(run: Run, this: Round) -> dict[str, Any]:
-    """The row of a round; that of the dense one says which run it starts."""
-    apart = ("criterion", "mask1", "mask0", "seed", "engine")
-    return base_row(run) | {key: value for key, value in this.row.items() if key not in apart}
-
-
-def record(
-    run: Run,
-    number: int,
-    began: float,
-    group: Sequence[Run],
-    seconds: float,
-    dataset: Dataset,
-    engine: object = None,
-) -> dict[str, Any]:
-    """How rows were made: what is not a function of the run.
-
-    `round` is the last one of them, `seconds` a network's share of the group's.
-    """
-    return {
-        "run_id": run.id,
-        "round": number,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "seconds": round(seconds / len(group), 3),
-        "group": [member.id for member in group],
-        "engine": engine,
-        "threads": torch.get_num_threads(),
-        "device": str(dataset.train.images.device),
-        "data_sha256": digest(dataset),
-        "outcome": "done",
-        **provenance(),
-    }
-
-
-def line(run: Run, this: Round) -> str:
-    row = this.row
-    return (
-        f"{run.id} round {this.number:2}: density {row['density']:7.2%}, test accuracy "
-        f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}"
-    )
+        seconds = self.seconds[run_id] + time.time() - self.began
+        self.store.save(self.lease, run_id, tensors, {**metadata, "seconds": seconds})
 
 
 # ---- what is to do -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A study run: its groups of runs handed to workers, which may die at any moment."""
 
+import contextlib
 import math
 import re
 import time
@@ -15,7 +16,9 @@ from experiments import data, leases
 from experiments.data import Dataset
 from experiments.engines import ATTEMPTS, check, sweep
 from experiments.execute import execute, groups, has_dense, rounds_of
+from experiments.leases import LeaseLost
 from experiments.networks import NETWORKS, keep_by_parameter, skeleton
+from experiments.records import attempt
 from experiments.runs import PROFILES, Run
 from experiments.store import Lease, Store
 from experiments.studies import Study, wanted
@@ -48,7 +51,15 @@ class Job:
                 if run.schedule != "learned" and run != run.dense:
                     wait_for(run.dense, store)
             dataset = load(group[0].dataset, self.data_dir, device)
-            execute(left, self.rounds, store, lease, dataset, partial(print, flush=True))
+            store.add(lease, [], [attempt(run, "started") for run in left])
+            try:
+                execute(left, self.rounds, store, lease, dataset, partial(print, flush=True))
+            except LeaseLost:
+                raise  # the runs are another worker's now
+            except Exception as error:
+                with contextlib.suppress(OSError, LeaseLost):  # what is said is the error itself
+                    store.add(lease, [], [attempt(run, "failed", str(error)) for run in left])
+                raise
 
 
 def claim(group: Sequence[Run], store: Store) -> tuple[list[Run], Lease | None]:

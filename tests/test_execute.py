@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments import claims, data, studies
+from experiments import execute as execution
 from experiments.__main__ import main
 from experiments.execute import (
     dense_of,
@@ -353,6 +354,28 @@ def test_a_dense_run_of_another_machine_stops_nothing_but_its_own(tmp_path, caps
     said = capsys.readouterr().err
     assert re.search(r"s0-smoke.* is stored with other numbers .*a new folder, --store", said)
     assert {row["seed"] for row in Store(brought).rows() if row["round"] == 1} == {1}
+    outcomes = {seed: [] for seed in dense}
+    for made in Store(brought).records():
+        for seed, row in dense.items():
+            if made["run_id"] == row["run_id"]:
+                outcomes[seed].append(made["outcome"])
+    assert outcomes == {0: ["started", "failed"], 1: ["started", "done"]}
+    [failed] = [made for made in Store(brought).records() if made["outcome"] == "failed"]
+    assert "is stored with other numbers" in failed["error"]
+
+
+def test_the_seconds_of_a_learned_mask_are_those_of_all_its_processes(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(execution.time, "time", lambda: now[0])
+    store = Store(tmp_path)
+    for before, at in (0.0, 1.0), (1.0, 4.0), (4.0, 9.0):  # a process ends 1, 3, 5 s after it began
+        with store.claim(["a-run"]) as lease:
+            kept = execution.Checkpoints(store, lease)
+            kept.load("a-run")
+            assert kept.seconds["a-run"] == before
+            now[0] += at - before
+            kept.save("a-run", {"x": torch.ones(1)}, {"iteration": 1})
+            now[0] += 100.0  # after the last checkpoint: lost, and done again
 
 
 @pytest.mark.parametrize(

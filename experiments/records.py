@@ -1,0 +1,100 @@
+"""What a run leaves in the store: rows, which are a function of it, and records of how it went."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from experiments import studies
+from experiments.data import Dataset
+from experiments.lottery import Round
+from experiments.provenance import digest, provenance
+from experiments.runs import Run
+from experiments.store import Store
+
+Say = Callable[[str], None]
+
+
+def missing(
+    rows: list[dict[str, Any]], store: Store, dataset: Dataset, say: Say
+) -> list[dict[str, Any]]:
+    """The rows to add. Of a GPU, only those of rounds that the store has no row of.
+
+    Its bits depend on the card and on the company, so a round that is done again, as its checkpoint
+    is elsewhere or was not written before a kill, may end otherwise. What was stored first stays.
+    """
+    if dataset.train.images.device.type == "cpu":
+        return rows  # the same bits: anything else is an error
+    new = [row for row in rows if row["round"] not in store.rounds_done(row["run_id"])]
+    for row in rows:
+        if row not in new:
+            say(f"{row['run_id']} round {row['round']:2}: done again; its stored row stays")
+    return new
+
+
+def base_row(run: Run) -> dict[str, Any]:
+    """What every row of a run says, and null for what it may say."""
+    unknown = dict.fromkeys(
+        (
+            "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
+            "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
+        )
+    )  # fmt: skip
+    named = {field.name: getattr(run, field.name) for field in fields(run)}
+    return {"study": studies.home(run), "run_id": run.id, **named, **unknown}
+
+
+def row_of(run: Run, this: Round) -> dict[str, Any]:
+    """The row of a round; that of the dense one says which run it starts."""
+    apart = ("criterion", "mask1", "mask0", "seed", "engine")
+    return base_row(run) | {key: value for key, value in this.row.items() if key not in apart}
+
+
+def record(
+    run: Run,
+    number: int,
+    began: float,
+    group: Sequence[Run],
+    seconds: float,
+    dataset: Dataset,
+    engine: object = None,
+) -> dict[str, Any]:
+    """How rows were made: what is not a function of the run.
+
+    `round` is the last one of them, `seconds` a network's share of the group's.
+    """
+    return {
+        "run_id": run.id,
+        "round": number,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(seconds / len(group), 3),
+        "group": [member.id for member in group],
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+        "device": str(dataset.train.images.device),
+        "data_sha256": digest(dataset),
+        "outcome": "done",
+        **provenance(),
+    }
+
+
+def attempt(run: Run, outcome: str, error: str = "") -> dict[str, Any]:
+    """That a worker began a run, or why it did not end it; one that was killed says no more."""
+    return {
+        "run_id": run.id,
+        "round": None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "outcome": outcome,
+        **({"error": error} if error else {}),
+        **provenance(),
+    }
+
+
+def line(run: Run, this: Round) -> str:
+    row = this.row
+    return (
+        f"{run.id} round {this.number:2}: density {row['density']:7.2%}, test accuracy "
+        f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}"
+    )

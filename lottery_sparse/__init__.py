@@ -18,7 +18,8 @@ from lottery_sparse.replicate import replicate, select
 from lottery_sparse.step import train_step
 from lottery_sparse.supermask import SupermaskConv2d, SupermaskLinear
 from lottery_sparse.supermasking import masked_, sampled, supermask_, supermask_ticket, use_masks_
-from lottery_sparse.ticket import Ticket, find_ticket
+from lottery_sparse.ticket import Ticket
+from lottery_sparse.ticket_search import find_ticket
 
 __version__ = "0.1.0"
 

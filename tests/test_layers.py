@@ -106,7 +106,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "modules", "ops", "packing"},
     "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {
+    "ticket": {"masks", "frozen", "convert", "ticket_file"},
+    "ticket_search": {
         "random",
         "masks",
         "criteria",
@@ -115,6 +116,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "frozen",
         "modules",
         "convert",
+        "ticket",
         "ticket_file",
     },
     # what people call

@@ -239,13 +239,22 @@ def set_masks_(
     return model
 
 
+LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
+
+
 def check_masked(model: nn.Module) -> None:
     """Raises ValueError for a model without masked layers: `sparsify_` was forgotten."""
     kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
     if not kinds:
         raise ValueError("the model has no masked layer; call ls.sparsify_(model) first.")
     if not any(isinstance(m, Masked) for m in kinds):
-        raise ValueError("the model's masks are learned ones; call ls.masked_(model) first.")
+        raise ValueError(LEARNED)
+
+
+def check_not_learned(model: nn.Module) -> None:
+    """Raises ValueError for a model of which any layer learns its mask."""
+    if any(isinstance(m, Supermask) for m in model.modules()):
+        raise ValueError(LEARNED)
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse import ticket_file
 from lottery_sparse.convert import (
     by_parameter,
+    check_not_learned,
     masked_modules,
     set_masks_,
     sparsify_,
@@ -121,7 +122,11 @@ class Ticket:
         """Put the ticket into a model of the same architecture, ready to train; in place.
 
         Compact layers stay compact, and need as many slots as the ticket keeps weights.
+
+        Raises:
+            ValueError: the model learns its masks.
         """
+        check_not_learned(model)
         weights = {
             id(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)

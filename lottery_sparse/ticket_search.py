@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
-from lottery_sparse.convert import masks_of, sparsify_, state_without_masks
+from lottery_sparse.convert import check_not_learned, masks_of, sparsify_, state_without_masks
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.frozen import Seeded, SignOf
 from lottery_sparse.masks import Masks
@@ -80,8 +80,8 @@ def find_ticket(
         The `Ticket` the last training started from.
 
     Raises:
-        ValueError: an argument has no such value, or `resume` is not of such a search; before the
-            first training, but for what late rewinding trains.
+        ValueError: an argument has no such value, the model learns its masks, or `resume` is not of
+            such a search; before the first training, but for what late rewinding trains.
         TypeError: metrics that no file of a ticket can hold; as soon as they are returned.
 
     Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
@@ -96,6 +96,7 @@ def find_ticket(
     start_of = find(mask1, MASK1_ACTIONS, "mask1")
     frozen_of = find(mask0, MASK0_ACTIONS, "mask0")
     seed = as_seed(generator)
+    check_not_learned(model)
     if not any(isinstance(m, Masked) for m in model.modules()):
         sparsify_(model)
     masks = masks_of(model)

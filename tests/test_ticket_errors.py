@@ -38,6 +38,21 @@ def test_errors_come_before_the_first_training(changes, message):
     assert train.stops == []
 
 
+@pytest.mark.parametrize("some", [False, True], ids=["all layers", "one of two"])
+def test_models_that_learn_their_masks_are_refused_before_anything_changes(some):
+    model = ls.supermask_(network(), filter_fn=(lambda m, name: name == "3") if some else None)
+    before, train = {n: v.clone() for n, v in model.state_dict().items()}, Trainer()
+    ticket = ls.Ticket(ls.masks_of(ls.sparsify_(network())), network().state_dict())
+    for call in (lambda: ls.find_ticket(model, train, 1, 0.5), lambda: ticket.apply_(model)):
+        with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.masked_\(model\)"):
+            call()
+    assert train.stops == []
+    assert type(model[0]) is (nn.Linear if some else ls.SupermaskLinear)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_metrics_become_numbers_that_a_file_can_hold(tmp_path):
     shared = {}
 

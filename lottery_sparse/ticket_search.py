@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
-from lottery_sparse.convert import check_not_learned, masks_of, sparsify_, state_without_masks
+from lottery_sparse.convert import check_not_learned, masks_of, sparsify_
 from lottery_sparse.criteria import CRITERIA, Criterion
+from lottery_sparse.densify import state_without_masks
 from lottery_sparse.frozen import Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from lottery_sparse.convert import MASKED_TYPES, become, hooks_of_prune, masked_modules
+from lottery_sparse.convert import (
+    MASKED_TYPES,
+    become,
+    check_not_learned,
+    hooks_of_prune,
+    masked_modules,
+)
 
 
 def densify_(model: nn.Module) -> nn.Module:
@@ -16,8 +22,10 @@ def densify_(model: nn.Module) -> nn.Module:
     weights. Returns `model`.
 
     Raises:
+        ValueError: a layer learns its mask.
         TypeError: a layer is a subclass with behaviour of its own, which a dense layer would lose.
     """
+    check_not_learned(model)
     layers = []
     for prefix, layer in masked_modules(model):
         if type(layer) not in MASKED_TYPES.values():
@@ -40,7 +48,12 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict that the dense model loads strictly: effective weights and biases, no masks."""
+    """A state_dict that the dense model loads strictly: effective weights and biases, no masks.
+
+    Raises:
+        ValueError: a layer learns its mask.
+    """
+    check_not_learned(model)
     state = state_without_masks(model)
     for prefix, layer in masked_modules(model, remove_duplicate=False):
         if hooks_of_prune(layer, "bias"):

@@ -37,6 +37,22 @@ def test_dense_state_dict_loads_strictly_into_the_dense_model():
     torch.testing.assert_close(dense(x), model(x))
 
 
+@pytest.mark.parametrize("call", [ls.densify_, ls.dense_state_dict])
+@pytest.mark.parametrize("some", [False, True], ids=["all layers", "one of two"])
+def test_models_that_learn_their_masks_have_no_dense_form_yet(call, some):
+    model = network()
+    ls.supermask_(model, filter_fn=(lambda m, name: name == "0") if some else None)
+    if some:
+        ls.sparsify_(model, lambda m, name: name == "4")
+    with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.masked_\(model\)"):
+        call(model)
+    assert type(model[0]) is ls.SupermaskConv2d
+    assert type(model[4]) is (ls.MaskedLinear if some else ls.SupermaskLinear)
+    ls.masked_(model)
+    network().load_state_dict(ls.dense_state_dict(model))
+    assert type(ls.densify_(model)[0]) is nn.Conv2d
+
+
 def test_densify_refuses_a_subclass_before_it_changes_anything():
     class Twice(ls.MaskedLinear):
         def forward(self, x):

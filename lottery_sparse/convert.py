@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.compact import find_optimizers, holders_of
@@ -206,6 +207,16 @@ def check_not_learned(model: nn.Module) -> None:
     """Raises ValueError for a model of which any layer learns its mask."""
     if any(isinstance(m, Supermask) for m in model.modules()):
         raise ValueError(LEARNED)
+
+
+def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
+    """Raises TypeError where a tensor of the layer is computed, and not a Parameter of it."""
+    if tensor in layer._parameters:
+        return
+    undo = "torch.nn.utils.remove_weight_norm(layer), or what else undoes it,"
+    if parametrize.is_parametrized(layer, tensor):
+        undo = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}")'
+    raise TypeError(f"{prefix}{tensor} is computed, and no Parameter; call {undo} first.")
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
-from lottery_sparse.frozen import Held, decode, encode, remake
+from lottery_sparse.frozen import Constant, Held, decode, encode, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import masked_conv2d, masked_linear
 
@@ -58,7 +58,9 @@ class Masked(nn.Module):
 
     state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
-    missing `weight_mask` means all kept, so dense checkpoints load strictly.
+    missing `weight_mask` means all kept, so dense checkpoints load strictly. Where something else
+    computes `weight` (torch.nn.utils.parametrizations), its parts are saved in place of `weight`,
+    and sign x constant values as a tensor, as there is no weight to take signs of.
     """
 
     dense_type: type[nn.Module]
@@ -184,9 +186,20 @@ class Masked(nn.Module):
             weight = self.effective_weight
             destination[prefix + "weight"] = weight if keep_vars else weight.detach()
         destination[prefix + "weight_mask"] = self.weight_mask
-        entry = encode(self._held())
+        entry = encode(self._to_save())
         if entry is not None:
             destination[prefix + "weight_frozen"] = entry
+
+    def _to_save(self) -> Held:
+        """The source; as values if they are signs of a weight that the state_dict does not hold."""
+        held = self._held()
+        if "weight" in self._parameters or held.signs is None:
+            return held
+        blank = torch.zeros_like(self.weight, requires_grad=False)
+        pruned = torch.zeros_like(self.weight_mask)
+        return Held(
+            reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
+        )
 
     def _load_from_state_dict(
         self,
@@ -205,6 +218,12 @@ class Masked(nn.Module):
         try:  # check all of it before anything is written
             if weight is not None:
                 mask, held = self._check_entries(names[0], weight, mask, frozen)
+                lacks_signs = "weight" not in self._parameters and names[0] not in state_dict
+                if lacks_signs and isinstance(held.descriptor, Constant):
+                    raise ValueError(
+                        f"frozen values of {names[0]} are signs of a weight that the checkpoint "
+                        "does not hold; give a tensor of them, as this version saves it."
+                    )
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lottery_sparse import ticket_file
 from lottery_sparse.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
-from lottery_sparse.convert import check_not_learned, masks_of, sparsify_
+from lottery_sparse.convert import (
+    check_not_learned,
+    check_own,
+    masked_modules,
+    masks_of,
+    sparsify_,
+)
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.densify import state_without_masks
 from lottery_sparse.frozen import Seeded, SignOf
@@ -83,7 +89,8 @@ def find_ticket(
     Raises:
         ValueError: an argument has no such value, the model learns its masks, or `resume` is not of
             such a search; before the first training, but for what late rewinding trains.
-        TypeError: metrics that no file of a ticket can hold; as soon as they are returned.
+        TypeError: a masked layer computes its weight (weight_norm); before the first training. And
+            metrics that no file of a ticket can hold; as soon as they are returned.
 
     Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
     with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
@@ -98,6 +105,8 @@ def find_ticket(
     frozen_of = find(mask0, MASK0_ACTIONS, "mask0")
     seed = as_seed(generator)
     check_not_learned(model)
+    for prefix, layer in masked_modules(model):
+        check_own(prefix, layer, "weight")
     if not any(isinstance(m, Masked) for m in model.modules()):
         sparsify_(model)
     masks = masks_of(model)

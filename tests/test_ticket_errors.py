@@ -53,6 +53,16 @@ def test_models_that_learn_their_masks_are_refused_before_anything_changes(some)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_masked_layers_that_compute_their_weight_are_refused_by_name():
+    model, train = ls.sparsify_(network()), Trainer()
+    nn.utils.parametrizations.weight_norm(model[3])
+    with pytest.raises(TypeError, match=r'^3\.weight is computed.*\(layer, "weight"\) first\.$'):
+        ls.find_ticket(model, train, 1, 0.5)
+    assert train.stops == []
+    nn.utils.parametrize.remove_parametrizations(model[3], "weight")
+    assert ls.find_ticket(model, train, 1, 0.5).masks["3.weight"].sum() == 16
+
+
 def test_metrics_become_numbers_that_a_file_can_hold(tmp_path):
     shared = {}
 

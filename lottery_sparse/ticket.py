@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lottery_sparse import ticket_file
 from lottery_sparse.convert import (
@@ -18,6 +19,7 @@ from lottery_sparse.convert import (
     set_masks_,
     sparsify_,
 )
+from lottery_sparse.densify import densify_
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 
@@ -124,18 +126,59 @@ class Ticket:
         Compact layers stay compact, and need as many slots as the ticket keeps weights.
 
         Raises:
-            ValueError: the model learns its masks.
+            ValueError: the model learns its masks, has other names or shapes than the ticket, or a
+                layer that cannot be masked; then nothing has changed.
         """
         check_not_learned(model)
+        self._check_fits(model)
+        before = {id(layer) for _, layer in masked_modules(model)}
         weights = {
             id(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)
             if name in self.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
+        names = {name for name, _ in by_parameter(model)}
+        if unmasked := [name for name in self.masks if name not in names]:
+            for _, layer in [*masked_modules(model)]:
+                if id(layer) not in before:
+                    densify_(layer)  # whose weights are all kept: as it was
+            raise ValueError(
+                f"the ticket has a mask of {unmasked[0]}, which is no weight of an nn.Linear or "
+                "nn.Conv2d that can be masked in this model; give one of the same architecture."
+            )
         return restart(
             model, self._start_of(model), trained(self.masks, self.released), self.frozen
         )
+
+    def _check_fits(self, model: nn.Module) -> None:
+        """Whether names and shapes are those of the model; raises ValueError."""
+        there, ours = _without_masks(model.state_dict()), _without_masks(self.start)
+        ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
+        way = "give a model of the same architecture"
+        for wrapper in "_orig_mod", "module":  # torch.compile, DistributedDataParallel
+            if there.keys() == {f"{wrapper}.{name}" for name in ours}:
+                way = f"the model is wrapped: apply it to model.{wrapper}"
+            if ours.keys() == {f"{wrapper}.{name}" for name in there}:
+                way = (
+                    f"the ticket is of a wrapped model (.{wrapper}): apply it to one wrapped alike"
+                )
+        for name in ours:
+            if name not in there:
+                raise ValueError(f"the ticket has {name}, which this model has not; {way}.")
+        for name in there:
+            if name not in ours:
+                raise ValueError(f"this model has {name}, which the ticket has not; {way}.")
+        for part in ours, self.masks, self.frozen:
+            for name, value in part.items():
+                like = there.get(name)
+                if not isinstance(value, Tensor) or not isinstance(like, Tensor) or is_lazy(like):
+                    continue
+                if value.shape != like.shape:
+                    raise ValueError(
+                        f"{name} has shape {tuple(value.shape)} in the ticket, but "
+                        f"{tuple(like.shape)} in this model; {way}."
+                    )
 
     def _start_of(self, model: nn.Module) -> dict[str, Any]:
         """`start` with tensors in place of sources."""
@@ -151,6 +194,16 @@ class Ticket:
                     mask = self.masks[name]
                     made[name] *= mask.numel() / max(1, int(mask.sum()))
         return made
+
+
+def _without_masks(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict without what masked layers have beside a weight."""
+    ours = "weight_mask", "weight_frozen"
+    return {
+        name: value
+        for name, value in state.items()
+        if not (name.rpartition(".")[2] in ours and name.rpartition("_")[0] in state)
+    }
 
 
 def restart(

@@ -108,7 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "densify", "modules", "ops", "packing"},
     "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {"masks", "frozen", "convert", "ticket_file"},
+    "ticket": {"masks", "frozen", "convert", "densify", "ticket_file"},
     "ticket_search": {
         "random",
         "masks",

@@ -6,8 +6,9 @@ from lottery_sparse.backends import use_backend
 from lottery_sparse.channels import Channels, drop_channels
 from lottery_sparse.compact_layers import CompactConv2d, CompactLinear
 from lottery_sparse.compacting import compact_, expand_, refresh_
-from lottery_sparse.convert import dense_state_dict, densify_, masks_of, set_masks_, sparsify_
+from lottery_sparse.convert import masks_of, set_masks_, sparsify_
 from lottery_sparse.criteria import CRITERIA, SIGN_MASKS
+from lottery_sparse.densify import dense_state_dict, densify_
 from lottery_sparse.frozen import Constant, Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
@@ -18,7 +19,8 @@ from lottery_sparse.replicate import replicate, select
 from lottery_sparse.step import train_step
 from lottery_sparse.supermask import SupermaskConv2d, SupermaskLinear
 from lottery_sparse.supermasking import masked_, sampled, supermask_, supermask_ticket, use_masks_
-from lottery_sparse.ticket import Ticket, find_ticket
+from lottery_sparse.ticket import Ticket
+from lottery_sparse.ticket_search import find_ticket
 
 __version__ = "0.1.0"
 

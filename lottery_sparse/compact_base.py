@@ -358,24 +358,21 @@ class Compact(Masked):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        state = dict(state_dict)
-        weight, mask, frozen = (state.pop(name, None) for name in names)
-        if weight is None and mask is not None:  # a new mask for the weight that is here
-            weight = self.effective_weight.detach()
-            missing_keys.append(names[0])
-        if weight is None:  # "weight" is then reported as missing
-            nn.Module._load_from_state_dict(
-                self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                error_msgs,
-            )  # fmt: skip
-            return
+        state = {name: value for name, value in state_dict.items() if name not in names}
         try:  # check all of it before anything is written
+            entries = self._entries(state_dict, prefix)
+            if entries is None:  # "weight" is then reported as missing
+                nn.Module._load_from_state_dict(
+                    self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                    error_msgs,
+                )  # fmt: skip
+                return
             if self.weight_mask.is_meta:
                 raise ValueError(
                     f"{names[0]} is compact and on the meta device, where it has lost which "
                     "weights it keeps; load the masked model, then call ls.compact_."
                 )
-            mask, held = self._check_entries(names[0], weight, mask, frozen)
+            weight, mask, held = entries
             mask = mask.to(self.weight_mask.device)
             self._check_capacity(names[0], mask)
             other_mask = not torch.equal(mask, self.weight_mask)
@@ -385,6 +382,8 @@ class Compact(Masked):
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
+        if names[0] not in state_dict:
+            missing_keys.append(names[0])
         like = self._dense
         if other_mask:
             self.weight.grad = None  # of weights that were kept

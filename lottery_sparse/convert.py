@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.compact import find_optimizers, holders_of
@@ -70,7 +71,7 @@ def sparsify_(
         and not isinstance(module, Masked)
         and (filter_fn is None or filter_fn(module, name))
     }
-    pruned = {name: m for name, m in candidates.items() if _hooks_of_prune(m)}
+    pruned = {name: m for name, m in candidates.items() if hooks_of_prune(m)}
     skipped = {
         name: why
         for name, m in candidates.items()
@@ -103,55 +104,6 @@ def sparsify_(
                 cast(Masked, module).weight_mask.copy_(mask)
     _match_tied_masks(model, swapped)
     return model
-
-
-def densify_(model: nn.Module) -> nn.Module:
-    """Turn masked layers back into nn.Linear and nn.Conv2d that hold the effective weights.
-
-    In place; Parameters keep their identity. The masks are gone: further training refills pruned
-    weights. Returns `model`.
-
-    Raises:
-        TypeError: a layer is a subclass with behaviour of its own, which a dense layer would lose.
-    """
-    layers = []
-    for prefix, layer in masked_modules(model):
-        if type(layer) not in MASKED_TYPES.values():
-            raise TypeError(
-                f"{prefix[:-1] or 'the model itself'} is a {type(layer).__name__}, which has no "
-                "dense form of its own; take its weights from ls.dense_state_dict, or call "
-                "ls.expand_ first if it is compact."
-            )
-        layers.append(layer)
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight.copy_(layer.effective_weight)
-    for layer in layers:
-        become(layer, layer.dense_type)
-        for name in ("weight_mask", "weight_frozen", "weight_signs", "weight_signs_sum"):
-            del layer._buffers[name]
-            layer._non_persistent_buffers_set.discard(name)
-        del layer._frozen_descriptor, layer._summed
-    return model
-
-
-def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict that the dense model loads strictly: effective weights and biases, no masks."""
-    state = state_without_masks(model)
-    for prefix, layer in masked_modules(model, remove_duplicate=False):
-        if _hooks_of_prune(layer, "bias"):
-            original, mask = (state.pop(f"{prefix}bias_{part}") for part in ("orig", "mask"))
-            state[f"{prefix}bias"] = original * mask.to(original.dtype)
-    return state
-
-
-def state_without_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict, dense: effective weights, without their masks and frozen values."""
-    state = model.state_dict()
-    for prefix, _ in masked_modules(model, remove_duplicate=False):
-        for name in ("weight_mask", "weight_frozen"):
-            state.pop(prefix + name, None)
-    return state
 
 
 def masks_of(model: nn.Module) -> Masks:
@@ -245,13 +197,32 @@ def set_masks_(
     return model
 
 
+LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
+
+
 def check_masked(model: nn.Module) -> None:
     """Raises ValueError for a model without masked layers: `sparsify_` was forgotten."""
     kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
     if not kinds:
         raise ValueError("the model has no masked layer; call ls.sparsify_(model) first.")
     if not any(isinstance(m, Masked) for m in kinds):
-        raise ValueError("the model's masks are learned ones; call ls.masked_(model) first.")
+        raise ValueError(LEARNED)
+
+
+def check_not_learned(model: nn.Module) -> None:
+    """Raises ValueError for a model of which any layer learns its mask."""
+    if any(isinstance(m, Supermask) for m in model.modules()):
+        raise ValueError(LEARNED)
+
+
+def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
+    """Raises TypeError where a tensor of the layer is computed, and not a Parameter of it."""
+    if tensor in layer._parameters:
+        return
+    undo = "torch.nn.utils.remove_weight_norm(layer), or what else undoes it,"
+    if parametrize.is_parametrized(layer, tensor):
+        undo = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}")'
+    raise TypeError(f"{prefix}{tensor} is computed, and no Parameter; call {undo} first.")
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -294,7 +265,7 @@ def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return owners
 
 
-def _hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
+def hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
     """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight, or bias."""
     return [
         key
@@ -303,15 +274,9 @@ def _hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
     ]
 
 
-def settle_bias(module: nn.Module) -> None:
-    """Where torch.nn.utils.prune computes the bias, what it leaves of it becomes the Parameter."""
-    if _hooks_of_prune(module, "bias"):
-        torch_prune.remove(module, "bias")
-
-
 def _take_from_prune(module: nn.Module) -> Tensor:
     """Undo torch.nn.utils.prune, values under the mask included; the mask."""
-    for key in _hooks_of_prune(module):
+    for key in hooks_of_prune(module):
         del module._forward_pre_hooks[key]
     mask = module._buffers.pop("weight_mask")
     assert mask is not None

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lottery_sparse import backends, optim, reference
 from lottery_sparse.compacting import compact_
-from lottery_sparse.convert import dense_state_dict, set_masks_, sparsify_
+from lottery_sparse.convert import set_masks_, sparsify_
+from lottery_sparse.densify import dense_state_dict
 from lottery_sparse.step import train_step
 
 # name -> ours, torch's, and the options of both

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
-from lottery_sparse.frozen import Held, decode, encode, remake
+from lottery_sparse.frozen import Constant, Held, decode, encode, remake
 from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import masked_conv2d, masked_linear
 
@@ -58,7 +58,10 @@ class Masked(nn.Module):
 
     state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
-    missing `weight_mask` means all kept, so dense checkpoints load strictly.
+    missing `weight_mask` means all kept, so dense checkpoints load strictly; a mask alone leaves
+    weight and frozen values. Where something else
+    computes `weight` (torch.nn.utils.parametrizations), its parts are saved in place of `weight`,
+    and sign x constant values as a tensor, as there is no weight to take signs of.
     """
 
     dense_type: type[nn.Module]
@@ -184,9 +187,20 @@ class Masked(nn.Module):
             weight = self.effective_weight
             destination[prefix + "weight"] = weight if keep_vars else weight.detach()
         destination[prefix + "weight_mask"] = self.weight_mask
-        entry = encode(self._held())
+        entry = encode(self._to_save())
         if entry is not None:
             destination[prefix + "weight_frozen"] = entry
+
+    def _to_save(self) -> Held:
+        """The source; as values if they are signs of a weight that the state_dict does not hold."""
+        held = self._held()
+        if "weight" in self._parameters or held.signs is None:
+            return held
+        blank = torch.zeros_like(self.weight, requires_grad=False)
+        pruned = torch.zeros_like(self.weight_mask)
+        return Held(
+            reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
+        )
 
     def _load_from_state_dict(
         self,
@@ -199,23 +213,20 @@ class Masked(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        weight, mask, frozen = (state_dict.get(name) for name in names)
-        if weight is None and names[1] in state_dict:  # a new mask for the weight that is here
-            weight = self.weight.detach()
         try:  # check all of it before anything is written
-            if weight is not None:
-                mask, held = self._check_entries(names[0], weight, mask, frozen)
+            entries = self._entries(state_dict, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if entries is None:
+            return
+        _, mask, held = entries
         for name in names[1:]:
             if name in unexpected_keys:
                 unexpected_keys.remove(name)
-        if weight is None:
-            return
         like = self.weight  # its device and dtype after the load, also with assign=True
         if local_metadata.get("assign_to_params_buffers", False):
             self.weight_mask = normal(mask)
@@ -223,11 +234,22 @@ class Masked(nn.Module):
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
 
-    def _check_entries(
-        self, name: str, weight: Tensor, mask: Tensor | None, frozen: Tensor | None
-    ) -> tuple[Tensor, Held]:
-        """The mask and the source that go with the `weight` of a state_dict."""
-        shape = self.weight_mask.shape
+    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+        """The weight, mask and source that a state_dict makes; None: it holds no weight or mask.
+
+        A mask alone is a new one for the weight and the frozen values that are here.
+        """
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        name, shape = names[0], self.weight_mask.shape
+        weight, mask, frozen = (state_dict.get(name) for name in names)
+        if weight is None and mask is None:
+            return None
+        computed = weight is None and "weight" not in self._parameters
+        keeps = weight is None and frozen is None  # what pruned weights hold
+        if computed and _has_parts(state_dict, prefix):
+            keeps = False
+        if weight is None:
+            weight = self.effective_weight.detach()
         if weight.shape != shape:
             raise ValueError(
                 f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
@@ -238,7 +260,20 @@ class Masked(nn.Module):
             raise ValueError(
                 f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
             )
-        return mask, decode(name, frozen, weight)
+        held = self._held() if keeps else decode(name, frozen, weight)
+        if computed and not keeps and isinstance(held.descriptor, Constant):
+            raise ValueError(
+                f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
+                "give a tensor of them, as this version saves it."
+            )
+        return weight, mask, held
+
+
+def _has_parts(state_dict: Any, prefix: str) -> bool:
+    """Whether a state_dict holds what a weight is computed from (weight_norm): a layer's own."""
+    parts = f"{prefix}parametrizations.weight.", f"{prefix}weight_"
+    ours = f"{prefix}weight_mask", f"{prefix}weight_frozen"
+    return any(name.startswith(parts) and name not in ours for name in state_dict)
 
 
 def sum_of_signs(signs: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import become, check_masked, densify_, settle_bias
+from lottery_sparse.convert import become, check_masked
+from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops.packed import check_x
 from lottery_sparse.packing import FORMATS, scale_of, unfit

@@ -18,13 +18,8 @@ from torch import Tensor, nn
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
-from lottery_sparse.convert import (
-    by_parameter,
-    check_masked,
-    densify_,
-    masked_modules,
-    settle_bias,
-)
+from lottery_sparse.convert import by_parameter, check_masked, masked_modules
+from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.files import write_whole
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node

@@ -110,7 +110,8 @@ def test_parts_of_a_checkpoint():
     missing, unexpected = compact.load_state_dict({"weight_mask": mask}, strict=False)
     assert (set(missing), unexpected) == ({"weight", "bias"}, [])
     assert torch.equal(compact.weight_mask, mask)
-    assert torch.equal(compact.effective_weight, torch.where(mask, effective, 0.0))
+    held = 0.25 * effective.sign()  # the frozen values are those that are here, too
+    assert torch.equal(compact.effective_weight, torch.where(mask, effective, held))
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         compact.load_state_dict({"weight_mask": mask, "bias": torch.zeros(6)})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"kept_starts"'):

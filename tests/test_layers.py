@@ -51,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modules": {"ops", "reference", "masks", "frozen"},
     "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
     "convert": {"compact", "masks", "frozen", "modules", "supermask"},
+    "densify": {"modules", "convert"},
     "supermasking": {
         "random",
         "masks",
@@ -78,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "modules",
         "compact_base",
         "convert",
+        "densify",
         "compacting",
         "packed",
     },
@@ -104,9 +106,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "step": {"backends", "compact", "compact_layers", "optim", "replicate", "supermask"},
     "packing": {"formats", "ops", "reference"},
-    "packed": {"compacting", "convert", "modules", "ops", "packing"},
+    "packed": {"compacting", "convert", "densify", "modules", "ops", "packing"},
     "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {
+    "ticket": {"masks", "frozen", "convert", "densify", "ticket_file"},
+    "ticket_search": {
         "random",
         "masks",
         "criteria",
@@ -115,11 +118,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "frozen",
         "modules",
         "convert",
+        "densify",
+        "ticket",
         "ticket_file",
     },
     # what people call
     "doctor_cases": {"compact", "formats", "reference"},
-    "doctor_steps": {"backends", "reference", "convert", "compacting", "optim", "step"},
+    "doctor_steps": {"backends", "reference", "convert", "densify", "compacting", "optim", "step"},
     "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference", "_C", "_host"},
     "__main__": {"doctor", "convert", "modules", "plan", "ticket"},
 }

@@ -207,6 +207,36 @@ def test_a_masked_layer_can_be_parametrized():
     torch.testing.assert_close(other(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("by", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("source", [ls.Constant(0.5), ls.Seeded("normal", 1)], ids=repr)
+def test_frozen_values_of_a_parametrized_layer_are_saved(by, source):
+    def layer(seed):
+        torch.manual_seed(seed)
+        new = masked(nn.Linear(7, 6))
+        ls.set_masks_(new, ls.masks_of(new), source)
+        return by(new)
+
+    old, new = layer(0), layer(1)
+    x = torch.randn(3, 7)
+    expected = old(x)
+    assert not torch.equal(new(x), expected)
+    new.load_state_dict(old.state_dict())
+    assert torch.equal(new(x), expected)
+    assert torch.equal(new.effective_weight, old.effective_weight)
+
+
+def test_signs_of_a_weight_that_a_checkpoint_does_not_hold_are_refused():
+    old = masked(nn.Linear(7, 6))
+    ls.set_masks_(old, ls.masks_of(old), ls.Constant(0.5))
+    source = old.state_dict()["weight_frozen"]
+    nn.utils.parametrizations.weight_norm(old)
+    before = old.effective_weight.detach()
+    with pytest.raises(RuntimeError, match=r"frozen values of weight are signs.*does not hold"):
+        old.load_state_dict(old.state_dict() | {"weight_frozen": source})
+    assert torch.equal(old.effective_weight, before)
+
+
 def test_an_input_that_does_not_fit_names_it():
     with pytest.raises(ValueError, match=r"x has shape \(3, 6\), but weight \(6, 7\) needs"):
         ls.MaskedLinear(7, 6)(torch.randn(3, 6))

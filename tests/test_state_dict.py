@@ -133,6 +133,43 @@ def test_parts_of_a_checkpoint():
         new.load_state_dict(layer().state_dict() | {"weight_signs": torch.zeros(1)})
 
 
+@pytest.mark.filterwarnings("ignore:.*a layer collapse")
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("frozen", SOURCES)
+def test_a_mask_alone_leaves_what_pruned_weights_hold(frozen, compact):
+    new = nn.Sequential(layer(frozen))
+    mask = new[0].weight_mask & (torch.arange(42).view(6, 7) % 3 > 0)
+    held = ls.set_masks_(copy.deepcopy(new), {"0.weight": torch.zeros(6, 7)}, SOURCES[frozen])[0]
+    expected = torch.where(mask, new[0].weight, held.effective_weight)
+    if compact:
+        ls.compact_(new)
+    source = new.state_dict().get("0.weight_frozen")
+    missing, unexpected = new.load_state_dict({"0.weight_mask": mask}, strict=False)
+    assert (set(missing), unexpected) == ({"0.weight", "0.bias"}, [])
+    if frozen not in ("constant of the layer", "normal"):  # whose std is that of the earlier weight
+        assert torch.equal(new[0].effective_weight, expected)
+    if source is not None:
+        assert torch.equal(new.state_dict()["0.weight_frozen"], source)
+
+
+def test_a_computed_weight_comes_with_its_source():
+    old, new = (nn.utils.parametrizations.weight_norm(layer(s)) for s in ("zero", "constant"))
+    new.load_state_dict(old.state_dict())
+    assert torch.equal(new.effective_weight, old.effective_weight)
+    assert "weight_frozen" not in new.state_dict()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_frozen_values_alone_are_reported_as_unused(compact):
+    new = nn.Sequential(layer("tensor"))
+    if compact:
+        ls.compact_(new)
+    before = new[0].effective_weight.detach().clone()
+    missing, unexpected = new.load_state_dict({"0.weight_frozen": torch.ones(6, 7)}, strict=False)
+    assert (set(missing), unexpected) == ({"0.weight", "0.bias"}, ["0.weight_frozen"])
+    assert torch.equal(new[0].effective_weight, before)
+
+
 def descriptor(**fields):
     return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 

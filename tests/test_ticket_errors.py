@@ -38,6 +38,83 @@ def test_errors_come_before_the_first_training(changes, message):
     assert train.stops == []
 
 
+@pytest.mark.parametrize("some", [False, True], ids=["all layers", "one of two"])
+def test_models_that_learn_their_masks_are_refused_before_anything_changes(some):
+    model = ls.supermask_(network(), filter_fn=(lambda m, name: name == "3") if some else None)
+    before, train = {n: v.clone() for n, v in model.state_dict().items()}, Trainer()
+    ticket = ls.Ticket(ls.masks_of(ls.sparsify_(network())), network().state_dict())
+    for call in (lambda: ls.find_ticket(model, train, 1, 0.5), lambda: ticket.apply_(model)):
+        with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.masked_\(model\)"):
+            call()
+    assert train.stops == []
+    assert type(model[0]) is (nn.Linear if some else ls.SupermaskLinear)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_masked_layers_that_compute_their_weight_are_refused_by_name():
+    model, train = ls.sparsify_(network()), Trainer()
+    nn.utils.parametrizations.weight_norm(model[3])
+    with pytest.raises(TypeError, match=r'^3\.weight is computed.*\(layer, "weight"\) first\.$'):
+        ls.find_ticket(model, train, 1, 0.5)
+    assert train.stops == []
+    nn.utils.parametrize.remove_parametrizations(model[3], "weight")
+    assert ls.find_ticket(model, train, 1, 0.5).masks["3.weight"].sum() == 16
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other(*layers):
+    """The network with other layers in place of the last ones."""
+    return nn.Sequential(*list(network())[: 4 - len(layers)], *layers)
+
+
+@pytest.mark.filterwarnings("ignore:sparsify_ skipped 3:UserWarning")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: other(nn.Linear(8, 5)),
+            r"3\.weight has shape \(4, 8\) in the ticket, but \(5, 8\)",
+        ),
+        (lambda: other(nn.Identity()), r"ticket has 3\.weight, which this model has not; give a"),
+        (lambda: other(nn.ReLU(), nn.Linear(8, 4, False)), r"ticket has 3\.bias, which this model"),
+        (lambda: network().append(nn.PReLU()), r"model has 4\.weight, which the ticket has not"),
+        (
+            lambda: torch.compile(network(), backend="eager"),
+            r"has 0\.weight.*apply it to model\._orig_mod\.$",
+        ),
+        (lambda: other(Doubled(8, 4)), r"a mask of 3\.weight, which is no weight of an nn\.Linear"),
+    ],
+    ids=["shape", "less", "no bias", "more", "compiled", "cannot be masked"],
+)
+def test_a_model_that_a_ticket_does_not_fit_stays_as_it_is(model, message):
+    ticket = ls.find_ticket(network(), Trainer(), 1, 0.5)
+    model = model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        ticket.apply_(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(isinstance(m, ls.MaskedLinear) for m in model.modules())
+
+
+def test_a_ticket_of_a_compiled_model_says_so_and_fits_one():
+    compiled = torch.compile(network(), backend="eager")
+    ticket = ls.find_ticket(compiled, lambda model, stop_at=None: None, 1, 0.5)
+    with pytest.raises(
+        ValueError, match=r"ticket is of a wrapped model \(\._orig_mod\): apply it to one"
+    ):
+        ticket.apply_(network())
+    again = torch.compile(network(), backend="eager")
+    assert ls.masks_of(ticket.apply_(again)) == ticket.masks
+
+
 def test_metrics_become_numbers_that_a_file_can_hold(tmp_path):
     shared = {}
 

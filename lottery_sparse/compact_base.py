@@ -198,7 +198,8 @@ class Compact(Masked):
         if not compiling:
             self._keep_made()
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
-        if not is_parameter:  # functional_call, a replica: not ours to keep
+        if not is_parameter or torch.compiler.is_exporting():
+            # functional_call, a replica: not ours to keep; an exported graph may get other weights
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)

@@ -104,22 +104,61 @@ def check_capacity(name: str, mask: Tensor, rank: int, capacity: int) -> None:
 def check_optimizers(
     name: str, weight: nn.Parameter, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Raises ValueError for state of another optimizer that a new mask would misplace."""
+    """Raises ValueError for optimizers' state that a new mask would misplace.
+
+    That of `optimizer` moves along, if it can.
+    """
 
     def others() -> list[str]:
         return [
             type(o).__name__
             for o in optimizers_of(weight)
-            if o is not optimizer and elementwise(o.state.get(weight, {}), weight)
+            if o is not optimizer
+            and (elementwise(o.state.get(weight, {}), weight) or is_immovable(o, weight))
         ]
 
+    if optimizer is not None:
+        check_movable(name, weight, optimizer)
     if others():
         gc.collect()  # one that nobody uses any more may wait for it
+    for other in optimizers_of(weight):
+        if other is not optimizer:
+            check_movable(name, weight, other)
     for kind in others():
         raise ValueError(
             f"{kind} holds state for the kept weights of {name}, which a new mask would "
             "misplace; pass it: set_masks_(..., optimizer=optimizer)."
         )
+
+
+def check_movable(name: str, weight: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state that cannot go with the weights to other places."""
+    if is_immovable(optimizer, weight):
+        kind = type(optimizer).__name__
+        raise ValueError(
+            f"{kind} keeps state for {name} in a form that cannot move with the weights; empty it "
+            f"first, optimizer.state.clear(), or build the {kind} anew afterwards."
+        )
+
+
+def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    """Whether the optimizer holds state of a weight that has not one number per element.
+
+    Such as a list (a history), or numbers per block, row or column. LBFGS keeps one history for
+    all of its parameters, in which each weight has its place, under the first of them.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return any(
+            weight is p and any(optimizer.state.values())
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
+    return any(
+        any(isinstance(t, Tensor) for t in v)
+        if isinstance(v, list | tuple)
+        else isinstance(v, Tensor) and v.numel() > 1 and v.shape != weight.shape
+        for v in optimizer.state.get(weight, {}).values()
+    )
 
 
 @torch.no_grad()

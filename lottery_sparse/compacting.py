@@ -12,7 +12,7 @@ from lottery_sparse import reference
 from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
-from lottery_sparse.compact_parts import Shrunk, most_kept
+from lottery_sparse.compact_parts import Shrunk, check_movable, most_kept
 from lottery_sparse.convert import become, by_parameter, check_masked
 
 
@@ -37,7 +37,8 @@ def compact_(
 
     Raises:
         TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: there is no masked layer, one is on the meta device, or `spare` is negative.
+        ValueError: there is no masked layer, one is on the meta device, `spare` is negative, or the
+            optimizer holds state that cannot move, such as the history of LBFGS.
     """
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
@@ -54,6 +55,8 @@ def compact_(
                 )
         if layers[0].weight_mask.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
+        if optimizer is not None:
+            check_movable(name, layers[0].weight, optimizer)
     for _, layers in groups:
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
@@ -83,11 +86,17 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: the optimizer holds state that cannot move.
     """
-    for _, layers in by_parameter(model):
+    groups = [(name, group) for name, group in by_parameter(model) if isinstance(group[0], Compact)]
+    for name, layers in groups:
+        if optimizer is not None:
+            check_movable(name, layers[0].weight, optimizer)
+    for _, layers in groups:
         first = layers[0]
-        if not isinstance(first, Compact):
-            continue
+        assert isinstance(first, Compact)
         old, kept, blank = first.weight, first.kept, torch.zeros_like(first.weight_effective)
         parameter = first._dense_parameter()
 
@@ -134,7 +143,8 @@ def _replacement(
 
     def replace() -> None:
         for group in optimizer.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
+            # in place: LBFGS has the list, too
+            group["params"][:] = [new if p is old else p for p in group["params"]]
         if state is not None:
             del optimizer.state[old]
             optimizer.state[new] = moved

@@ -193,7 +193,8 @@ def set_masks_(
 
     Raises:
         ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other
-            values, or one that keeps more weights than a compact layer has slots.
+            values, or one that keeps more weights than a compact layer has slots; for a compact
+            layer, an optimizer with state that cannot move, such as the history of LBFGS.
 
     Warns:
         UserWarning: a layer keeps no weight at all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import Shrunk, check_movable, most_kept
 from lottery_sparse.convert import become, by_parameter, check_masked
+from lottery_sparse.modules import Masked, has_hooks
 
 
 def compact_(
@@ -39,6 +41,9 @@ def compact_(
         TypeError: a layer is a subclass with behaviour of its own.
         ValueError: there is no masked layer, one is on the meta device, `spare` is negative, or the
             optimizer holds state that cannot move, such as the history of LBFGS.
+
+    Warns:
+        UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
     """
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
@@ -57,6 +62,7 @@ def compact_(
             raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
         if optimizer is not None:
             check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
     for _, layers in groups:
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
@@ -89,11 +95,15 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
     Raises:
         ValueError: the optimizer holds state that cannot move.
+
+    Warns:
+        UserWarning: as `compact_`.
     """
     groups = [(name, group) for name, group in by_parameter(model) if isinstance(group[0], Compact)]
     for name, layers in groups:
         if optimizer is not None:
             check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
     for _, layers in groups:
         first = layers[0]
         assert isinstance(first, Compact)
@@ -123,6 +133,17 @@ def refresh_(model: nn.Module) -> nn.Module:
         if isinstance(module, Compact):
             module.refresh_()
     return model
+
+
+def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
+    """Before the first change, as a warning may be an error."""
+    for name, layers in groups:
+        if has_hooks(layers[0].weight):
+            warnings.warn(
+                f"{name} becomes a new Parameter without the hooks on the gradient of the old one "
+                "(register_hook, register_post_accumulate_grad_hook); register them anew.",
+                stacklevel=3,
+            )
 
 
 def _replacement(

@@ -28,6 +28,8 @@ def compact_(
     so compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+    Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
+    later `set_masks_`: average the masked form, or start the average anew then.
 
     Args:
         model: a model with masked layers, see `sparsify_`. Compact layers stay as they are.

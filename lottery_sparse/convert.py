@@ -178,6 +178,10 @@ def set_masks_(
     Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
     out keep what they have. Nothing is changed if anything is wrong.
 
+    Copies of a compact model that are kept slot by slot (torch.optim.swa_utils.AveragedModel, EMA,
+    Lookahead) do not follow: their slots stand for other weights afterwards. Average the masked
+    form, or start the average anew after this call.
+
     Args:
         model: a model with masked layers, see `sparsify_`.
         masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lottery_sparse.channel_reads import NORMS, WEIGHTED, layers_of, staying
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_
-from lottery_sparse.modules import Masked
+from lottery_sparse.modules import Masked, has_hooks
 from lottery_sparse.replicate import (
     ELEMENTWISE,
     PER_IMAGE,
@@ -224,7 +224,7 @@ def _check(name: str, module: nn.Module, owners: dict[int, str]) -> None:
             )
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
-        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        if has_hooks(tensor):
             raise TypeError(
                 f"{name} has a hook on its {key}, which may change any gradient; remove it first."
             )

@@ -157,9 +157,12 @@ def find_optimizers() -> None:
         return
     for found in gc.get_objects():
         if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
-            for parameter in list(found.__dict__.get("state", ())):
-                if isinstance(parameter, Tensor) and holders_of(parameter):
-                    note_optimizer(parameter, found)
+            if not found.__dict__.get("state"):
+                continue
+            for group in found.param_groups:  # not the state's keys: LBFGS has one for all of them
+                for parameter in group["params"]:
+                    if holders_of(parameter):
+                        note_optimizer(parameter, found)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from typing import Any
 
@@ -10,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists, find_optimizers, optimizers_of, register, written
+from lottery_sparse.compact import KeptLists, find_optimizers, holders_of, register, written
 from lottery_sparse.compact_parts import (
     Shrunk,
     as_matrix,
+    check_capacity,
+    check_optimizers,
     elementwise,
     follow,
-    most_kept,
+    redraw_,
     skips_pruned,
     version_of,
     versions_of,
@@ -81,6 +82,20 @@ class Compact(Masked):
         ):  # fmt: skip
             self.__dict__.pop(name, None)
         self.weight = parameter
+
+    def reset_parameters(self) -> None:
+        """Draw kept weights and the bias anew as the dense layer does; masks and the rest stay.
+
+        A dense weight is drawn, of which the kept entries are taken: those that the masked layer
+        has after the same global seed. Of E networks side by side each one, in order.
+        """
+        if "kept" not in self.__dict__:  # the constructor of the dense layer
+            self.dense_type.reset_parameters(self)  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        self._keep_made()
+        redraw_(self.weight, self.bias, self.kept, self._dense, self.dense_type, self.rank)
+        for holder in holders_of(self.weight):
+            written(holder)
 
     def _dense_parameter(self) -> nn.Parameter:
         dense = normal(self.effective_weight.detach().clone())
@@ -183,7 +198,8 @@ class Compact(Masked):
         if not compiling:
             self._keep_made()
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
-        if not is_parameter:  # functional_call, a replica: not ours to keep
+        if not is_parameter or torch.compiler.is_exporting():
+            # functional_call, a replica: not ours to keep; an exported graph may get other weights
             kept = self.kept
             args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
             return weight, reference.kept_weight(*args)
@@ -237,32 +253,8 @@ class Compact(Masked):
     # ---- a new mask ------------------------------------------------------------------------------
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-        self._check_capacity(name, mask)
-        self._check_optimizers(name, optimizer)
-
-    def _check_optimizers(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        def others() -> list[str]:
-            return [
-                type(o).__name__
-                for o in optimizers_of(self.weight)
-                if o is not optimizer and elementwise(o.state.get(self.weight, {}), self.weight)
-            ]
-
-        if others():
-            gc.collect()  # one that nobody uses any more may wait for it
-        for kind in others():
-            raise ValueError(
-                f"{kind} holds state for the kept weights of {name}, which a new mask would "
-                "misplace; pass it: set_masks_(..., optimizer=optimizer)."
-            )
-
-    def _check_capacity(self, name: str, mask: Tensor) -> None:
-        most = most_kept(mask, self.rank)
-        if most > self.capacity:
-            raise ValueError(
-                f"mask of {name} keeps {most} weights, but the compact layer has {self.capacity} "
-                "slots; call ls.expand_, set the mask, then ls.compact_."
-            )
+        check_capacity(name, mask, self.rank, self.capacity)
+        check_optimizers(name, self.weight, optimizer)
 
     @torch.no_grad()
     def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
@@ -374,11 +366,11 @@ class Compact(Masked):
                 )
             weight, mask, held = entries
             mask = mask.to(self.weight_mask.device)
-            self._check_capacity(names[0], mask)
+            check_capacity(names[0], mask, self.rank, self.capacity)
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
                 find_optimizers()
-                self._check_optimizers(names[0])
+                check_optimizers(names[0], self.weight)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return

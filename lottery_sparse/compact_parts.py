@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.compact import KeptLists, optimizers_of
 from lottery_sparse.modules import Masked, normal
 
 
@@ -87,3 +89,93 @@ def elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
         for v in state.values()
         if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
     ]
+
+
+def check_capacity(name: str, mask: Tensor, rank: int, capacity: int) -> None:
+    """Raises ValueError for a mask that keeps more weights than there are slots."""
+    most = most_kept(mask, rank)
+    if most > capacity:
+        raise ValueError(
+            f"mask of {name} keeps {most} weights, but the compact layer has {capacity} "
+            "slots; call ls.expand_, set the mask, then ls.compact_."
+        )
+
+
+def check_optimizers(
+    name: str, weight: nn.Parameter, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Raises ValueError for optimizers' state that a new mask would misplace.
+
+    That of `optimizer` moves along, if it can.
+    """
+
+    def others() -> list[str]:
+        return [
+            type(o).__name__
+            for o in optimizers_of(weight)
+            if o is not optimizer
+            and (elementwise(o.state.get(weight, {}), weight) or is_immovable(o, weight))
+        ]
+
+    if optimizer is not None:
+        check_movable(name, weight, optimizer)
+    if others():
+        gc.collect()  # one that nobody uses any more may wait for it
+    for other in optimizers_of(weight):
+        if other is not optimizer:
+            check_movable(name, weight, other)
+    for kind in others():
+        raise ValueError(
+            f"{kind} holds state for the kept weights of {name}, which a new mask would "
+            "misplace; pass it: set_masks_(..., optimizer=optimizer)."
+        )
+
+
+def check_movable(name: str, weight: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state that cannot go with the weights to other places."""
+    if is_immovable(optimizer, weight):
+        kind = type(optimizer).__name__
+        raise ValueError(
+            f"{kind} keeps state for {name} in a form that cannot move with the weights; empty it "
+            f"first, optimizer.state.clear(), or build the {kind} anew afterwards."
+        )
+
+
+def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    """Whether the optimizer holds state of a weight that has not one number per element.
+
+    Such as a list (a history), or numbers per block, row or column. LBFGS keeps one history for
+    all of its parameters, in which each weight has its place, under the first of them.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return any(
+            weight is p and any(optimizer.state.values())
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
+    return any(
+        any(isinstance(t, Tensor) for t in v)
+        if isinstance(v, list | tuple)
+        else isinstance(v, Tensor) and v.numel() > 1 and v.shape != weight.shape
+        for v in optimizer.state.get(weight, {}).values()
+    )
+
+
+@torch.no_grad()
+def redraw_(
+    weight: nn.Parameter,
+    bias: Tensor | None,
+    kept: KeptLists,
+    effective: Tensor,
+    dense_type: type[nn.Module],
+    rank: int,
+) -> None:
+    """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
+    reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    dense = torch.empty_like(effective)
+    if dense.dim() == rank:
+        reset(SimpleNamespace(weight=dense, bias=bias))
+    else:  # one by one, as the law asks for the inputs of one network
+        for e, one in enumerate(dense):
+            reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
+    weight.copy_(reference.gather_kept(dense, kept.starts, kept.columns))

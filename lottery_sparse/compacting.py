@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from lottery_sparse import reference
 from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
-from lottery_sparse.compact_parts import Shrunk, most_kept
+from lottery_sparse.compact_parts import Shrunk, check_movable, most_kept
 from lottery_sparse.convert import become, by_parameter, check_masked
+from lottery_sparse.modules import Masked, has_hooks
 
 
 def compact_(
@@ -26,6 +28,8 @@ def compact_(
     so compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+    Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
+    later `set_masks_`: average the masked form, or start the average anew then.
 
     Args:
         model: a model with masked layers, see `sparsify_`. Compact layers stay as they are.
@@ -37,7 +41,11 @@ def compact_(
 
     Raises:
         TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: there is no masked layer, one is on the meta device, or `spare` is negative.
+        ValueError: there is no masked layer, one is on the meta device, `spare` is negative, or the
+            optimizer holds state that cannot move, such as the history of LBFGS.
+
+    Warns:
+        UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
     """
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
@@ -54,6 +62,9 @@ def compact_(
                 )
         if layers[0].weight_mask.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
+        if optimizer is not None:
+            check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
     for _, layers in groups:
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
@@ -83,11 +94,21 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: the optimizer holds state that cannot move.
+
+    Warns:
+        UserWarning: as `compact_`.
     """
-    for _, layers in by_parameter(model):
+    groups = [(name, group) for name, group in by_parameter(model) if isinstance(group[0], Compact)]
+    for name, layers in groups:
+        if optimizer is not None:
+            check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
+    for _, layers in groups:
         first = layers[0]
-        if not isinstance(first, Compact):
-            continue
+        assert isinstance(first, Compact)
         old, kept, blank = first.weight, first.kept, torch.zeros_like(first.weight_effective)
         parameter = first._dense_parameter()
 
@@ -116,6 +137,17 @@ def refresh_(model: nn.Module) -> nn.Module:
     return model
 
 
+def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
+    """Before the first change, as a warning may be an error."""
+    for name, layers in groups:
+        if has_hooks(layers[0].weight):
+            warnings.warn(
+                f"{name} becomes a new Parameter without the hooks on the gradient of the old one "
+                "(register_hook, register_post_accumulate_grad_hook); register them anew.",
+                stacklevel=3,
+            )
+
+
 def _replacement(
     optimizer: torch.optim.Optimizer | None, old: Tensor, new: nn.Parameter, move: Any
 ) -> Callable[[], None]:
@@ -134,7 +166,8 @@ def _replacement(
 
     def replace() -> None:
         for group in optimizer.param_groups:
-            group["params"] = [new if p is old else p for p in group["params"]]
+            # in place: LBFGS has the list, too
+            group["params"][:] = [new if p is old else p for p in group["params"]]
         if state is not None:
             del optimizer.state[old]
             optimizer.state[new] = moved

@@ -136,6 +136,10 @@ def set_masks_(
     before the call makes plain layers do that, too: regrowth as in RigL or SET, and the same after
     a resume.
 
+    Copies of a compact model that are kept slot by slot (torch.optim.swa_utils.AveragedModel, EMA,
+    Lookahead) do not follow: their slots stand for other weights afterwards. Average the masked
+    form, or start the average anew after this call.
+
     Args:
         model: a model with masked layers, see `sparsify_`.
         masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept.
@@ -151,7 +155,8 @@ def set_masks_(
 
     Raises:
         ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other
-            values, or one that keeps more weights than a compact layer has slots.
+            values, or one that keeps more weights than a compact layer has slots; for a compact
+            layer, an optimizer with state that cannot move, such as the history of LBFGS.
 
     Warns:
         UserWarning: a layer keeps no weight at all.

@@ -28,6 +28,11 @@ def normal(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody changes or watches the tensor's gradient."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
 def one_node(layer: nn.Module, input: Proxy) -> Any:
     """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
 

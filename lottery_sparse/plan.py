@@ -179,7 +179,13 @@ def _inputs_of(
 
     def look(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, (*args, *kwargs.values())[0].detach())
+            x = (*args, *kwargs.values())[0]
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"example_inputs brings a {type(x).__name__} to {name}, which needs a tensor; "
+                    "give a tensor, or a tuple of the model's arguments."
+                )
+            seen.setdefault(name, x.detach())
 
         return hook
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,12 @@ def as_rows(x: Tensor, networks: int | None, features: int) -> Tensor:
 
 
 def _models(model: Any, count: int | None, seeds: Sequence[int] | None) -> list[nn.Module]:
+    if count is not None and not isinstance(count, SupportsIndex):
+        raise TypeError(f"E must be an int, the number of copies, got {type(count).__name__}.")
+    if seeds is not None and (
+        isinstance(seeds, str) or not all(isinstance(s, SupportsIndex) for s in seeds)
+    ):
+        raise TypeError(f"seeds must be ints, one per copy, got {seeds!r}.")
     if isinstance(model, nn.Module):
         if seeds is not None and count not in (None, len(seeds)):
             raise ValueError(f"E is {count}, but there are {len(seeds)} seeds; they must be equal.")
@@ -189,7 +195,7 @@ def _models(model: Any, count: int | None, seeds: Sequence[int] | None) -> list[
         if number is None or number < 1:
             raise ValueError(f"E must be at least 1, or seeds given; got {count}.")
         return [model] * (number if seeds is not None else 1)
-    models = list(model)
+    models = list(model) if isinstance(model, Iterable) else []
     if not models or not all(isinstance(m, nn.Module) for m in models):
         raise TypeError("model must be an nn.Module or a list of at least one.")
     if seeds is not None or count not in (None, len(models)):

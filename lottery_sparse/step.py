@@ -204,11 +204,18 @@ class _Step:
             self._collect()
         parameters, effective, lists, zero, keep, learned, written, raised = self.arguments
         first, second, steps, rates = self._state()
-        loss = torch.ops.lottery_sparse_native.train_step(
-            x.detach() if x.requires_grad else x, y, parameters, first, second, steps, effective,
-            lists, zero, keep, *learned, rates, self.adam, self.networks or 1,
-            torch.get_num_threads(), (DENSE_MULTIPLY, DENSE_SAMPLE),
-        )  # fmt: skip
+        try:
+            loss = torch.ops.lottery_sparse_native.train_step(
+                x.detach() if x.requires_grad else x, y, parameters, first, second, steps,
+                effective, lists, zero, keep, *learned, rates, self.adam, self.networks or 1,
+                torch.get_num_threads(), (DENSE_MULTIPLY, DENSE_SAMPLE),
+            )  # fmt: skip
+        except RuntimeError as error:
+            labels = str(error).partition("labels must be")[1:]
+            if not any(labels):
+                raise
+            said = "".join(labels).splitlines()[0].rstrip(".")
+            raise ValueError(f"{said}; ignore_index is not supported; {OTHERWISE}.") from None
         if not self.adam:  # only now, or a call that failed would have been the first step
             for parameter, momentum in zip(self.parameters, first, strict=True):
                 if parameter is not None and momentum is not self.empty:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +254,8 @@ def check_options(weights: str, init_score: float, evaluation: str) -> None:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}.")
     if evaluation not in EVALUATIONS:
         raise ValueError(f"evaluation must be one of {', '.join(EVALUATIONS)}; got {evaluation!r}.")
+    if not isinstance(init_score, SupportsFloat):
+        raise TypeError(f"init_score must be a number, got {type(init_score).__name__}.")
     if not -float("inf") < init_score < float("inf"):
         raise ValueError(f"init_score must be a finite number, got {init_score}.")
 

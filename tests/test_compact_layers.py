@@ -139,6 +139,43 @@ def test_networks_side_by_side():
     torch.testing.assert_close(compact(x), plain(x), **CLOSE)
 
 
+@frozen
+@pytest.mark.parametrize("convolution", [False, True])
+def test_reset_parameters_draws_what_the_masked_layer_draws(frozen, convolution):
+    plain, compact = pair(nn.Conv2d(2, 4, 3) if convolution else nn.Linear(7, 6), frozen)
+    before, parameter = compact.effective_weight.detach().clone(), compact.weight
+    frozen_values = before[~compact.weight_mask]
+    for layer in (plain, compact):
+        torch.manual_seed(5)
+        layer.reset_parameters()
+    assert compact.weight is parameter
+    assert not torch.equal(compact.effective_weight, before)
+    same_weights(compact, plain)
+    assert torch.equal(compact.effective_weight[~compact.weight_mask], frozen_values)
+    assert is_fresh(compact)
+    assert (compact.weight[int(compact.kept.kept) :] == 0).all(), "spare slots hold nothing"
+
+
+def test_reset_parameters_reaches_layers_that_share_a_weight_and_compiled_calls():
+    model = ls.compact_(tied())
+    first, other = [m for m in model.modules() if isinstance(m, ls.CompactLinear)][:2]
+    assert first.weight is other.weight
+    first.reset_parameters()
+    assert not other.lags, "what a compiled call reads, which checks no version"
+    assert torch.equal(other._dense, other.effective_weight)
+
+
+def test_reset_parameters_of_networks_side_by_side_draws_each_in_order():
+    plain, _ = pair(nn.Linear(7, 6))
+    networks = ls.compact_(ls.replicate(plain, 3))
+    torch.manual_seed(5)
+    networks.reset_parameters()
+    torch.manual_seed(5)
+    for e in range(3):
+        plain.reset_parameters()
+        same_weights(ls.select(networks, e), plain)
+
+
 def test_constructors_and_repr():
     for kind, dense, arguments in (
         (ls.CompactLinear, nn.Linear, (3, 4)),

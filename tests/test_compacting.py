@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ def test_what_cannot_be_compacted_is_named_and_nothing_changed():
     compact = nn.utils.parametrizations.weight_norm(ls.CompactLinear(3, 4))
     with pytest.raises(RuntimeError, match=r"cannot be computed.*ls\.expand_"):
         compact(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("change", [ls.compact_, ls.expand_])
+def test_hooks_on_a_gradient_do_not_go_unnoticed(change, method):
+    plain, compact = pair_of_networks()
+    model = plain if change is ls.compact_ else compact
+    parameter = model[3].weight
+    handle = getattr(parameter, method)(lambda gradient: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"^3\.weight becomes a new Parameter without the"):
+            change(model)
+        assert model[3].weight is parameter, "nothing has changed"
+        handle.remove()
+        change(model)
+    assert model[3].weight is not parameter
 
 
 def test_no_more_slots_than_weights():

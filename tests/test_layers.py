@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compact_base",
         "compact_layers",
         "convert",
+        "modules",
     },
     "plan": {
         "backends",

@@ -95,6 +95,10 @@ def linear(
                 return y
     if values.device != x.device:
         raise ValueError(f"values is on {values.device}, but x is on {x.device}; move one.")
+    if values.dtype != x.dtype and not autocasts(x.device.type):
+        raise ValueError(
+            f"weight is {values.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
+        )
     if effective.dim() == 3 or x.dim() == 2:
         return _linear(x, *args)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
@@ -166,6 +170,7 @@ def compact_conv2d(
         as_pair("padding", padding, 0),
         as_pair("dilation", dilation, 1),
     )
+    _check_size(x, effective, *geometry)
     return conv2d(x, values, kept, effective, bias, zero, *geometry, groups)
 
 
@@ -182,6 +187,20 @@ def conv2d(
     batched = x.unsqueeze(0) if x.dim() == 3 else x
     y = _conv2d(batched, values, bias, effective, *kept, zero, *geometry)
     return y.squeeze(0) if x.dim() == 3 else y
+
+
+def _check_size(
+    x: Tensor, effective: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> None:
+    for size, kernel, around, apart in zip(
+        x.shape[-2:], effective.shape[-2:], padding, dilation, strict=True
+    ):
+        if size + 2 * around < apart * (kernel - 1) + 1:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, whose images are smaller than the kernel "
+                f"{tuple(effective.shape[-2:])} with padding {tuple(padding)} and dilation "
+                f"{tuple(dilation)}; take larger images, or more padding."
+            )
 
 
 _NUMBERS = torch.int16, torch.int32

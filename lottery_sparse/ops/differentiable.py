@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def differentiable(
@@ -49,7 +50,8 @@ def differentiable(
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not unwatched(tensors):
             return op(*args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if grad or forward_ad._current_level >= 0:  # the kernel alone would lose a tangent
             return Eager.apply(*args)
         return run(*args)
 
@@ -70,6 +72,8 @@ def differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
+        jvp = no_forward_mode(name)
+
     class UnderTransforms(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:
@@ -83,6 +87,8 @@ def differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return gradients(ctx, *grads)
 
+        jvp = no_forward_mode(name)
+
         @staticmethod
         def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
             return vmap_rule(info, in_dims, *args)
@@ -90,6 +96,19 @@ def differentiable(
     torch.library.register_autograd(name, gradients, setup_context=save)
     torch.library.register_vmap(name, vmap_rule)
     return call
+
+
+def no_forward_mode(name: str) -> staticmethod:
+    """The rule for tangents: ops have none, and say so."""
+    stem = name.partition("::")[2]
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{stem} has no forward-mode derivative (jvp, jacfwd, hessian, dual numbers); use "
+            "reverse mode: torch.func.vjp or jacrev."
+        )
+
+    return staticmethod(jvp)
 
 
 def direct(op: Callable, run: Callable) -> Callable:

@@ -213,7 +213,7 @@ UNFIT = [
     ("bias", torch.Tensor.double, "dtype"),
     ("weight", lambda t: t[:-5].clone(), "values"),
     ("weight", lambda t: t.view(1, -1), "values (1, "),
-    ("weight", torch.Tensor.double, "dtype"),
+    ("weight", torch.Tensor.double, "weight is torch.float64, but x is torch.float32"),
     ("kept_columns", lambda t: t[:-5].clone(), "columns"),
     ("kept_columns", torch.Tensor.float, "columns must be Short"),
     ("kept_columns", torch.Tensor.int, "rows must be Int"),

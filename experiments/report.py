@@ -113,10 +113,26 @@ def build(
     return page.page(TITLE, parts)
 
 
+# What holds in every profile; reasons in DECISIONS.md and the README's "Protocol".
+CHOICES = (
+    "Adam in torch's form, eps 1e-8 added after the bias correction",
+    "5,000 validation images drawn by numpy seed 0, looked at every 100 iterations and held out of "
+    "learned masks, too",
+    "Order of batches a function of seed and epoch, equal in all rounds",
+    "reinit draws anew from the layer's law, every round from the dense run's start",
+    "Survivors by exact rank, ties by a seeded key",
+    "Biases train and are never masked",
+)
+
+
 def _banner(profile: str) -> str:
     deviations = ", ".join(PROFILES[profile].deviations)
     if not deviations:
-        return page.tag("p", "Profile paper: all iterations of the paper's protocol.")
+        choices = " ".join(f"{choice}." for choice in CHOICES)
+        return page.tag(
+            "p",
+            f"Profile paper: all iterations of the paper's protocol, with these choices. {choices}",
+        )
     text = f"Profile {profile}, not the paper's protocol: {deviations}. No claim is judged by it."
     return page.tag("p", text, class_="note")
 

@@ -150,6 +150,13 @@ def test_it_says_how_it_was_run(parsed):
         assert words in parsed.text
 
 
+def test_the_paper_profile_says_what_it_chose(text):
+    top = text[: text.index("<nav")]
+    assert "all iterations of the paper" in top
+    for choice in report.CHOICES:
+        assert page.escape(choice) in top
+
+
 def test_another_profile_says_so_at_the_top():
     rows = study_rows.rows(CHOSEN[1:2], profile="smoke", seeds=1)
     text = Page(report.build(CHOSEN[1:2], rows, [], judge, "smoke", ("fc",))).text

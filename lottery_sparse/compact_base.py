@@ -17,7 +17,7 @@ from lottery_sparse.compact_parts import (
     check_optimizers,
     elementwise,
     follow,
-    redraw_,
+    redraw_kept_,
     skips_pruned,
     version_of,
     versions_of,
@@ -93,7 +93,7 @@ class Compact(Masked):
             self.dense_type.reset_parameters(self)  # pyright: ignore[reportAttributeAccessIssue]
             return
         self._keep_made()
-        redraw_(self.weight, self.bias, self.kept, self._dense, self.dense_type, self.rank)
+        redraw_kept_(self.weight, self.bias, self.kept, self._dense, self.dense_type, self.rank)
         for holder in holders_of(self.weight):
             written(holder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of
-from lottery_sparse.modules import Masked, normal
+from lottery_sparse.modules import Masked, normal, redraw_
 
 
 class Shrunk(NamedTuple):
@@ -162,7 +161,7 @@ def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def redraw_(
+def redraw_kept_(
     weight: nn.Parameter,
     bias: Tensor | None,
     kept: KeptLists,
@@ -171,11 +170,6 @@ def redraw_(
     rank: int,
 ) -> None:
     """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
-    reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
     dense = torch.empty_like(effective)
-    if dense.dim() == rank:
-        reset(SimpleNamespace(weight=dense, bias=bias))
-    else:  # one by one, as the law asks for the inputs of one network
-        for e, one in enumerate(dense):
-            reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
+    redraw_(dense, bias, dense_type, rank)
     weight.copy_(reference.gather_kept(dense, kept.starts, kept.columns))

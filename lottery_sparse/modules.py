@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,6 +89,10 @@ class Masked(nn.Module):
         mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
         self.register_buffer("weight_mask", normal(mask), persistent=False)
         self._hold(Held())
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew as the dense layer does; the mask stays."""
+        redraw_(self.weight, self.bias, self.dense_type, self.rank)
 
     def _hold(self, held: Held) -> None:
         frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
@@ -283,6 +288,20 @@ def _has_parts(state_dict: Any, prefix: str) -> bool:
 
 def sum_of_signs(signs: Tensor) -> Tensor:
     return signs.long().sum().remainder(2**24).float()  # exact, on every device
+
+
+@torch.no_grad()
+def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], rank: int) -> None:
+    """Draw a weight and bias by the `reset_parameters` of the dense layer.
+
+    Of E networks side by side one after another, as the law asks for the inputs of one network.
+    """
+    reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    if weight.dim() == rank:
+        reset(SimpleNamespace(weight=weight, bias=bias))
+        return
+    for e, one in enumerate(weight):
+        reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
 
 
 class MaskedLinear(Masked, nn.Linear):

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import std_of
 from lottery_sparse.masks import as_mask
-from lottery_sparse.modules import normal, one_node
+from lottery_sparse.modules import normal, one_node, redraw_
 from lottery_sparse.random import key as random_key
 
 WEIGHTS = ("init", "signed_constant")
@@ -125,7 +125,7 @@ class Supermask(nn.Module):
 
     def reset_parameters(self) -> None:
         """New weights as the dense layer draws them, bias 0, scores and draws from the start."""
-        self.dense_type.reset_parameters(self)  # pyright: ignore[reportAttributeAccessIssue]
+        redraw_(self.weight, self.bias, self.dense_type, self.rank)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if "score" not in self._parameters:  # called by the constructor of the dense layer

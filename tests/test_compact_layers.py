@@ -165,9 +165,10 @@ def test_reset_parameters_reaches_layers_that_share_a_weight_and_compiled_calls(
     assert torch.equal(other._dense, other.effective_weight)
 
 
-def test_reset_parameters_of_networks_side_by_side_draws_each_in_order():
+@pytest.mark.parametrize("form", [ls.compact_, lambda model: model])
+def test_reset_parameters_of_networks_side_by_side_draws_each_in_order(form):
     plain, _ = pair(nn.Linear(7, 6))
-    networks = ls.compact_(ls.replicate(plain, 3))
+    networks = form(ls.replicate(plain, 3))
     torch.manual_seed(5)
     networks.reset_parameters()
     torch.manual_seed(5)

@@ -19,7 +19,7 @@ from lottery_sparse.convert import (
     set_masks_,
     sparsify_,
 )
-from lottery_sparse.densify import densify_
+from lottery_sparse.densify import densify_, state_without_masks
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 
@@ -153,7 +153,7 @@ class Ticket:
 
     def _check_fits(self, model: nn.Module) -> None:
         """Whether names and shapes are those of the model; raises ValueError."""
-        there, ours = _without_masks(model.state_dict()), _without_masks(self.start)
+        there, ours = state_without_masks(model), _without_masks(self.start)
         ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
         way = "give a model of the same architecture"
         for wrapper in "_orig_mod", "module":  # torch.compile, DistributedDataParallel
@@ -197,7 +197,7 @@ class Ticket:
 
 
 def _without_masks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict without what masked layers have beside a weight."""
+    """A start without what masked layers have beside a weight: one may be a whole state_dict."""
     ours = "weight_mask", "weight_frozen"
     return {
         name: value

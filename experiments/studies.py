@@ -50,7 +50,7 @@ class Arm:
         """The values that set the arm apart: "large_final", "large_final, signed_constant"."""
         words = []
         for name, value in self.changes:
-            if name in ("schedule", "trained") or (name == "criterion" and value == DENSE):
+            if name == "schedule" or (name, value) in (("trained", False), ("criterion", DENSE)):
                 continue
             if value is None:
                 words.append(f"{name} the end")
@@ -194,8 +194,9 @@ STUDIES: dict[str, Study] = {
             (
                 {
                     "mask1": (
-                        "reinit_rescaling", "signed_reinit_rescaling", "constant_rescaling",
-                        "signed_constant_rescaling",
+                        "rewind", "reinit", "reinit_rescaling", "signed_reinit",
+                        "signed_reinit_rescaling", "constant", "constant_rescaling",
+                        "signed_constant", "signed_constant_rescaling",
                     )
                 },
             ),
@@ -213,7 +214,7 @@ STUDIES: dict[str, Study] = {
         Study(
             "learned-trained",
             "Is a learned mask a good ticket?",
-            ({**_one(LEARNED), "trained": (True,)},),
+            ({**_one(LEARNED), "trained": (False, True)},),
             rounds=1,
             seeds=3,
             figure="in the authors' code only",

@@ -227,7 +227,8 @@ def masks(selection: Selection) -> Table:
     """Learned masks: accuracy sampled and at threshold, density, and what a mask costs in bits.
 
     The spread beside the mean is that over seeds; that of the ten masks drawn of each network is a
-    column of its own: the widest of any seed.
+    column of its own: the widest of any seed. Where the weights were trained afterwards, under one
+    mask, there are neither.
     """
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
@@ -241,6 +242,8 @@ def masks(selection: Selection) -> Table:
 
         threshold, bits = average("threshold_accuracy"), average("mask_bits")
         drawn = [row["sample_accuracies"] for row in curve.rows if row.get("sample_accuracies")]
+        if curve.fields["trained"]:  # the row has them of the masks before that
+            threshold, drawn = None, []
         widest = max(drawn, key=lambda found: max(found) - min(found), default=None)
         seed = average("seed_bits")
         rows.append(

@@ -86,7 +86,7 @@ def _rescaled(action: Mask1) -> Mask1:
         scale = mask.numel() / max(int(mask.count_nonzero()), 1)
         return action(w_start, mask, std, generator) * scale
 
-    rescaled.__doc__ = f"{action.__doc__} Then times 1 / density."
+    rescaled.__doc__ = f"{(action.__doc__ or '').rstrip('.')}, then times 1 / density."
     return rescaled
 
 

@@ -11,6 +11,12 @@ from experiments.runs import DENSE, Run
 WEIGHTS = ("init", "signed_constant")
 UNTRAINED = {"schedule": "one_shot", "trained": False}
 LEARNED = {"schedule": "learned", "trained": False, "criterion": DENSE}
+LEARNED_NUMBERS = {
+    "mask_bits": 266_200,
+    "seed_bits": 64,
+    "threshold_accuracy": 0.92,
+    "sample_accuracies": [0.92, 0.94],
+}
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,16 @@ STUDIES = {
         Study("early-stop", each("criterion", "large_final", "random") + each("mask1", "reinit")),
         Study("early-masks", each("final_at", 100, 5_000, None, **UNTRAINED)),
         Study("late-rewinding", each("rewind_to", 0, 100, 1_000)),
-        Study("rescaling", each("mask1", "reinit_rescaling", "signed_reinit_rescaling")),
+        Study(
+            "rescaling",
+            each(
+                "mask1", "rewind", "reinit", "reinit_rescaling", "signed_reinit",
+                "signed_reinit_rescaling", "constant", "constant_rescaling", "signed_constant",
+                "signed_constant_rescaling",
+            ),
+        ),
         Study("learned-sensitivity", each("init_score", -2.0, 0.0, 2.0, **LEARNED)),
-        Study("learned-trained", each("trained", True, **{**LEARNED, "trained": True})),
+        Study("learned-trained", each("trained", False, True, **LEARNED)),
         Study("permutation", each("permuted", "none", "pixels", "classes", **LEARNED)),
     )
 }  # fmt: skip
@@ -149,6 +162,6 @@ def of_run(run: Run, rounds: int) -> list[dict[str, Any]]:
                 "early_stop_iteration": draws.randrange(4_000, 6_000) if trained else None,
                 "products": ["sparse" if number >= 8 else "dense", "dense", "dense"],
             }
-            | ({"mask_bits": 266_200, "seed_bits": 64} if run.schedule == "learned" else {})
+            | (LEARNED_NUMBERS if run.schedule == "learned" else {})
         )
     return out

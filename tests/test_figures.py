@@ -231,6 +231,14 @@ def test_table_1_has_seven_columns(rows):
     assert fc[1].startswith(tables.percent(max(level.mean for level in curve.levels()[1:])))
 
 
+def test_masks_drawn_before_the_weights_trained_are_not_shown_beside_them(rows):
+    table = tables.masks(select(STUDIES["learned-trained"], "fc", "paper", rows))
+    drawn, threshold = (table.columns.index(name) for name in ("of ten masks", "at threshold"))
+    mask, trained = table.rows
+    assert (mask[drawn], mask[threshold]) == ("92.00 to 94.00", "92.00")
+    assert (trained[drawn], trained[threshold]) == ("", "")
+
+
 def test_p_values_read_in_order():
     shown = [tables.p_value(p) for p in (None, 1e-9, 0.0123, 0.5)]
     assert shown == ["too few runs", "< 0.0001", "0.0123", "0.50"]

@@ -56,7 +56,7 @@ def late_rewinding(selection: Selection) -> Drawing:
 
 
 def rescaling(selection: Selection) -> Drawing:
-    return trained(selection, "Initial weights scaled by 1 / density")
+    return trained(selection, "Restarting weights, as they are and divided by density")
 
 
 def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None = None) -> Drawing:

@@ -53,7 +53,8 @@ def learned(selection: Selection) -> Drawing:
 
 
 def learned_trained(selection: Selection) -> Drawing:
-    return _bars(selection, "Trained under a learned mask", _firsts(selection))
+    """A learned mask on initial weights, and once the weights that it keeps are trained."""
+    return _bars(selection, "A learned mask, and its weights trained", _firsts(selection))
 
 
 def permutation(selection: Selection) -> Drawing:

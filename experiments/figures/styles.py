@@ -58,10 +58,10 @@ MASK1 = {
     "signed_reshuffle": Style("^", SOLID, GREEN, True, "reshuffle, signs kept"),
     "constant": Style("D", DOTTED, PURPLE, False, "constant, random signs"),
     "signed_constant": Style("D", SOLID, PURPLE, True, "constant, signs kept"),
-    "reinit_rescaling": Style("s", DOTTED, ORANGE, False),
-    "signed_reinit_rescaling": Style("s", SOLID, ORANGE),
-    "constant_rescaling": Style("D", DOTTED, PURPLE, False),
-    "signed_constant_rescaling": Style("D", SOLID, PURPLE),
+    "reinit_rescaling": Style("v", DASHED, RED, False, "reinit / density, signs drawn too"),
+    "signed_reinit_rescaling": Style("v", LONG, RED, True, "reinit / density, signs kept"),
+    "constant_rescaling": Style("<", DASHED, TEAL, False, "constant / density, random signs"),
+    "signed_constant_rescaling": Style("<", LONG, TEAL, True, "constant / density, signs kept"),
     "mask_init": Style("*", DASH_DOT, TEAL),
 }
 

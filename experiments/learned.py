@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from experiments.data import Dataset, Split, batches, permuted
+from experiments.data import Dataset, permuted
 from experiments.lottery import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
-from experiments.train import Result, evaluation, stepper, train
+from experiments.train import Result, evaluation, minibatches, stepper, train
 from lottery_sparse.supermask import Supermask
 
 MOMENTUM = 0.9
@@ -99,9 +99,8 @@ def _learn(
     model.train()
     engine, take_step = stepper(model, optimizer)
     iterations = network.score_iterations
-    for images, labels in minibatches_from(
-        dataset.train, done, iterations, network.score_batch_size, run.seed
-    ):
+    batches = minibatches(dataset.train, iterations, network.score_batch_size, [run.seed], done)
+    for images, labels in batches:
         take_step(images, labels)
         done += 1
         if done % every == 0 or done == iterations:
@@ -124,21 +123,6 @@ def initial(run: Run, device: torch.device | str) -> nn.Sequential:
     model = build(run.net, run.seed, device)
     ls.supermask_(model, run.weights, run.rescale, run.init_score, run.seed)
     return model
-
-
-def minibatches_from(
-    split: Split, done: int, iterations: int, batch_size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """What train.minibatches yields after the first `done` pairs."""
-    per_epoch = len(split) // batch_size
-    images = split.images.flatten(1)  # a view, of which rows are gathered faster
-    shape = split.images.shape[1:]
-    while done < iterations:
-        epoch, at = divmod(done, per_epoch)
-        order = batches(len(split), batch_size, seed, epoch).to(split.labels.device)
-        for indices in order[at : at + iterations - done]:
-            yield images.index_select(0, indices).unflatten(1, shape), split.labels[indices]
-        done += per_epoch - at
 
 
 # ---- state, for checkpoints ----------------------------------------------------------------------

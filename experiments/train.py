@@ -198,13 +198,16 @@ def minibatches(
     if len(set(seeds)) == 1:
         seeds = seeds[:1]
     per_epoch = len(split) // batch_size
+    flat = split.images.flatten(1)  # a view, of which rows are gathered faster
+    shape = split.images.shape[1:]
     done = first
     while done < iterations:
         epoch, at = divmod(done, per_epoch)
         orders = [batches(len(split), batch_size, seed, epoch) for seed in seeds]
         order = orders[0] if len(seeds) == 1 else torch.stack(orders, 1)  # [step, (E,) B]
         for indices in order[at : at + iterations - done].to(split.labels.device):
-            yield split.images[indices], split.labels[indices]
+            images = flat.index_select(0, indices.flatten()).view(*indices.shape, *shape)
+            yield images, split.labels[indices]
         done += per_epoch - at
 
 

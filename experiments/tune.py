@@ -11,9 +11,9 @@ from torch import nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset
-from experiments.learned import MOMENTUM, initial, minibatches_from
+from experiments.learned import MOMENTUM, initial
 from experiments.runs import DENSE, Run
-from experiments.train import evaluation, stepper
+from experiments.train import evaluation, minibatches, stepper
 
 DRAWS = 3  # masks of a look
 LOOKS = 4  # at the validation part, evenly spread over the iterations
@@ -49,7 +49,7 @@ def tune(
         scores = [p for p in model.parameters() if p.requires_grad]
         _, take_step = stepper(model, ls.optim.SGD(scores, lr=rate, momentum=MOMENTUM))
         model.train()
-        batches = minibatches_from(dataset.train, 0, iterations, run.net.score_batch_size, seed)
+        batches = minibatches(dataset.train, iterations, run.net.score_batch_size, [seed])
         for done, (images, labels) in enumerate(batches, start=1):
             take_step(images, labels)
             if done in looks:

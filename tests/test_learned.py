@@ -146,16 +146,6 @@ def test_a_learned_mask_is_trained_as_a_ticket(mini):
     assert len(found.row["sample_accuracies"]) == 10  # of the mask before the training
 
 
-def test_batches_are_those_of_training(mini):
-    every = list(minibatches(mini.train, 45, 250, [5]))  # two epochs of 22, and one more
-    for done in (0, 1, 22, 30, 44):
-        rest = list(learned.minibatches_from(mini.train, done, 45, 250, seed=5))
-        assert len(rest) == 45 - done
-        for (a, la), (b, lb) in zip(every[done:], rest, strict=True):
-            assert torch.equal(a, b)
-            assert torch.equal(la, lb)
-
-
 def test_diverging_scores_are_said(mini, monkeypatch):
     def spoiled(model, optimizer):
         def step(images, labels):
@@ -215,6 +205,6 @@ def test_a_network_with_convolutions_learns_by_modules(mini):
     engine, step = learned.stepper(model, ls.optim.SGD(model.parameters(), lr=50.0, momentum=0.9))
     assert engine == "modules"
     before = evaluation(model, mini.val)[0]
-    for images, labels in learned.minibatches_from(mini.train, 0, 40, 100, 0):
+    for images, labels in minibatches(mini.train, 40, 100, [0]):
         step(images, labels)
     assert evaluation(model, mini.val)[0] < before

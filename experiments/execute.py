@@ -237,17 +237,15 @@ def run_learned(
     runs: Sequence[Run], store: Store, lease: Lease, dataset: Dataset, say: Say
 ) -> None:
     """One row each, of ten masks drawn from what was learned."""
-    began = time.time()
     kept = Checkpoints(store, lease)
     for this in learn(runs, dataset, kept):
-        row = base_row(this.run) | this.row
-        seconds = kept.seconds[this.run.id] + time.time() - began
-        made = record(this.run, 1, began, [this.run], seconds, dataset, this.engine)
+        row, group = base_row(this.run) | this.row, this.company
+        seconds = kept.share(this.run.id, len(group)) * len(group)
+        made = record(this.run, 1, kept.began, group, seconds, dataset, this.engine)
         store.add(lease, [row], [made])
         say(
             f"{this.run.id}: density {row['density']:.2%}, test accuracy {row['test_accuracy']:.2%}"
         )
-        began = time.time()
 
 
 class Checkpoints:
@@ -263,8 +261,12 @@ class Checkpoints:
         return found
 
     def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        seconds = self.seconds[run_id] + time.time() - self.began
+        seconds = self.share(run_id, metadata["networks"])
         self.store.save(self.lease, run_id, tensors, {**metadata, "seconds": seconds})
+
+    def share(self, run_id: str, networks: int) -> float:
+        """Seconds that a run took so far, where `networks` have shared them since it was loaded."""
+        return self.seconds[run_id] + (time.time() - self.began) / networks
 
 
 # ---- what is to do -------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Learned:
     row: dict[str, Any]
     ticket: ls.Ticket
     engine: str  # how a step was computed: "modules", or "train_step" in one call
+    company: tuple[Run, ...]  # the runs learned side by side, this one among them
 
 
 def learn(
@@ -56,19 +57,22 @@ def learn(
     checkpoints: Checkpoints | None = None,
     *,
     every: int = 10_000,
+    side_by_side: bool | None = None,
     on_step: Callable[[Run, int], None] = lambda run, iteration: None,
 ) -> Iterator[Learned]:
     """Yield the learned mask of each run as soon as it is there.
 
-    A function of the run and the data set alone: networks are trained one after another, as on one
-    core side by side gains nothing; killed and resumed from a checkpoint it gives the same bits.
+    A function of the run and the data set alone; killed and resumed from a checkpoint it gives the
+    same bits. On the CPU that is so in any company too; a GPU's bits depend on it.
 
     Args:
         runs: with schedule "learned". Those with `trained` train the weights that sample 0 keeps by
-            the network's protocol for weights afterwards, from their initial values.
+            the network's protocol for weights afterwards, from their initial values, one by one.
         dataset: as loaded; it is permuted here as a run asks.
         checkpoints: keeps the state of a run every `every` iterations, and the last one.
-        on_step: called after every iteration with the number done.
+        side_by_side: whether runs of one protocol are learned together, those resumed with those
+            at the same iteration. None: on a GPU; one core gains nothing by it.
+        on_step: called for each run after every iteration with the number done.
 
     Raises:
         ValueError: a run that is not of a learned mask, or scores that diverge.
@@ -76,46 +80,65 @@ def learn(
     for run in runs:
         if run.schedule != "learned":
             raise ValueError(f"{run.id} has schedule {run.schedule!r}, expected 'learned'.")
+    kept = checkpoints or Checkpoints()
+    if side_by_side is None:
+        side_by_side = dataset.train.images.device.type != "cpu"
     sets: dict[str, Dataset] = {}
+    for company in companies(runs, kept) if side_by_side else [(run,) for run in runs]:
+        permutation = company[0].permuted
+        if permutation not in sets:
+            sets = {permutation: permuted(dataset, permutation)}  # one at a time: they are large
+        yield from _learn(company, sets[permutation], kept, every, on_step)
+
+
+def companies(runs: Sequence[Run], checkpoints: Checkpoints) -> list[tuple[Run, ...]]:
+    """Runs that can be learned side by side: of one protocol and data set, equally far."""
+    found: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        if run.permuted not in sets:
-            sets = {run.permuted: permuted(dataset, run.permuted)}  # one at a time: they are large
-        yield _learn(run, sets[run.permuted], checkpoints or Checkpoints(), every, on_step)
+        state = checkpoints.load(run.id)
+        done = 0 if state is None else state[1]["iteration"]
+        kind = run.network, run.profile, run.permuted, run.rescale, done
+        found.setdefault(kind, []).append(run)
+    return [tuple(company) for company in found.values()]
 
 
 def _learn(
-    run: Run,
+    company: Sequence[Run],
     dataset: Dataset,
     checkpoints: Checkpoints,
     every: int,
     on_step: Callable[[Run, int], None],
-) -> Learned:
-    network = run.net
-    model = initial(run, dataset.train.images.device)
+) -> Iterator[Learned]:
+    network = company[0].net
+    models = [initial(run, dataset.train.images.device) for run in company]
+    model = models[0] if len(models) == 1 else ls.replicate(models)
     scores = [p for p in model.parameters() if p.requires_grad]
     optimizer = ls.optim.SGD(scores, lr=network.score_lr, momentum=MOMENTUM)
-    found = checkpoints.load(run.id)
-    done = 0 if found is None else restore(model, optimizer, found)
+    done = 0
+    for e, run in enumerate(company):
+        if found := checkpoints.load(run.id):
+            done = restore(model, optimizer, found, e)
     model.train()
     engine, take_step = stepper(model, optimizer)
-    iterations = network.score_iterations
-    batches = minibatches(dataset.train, iterations, network.score_batch_size, [run.seed], done)
+    iterations, seeds = network.score_iterations, [run.seed for run in company]
+    batches = minibatches(dataset.train, iterations, network.score_batch_size, seeds, done)
     for images, labels in batches:
         take_step(images, labels)
         done += 1
         if done % every == 0 or done == iterations:
-            if not all(score.isfinite().all() for score in scores):
-                raise ValueError(
-                    f"scores of {run.id} are not finite at iteration {done}; with score_lr "
-                    f"{network.score_lr} they diverge: give a lower one."
-                )
-            checkpoints.save(run.id, *state(model, optimizer, done))
-        on_step(run, done)
-    row, ticket = evaluated(run, model, dataset)
-    row = {"round": 1, "iterations": iterations, **row, **backend_of(model)}
-    if run.trained:
-        row |= trained_row(train_weights(run, model, ticket.masks, dataset))
-    return Learned(run, row, ticket, engine)
+            states = [state(model, optimizer, done, e, len(company)) for e in range(len(company))]
+            for run, (tensors, metadata) in zip(company, states, strict=True):
+                check(run, tensors, done)
+                checkpoints.save(run.id, tensors, metadata)
+        for run in company:
+            on_step(run, done)
+    for e, run in enumerate(company):
+        one = model if len(company) == 1 else ls.select(model, e)
+        row, ticket = evaluated(run, one, dataset)
+        row = {"round": 1, "iterations": iterations, **row, **backend_of(one)}
+        if run.trained:
+            row |= trained_row(train_weights(run, one, ticket.masks, dataset))
+        yield Learned(run, row, ticket, engine, tuple(company))
 
 
 def initial(run: Run, device: torch.device | str) -> nn.Sequential:
@@ -128,26 +151,45 @@ def initial(run: Run, device: torch.device | str) -> nn.Sequential:
 # ---- state, for checkpoints ----------------------------------------------------------------------
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> State:
-    """Scores, keys of the draws, momentum. The weights are those of the run's seed."""
+def state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, done: int, e: int = 0, networks: int = 1
+) -> State:
+    """Scores, keys of the draws, momentum, of network e. The weights are those of the run's seed.
+
+    networks: how many there are, which is also how many shared the time.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in layers(model):
-        tensors[f"score.{name}"] = layer.score.detach()
-        tensors[f"key.{name}"] = layer.key
-        tensors[f"momentum.{name}"] = optimizer.state[layer.score]["momentum_buffer"]
-    return tensors, {"iteration": done}
+        held = {
+            "score": layer.score.detach(),
+            "key": layer.key,
+            "momentum": optimizer.state[layer.score]["momentum_buffer"],
+        }
+        for what, tensor in held.items():
+            tensors[f"{what}.{name}"] = tensor if networks == 1 else tensor[e]
+    return tensors, {"iteration": done, "networks": networks}
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, found: State) -> int:
-    """Put a state back; the number of iterations that led to it."""
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, found: State, e: int = 0) -> int:
+    """Put a state back as that of network e; the number of iterations that led to it."""
     tensors, metadata = found
     for name, layer in layers(model):
-        layer.score.copy_(tensors[f"score.{name}"])
-        layer.key.copy_(tensors[f"key.{name}"])
-        momentum = tensors[f"momentum.{name}"].to(layer.score.device, copy=True)
-        optimizer.state[layer.score]["momentum_buffer"] = momentum
+        held = optimizer.state[layer.score]
+        momentum = held.setdefault("momentum_buffer", torch.zeros_like(layer.score))
+        for what, here in (("score", layer.score), ("key", layer.key), ("momentum", momentum)):
+            value = tensors[f"{what}.{name}"]
+            (here if here.shape == value.shape else here[e]).copy_(value)
     return metadata["iteration"]
+
+
+def check(run: Run, tensors: dict[str, Tensor], done: int) -> None:
+    """Refuse scores that are no numbers, which would be learned on and stored."""
+    if not all(t.isfinite().all() for name, t in tensors.items() if name.startswith("score.")):
+        raise ValueError(
+            f"scores of {run.id} are not finite at iteration {done}; with score_lr "
+            f"{run.net.score_lr} they diverge: give a lower one."
+        )
 
 
 def layers(model: nn.Module) -> Iterable[tuple[str, Supermask]]:

@@ -364,17 +364,18 @@ def test_a_dense_run_of_another_machine_stops_nothing_but_its_own(tmp_path, caps
     assert "is stored with other numbers" in failed["error"]
 
 
-def test_the_seconds_of_a_learned_mask_are_those_of_all_its_processes(tmp_path, monkeypatch):
+def test_the_seconds_of_a_learned_mask_are_its_share_in_all_processes(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(execution.time, "time", lambda: now[0])
     store = Store(tmp_path)
-    for before, at in (0.0, 1.0), (1.0, 4.0), (4.0, 9.0):  # a process ends 1, 3, 5 s after it began
+    for before, at in (0.0, 1.0), (1.0, 4.0), (4.0, 9.0):  # a process gives it 1, 3, 5 s
         with store.claim(["a-run"]) as lease:
             kept = execution.Checkpoints(store, lease)
             kept.load("a-run")
             assert kept.seconds["a-run"] == before
-            now[0] += at - before
-            kept.save("a-run", {"x": torch.ones(1)}, {"iteration": 1})
+            networks = int(at)  # in other company each time
+            now[0] += (at - before) * networks
+            kept.save("a-run", {"x": torch.ones(1)}, {"iteration": 1, "networks": networks})
             now[0] += 100.0  # after the last checkpoint: lost, and done again
 
 

@@ -130,6 +130,57 @@ def test_runs_together_are_the_runs_alone(mini):
     assert together[2].row["expected_density"] < 0.45
 
 
+def test_runs_side_by_side_are_the_runs_alone(mini):
+    several = [
+        run(seed=1), run(seed=1, weights="signed_constant"), run(seed=2, rescale=True),
+        run(seed=2, init_score=-1.0), run(seed=3, trained=True), run(seed=3, rescale=True),
+    ]  # fmt: skip
+    alone, together = Memory(), Memory()
+    expected = {found.run: found for found in learn(several, mini, alone, every=20)}
+    found = list(learn(several, mini, together, every=20, side_by_side=True))
+    assert {len(one.company) for one in found} == {2, 4}  # with and without rescaling
+    assert {one.run for one in found} == set(several)
+    for one in found:
+        same(one, expected[one.run])
+        assert one.run in one.company
+    for name, (tensors, metadata) in alone.kept.items():
+        assert metadata["iteration"] == together.kept[name][1]["iteration"] == 88
+        for key, tensor in tensors.items():
+            assert torch.equal(together.kept[name][0][key], tensor), (name, key)
+
+
+def test_company_changes_across_restarts(mini):
+    """Three of four were begun, one of them alone and not as far: nobody loses anything."""
+    several = [run(seed=seed) for seed in range(4)]
+    expected = list(learn(several, mini))
+    memory = Memory()
+
+    class Killed(Exception):
+        pass
+
+    def kill(at):
+        def on_step(run, iteration):
+            if iteration == at:
+                raise Killed
+
+        return on_step
+
+    for begun, at in ((several[:1], 25), (several[1:3], 50)):
+        with pytest.raises(Killed):
+            next(learn(begun, mini, memory, every=20, side_by_side=True, on_step=kill(at)))
+    begins = {}
+    found = list(
+        learn(
+            several, mini, memory, side_by_side=True,
+            on_step=lambda run, iteration: begins.setdefault(run.seed, iteration),
+        )
+    )  # fmt: skip
+    assert begins == {0: 21, 1: 41, 2: 41, 3: 1}
+    assert [[r.seed for r in one.company] for one in found] == [[0], [1, 2], [1, 2], [3]]
+    for one, other in zip(found, expected, strict=True):
+        same(one, other)
+
+
 def test_by_modules_it_learns_as_well(mini):
     with ls.use_backend("reference"):
         [found] = learn([run()], mini)

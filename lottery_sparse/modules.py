@@ -90,6 +90,16 @@ class Masked(nn.Module):
         self.register_buffer("weight_mask", normal(mask), persistent=False)
         self._hold(Held())
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse torch's pruning of the weight, whose mask would take the place of this one."""
+        # what it registers first; spectral_norm takes the same name, but removes `weight` before
+        if name == "weight_orig" and param is self._parameters.get("weight"):
+            raise TypeError(
+                f"torch.nn.utils.prune cannot prune the weight of a {type(self).__name__}, which "
+                "has a mask already; use ls.prune and ls.set_masks_, or ls.densify_ first."
+            )
+        super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """Draw weight and bias anew as the dense layer does; the mask stays."""
         redraw_(self.weight, self.bias, self.dense_type, self.rank)

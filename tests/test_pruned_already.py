@@ -209,3 +209,19 @@ def test_another_dtype(dtype):
     assert model[0].weight.dtype == dtype
     assert model[0].weight_mask.dtype == torch.bool
     assert model(X.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("convert", [ls.sparsify_, lambda model: ls.compact_(ls.sparsify_(model))])
+def test_a_masked_layer_is_not_pruned_by_torch(convert):
+    """It would take away the mask, and the next forward would fail."""
+    model = convert(nn.Sequential(nn.Linear(6, 5)))
+    ls.set_masks_(model, {"0.weight": torch.rand(5, 6) < 0.5})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for prune in (torch_prune.l1_unstructured, torch_prune.random_unstructured):
+        with pytest.raises(TypeError, match=r"which has a mask already; use ls\.prune"):
+            prune(model[0], "weight", 0.5)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    torch_prune.l1_unstructured(model[0], "bias", 0.4)  # is none of ours
+    assert model(torch.randn(2, 6)).shape == (2, 5)

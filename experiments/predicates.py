@@ -24,7 +24,7 @@ def beats(a: str, b: str) -> Test:
         first, second = _values(found, a), _values(found, b)
         p = welch(first, second)
         up = fmean(first) > fmean(second) and p is not None and p < P
-        return up, f"{_said(found, a)} against {_said(found, b)}, p = {_p(p)}"
+        return up, f"{_said(found, a)} against {_said(found, b)}, {_p(p)}"
 
     return test
 
@@ -108,7 +108,7 @@ def sooner(a: str, b: str, times: float) -> Test:
         first, second = _values(found, a), _values(found, b)
         ratio, p = fmean(second) / fmean(first), welch(first, second)
         return ratio >= least and p is not None and p < P, (
-            f"{_counted(found, a)} against {_counted(found, b)}: {ratio:.2f}x, p = {_p(p)}; at "
+            f"{_counted(found, a)} against {_counted(found, b)}: {ratio:.2f}x, {_p(p)}; at "
             f"least {least:.2f}x wanted"
         )
 
@@ -146,4 +146,4 @@ def _counted(found: Found, arm: str) -> str:
 
 
 def _p(p: float | None) -> str:
-    return "none" if p is None else f"{p:.2g}"
+    return "no test" if p is None else f"p = {p:.2g}"

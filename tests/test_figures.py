@@ -137,6 +137,11 @@ def test_stars_stand_where_two_criteria_differ():
     ((_, drawing),) = figures.draw(select(study, "fc", "paper", rows))
     stars = [item for item in texts(drawing.figure) if item.get_text() == "*"]
     assert [star.get_position()[0] for star in stars] == pytest.approx([0.8**3] * 2)
+    for row in rows:  # and where they differ nowhere, the figure says that
+        row["test_accuracy"] = 0.9 + 0.001 * row["seed"]
+    ((_, drawing),) = figures.draw(select(study, "fc", "paper", rows))
+    assert "large_final and magnitude_increase differ at no level" in told(drawing.figure)
+    assert "*" not in told(drawing.figure)
 
 
 def test_two_seeds_are_too_few_for_stars():

@@ -206,6 +206,10 @@ def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
         text = f"{names}: too few runs for a test (n = {counts})"
         axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
         return
+    if not any(test.p is not None and test.p < ALPHA for test in tests):
+        text = f"{names} differ at no level (Welch, p < {ALPHA})"
+        axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
+        return
     axes.text(
         0,
         1.12,

@@ -172,7 +172,9 @@ def _chosen_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("study", nargs="?", metavar="STUDY", help="see `list` (default: all)")
     command.add_argument("--network", metavar="NAME", help="see `list` (default: all)")
     command.add_argument(
-        "--profile", choices=PROFILES, default="paper", help="of the runs (default: paper)"
+        "--profile",
+        choices=PROFILES,
+        help="of the runs (default: the one that the store has rows of; paper, if several)",
     )
     _store_option(command)
 
@@ -307,6 +309,12 @@ def run_tune(options: argparse.Namespace) -> None:
             write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
+def only_profile(store: Store) -> str:
+    """The profile of all rows of a store; the paper's if they are of several, or there are none."""
+    found = {row["profile"] for row in store.rows()}
+    return found.pop() if len(found) == 1 else "paper"
+
+
 def status(options: argparse.Namespace) -> None:
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
     if options.network is not None and options.network not in NETWORKS:
@@ -315,7 +323,7 @@ def status(options: argparse.Namespace) -> None:
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {options.seeds}.")
     store = Store(options.store, create=False)
-    found = progress(chosen, networks, options.profile, options.seeds, store)
+    found = progress(chosen, networks, options.profile or only_profile(store), options.seeds, store)
     if not found:
         raise ValueError(f"{options.study} is not a study of {options.network}.")
     if options.pending:
@@ -333,6 +341,7 @@ def show(name: str, options: argparse.Namespace) -> None:
         raise ValueError(f"{name} needs matplotlib and scipy, which are not here: {INSTALL}.")
     from experiments import show as shows  # it loads both
 
+    options.profile = options.profile or only_profile(Store(options.store, create=False))
     getattr(shows, name)(options)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import engines
-from experiments.__main__ import main
+from experiments.__main__ import main, only_profile
 from experiments.runs import Run
 from experiments.store import Store
 
@@ -191,3 +191,15 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     said = program.communicate(timeout=60)[1]
     assert program.returncode == 130
     assert said == "interrupted; the same command goes on with what is not done\n"
+
+
+@pytest.mark.parametrize(
+    ("profiles", "shown"),
+    [(["smoke", "smoke"], "smoke"), (["paper", "short"], "paper"), (["smoke", "short"], "paper")],
+)
+def test_what_is_shown_is_of_the_profile_that_the_store_has(profiles, shown):
+    class Rows:
+        def rows(self):
+            return [{"profile": name} for name in profiles]
+
+    assert only_profile(Rows()) == shown

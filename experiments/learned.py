@@ -126,8 +126,8 @@ def _learn(
         take_step(images, labels)
         done += 1
         if done % every == 0 or done == iterations:
-            states = [state(model, optimizer, done, e, len(company)) for e in range(len(company))]
-            for run, (tensors, metadata) in zip(company, states, strict=True):
+            for e, run in enumerate(company):
+                tensors, metadata = state(model, optimizer, done, e, len(company))
                 check(run, tensors, done)
                 checkpoints.save(run.id, tensors, metadata)
         for run in company:
@@ -152,7 +152,7 @@ def initial(run: Run, device: torch.device | str) -> nn.Sequential:
 
 
 def state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, done: int, e: int = 0, networks: int = 1
+    model: nn.Module, optimizer: torch.optim.Optimizer, done: int, e: int, networks: int
 ) -> State:
     """Scores, keys of the draws, momentum, of network e. The weights are those of the run's seed.
 
@@ -171,7 +171,7 @@ def state(
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, found: State, e: int = 0) -> int:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, found: State, e: int) -> int:
     """Put a state back as that of network e; the number of iterations that led to it."""
     tensors, metadata = found
     for name, layer in layers(model):

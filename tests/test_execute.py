@@ -364,6 +364,25 @@ def test_a_dense_run_of_another_machine_stops_nothing_but_its_own(tmp_path, caps
     assert "is stored with other numbers" in failed["error"]
 
 
+def test_masks_learned_side_by_side_are_stored_as_alone(tmp_path, monkeypatch, tiny):
+    """As on a GPU; the checkpoints are files here, of slices of what is trained together."""
+    runs = [SMOKE(schedule="learned", criterion=DENSE, trained=False, weights=weights, seed=seed)
+            for weights, seed in (("init", 0), ("signed_constant", 0), ("init", 1))]  # fmt: skip
+    alone, together = Store(tmp_path / "alone"), Store(tmp_path / "together")
+    do(alone, runs, 1, tiny)
+    learn = partial(execution.learn, every=200, side_by_side=True)
+    monkeypatch.setattr(execution, "learn", learn)
+    do(together, runs, 1, tiny)
+    assert rows_by_id(together) == rows_by_id(alone)
+    made = [record for record in together.records() if record["outcome"] == "done"]
+    assert [record["group"] for record in made] == [[run.id for run in runs]] * 3
+    for run in runs:
+        (expected, _), (found, metadata) = alone.load(run.id), together.load(run.id)
+        assert metadata["networks"] == 3
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_the_seconds_of_a_learned_mask_are_its_share_in_all_processes(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(execution.time, "time", lambda: now[0])

@@ -149,8 +149,8 @@ def _overview(
     rows: Sequence[Row],
     verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
 ) -> str:
-    present = {
-        (study.name, network): bool(select(study, network, profile, rows).curves)
+    selections = {
+        (study.name, network): select(study, network, profile, rows)
         for study in studies
         for network in networks
         if network in study.networks
@@ -163,11 +163,13 @@ def _overview(
             counts = Counter(verdict.status for verdict in verdicts.get(key, ()))
             if key not in verdicts:
                 cells.append("\N{EN DASH}")
-            elif not present[key]:
+            elif not selections[key].curves:
                 cells.append("not run")
             else:
                 told = [f"{counts[word]} {said}" for word, said in STATUSES.items() if counts[word]]
-                cells.append(", ".join(told) or "run")
+                # curves of a study may be there as those of another, its own still to run
+                silent = "run in part" if selections[key].missing else "run"
+                cells.append(", ".join(told) or silent)
         lines.append((study.name, *cells))
     caption = "Claims by study and network"
     counted = Table(("study", *map(_shown, networks)), tuple(lines), caption)

@@ -132,6 +132,13 @@ def test_each_verdict_stands_there_as_a_word(parsed):
     assert "1 hold, 1 fail, 1 with too few runs" in parsed.text
 
 
+def test_a_study_with_rows_of_others_alone_was_run_in_part(rows):
+    names = "mask-criteria", "rescaling"  # the second shares rewinding with the first
+    found = report.build([STUDIES[n] for n in names], rows, [], judge, "paper", ("fc",))
+    words = Page(found).text
+    assert "mask-criteria run rescaling run in part" in words
+
+
 def test_text_of_others_is_escaped(text):
     assert "Why &lt;this&gt; &amp; that?" in text
     assert "<claim>" not in text

@@ -22,8 +22,9 @@ from lottery_sparse.compact_parts import (
     version_of,
     versions_of,
 )
-from lottery_sparse.frozen import Held, hold, remake
-from lottery_sparse.modules import Masked, normal, sum_of_signs
+from lottery_sparse.frozen import Held, remake
+from lottery_sparse.mask_tensor import plain
+from lottery_sparse.modules import Masked, normal
 
 
 class Compact(Masked):
@@ -63,6 +64,10 @@ class Compact(Masked):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._shrink(Shrunk.of(self, self.weight.shape[-self.rank :].numel()))
+
+    def _put_back(self) -> bool:
+        """Never at rest, as the Parameter has no pruned entries: readers get `_dense`."""
+        return False
 
     # ---- becoming compact, and back --------------------------------------------------------------
 
@@ -129,7 +134,7 @@ class Compact(Masked):
         """The dense weight the layer computes with; differentiable in `weight`."""
         if self._is_foreign():
             return reference.effective_weight(
-                self._spread(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+                self._spread(), plain(self.weight_mask), *self._held()[:2], self.rank
             )
         if not torch.compiler.is_compiling():
             self._keep_made()
@@ -147,7 +152,7 @@ class Compact(Masked):
 
     def _spread(self) -> Tensor:
         """`weight` as the masked layer holds it, by the mask alone."""
-        return reference.spread_kept(self.weight, self.weight_mask)
+        return reference.spread_kept(self.weight, plain(self.weight_mask))
 
     def _is_foreign(self) -> bool:
         """Whether the buffers are not those that `kept` and `_dense` are made of."""
@@ -229,11 +234,6 @@ class Compact(Masked):
         """Make anew what is made of buffers, if these were written: averaged, copied, broadcast."""
         if self.is_made() or self._is_foreign():
             return
-        held = self._held()
-        signs, total = held.signs, self.weight_signs_sum
-        if signs is not None and not torch.equal(sum_of_signs(signs), total):  # pyright: ignore
-            # averaged, which rounds integers down
-            self._hold(hold("weight", held.descriptor, self._dense))
         self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
         self._refill()
 
@@ -242,9 +242,7 @@ class Compact(Masked):
         """Write frozen and kept values into `weight_effective` anew."""
         blank = torch.zeros_like(self._dense)
         self._dense.copy_(
-            reference.effective_weight(
-                blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
-            )
+            reference.effective_weight(blank, plain(self.weight_mask), *self._held()[:2], self.rank)
         )
         self._mark_made()
         self._note_kernels()

@@ -28,8 +28,7 @@ class Shrunk(NamedTuple):
     def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
         """For so many slots, with the Parameter of a layer that shares it, if there is one."""
         effective = reference.effective_weight(
-            layer.weight.detach(), layer.weight_mask, layer.weight_frozen, layer.weight_signs,
-            layer.rank,
+            layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
         )  # fmt: skip
         effective = normal(effective.contiguous())
         kept = KeptLists(

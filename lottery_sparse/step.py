@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends, optim
 from lottery_sparse.compact import KeptLists, note_optimizer
 from lottery_sparse.compact_layers import CompactLinear
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.replicate import LinearNetworks, as_rows
 from lottery_sparse.supermask import SupermaskLinear
 
@@ -121,7 +122,7 @@ class _Layer:
         mask, self.zero = layer.weight_mask, layer.zero
         self.effective, self.version = layer._dense, mask._version
         self.made = layer.kept, layer._dense, mask, layer.weight_frozen
-        self.lists = [*layer.kept, mask]
+        self.lists = [*layer.kept, plain(mask)]
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features

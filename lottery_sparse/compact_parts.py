@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, normal, redraw_
 
 
@@ -71,8 +72,8 @@ def version_of(weight: Tensor) -> int:
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
     """Those of a layer's buffers; written out, since each forward asks."""
     if frozen is None:
-        return (mask._version,)
-    return mask._version, frozen._version, 0 if signs is None else signs._version
+        return (plain(mask)._version,)
+    return plain(mask)._version, frozen._version, 0 if signs is None else plain(signs)._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:

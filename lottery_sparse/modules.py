@@ -116,22 +116,21 @@ class Masked(nn.Module):
         if rest is not None:
             if not rest.is_of(own):
                 return False
-            if rest.versions and rest.holds(own, looks):
+            if rest.versions and rest.holds(looks):
                 return True
         return self._put_back()
 
-    @torch.no_grad()
     def _put_back(self) -> bool:
         """Write frozen values into pruned entries now; whether the weight is at rest."""
-        own = self._own()
-        weight = own.weight
-        if type(weight) is not nn.Parameter or any(
-            t is not None and (t.is_meta or t.is_inference()) for t in own
-        ):
+        own, rest = self._own(), self._rest
+        if rest is None or not rest.is_of(own):
+            rest = Rest.of(own)
+        weight, mask, *_ = rest.tensors
+        if type(own.weight) is not nn.Parameter or weight.is_inference() or mask.is_meta:
             return False
-        self._rest = rest = Rest.reached(own, weight, self._rest, self.rank)
-        if rest.prunes:
-            watch(self, weight)
+        self._rest = rest.reached(self.rank)
+        if self._rest.prunes:
+            watch(self, own.weight)
         return True
 
     def _rests_here(self) -> None:
@@ -180,8 +179,7 @@ class Masked(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold_normal()
-        own = self._own()
-        self._rest = Rest(own, plain(own.mask))
+        self._rest = Rest.of(self._own())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already

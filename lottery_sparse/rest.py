@@ -42,54 +42,63 @@ class Rest(NamedTuple):
     """What was true when a layer's weight was last at rest."""
 
     own: Own
-    mask: Tensor  # that of `own`, of torch's own type
-    versions: tuple[int, ...] = ()  # of `own`; empty: never at rest so far
+    tensors: tuple[Any, ...]  # the same; mask and signs of torch's own type, quicker to ask
+    versions: tuple[int, ...] = ()  # of these; empty: never at rest so far
     address: int = 0  # of the weight
     kept: int = -1  # entries that the mask keeps
     spots: tuple[Tensor, ...] = ()  # indices of some pruned entries
     values: Tensor | None = None  # and what they hold; None: none is looked at
 
     @classmethod
-    def reached(cls, own: Own, weight: Tensor, last: Rest | None, rank: int) -> Rest:
-        """Put the weight of `own` to rest, in place; `last`, how it was before, saves some work."""
-        mask, signs = plain(own.mask), None if own.signs is None else plain(own.signs)
-        if last is not None and last.is_of(own) and last.versions[1:] == versions_of(own)[1:]:
-            if last.prunes:
-                put_back_(weight, mask, own.frozen, signs, rank)
-            return last._replace(versions=versions_of(own), address=weight.data_ptr())
-        kept, spots, values = int(mask.count_nonzero()), (), None
+    def of(cls, own: Own) -> Rest:
+        """Of tensors that may be in any state."""
+        weight, mask, frozen, signs = own
+        return cls(own, (weight, plain(mask), frozen, None if signs is None else plain(signs)))
+
+    def reached(self, rank: int) -> Rest:
+        """Put the weight to rest, in place; what is true then."""
+        weight, mask, frozen, signs = self.tensors
+        same = self.versions[1:] == versions_of(self.tensors)[1:]
+        kept = self.kept if same else int(mask.count_nonzero())
         if kept < mask.numel():
-            put_back_(weight, mask, own.frozen, signs, rank)
-            spots = _spots(mask) if mask.is_cpu else ()
-            values = weight.detach()[spots] if spots else None
-        return cls(own, mask, versions_of(own), weight.data_ptr(), kept, spots, values)
+            put_back_(weight, mask, frozen, signs, rank)
+        now = self._replace(versions=versions_of(self.tensors), address=weight.data_ptr())
+        if same:
+            return now
+        spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else ()
+        values = weight.detach()[spots] if spots else None
+        return now._replace(kept=kept, spots=spots, values=values)
+
+    @property
+    def mask(self) -> Tensor:
+        return self.tensors[1]
 
     @property
     def prunes(self) -> bool:
-        return self.kept < self.mask.numel()
+        return self.kept < self.tensors[1].numel()
 
     def is_of(self, own: Own) -> bool:
         """Whether these are the layer's own tensors, and not those of a functional call."""
-        a, b, c, d = self.own
-        return own[0] is a and own[1] is b and own[2] is c and own[3] is d
+        a, b, c, d = own
+        mine = self.own
+        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3]
 
-    def holds(self, own: Own, looks: bool) -> bool:
-        """Whether nobody has written to `own` since, as far as can be seen.
+    def holds(self, looks: bool) -> bool:
+        """Whether nobody has written to the tensors since, as far as can be seen.
 
         looks: whether pruned entries are looked at, for writes that count no version.
         """
-        weight: Any = own[0]
-        if self.versions != versions_of(own) or self.address != weight.data_ptr():
+        weight = self.tensors[0]
+        if self.versions != versions_of(self.tensors) or self.address != weight.data_ptr():
             return False
         if self.values is None or not looks:
             return True
         return torch.equal(weight.detach()[self.spots], self.values)
 
 
-def versions_of(own: Own) -> tuple[int, ...]:
-    """The version counters; written out, since each forward asks."""
-    weight: Any = own[0]
-    _, mask, frozen, signs = own
+def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of (weight, mask, frozen, signs); written out, since each forward asks."""
+    weight, mask, frozen, signs = tensors
     if frozen is None:
         return weight._version, mask._version
     return weight._version, mask._version, frozen._version, 0 if signs is None else signs._version
@@ -105,12 +114,11 @@ def _spots(mask: Tensor) -> tuple[Tensor, ...]:
     return tuple(i[few] for i in at) if len(few) else ()
 
 
-@torch.no_grad()
 def put_back_(
     weight: Tensor, mask: Tensor, frozen: Tensor | None, signs: Tensor | None, rank: int
 ) -> None:
     """Write the frozen values into the pruned entries of a weight, in place."""
-    weight = weight.detach()  # which counts versions with the Parameter
+    weight = weight.detach()  # which counts versions with the Parameter, and has no gradient
     if signs is None and weight.is_cpu and weight.is_contiguous() and backends.built("cpu"):
         if backends.load("cpu").put_back_(weight, mask, frozen):
             torch.autograd.graph.increment_version(weight)

@@ -96,7 +96,7 @@ class _Layer:
         if self.compact:
             made, mask = self.layer, buffers["weight_mask"]
             now = made.kept, made._dense, mask, buffers["weight_frozen"]
-            same = same and all(map(is_, now, self.made)) and mask._version == self.version
+            same = same and all(map(is_, now, self.made)) and plain(mask)._version == self.version
             if not (same and made.is_made()):
                 same = False
                 self._list()
@@ -120,7 +120,7 @@ class _Layer:
         layer = self.layer
         layer._keep_made()
         mask, self.zero = layer.weight_mask, layer.zero
-        self.effective, self.version = layer._dense, mask._version
+        self.effective, self.version = layer._dense, plain(mask)._version
         self.made = layer.kept, layer._dense, mask, layer.weight_frozen
         self.lists = [*layer.kept, plain(mask)]
         self.products = layer.__dict__.get("products")

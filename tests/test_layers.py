@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "convert",
         "ticket",
     },
-    "compact_parts": {"backends", "reference", "compact", "modules"},
+    "compact_parts": {"backends", "reference", "compact", "mask_tensor", "modules"},
     "compact_base": {
         "backends",
         "reference",

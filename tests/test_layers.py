@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "step_tables": set(),
     "kernels": {"reference", "step_tables"},
-    # whole files
-    "files": set(),
+    # whole files, and what they say
+    "text": set(),
+    "files": {"text"},
     # which one runs
     "backends": set(),
     "random": {"backends"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # contract of the ops
     "ops": {"backends", "random", "reference", "compact", "formats"},
     # the ideas of the paper
-    "masks": set(),
+    "masks": {"text"},
     "criteria": {"random"},
     "actions": {"random"},
     "prune": {"ops", "random", "masks", "criteria"},
@@ -108,8 +109,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"backends", "compact", "compact_layers", "optim", "replicate", "supermask"},
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "densify", "modules", "ops", "packing"},
-    "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {"masks", "frozen", "convert", "densify", "ticket_file"},
+    "ticket_file": {"files", "text", "masks", "frozen"},
+    "ticket": {"compact", "text", "masks", "frozen", "convert", "densify", "ticket_file"},
     "ticket_search": {
         "random",
         "masks",
@@ -127,7 +128,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor_cases": {"compact", "formats", "reference"},
     "doctor_steps": {"backends", "reference", "convert", "densify", "compacting", "optim", "step"},
     "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference", "_C", "_host"},
-    "__main__": {"doctor", "convert", "modules", "plan", "ticket"},
+    "__main__": {"text", "doctor", "convert", "modules", "plan", "ticket"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.text import shown
+
 
 class Masks(Mapping[str, Tensor]):
     """Masks of a model by parameter name, True = kept; a value with set algebra.
@@ -113,7 +115,7 @@ class Masks(Mapping[str, Tensor]):
     def table(self) -> str:
         """One line per tensor and a last one for all: name, shape, kept, total, density."""
         rows = [
-            (name, "x".join(map(str, mask.shape)), int(mask.count_nonzero()), mask.numel())
+            (shown(name), "x".join(map(str, mask.shape)), int(mask.count_nonzero()), mask.numel())
             for name, mask in self.items()
         ]
         rows.append(("total", "", self.kept, self.total))

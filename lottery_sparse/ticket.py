@@ -20,8 +20,9 @@ from lottery_sparse.convert import (
     sparsify_,
 )
 from lottery_sparse.densify import densify_, state_without_masks
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.frozen import Seeded, SignOf, drawn, hold
 from lottery_sparse.masks import Masks
+from lottery_sparse.text import shown
 
 
 @dataclass
@@ -88,23 +89,26 @@ class Ticket:
         Raises:
             ValueError: something is not as the ticket says; the message names it and the file.
         """
-        where = "the ticket" if self.saved is None else self.saved.path
+        where = "the ticket" if self.saved is None else shown(self.saved.path, most=4096)
         for name, mask in self.masks.items():
             if name not in self.start:
-                raise ValueError(f"{where} has a mask of {name}, but no start for it.")
+                raise ValueError(f"{where} has a mask of {shown(name)}, but no start for it.")
             for what, value in ("start", self.start[name]), ("frozen", self.frozen.get(name)):
                 if isinstance(value, Tensor) and value.shape != mask.shape:
                     raise ValueError(
-                        f"{where}: {what} of {name} must have the shape of its mask, "
+                        f"{where}: {what} of {shown(name)} must have the shape of its mask, "
                         f"{tuple(mask.shape)}, got {tuple(value.shape)}."
                     )
         if unknown := sorted(self.frozen.keys() - self.masks.keys()):
-            raise ValueError(f"{where} has frozen values of {unknown[0]}, but no mask for it.")
+            raise ValueError(
+                f"{where} has frozen values of {shown(unknown[0])}, but no mask for it."
+            )
+        ticket_file.check_frozen(self.frozen)
         said = self.history[-1].get("density") if self.history else None
         if said is not None and said != self.masks.density:
             raise ValueError(
-                f"{where}: the last record of history says density {said}, but its masks keep "
-                f"{self.masks.kept} of {self.masks.total} ({self.masks.density})."
+                f"{where}: the last record of history says density {shown(said)}, but its masks "
+                f"keep {self.masks.kept} of {self.masks.total} ({self.masks.density})."
             )
         now = ticket_file.digests(self.masks, self.start, self.frozen, self._others)
         if self.saved and (

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"text"},
     # which one runs
     "backends": set(),
-    "random": {"backends"},
+    "random": {"backends", "text"},
     # kept weights as lists
     "compact": set(),
     # contract of the ops
@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "actions": {"random"},
     "prune": {"ops", "random", "masks", "criteria"},
     # stateful things
-    "frozen": {"ops", "random"},
+    "frozen": {"ops", "random", "text"},
     "modules": {"ops", "reference", "masks", "frozen"},
     "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
     "convert": {"compact", "masks", "frozen", "modules", "supermask"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lottery_sparse import ticket_file
+from lottery_sparse.compact import find_optimizers, holders_of
 from lottery_sparse.convert import (
     by_parameter,
     check_not_learned,
@@ -130,11 +133,50 @@ class Ticket:
         Compact layers stay compact, and need as many slots as the ticket keeps weights.
 
         Raises:
-            ValueError: the model learns its masks, has other names or shapes than the ticket, or a
-                layer that cannot be masked; then nothing has changed.
+            ValueError: the model learns its masks, has other names, shapes or kinds of numbers than
+                the ticket, a layer that cannot be masked, too few slots in a compact layer, or is
+                on the meta device; or the ticket has a start that cannot be made, or frozen values
+                without a mask or of integers.
+
+        Warns:
+            UserWarning: a layer keeps no weight at all.
+
+        All of it is checked before the first write: where this raises, nothing has changed. That
+        holds for warnings that are errors, and, by putting back what was there, for models whose
+        modules load in their own way and raise.
         """
         check_not_learned(model)
-        self._check_fits(model)
+        there = state_without_masks(model)
+        self._check_names(there)
+        start, masks = self._start_like(there), trained(self.masks, self.released)
+        self._check_frozen(there)
+        _check_layers(model, masks)
+        for name, mask in masks.items():
+            if not mask.any():
+                warnings.warn(
+                    f"{shown(name)} keeps no weight at all: a layer collapse.", stacklevel=2
+                )
+        before = None
+        if any(map(_loads_in_its_own_way, model.modules())):
+            before = copy.deepcopy(model.state_dict())
+        new = self._mask_layers(model)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* keeps no weight at all")  # said above
+                return restart(model, start, masks, self.frozen)
+        except BaseException:
+            for layer in new:
+                densify_(layer)
+            if before is not None:
+                model.load_state_dict(before)
+            raise
+
+    def _mask_layers(self, model: nn.Module) -> list[nn.Module]:
+        """Mask the layers that the ticket has masks of; those that were dense before.
+
+        Raises:
+            ValueError: one cannot be masked; then they are all as they were.
+        """
         before = {id(layer) for _, layer in masked_modules(model)}
         weights = {
             id(weight)
@@ -142,22 +184,21 @@ class Ticket:
             if name in self.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
+        new: list[nn.Module] = [m for _, m in masked_modules(model) if id(m) not in before]
         names = {name for name, _ in by_parameter(model)}
         if unmasked := [name for name in self.masks if name not in names]:
-            for _, layer in [*masked_modules(model)]:
-                if id(layer) not in before:
-                    densify_(layer)  # whose weights are all kept: as it was
+            for layer in new:
+                densify_(layer)  # whose weights are all kept: as it was
             raise ValueError(
-                f"the ticket has a mask of {unmasked[0]}, which is no weight of an nn.Linear or "
-                "nn.Conv2d that can be masked in this model; give one of the same architecture."
+                f"the ticket has a mask of {shown(unmasked[0])}, which is no weight of an "
+                "nn.Linear or nn.Conv2d that can be masked in this model; give one of the same "
+                "architecture."
             )
-        return restart(
-            model, self._start_of(model), trained(self.masks, self.released), self.frozen
-        )
+        return new
 
-    def _check_fits(self, model: nn.Module) -> None:
-        """Whether names and shapes are those of the model; raises ValueError."""
-        there, ours = state_without_masks(model), _without_masks(self.start)
+    def _check_names(self, there: Mapping[str, Any]) -> None:
+        """Whether names and shapes are those of a model's state; raises ValueError."""
+        ours = _without_masks(self.start, there)
         ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
         way = "give a model of the same architecture"
         for wrapper in "_orig_mod", "module":  # torch.compile, DistributedDataParallel
@@ -169,10 +210,14 @@ class Ticket:
                 )
         for name in ours:
             if name not in there:
-                raise ValueError(f"the ticket has {name}, which this model has not; {way}.")
+                raise ValueError(f"the ticket has {shown(name)}, which this model has not; {way}.")
         for name in there:
             if name not in ours:
-                raise ValueError(f"this model has {name}, which the ticket has not; {way}.")
+                raise ValueError(f"this model has {shown(name)}, which the ticket has not; {way}.")
+        if without := [name for name in self.masks if name not in self.start]:
+            raise ValueError(
+                f"the ticket has a mask of {shown(without[0])}, but no start for it; {way}."
+            )
         for part in ours, self.masks, self.frozen:
             for name, value in part.items():
                 like = there.get(name)
@@ -180,47 +225,139 @@ class Ticket:
                     continue
                 if value.shape != like.shape:
                     raise ValueError(
-                        f"{name} has shape {tuple(value.shape)} in the ticket, but "
+                        f"{shown(name)} has shape {tuple(value.shape)} in the ticket, but "
                         f"{tuple(like.shape)} in this model; {way}."
                     )
 
-    def _start_of(self, model: nn.Module) -> dict[str, Any]:
-        """`start` with tensors in place of sources."""
-        made, like = dict(self.start), model.state_dict()
-        for name, value in self.start.items():
-            if name not in like or isinstance(value, Tensor):
+    def _start_like(self, there: Mapping[str, Any]) -> dict[str, Any]:
+        """The start of all that a model's state has, with tensors in place of sources.
+
+        Raises:
+            ValueError: a start cannot be made, or is none of the numbers that the model has there.
+        """
+        made = {}
+        for name, value in _without_masks(self.start, there).items():
+            like, said = there[name], f"the start of {shown(name)}"
+            if not isinstance(like, Tensor):
+                made[name] = value  # extra state, whose module knows what it is
                 continue
+            if is_lazy(like) and (name in self.masks or not isinstance(value, Tensor)):
+                raise ValueError(
+                    f"{shown(name)} of this model has no shape yet; run one forward first."
+                )
             if isinstance(value, str) and value == "zero":
-                made[name] = torch.zeros_like(like[name])
+                value = torch.zeros_like(like)
             elif isinstance(value, Seeded | SignOf):
-                made[name] = drawn(name, value, like[name].shape)
+                value = drawn(name, value, like.shape)
                 if self.rescale and name in self.masks:
                     mask = self.masks[name]
-                    made[name] *= mask.numel() / max(1, int(mask.sum()))
+                    value *= mask.numel() / max(1, int(mask.sum()))
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f'{said} must be a tensor, ls.Seeded, ls.SignOf or "zero", got '
+                    f"{shown(value, most=60)}."
+                )
+            if like.is_meta or value.is_meta:
+                where = "this model" if like.is_meta else "the ticket"
+                raise ValueError(
+                    f"{shown(name)} of {where} is on the meta device, which holds no numbers; "
+                    "call model.to_empty(device=...), or load the ticket, first."
+                )
+            if _kind(value) != _kind(like):
+                raise ValueError(
+                    f"{said} is {_kind(value)} ({value.dtype}), but {_kind(like)} ({like.dtype}) "
+                    "in this model; convert it with .to(dtype)."
+                )
+            made[name] = value
         return made
 
+    def _check_frozen(self, there: Mapping[str, Any]) -> None:
+        """Whether pruned weights of a model's state can hold what they shall."""
+        for name, source in self.frozen.items():
+            if name not in self.masks:
+                raise ValueError(
+                    f"the ticket has frozen values of {shown(name)}, but no mask for it."
+                )
+            if isinstance(source, Tensor) and source.is_meta:
+                raise ValueError(
+                    f"frozen values of {shown(name)} are on the meta device, which holds no "
+                    "numbers; load the ticket first."
+                )
+            try:
+                if isinstance(there[name], Tensor):
+                    hold(shown(name), source, there[name])
+            except TypeError as error:
+                raise ValueError(str(error)) from None
 
-def _without_masks(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A start without what masked layers have beside a weight: one may be a whole state_dict."""
+
+def _check_layers(model: nn.Module, masks: Masks) -> None:
+    """Whether a model can be written to, and its masked layers take the masks; raises ValueError.
+
+    Layers that have no mask among them get the one that keeps all.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if torch.is_inference_mode_enabled() or is_lazy(tensor):
+            continue
+        if tensor.is_inference():
+            raise ValueError(
+                f"{shown(name)} was made in torch.inference_mode, outside of which nothing can be "
+                "written to it; copy the model outside of it first, copy.deepcopy(model)."
+            )
+    layers = by_parameter(model)
+    if any(holders_of(sharing[0].weight) for _, sharing in layers):
+        find_optimizers()  # which hold state for kept weights
+    for name, sharing in layers:
+        for layer in sharing:
+            every = torch.ones_like(layer.weight_mask)
+            layer._check_mask(shown(name), masks.get(name, every), None)
+
+
+def _kind(tensor: Tensor) -> str:
+    """The kind of a tensor's numbers, in words."""
+    return (
+        "floating" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+    )
+
+
+def _loads_in_its_own_way(module: nn.Module) -> bool:
+    """Whether code that is neither torch's nor ours takes part in loading a state_dict."""
+    own = [
+        method
+        for method in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+        if not getattr(type(module), method).__module__.startswith(("torch.", "lottery_sparse."))
+    ]
+    return bool(own or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+
+
+def _without_masks(state: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+    """A start without what masked layers have beside a weight: one may be a whole state_dict.
+
+    What `there`, a model's state without masks, has too is a buffer of the model's own.
+    """
     ours = "weight_mask", "weight_frozen"
     return {
         name: value
         for name, value in state.items()
-        if not (name.rpartition(".")[2] in ours and name.rpartition("_")[0] in state)
+        if name in there
+        or not (name.rpartition(".")[2] in ours and name.rpartition("_")[0] in state)
     }
 
 
 def restart(
     model: nn.Module, start: Mapping[str, Any], masks: Masks, frozen: Mapping[str, Tensor]
 ) -> nn.Module:
-    """Load a dense start together with the masks: compact layers have no slots for all of it."""
+    """Load a dense start together with the masks: compact layers have no slots for all of it.
+
+    Layers whose weights have no mask among them keep all.
+    """
     shared = {id(layer): name for name, layers in by_parameter(model) for layer in layers}
     state = dict(start)
     for prefix, layer in masked_modules(model, remove_duplicate=False):
-        if shared[id(layer)] in masks:
-            state[f"{prefix}weight_mask"] = masks[shared[id(layer)]]
+        name = shared[id(layer)]
+        every = torch.ones_like(layer.weight_mask)
+        state[f"{prefix}weight_mask"] = masks.get(name, every)
     model.load_state_dict(state)
-    return set_masks_(model, masks, frozen)
+    return set_masks_(model, masks, frozen) if masks else model
 
 
 def trained(masks: Masks, released: bool) -> Masks:

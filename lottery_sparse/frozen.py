@@ -23,20 +23,30 @@ FLOAT32 = torch.finfo(torch.float32).max
 def _magnitude(value: Any, what: str, most: float = float("inf")) -> float:
     """A number of any kind, of NumPy or a tensor too, as a float that is a magnitude."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{what}, a finite number, at least 0, got {shown(value)}.")
+        raise TypeError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # many elements, or 10**400
         number = float("nan")
     if not 0 <= number < float("inf"):
-        raise ValueError(f"{what}, a finite number, at least 0, got {shown(value)}.")
+        raise ValueError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
     if number > most:
         raise ValueError(f"{what}, at most {most:.4g}, as float32 holds no more, got {number:g}.")
     return number
 
 
+class _Value:
+    """Pickled as a call of the type, so that what a file holds goes through the type's checks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(vars(self).values())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, **state)  # of pickles that were written before
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Value):
     """Frozen source sign x constant: each pruned weight keeps its sign at one magnitude.
 
     Signs are those of the layer's weight when the mask is set (0 counts as plus).
@@ -57,7 +67,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Seeded:
+class Seeded(_Value):
     """Frozen source drawn from a seed: stored as the seed, the same on every machine.
 
     Args:
@@ -89,7 +99,7 @@ class Seeded:
 
 
 @dataclass(frozen=True)
-class SignOf:
+class SignOf(_Value):
     """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
     `Ticket` that needs no more room than a seed.
 
@@ -110,6 +120,9 @@ class SignOf:
         constant = _magnitude(self.constant, "constant is a magnitude", FLOAT32)
         object.__setattr__(self, "constant", constant)
 
+
+# torch.load takes them out of a checkpoint with its default, weights_only=True
+torch.serialization.add_safe_globals([Constant, Seeded, SignOf])
 
 Source = str | Tensor | Constant | Seeded | None
 
@@ -197,7 +210,7 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
         return held
     raise TypeError(
         f'frozen source of {name} must be "zero", a tensor, ls.Constant or ls.Seeded, '
-        f"got {shown(source)}."
+        f"got {shown(repr(source))}."
     )
 
 

@@ -218,7 +218,7 @@ def word_of(value: int, name: str) -> int:
 
 def _whole(value: int, name: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {shown(value)}.")
+        raise TypeError(f"{name} must be a whole number, got {shown(repr(value))}.")
     return operator.index(value)
 
 

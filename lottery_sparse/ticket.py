@@ -255,7 +255,7 @@ class Ticket:
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f'{said} must be a tensor, ls.Seeded, ls.SignOf or "zero", got '
-                    f"{shown(value, most=60)}."
+                    f"{shown(repr(value), most=60)}."
                 )
             if like.is_meta or value.is_meta:
                 where = "this model" if like.is_meta else "the ticket"
@@ -288,6 +288,11 @@ class Ticket:
                     hold(shown(name), source, there[name])
             except TypeError as error:
                 raise ValueError(str(error)) from None
+
+
+# The name in checkpoints of torch.save is the public one, which stays where it is.
+Ticket.__module__ = "lottery_sparse"
+torch.serialization.add_safe_globals([Ticket, ticket_file.Saved])
 
 
 def _check_layers(model: nn.Module, masks: Masks) -> None:

@@ -130,7 +130,7 @@ REFUSALS = {
     # starts
     "no std": (net, lambda: ticket({W: ls.Seeded("normal", 1)}), "start of 3.weight needs a std"),
     "beyond": (net, lambda: ticket({W: ls.Seeded("normal", 1, 3.4e38)}), "float32 cannot hold"),
-    "a word": (net, lambda: ticket({W: "one"}), "start of 3.weight must be a tensor.*, got one"),
+    "a word": (net, lambda: ticket({W: "one"}), "start of 3.weight must be a tensor.*, got 'one'"),
     "None": (net, lambda: ticket({W: None}), "start of 3.weight must be a tensor.*, got None"),
     "complex start": (
         net,

@@ -25,6 +25,7 @@ from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked
 from lottery_sparse.prune import Keep, check_keep, find, prune
 from lottery_sparse.random import Stream, as_seed, derive
+from lottery_sparse.text import shown
 from lottery_sparse.ticket import Ticket, restart, trained
 
 
@@ -201,26 +202,27 @@ def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
 
 def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) -> None:
     """Whether a search of these masks and arguments can go on from the ticket."""
-    if not ticket.history or "round" not in ticket.history[-1]:
+    number = ticket.history[-1].get("round") if ticket.history else None
+    if type(number) is not int or number < 0:
         raise ValueError(
             "resume has no history, which says what round it is of; give a ticket of on_round."
         )
-    if ticket.history[-1]["round"] > rounds:
-        raise ValueError(
-            f"resume is of round {ticket.history[-1]['round']}, but rounds is {rounds}; give more."
-        )
-    if ticket.history[-1]["round"] and compounding:
+    if number > rounds:
+        raise ValueError(f"resume is of round {shown(number)}, but rounds is {rounds}; give more.")
+    if number and compounding:
         raise ValueError(
             "resume cannot go on with compounding=True: pruned places of the last start are "
             "needed, which a ticket does not hold; start over."
         )
     shapes = {name: tuple(mask.shape) for name, mask in ticket.masks.items()}
     if shapes != (wanted := {name: tuple(mask.shape) for name, mask in masks.items()}):
-        raise ValueError(f"resume has masks of {shapes}, but the model's are of {wanted}.")
+        raise ValueError(
+            f"resume has masks of {shown(shapes)}, but the model's are of {shown(wanted)}."
+        )
     if sources := [n for n, v in ticket.start.items() if isinstance(v, str | Seeded | SignOf)]:
         raise ValueError(
-            f"resume holds a source in place of the start of {sources[0]}, so it is not of "
-            "find_ticket; give a ticket of on_round."
+            f"resume holds a source in place of the start of {shown(sources[0])}, so it is not "
+            "of find_ticket; give a ticket of on_round."
         )
 
 
@@ -228,14 +230,14 @@ def _check_base(ticket: Ticket, base: Mapping[str, Any], masked: set[str]) -> No
     """Whether what is never masked, and restarts every round, is the model's."""
     if ticket.start.keys() != base.keys():
         odd = min(ticket.start.keys() ^ base.keys())
-        raise ValueError(f"resume is of another model: only one of them has {odd}.")
+        raise ValueError(f"resume is of another model: only one of them has {shown(odd)}.")
     for name, value in base.items():
         if name in masked or not isinstance(value, Tensor):
             continue
         if not torch.equal(ticket.start[name].to(value.device), value):
             raise ValueError(
-                f"resume restarts {name} from other values than this model; give the model as it "
-                "was at first."
+                f"resume restarts {shown(name)} from other values than this model; give the model "
+                "as it was at first."
             )
 
 

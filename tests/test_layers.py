@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random", "text"},
     "modules": {"ops", "reference", "masks", "frozen"},
-    "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
+    "supermask": {"ops", "random", "reference", "text", "masks", "frozen", "modules"},
     "convert": {"compact", "masks", "frozen", "modules", "supermask"},
     "densify": {"modules", "convert"},
     "supermasking": {
@@ -113,6 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ticket": {"compact", "text", "masks", "frozen", "convert", "densify", "ticket_file"},
     "ticket_search": {
         "random",
+        "text",
         "masks",
         "criteria",
         "actions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from lottery_sparse.convert import (
     sparsify_,
 )
 from lottery_sparse.densify import densify_, state_without_masks
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
+from lottery_sparse.names import in_state, keys_of, matched
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Ticket:
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the ticket into a model of the same architecture, ready to train; in place.
 
+        Ticket and model may be wrapped differently (torch.compile, DistributedDataParallel, FSDP).
         Compact layers stay compact, and need as many slots as the ticket keeps weights.
 
         Raises:
@@ -130,16 +132,17 @@ class Ticket:
                 layer that cannot be masked; then nothing has changed.
         """
         check_not_learned(model)
-        self._check_fits(model)
+        ticket = self.named_as(model)
+        ticket._check_fits(model)
         before = {id(layer) for _, layer in masked_modules(model)}
         weights = {
             id(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)
-            if name in self.masks
+            if in_state(name) in ticket.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
         names = {name for name, _ in by_parameter(model)}
-        if unmasked := [name for name in self.masks if name not in names]:
+        if unmasked := [name for name in ticket.masks if name not in names]:
             for _, layer in [*masked_modules(model)]:
                 if id(layer) not in before:
                     densify_(layer)  # whose weights are all kept: as it was
@@ -147,22 +150,44 @@ class Ticket:
                 f"the ticket has a mask of {unmasked[0]}, which is no weight of an nn.Linear or "
                 "nn.Conv2d that can be masked in this model; give one of the same architecture."
             )
-        return restart(
-            model, self._start_of(model), trained(self.masks, self.released), self.frozen
+        masks = trained(ticket.masks, ticket.released)
+        return restart(model, ticket._start_of(model), masks, ticket.frozen)
+
+    def named_as(self, model: nn.Module) -> Ticket:
+        """The ticket by the names of a model that is wrapped otherwise; its seeds draw the same.
+
+        Names that the model has not stay as they are.
+
+        Raises:
+            ValueError: a name of the ticket may mean several of the model's.
+        """
+        ours = dict.fromkeys([*_without_masks(self.start), *self.masks, *self.frozen])
+        there = matched(ours, state_without_masks(model), "the ticket")
+        if all(name == now for name, now in there.items()):
+            return self
+
+        def now(name: str) -> str:  # beside a weight: its mask, what it is frozen to
+            weight, _, kind = name.rpartition("_")
+            return there[name] if name in there else f"{there[weight]}_{kind}"
+
+        return replace(
+            self,
+            masks=Masks({there[name]: mask for name, mask in self.masks.items()}),
+            start={now(name): value for name, value in self._keyed_start().items()},
+            frozen={there[name]: value for name, value in self.frozen.items()},
+            saved=None,
         )
+
+    def _keyed_start(self) -> dict[str, Any]:
+        """`start` with sources that say their stream, which is that of the name here."""
+        keys = keys_of(self.start)
+        return {name: keyed(value, keys[name]) for name, value in self.start.items()}
 
     def _check_fits(self, model: nn.Module) -> None:
         """Whether names and shapes are those of the model; raises ValueError."""
         there, ours = state_without_masks(model), _without_masks(self.start)
         ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
         way = "give a model of the same architecture"
-        for wrapper in "_orig_mod", "module":  # torch.compile, DistributedDataParallel
-            if there.keys() == {f"{wrapper}.{name}" for name in ours}:
-                way = f"the model is wrapped: apply it to model.{wrapper}"
-            if ours.keys() == {f"{wrapper}.{name}" for name in there}:
-                way = (
-                    f"the ticket is of a wrapped model (.{wrapper}): apply it to one wrapped alike"
-                )
         for name in ours:
             if name not in there:
                 raise ValueError(f"the ticket has {name}, which this model has not; {way}.")
@@ -183,7 +208,7 @@ class Ticket:
     def _start_of(self, model: nn.Module) -> dict[str, Any]:
         """`start` with tensors in place of sources."""
         made, like = dict(self.start), model.state_dict()
-        for name, value in self.start.items():
+        for name, value in self._keyed_start().items():
             if name not in like or isinstance(value, Tensor):
                 continue
             if isinstance(value, str) and value == "zero":

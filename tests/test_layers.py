@@ -42,18 +42,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     # contract of the ops
     "ops": {"backends", "random", "reference", "compact", "formats"},
     # the ideas of the paper
-    "masks": set(),
+    "names": set(),
+    "masks": {"names"},
     "criteria": {"random"},
     "actions": {"random"},
-    "prune": {"ops", "random", "masks", "criteria"},
+    "prune": {"ops", "random", "names", "masks", "criteria"},
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
     "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
-    "convert": {"compact", "masks", "frozen", "modules", "supermask"},
+    "convert": {"compact", "names", "masks", "frozen", "modules", "supermask"},
     "densify": {"modules", "convert"},
     "supermasking": {
         "random",
+        "names",
         "masks",
         "frozen",
         "modules",
@@ -108,10 +110,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"backends", "compact", "compact_layers", "optim", "replicate", "supermask"},
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "densify", "modules", "ops", "packing"},
-    "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {"masks", "frozen", "convert", "densify", "ticket_file"},
+    "ticket_file": {"files", "names", "masks", "frozen"},
+    "ticket": {"names", "masks", "frozen", "convert", "densify", "ticket_file"},
     "ticket_search": {
         "random",
+        "names",
         "masks",
         "criteria",
         "actions",

@@ -240,6 +240,32 @@ def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
     raise TypeError(f"{prefix}{tensor} is computed, and no Parameter; call {undo} first.")
 
 
+def check_tied(model: nn.Module) -> None:
+    """Raises ValueError for layers that share a weight under two masks, or frozen sources.
+
+    Nothing here makes such layers; who writes to their buffers can.
+    """
+    names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
+    for name, (first, *others) in by_parameter(model):
+        for layer in others:
+            if not _alike(first, layer):
+                raise ValueError(
+                    f"{name} and {names[id(layer)]} are one weight under two masks, or two kinds "
+                    f"of frozen values; call ls.set_masks_(model, {{{name!r}: mask}}), which sets "
+                    "both, or give each layer a weight of its own first."
+                )
+
+
+def _alike(one: Masked, two: Masked) -> bool:
+    if one.weight_mask.is_meta:
+        return True
+    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class in place: identity, Parameters, hooks and flags all stay."""
     module.__class__ = kind

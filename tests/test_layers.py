@@ -44,12 +44,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the ideas of the paper
     "names": set(),
     "masks": {"names"},
+    "loading": {"names", "masks"},
     "criteria": {"random"},
     "actions": {"random"},
     "prune": {"ops", "random", "names", "masks", "criteria"},
     # stateful things
     "frozen": {"ops", "random"},
-    "modules": {"ops", "reference", "masks", "frozen"},
+    "modules": {"ops", "reference", "masks", "loading", "frozen"},
     "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
     "convert": {"compact", "names", "masks", "frozen", "modules", "supermask"},
     "densify": {"modules", "convert"},

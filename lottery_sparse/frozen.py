@@ -7,7 +7,7 @@ instead of them where the values can be made again.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,8 @@ class Seeded(_Value):
         seed: 64-bit seed, a whole number of Python's or NumPy's.
         std: standard deviation, at least 0 and finite in float32, in which values are drawn; None =
             population standard deviation of the layer's weight.
-        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`.
+        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`,
+            without what wrappers such as torch.compile add to it.
 
     Raises:
         ValueError, TypeError: an argument is none of these.
@@ -125,6 +126,19 @@ class SignOf(_Value):
 torch.serialization.add_safe_globals([Constant, Seeded, SignOf])
 
 Source = str | Tensor | Constant | Seeded | None
+
+
+def keyed(source: Any, key: str) -> Any:
+    """The source; a seeded one without a stream with that of a parameter's key.
+
+    Args:
+        key: the name of the parameter as `names.keys_of` gives it.
+    """
+    if isinstance(source, SignOf):
+        return replace(source, source=keyed(source.source, key))
+    if isinstance(source, Seeded) and source.stream is None:
+        return replace(source, stream=stream_of(key))
+    return source
 
 
 def drawn(name: str, source: Seeded | SignOf, shape: torch.Size) -> Tensor:

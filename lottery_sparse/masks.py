@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.names import prefix_of
 from lottery_sparse.text import shown
 
 
@@ -56,7 +57,7 @@ class Masks(dict[str, Tensor]):
         for name, layer in masked or layers:
             weight: Tensor = getattr(layer, "effective_weight", layer.weight)
             owner = layer._parameters.get("weight", layer)  # a computed weight is its layer's own
-            found.setdefault(id(owner), (f"{name}.weight" if name else "weight", weight.detach()))
+            found.setdefault(id(owner), (f"{prefix_of(name)}weight", weight.detach()))
         return cls({name: weight != 0 for name, weight in found.values()})
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:

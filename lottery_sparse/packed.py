@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import become, check_masked
+from lottery_sparse.convert import become, check_masked, check_tied
 from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops.packed import check_x
@@ -253,13 +253,15 @@ def pack_(
         `model`.
 
     Raises:
-        ValueError: `activations` is unknown, or there is no masked layer.
+        ValueError: `activations` is unknown, there is no masked layer, or layers share a weight
+            under two masks.
         TypeError: a masked layer is a subclass with behaviour of its own, or holds several
             networks side by side.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
     check_masked(model)
+    check_tied(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
     for name, layer in layers:
         if not type(layer).__module__.startswith("lottery_sparse."):

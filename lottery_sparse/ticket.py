@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from lottery_sparse.convert import (
     sparsify_,
 )
 from lottery_sparse.densify import densify_, state_without_masks
-from lottery_sparse.frozen import Seeded, SignOf, drawn, hold
+from lottery_sparse.frozen import Seeded, SignOf, drawn, hold, keyed
 from lottery_sparse.masks import Masks
+from lottery_sparse.names import in_state, keys_of, matched
 from lottery_sparse.text import shown
 
 
@@ -130,6 +131,7 @@ class Ticket:
     def apply_(self, model: nn.Module) -> nn.Module:
         """Put the ticket into a model of the same architecture, ready to train; in place.
 
+        Ticket and model may be wrapped differently (torch.compile, DistributedDataParallel, FSDP).
         Compact layers stay compact, and need as many slots as the ticket keeps weights.
 
         Raises:
@@ -147,9 +149,10 @@ class Ticket:
         """
         check_not_learned(model)
         there = state_without_masks(model)
-        self._check_names(there)
-        start, masks = self._start_like(there), trained(self.masks, self.released)
-        self._check_frozen(there)
+        ticket = self.named_as(model)
+        ticket._check_names(there)
+        start, masks = ticket._start_like(there), trained(ticket.masks, ticket.released)
+        ticket._check_frozen(there)
         _check_layers(model, masks)
         for name, mask in masks.items():
             if not mask.any():
@@ -159,11 +162,11 @@ class Ticket:
         before = None
         if any(map(_loads_in_its_own_way, model.modules())):
             before = copy.deepcopy(model.state_dict())
-        new = self._mask_layers(model)
+        new = ticket._mask_layers(model)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".* keeps no weight at all")  # said above
-                return restart(model, start, masks, self.frozen)
+                return restart(model, start, masks, ticket.frozen)
         except BaseException:
             for layer in new:
                 densify_(layer)
@@ -181,7 +184,7 @@ class Ticket:
         weights = {
             id(weight)
             for name, weight in model.named_parameters(remove_duplicate=False)
-            if name in self.masks
+            if in_state(name) in self.masks
         }
         sparsify_(model, lambda module, _: id(module.weight) in weights)
         new: list[nn.Module] = [m for _, m in masked_modules(model) if id(m) not in before]
@@ -196,18 +199,42 @@ class Ticket:
             )
         return new
 
+    def named_as(self, model: nn.Module) -> Ticket:
+        """The ticket by the names of a model that is wrapped otherwise; its seeds draw the same.
+
+        Names that the model has not stay as they are.
+
+        Raises:
+            ValueError: a name of the ticket may mean several of the model's.
+        """
+        state = state_without_masks(model)
+        ours = dict.fromkeys([*_without_masks(self.start, state), *self.masks, *self.frozen])
+        there = matched(ours, state, "the ticket")
+        if all(name == now for name, now in there.items()):
+            return self
+
+        def now(name: str) -> str:  # beside a weight: its mask, what it is frozen to
+            weight, _, kind = name.rpartition("_")
+            return there[name] if name in there else f"{there[weight]}_{kind}"
+
+        return replace(
+            self,
+            masks=Masks({there[name]: mask for name, mask in self.masks.items()}),
+            start={now(name): value for name, value in self._keyed_start().items()},
+            frozen={there[name]: value for name, value in self.frozen.items()},
+            saved=None,
+        )
+
+    def _keyed_start(self) -> dict[str, Any]:
+        """`start` with sources that say their stream, which is that of the name here."""
+        keys = keys_of(self.start)
+        return {name: keyed(value, keys[name]) for name, value in self.start.items()}
+
     def _check_names(self, there: Mapping[str, Any]) -> None:
         """Whether names and shapes are those of a model's state; raises ValueError."""
         ours = _without_masks(self.start, there)
         ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
         way = "give a model of the same architecture"
-        for wrapper in "_orig_mod", "module":  # torch.compile, DistributedDataParallel
-            if there.keys() == {f"{wrapper}.{name}" for name in ours}:
-                way = f"the model is wrapped: apply it to model.{wrapper}"
-            if ours.keys() == {f"{wrapper}.{name}" for name in there}:
-                way = (
-                    f"the ticket is of a wrapped model (.{wrapper}): apply it to one wrapped alike"
-                )
         for name in ours:
             if name not in there:
                 raise ValueError(f"the ticket has {shown(name)}, which this model has not; {way}.")
@@ -236,7 +263,7 @@ class Ticket:
             ValueError: a start cannot be made, or is none of the numbers that the model has there.
         """
         made = {}
-        for name, value in _without_masks(self.start, there).items():
+        for name, value in _without_masks(self._keyed_start(), there).items():
             like, said = there[name], f"the start of {shown(name)}"
             if not isinstance(like, Tensor):
                 made[name] = value  # extra state, whose module knows what it is

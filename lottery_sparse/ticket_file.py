@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.files import read_tensors, write_whole
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
+from lottery_sparse.names import keys_of
 from lottery_sparse.text import shown
 
 _T = TypeVar("_T")
@@ -232,11 +233,12 @@ def digests(
 ) -> dict[str, str]:
     """sha256 of all that makes a ticket, by name; without `draw`, of sources only as they read."""
     tensors = {f"masks.{name}": packed for name, packed in masks.to_bits().items()}
+    keys = keys_of(start)
     for name, value in start.items():
         if isinstance(value, Tensor):
             tensors[f"start.{name}"] = value
         elif draw and name in masks and isinstance(value, Seeded | SignOf):
-            tensors[f"start.{name}"] = drawn(name, value, masks[name].shape)
+            tensors[f"start.{name}"] = drawn(name, keyed(value, keys[name]), masks[name].shape)
     tensors |= {f"frozen.{name}": value for name, value in frozen.items()}
     # through JSON once, after which keys are strings and sort as they do in a file
     header = json.dumps(json.loads(_header(masks, start, others)), sort_keys=True)

@@ -23,6 +23,7 @@ from lottery_sparse.densify import state_without_masks
 from lottery_sparse.frozen import Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked
+from lottery_sparse.names import in_state, keys_of
 from lottery_sparse.prune import Keep, check_keep, find, prune
 from lottery_sparse.random import Stream, as_seed, derive
 from lottery_sparse.text import shown
@@ -93,7 +94,8 @@ def find_ticket(
         TypeError: a masked layer computes its weight (weight_norm); before the first training. And
             metrics that no file of a ticket can hold; as soon as they are returned.
 
-    Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
+    Draws are keyed by the seed, the purpose, the round and the name (without what wrappers such as
+    torch.compile add to it), as those of the studies are:
     with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
     steps, the tickets are those of `python -m experiments`, bit for bit. With late rewinding they
     are if train_fn trains a ticket for what is left of the training, from iteration rewind_to on.
@@ -115,8 +117,9 @@ def find_ticket(
         raise ValueError("model has no nn.Linear or nn.Conv2d that can be masked.")
     check_keep(keep, scope, masks)
     if resume is not None:
+        resume = resume.named_as(model)
         _check_resume(resume, masks, rounds, compounding)
-    names = _names(model)
+    names, keys = _names(model), keys_of(masks)
     init = _snapshot(model)
     stds = {name: float(init[name].double().std(correction=0)) for name in masks}
     if rewind_to:
@@ -156,12 +159,12 @@ def find_ticket(
         for name, mask in masks.items():
             decision = frozen_of(
                 start[name], final[name], mask, previous[name], frozen.get(name),
-                Stream(derive(seed, "mask-0", r), name),
+                Stream(derive(seed, "mask-0", r), keys[name]),
             )  # fmt: skip
             decisions[name] = decision
             # pruned places keep what the action gave them: permutations may move it later
             acted[name] = start_of(
-                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), name)
+                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), keys[name])
             )
             if decision.start_at_zero is not None:
                 acted[name] = acted[name].masked_fill(decision.start_at_zero, 0)
@@ -186,7 +189,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     """First name of a parameter -> all of its names: more than one where weights are tied."""
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
+        found.setdefault(id(parameter), []).append(in_state(name))
     return {names[0]: names for names in found.values()}
 
 

@@ -191,10 +191,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata; both own their memory.
+    """The tensors of a safetensors file, in the order of their names, and its metadata.
 
-    The file is read, not mapped: who writes to it, or cuts it short, later or meanwhile, changes no
-    tensor and kills no process.
+    They own their memory: the file is read, not mapped. Who writes to it, or cuts it short, later
+    or meanwhile, changes no tensor and kills no process.
 
     Raises:
         ValueError: the file is no safetensors; the message does not name it.
@@ -205,6 +205,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         tensors = safetensors.torch.load(content)
         end = 8 + int.from_bytes(content[:8], "little")
+        tensors = {name: tensors[name] for name in sorted(tensors)}  # which safetensors shuffles
         return tensors, json.loads(content[8:end]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(shown(" ".join(str(error).split()))) from None

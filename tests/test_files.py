@@ -383,6 +383,12 @@ def test_tensors_own_their_bytes(tmp_path):
     ).read_text("utf-8")
 
 
+def test_tensors_come_in_the_order_of_their_names(tmp_path):
+    held = {f"{i * 7919 % 64:02}": torch.ones(i % 3) for i in range(64)}
+    safetensors.torch.save_file(held, tmp_path / "t.safetensors")
+    assert list(read_tensors(tmp_path / "t.safetensors")[0]) == sorted(held)
+
+
 def header(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
@@ -400,6 +406,7 @@ def header(text: bytes) -> bytes:
         header(b'{"w": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}') + b"1",
         header(b'{"\x1b[31m": 1}'),
     ],
+    ids=range(9),
 )
 def test_a_file_that_is_no_safetensors_is_a_value_error_of_one_printable_line(content, tmp_path):
     path = tmp_path / "t.safetensors"

@@ -18,6 +18,7 @@ from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.names import keys_of, matched, prefix_of
 from lottery_sparse.supermask import Supermask
+from lottery_sparse.text import shown
 
 MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
@@ -170,13 +171,18 @@ def set_masks_(
     there, known = matched(checked, parameters, "masks"), ", ".join(parameters)
     for name in checked:
         if there[name] not in parameters:
-            raise ValueError(f"masks names {name}, but masked parameters are: {known}.")
+            raise ValueError(
+                f"masks names {shown(name)}, but masked parameters are: {shown(known, most=2000)}."
+            )
     sources: Mapping[str, Source] = dict.fromkeys(there.values(), cast(Source, frozen))
     if isinstance(frozen, Mapping):
         here = matched(frozen, there.values(), "frozen")
         for name in frozen:
             if here[name] not in there.values():
-                raise ValueError(f"frozen names {name}, but masks only: {', '.join(checked)}.")
+                raise ValueError(
+                    f"frozen names {shown(name)}, but masks only: "
+                    f"{shown(', '.join(checked), most=2000)}."
+                )
         sources = {here[name]: source for name, source in frozen.items()}
     checked = Masks({there[name]: mask for name, mask in checked.items()})
     keys = keys_of(parameters)

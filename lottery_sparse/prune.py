@@ -14,6 +14,7 @@ from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.masks import Masks
 from lottery_sparse.names import keys_of, matched
 from lottery_sparse.random import Stream, as_seed, stream_of
+from lottery_sparse.text import shown
 
 Keep = float | str | Decimal | Fraction
 
@@ -160,7 +161,8 @@ def _named(argument: str, weights: Mapping[str, Tensor], masks: Masks) -> dict[s
     for name, mask in masks.items():
         if there[name] not in weights:
             raise ValueError(
-                f"{argument} has no {name}, which masks has; it has {', '.join(weights)}."
+                f"{argument} has no {shown(name)}, which masks has; it has "
+                f"{shown(', '.join(weights), most=2000)}."
             )
         if weights[there[name]].shape != mask.shape:
             raise ValueError(
@@ -182,6 +184,9 @@ def check_keep(keep: Keep | Mapping[str, Keep], scope: str, masks: Masks) -> dic
     there = matched(keep, masks, "keep")
     for name, fraction in keep.items():
         if there[name] not in masks:
-            raise ValueError(f"keep names {name}, which has no mask; masks: {', '.join(masks)}.")
+            raise ValueError(
+                f"keep names {shown(name)}, which has no mask; masks: "
+                f"{shown(', '.join(masks), most=2000)}."
+            )
         keep_count(1, fraction)
     return dict.fromkeys(masks, 1) | {there[name]: fraction for name, fraction in keep.items()}

@@ -48,12 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loading": {"names", "masks"},
     "criteria": {"random"},
     "actions": {"random"},
-    "prune": {"ops", "random", "names", "masks", "criteria"},
+    "prune": {"ops", "random", "text", "names", "masks", "criteria"},
     # stateful things
     "frozen": {"ops", "random", "text"},
     "modules": {"ops", "reference", "masks", "loading", "frozen"},
     "supermask": {"ops", "random", "reference", "text", "masks", "frozen", "modules"},
-    "convert": {"compact", "names", "masks", "frozen", "modules", "supermask"},
+    "convert": {"compact", "text", "names", "masks", "frozen", "modules", "supermask"},
     "densify": {"modules", "convert"},
     "supermasking": {
         "random",

@@ -298,6 +298,8 @@ def test_names_of_a_file_are_one_printable_line():
         lambda: ls.Masks({evil: torch.full((2,), 0.5)}),
         lambda: ls.Masks({evil: torch.ones(2)}) & ls.Masks({}),
         lambda: ls.Masks.from_bits({evil: torch.zeros(1, dtype=torch.uint8)}, {evil: (9,)}),
+        lambda: ls.set_masks_(ls.MaskedLinear(2, 2), {evil: torch.ones(2)}),
+        lambda: ls.prune({}, {}, {evil: torch.ones(2)}, "random", 0.5),
     ):
         with pytest.raises(ValueError) as caught:
             call()

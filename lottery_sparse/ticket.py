@@ -162,7 +162,7 @@ class Ticket:
         new = self._mask_layers(model)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* keeps no weight at all")  # said above
+                warnings.filterwarnings("ignore", "(?s).* keeps no weight at all")  # said above
                 return restart(model, start, masks, self.frozen)
         except BaseException:
             for layer in new:

@@ -165,7 +165,7 @@ class Ticket:
         new = ticket._mask_layers(model)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* keeps no weight at all")  # said above
+                warnings.filterwarnings("ignore", "(?s).* keeps no weight at all")  # said above
                 return restart(model, start, masks, ticket.frozen)
         except BaseException:
             for layer in new:

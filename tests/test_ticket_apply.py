@@ -208,6 +208,19 @@ def test_a_warning_that_is_an_error_comes_before_the_first_write(make):
     assert ls.masks_of(model)[W].sum() == 0
 
 
+def test_a_name_with_a_line_end_is_warned_about_once_and_before():
+    model, found = nn.Module(), ls.Ticket(ls.Masks({"a\nb.weight": torch.zeros(2, 3)}), {})
+    model.add_module("a\nb", nn.Linear(3, 2))
+    found.start.update({name: value.clone() for name, value in model.state_dict().items()})
+    before = snapshot(model)
+    with pytest.raises(UserWarning, match=r"a\\nb\.weight keeps no weight"):
+        found.apply_(model)
+    check_same(before, snapshot(model))
+    with pytest.warns(UserWarning, match="keeps no weight") as told:
+        found.apply_(model)
+    assert len(told) == 1
+
+
 def test_a_layer_that_cannot_be_masked_leaves_the_others_as_they_were():
     class Doubled(nn.Linear):
         def forward(self, x):

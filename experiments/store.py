@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch import Tensor
 from experiments.files import locked, write_all, write_whole
 from experiments.leases import Lease, Leases
 from experiments.lines import Lines, canonical, line_of, without_checksum
-from lottery_sparse.files import temporary
+from lottery_sparse.files import read_tensors, temporary
 
 FORMAT = 1
 ROWS, RUNS = "rows.jsonl", "runs.jsonl"
@@ -225,15 +224,13 @@ class Store:
         """The checkpoint of a run; None if there is none, or (with a warning) a broken one."""
         path = self._checkpoint(run_id)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, header = read_tensors(path)
             if header["sha256"] != _digest(header["metadata"], tensors):
                 raise ValueError("its checksum is wrong")
             return tensors, json.loads(header["metadata"])
         except FileNotFoundError:
             return None
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             warnings.warn(f"{path} is broken ({error}): it is not used.", stacklevel=2)
             return None
 

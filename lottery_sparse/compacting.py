@@ -14,7 +14,7 @@ from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import Shrunk, check_movable, most_kept
-from lottery_sparse.convert import become, by_parameter, check_masked
+from lottery_sparse.convert import become, by_parameter, check_masked, check_tied
 from lottery_sparse.modules import Masked, has_hooks
 
 
@@ -41,8 +41,9 @@ def compact_(
 
     Raises:
         TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: there is no masked layer, one is on the meta device, `spare` is negative, or the
-            optimizer holds state that cannot move, such as the history of LBFGS.
+        ValueError: there is no masked layer, one is on the meta device, layers share a weight under
+            two masks, `spare` is negative, or the optimizer holds state that cannot move, such as
+            the history of LBFGS.
 
     Warns:
         UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
@@ -50,6 +51,7 @@ def compact_(
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
+    check_tied(model)
     groups = [
         (name, layers) for name, layers in by_parameter(model) if not isinstance(layers[0], Compact)
     ]

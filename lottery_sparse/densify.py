@@ -12,6 +12,7 @@ from lottery_sparse.convert import (
     become,
     check_not_learned,
     check_own,
+    check_tied,
     hooks_of_prune,
     masked_modules,
 )
@@ -24,11 +25,12 @@ def densify_(model: nn.Module) -> nn.Module:
     weights. Returns `model`.
 
     Raises:
-        ValueError: a layer learns its mask.
+        ValueError: a layer learns its mask, or layers share a weight under two masks.
         TypeError: a layer computes its weight (weight_norm), or is a subclass with behaviour of its
             own, which a dense layer would lose.
     """
     check_not_learned(model)
+    check_tied(model)
     layers = []
     for prefix, layer in masked_modules(model):
         for name in {"weight": None} | dict.fromkeys(_parametrized(layer)):
@@ -60,10 +62,11 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     compute pruned weights anew.
 
     Raises:
-        ValueError: a layer learns its mask.
+        ValueError: a layer learns its mask, or layers share a weight under two masks.
         TypeError: hooks compute the weight of a masked layer (torch.nn.utils.weight_norm).
     """
     check_not_learned(model)
+    check_tied(model)
     layers = list(masked_modules(model, remove_duplicate=False))
     for prefix, layer in layers:
         if "weight" not in _parametrized(layer):

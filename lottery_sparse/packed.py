@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import become, check_masked
+from lottery_sparse.convert import become, check_masked, check_tied
 from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.modules import Masked, one_node
 from lottery_sparse.ops.packed import check_x
-from lottery_sparse.packing import FORMATS, scale_of, unfit
+from lottery_sparse.packing import FORMATS, check_parts, check_tensor, format_of, scale_of
 
 # Up to these densities a format beats the dense library at every batch from 1 to 32, by element
 # size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
@@ -158,27 +158,55 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the format, and the sizes, that the state has."""
-        found = [
-            name
-            for name, form in FORMATS.items()
-            if all(prefix + part in state_dict for part in form.names)
-        ]
-        if found:
-            tensors = {name: state_dict[prefix + name] for name in FORMATS[found[0]].names}
-            why = unfit(found[0], tensors, self.out_features, self.in_features)
-            if why:
-                error_msgs.append(f"{prefix}{why}")
-                return
-            device = self._parts()[0].device
+        """Take the format, and the sizes, that the state has: all of it, or nothing."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:  # check all of it before anything is written, whatever is missing
+            taken = self._taken(state_dict, prefix, assign)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{error}")
+            return
+        if taken is not None:
+            format, parts = taken
             for name in FORMATS[self.format].names:
                 del self._buffers[name]
-            self.format = found[0]
-            for name, tensor in tensors.items():
-                self.register_buffer(name, torch.empty_like(tensor, device=device))
+            self.format = format
+            for name, part in parts.items():
+                self.register_buffer(name, part)
+            keys = {prefix + name for name in parts}
+            state_dict = {name: v for name, v in state_dict.items() if name not in keys}
+        loaded = {prefix + name for name in FORMATS[self.format].names} if taken else set()
+        missing: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        missing_keys += [name for name in missing if name not in loaded]
+
+    def _taken(
+        self, state_dict: Any, prefix: str, assign: bool
+    ) -> tuple[str, dict[str, Tensor]] | None:
+        """The format and the tensors of it that a state has, as the layer will hold them.
+
+        Raises:
+            ValueError: they are no packed weight of this layer, or the bias is none.
+        """
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is not None:
+            check_tensor("bias", bias)
+            if bias.shape != self.bias.shape or not bias.is_floating_point():
+                raise ValueError(
+                    f"bias must be floating {tuple(self.bias.shape)}, got {bias.dtype} "
+                    f"{tuple(bias.shape)}."
+                )
+        names = {name for form in FORMATS.values() for name in form.names}
+        format = format_of(name for name in names if prefix + name in state_dict)
+        if format is None:
+            return None
+        parts = {name: state_dict[prefix + name] for name in FORMATS[format].names}
+        check_parts(format, parts, self.out_features, self.in_features)
+        if not assign:
+            device = self._parts()[0].device
+            parts = {name: part.to(device, copy=True) for name, part in parts.items()}
+        return format, {name: part.detach().contiguous() for name, part in parts.items()}
 
 
 def choose_format(weight: Tensor) -> str:
@@ -225,13 +253,15 @@ def pack_(
         `model`.
 
     Raises:
-        ValueError: `activations` is unknown, or there is no masked layer.
+        ValueError: `activations` is unknown, there is no masked layer, or layers share a weight
+            under two masks.
         TypeError: a masked layer is a subclass with behaviour of its own, or holds several
             networks side by side.
     """
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
     check_masked(model)
+    check_tied(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
     for name, layer in layers:
         if not type(layer).__module__.startswith("lottery_sparse."):

@@ -326,11 +326,17 @@ def _processor() -> str:
 
 
 def cache_path() -> Path:
-    """The file with earlier measurements: in LS_CACHE_DIR, else in the user's cache folder."""
+    """The file with earlier measurements: in LS_CACHE_DIR, else in the user's cache folder.
+
+    Where the user has no home (a bare uid in a container), nothing is kept.
+    """
     folder = os.environ.get("LS_CACHE_DIR")
     if folder:
         return Path(folder) / "plan.json"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return Path(os.devnull)
     return Path(base) / "lottery_sparse" / "plan.json"
 
 
@@ -343,7 +349,7 @@ class _Store:
     def _read(self) -> dict[str, Any]:
         try:
             entries = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return entries if isinstance(entries, dict) else {}
 
@@ -358,5 +364,5 @@ class _Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, json.dumps(entries, indent=1, sort_keys=True).encode())
-        except OSError:
+        except (OSError, RecursionError):
             pass  # a cache that cannot be written costs time, nothing else

@@ -20,6 +20,7 @@ from lottery_sparse.frozen import std_of
 from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import normal, one_node, redraw_
 from lottery_sparse.random import key as random_key
+from lottery_sparse.text import shown
 
 WEIGHTS = ("init", "signed_constant")
 EVALUATIONS = ("sample", "threshold")  # in this order: a state_dict holds the place
@@ -264,8 +265,8 @@ def _evaluation(name: str, number: Tensor) -> str:
     """What the entry `evaluates_with` of a state_dict says."""
     if number.numel() != 1 or not 0 <= int(number) < len(EVALUATIONS):
         raise ValueError(
-            f"{name} is {number.tolist()}, but this version knows 0 to {len(EVALUATIONS) - 1}; the "
-            "checkpoint is of a newer version, or damaged."
+            f"{name} is {shown(repr(number.tolist()))}, but this version knows 0 to "
+            f"{len(EVALUATIONS) - 1}; the checkpoint is of a newer version, or damaged."
         )
     return EVALUATIONS[int(number)]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.convert import become, masks_of, owners_of, refusal_of
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.names import keys_of, matched, prefix_of
 from lottery_sparse.random import as_seed, stream_of
 from lottery_sparse.supermask import (
     EVALUATIONS,
@@ -56,7 +57,8 @@ def supermask_(
             standard deviation of the layer.
         rescale: a layer's weights are divided by the share of them that its mask keeps.
         init_score: every score at the start: 0 uses a weight with probability 1/2.
-        seed: of the masks' draws; each layer draws in a stream of its name.
+        seed: of the masks' draws; each layer draws in a stream of its name, without what wrappers
+            (torch.compile, DistributedDataParallel, FSDP) add to it.
         round_mask, evaluation: see `ls.SupermaskLinear`.
         filter_fn: (module, name) -> whether to learn a mask for that layer; None = all of them.
 
@@ -92,10 +94,12 @@ def supermask_(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
+    scores = {name: f"{prefix_of(name)}score" for name in chosen}
+    keys = keys_of(scores.values())
     for name, module in chosen.items():
         become(module, SUPERMASK_TYPES[type(module)])
         assert isinstance(module, Supermask)
-        stream = stream_of(f"{name}.score" if name else "score")
+        stream = stream_of(keys[scores[name]])
         module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
     return model
 
@@ -125,7 +129,8 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
             layer.evaluate_with(None)
         return model
     if isinstance(masks, Mapping):
-        given = Masks(masks)
+        there = matched(masks, layers, "masks")
+        given = Masks({there[name]: mask for name, mask in masks.items()})
         for name, layer in layers.items():
             if name not in given or given[name].shape != layer.score.shape:
                 got = tuple(given[name].shape) if name in given else "none"
@@ -226,7 +231,9 @@ def supermask_ticket(
     Raises:
         ValueError: a source gives other weights than the layer's, or names none.
     """
-    layers, sources = _layers(model), dict(sources or {})
+    layers, sources = _layers(model), sources or {}
+    there = matched(sources, layers, "sources")
+    sources = {there[name]: source for name, source in sources.items()}
     unknown = sources.keys() - layers.keys()
     if unknown:
         raise ValueError(f"sources names {min(unknown)}, but weights are: {', '.join(layers)}.")
@@ -235,6 +242,7 @@ def supermask_ticket(
         raise ValueError("some layers rescale and others do not; a ticket does it for all or none.")
     masks = masks_of(model)
     start: dict[str, Any] = {}
+    keys = keys_of(model.state_dict())
     learned = {"score", "key", "sample_key", "evaluates_with", "held_mask"}
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
@@ -242,7 +250,8 @@ def supermask_ticket(
         if weight in layers and last in learned:
             continue
         if name in sources:
-            made = drawn(name, sources[name], value.shape).to(value.device, value.dtype)
+            made = drawn(name, keyed(sources[name], keys[name]), value.shape)
+            made = made.to(value.device, value.dtype)
             if not torch.equal(made, value):
                 raise ValueError(
                     f"the source of {name} gives other weights than the layer holds "
@@ -266,7 +275,7 @@ def _layers(model: nn.Module) -> dict[str, Supermask]:
         ValueError: there is none.
     """
     layers = {
-        f"{name}.weight" if name else "weight": module
+        f"{prefix_of(name)}weight": module
         for name, module in model.named_modules()
         if isinstance(module, Supermask)
     }

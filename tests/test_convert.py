@@ -190,6 +190,21 @@ def test_one_module_under_two_names():
     assert torch.equal(model[0].weight_mask, masks["0.weight"])
 
 
+@pytest.mark.parametrize(
+    "verb", [ls.compact_, ls.densify_, ls.pack_, ls.dense_state_dict], ids=lambda v: v.__name__
+)
+@pytest.mark.parametrize("buffer", ["weight_mask", "weight_frozen"])
+def test_two_masks_for_one_weight_are_refused(verb, buffer):
+    model = ls.sparsify_(Tied())
+    masks = half(model)
+    ls.set_masks_(model, masks, torch.ones(6, 6))
+    setattr(model.b, buffer, torch.zeros_like(getattr(model.b, buffer)))  # nothing of ours does
+    with pytest.raises(ValueError, match=r"a\.weight and b\.weight are one weight under two masks"):
+        verb(model)
+    assert type(model.a) is ls.MaskedLinear
+    verb(ls.set_masks_(model, masks))
+
+
 # ---- weights that are read without their layer being called (design D16) ------------------------
 
 

@@ -32,30 +32,43 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "step_tables": set(),
     "kernels": {"reference", "step_tables"},
-    # whole files
-    "files": set(),
+    # whole files, and what they say
+    "text": set(),
+    "files": {"text"},
     # which one runs
     "backends": set(),
-    "random": {"backends"},
+    "random": {"backends", "text"},
     # kept weights as lists
     "compact": set(),
     # contract of the ops
     "ops": {"backends", "random", "reference", "compact", "formats"},
     # the ideas of the paper
-    "masks": set(),
+    "names": set(),
+    "masks": {"text", "names"},
+    "loading": {"names", "masks"},
     "criteria": {"random"},
     "actions": {"random"},
-    "prune": {"ops", "random", "masks", "criteria"},
+    "prune": {"ops", "random", "text", "names", "masks", "criteria"},
     # stateful things
-    "frozen": {"ops", "random"},
+    "frozen": {"ops", "random", "text"},
     "mask_tensor": set(),
     "rest": {"backends", "dense", "mask_tensor"},
-    "modules": {"ops", "reference", "mask_tensor", "masks", "frozen", "rest"},
-    "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
-    "convert": {"compact", "mask_tensor", "masks", "frozen", "modules", "supermask"},
+    "modules": {"frozen", "loading", "mask_tensor", "masks", "ops", "reference", "rest"},
+    "supermask": {"frozen", "masks", "modules", "ops", "random", "reference", "text"},
+    "convert": {
+        "compact",
+        "frozen",
+        "mask_tensor",
+        "masks",
+        "modules",
+        "names",
+        "supermask",
+        "text",
+    },
     "densify": {"modules", "convert"},
     "supermasking": {
         "random",
+        "names",
         "masks",
         "frozen",
         "modules",
@@ -127,10 +140,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "packing": {"formats", "ops", "reference"},
     "packed": {"compacting", "convert", "densify", "modules", "ops", "packing"},
-    "ticket_file": {"files", "masks", "frozen"},
-    "ticket": {"masks", "frozen", "convert", "densify", "ticket_file"},
+    "ticket_file": {"files", "text", "names", "masks", "frozen"},
+    "ticket": {"compact", "text", "names", "masks", "frozen", "convert", "densify", "ticket_file"},
     "ticket_search": {
         "random",
+        "text",
+        "names",
         "masks",
         "criteria",
         "actions",
@@ -146,7 +161,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor_cases": {"compact", "formats", "reference"},
     "doctor_steps": {"backends", "reference", "convert", "densify", "compacting", "optim", "step"},
     "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference", "_C", "_host"},
-    "__main__": {"doctor", "convert", "modules", "plan", "ticket"},
+    "__main__": {"text", "doctor", "convert", "modules", "plan", "ticket"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -149,6 +150,183 @@ def test_a_state_that_kernels_could_not_trust_is_refused(format, name, change):
     with pytest.raises(RuntimeError, match=f"is no {format} weight of 20 x 30"):
         layer.load_state_dict(state)
     assert torch.equal(layer(x), y)
+
+
+FORCED = {
+    **WEIGHTS,
+    "binary": lambda: 0.3 * torch.randn(20, 30).sign(),
+    "delta": WEIGHTS["csr"],
+}
+
+
+def forced(format, bias=True):
+    torch.manual_seed(0)
+    return ls.PackedLinear(FORCED[format](), torch.randn(20) if bias else None, format=format)
+
+
+def frozen_state(layer):
+    return layer.format, {n: (id(b), b._version, b.clone()) for n, b in layer.named_buffers()}
+
+
+def check_untouched(layer, before):
+    format, held = frozen_state(layer)
+    assert format == before[0]
+    assert held.keys() == before[1].keys()
+    for name, (identity, version, value) in held.items():
+        assert (identity, version) == before[1][name][:2]
+        assert torch.equal(value, before[1][name][2])
+
+
+PARTS = [
+    pytest.param(format, names, id=f"{format}: {' '.join(names)}")
+    for format in FORCED
+    for count in range(1, len(FORMATS[format].names))
+    for names in itertools.combinations(FORMATS[format].names, count)
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(("format", "names"), PARTS)
+def test_a_part_of_a_packed_weight_is_refused_before_anything_is_copied(
+    format, names, assign, strict
+):
+    layer, other = forced(format), forced(format).state_dict()
+    state = {name: other[name] for name in (*names, "bias")}
+    before = frozen_state(layer)
+    said = rf"{', '.join(sorted(names))}: no whole packed weight.*{format}: "
+    with pytest.raises(RuntimeError, match=said):
+        layer.load_state_dict(state, strict=strict, assign=assign)
+    check_untouched(layer, before)
+
+
+def test_several_formats_at_once_are_refused():
+    layer = forced("csr")
+    before = frozen_state(layer)
+    state = {**forced("bitmap").state_dict(), **forced("csr").state_dict()}
+    with pytest.raises(RuntimeError, match="bits, columns, starts, values: no whole packed weight"):
+        layer.load_state_dict(state, strict=False)
+    check_untouched(layer, before)
+
+
+def test_a_bias_alone_is_taken():
+    layer = forced("csr")
+    values = layer.values
+    layer.load_state_dict({"bias": torch.ones(20)}, strict=False)
+    assert torch.equal(layer.bias, torch.ones(20))
+    assert layer.values is values
+
+
+def put(at, value):
+    def change(t):
+        t = t.clone()
+        t.view(-1)[at] = value
+        return t
+
+    return change
+
+
+def swapped(t):
+    """The first two entries of the fullest row change places."""
+    return torch.cat([t[1:2], t[:1], t[2:]])
+
+
+WRONG = [
+    ("csr", "starts", put(3, 2**40)),  # both ends are right
+    ("csr", "starts", put(3, -1)),
+    ("csr", "starts", put(0, 1)),
+    ("csr", "starts", lambda t: t.int()),
+    ("csr", "starts", lambda t: t[:-1]),
+    ("csr", "columns", put(-1, 30)),
+    ("csr", "columns", put(0, -1)),  # 65,535 in 16 bits
+    ("csr", "columns", lambda t: t.int() - 2**31),
+    ("csr", "columns", lambda t: t.long()),
+    ("csr", "columns", torch.zeros_like),  # one column twice in a row
+    ("csr", "columns", lambda t: t[:-1]),
+    ("csr", "values", lambda t: t[:-1]),
+    ("csr", "values", lambda t: t.long()),
+    ("csr", "values", lambda t: t.view(-1, 1)),
+    ("delta", "starts", put(3, 2**40)),
+    ("delta", "gaps", put(-1, 255)),
+    ("delta", "gaps", lambda t: t.int()),
+    ("delta", "gaps", torch.zeros_like),
+    ("bitmap", "starts", put(3, 2**40)),
+    ("bitmap", "bits", torch.zeros_like),
+    ("bitmap", "bits", lambda t: torch.full_like(t, -1)),
+    ("bitmap", "bits", lambda t: t ^ (1 << 30)),  # spare bits of the 30 columns
+    ("bitmap", "bits", lambda t: t ^ -(2**31)),
+    ("bitmap", "bits", lambda t: t.long()),
+    ("bitmap", "values", lambda t: t[:-1]),
+    ("ternary", "codes", put(0, 3)),
+    ("ternary", "codes", put(5, -1)),
+    ("ternary", "codes", put(-1, -(2**30))),  # of padding
+    ("ternary", "codes", lambda t: t.long()),
+    ("ternary", "scale", lambda t: t.int()),
+    ("ternary", "scale", lambda t: t.expand(19)),
+    ("binary", "signs", lambda t: t ^ (1 << 30)),
+    ("binary", "scale", lambda t: t.bool()),
+    ("dense", "weight", lambda t: t.int()),
+    ("dense", "weight", lambda t: t.to_sparse()),
+    ("dense", "weight", lambda t: t.to("meta")),
+    ("csr", "starts", lambda t: t.to("meta")),
+    ("csr", "values", lambda t: t.tolist()),
+    ("csr", "bias", lambda t: t.int()),
+    ("csr", "bias", lambda t: t[:1]),
+    ("csr", "bias", lambda t: t.to("meta")),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    ("format", "name", "change"), WRONG, ids=[f"{i} {f} {n}" for i, (f, n, _) in enumerate(WRONG)]
+)
+def test_tensors_that_kernels_could_not_trust_are_never_copied(
+    format, name, change, assign, strict
+):
+    layer = forced(format)
+    state = {n: v.clone() for n, v in layer.state_dict().items()}
+    state[name] = change(state[name])
+    if format != "csr" or name == "bias":
+        layer = forced("csr")  # what is refused is the state, whatever the layer holds
+    before = frozen_state(layer)
+    with pytest.raises(RuntimeError, match=rf"{name}|is no {format} weight of 20 x 30"):
+        layer.load_state_dict(state, strict=strict, assign=assign)
+    check_untouched(layer, before)
+
+
+def test_each_layer_of_a_model_is_loaded_whole_or_not_at_all():
+    model = nn.Sequential(forced("csr"), nn.Linear(20, 30), forced("bitmap"), forced("ternary"))
+    other = nn.Sequential(forced("bitmap"), nn.Linear(20, 30), forced("csr"), forced("csr"))
+    state = other.state_dict()
+    state["2.starts"] = put(3, 2**40)(state["2.starts"])
+    before = frozen_state(model[2])
+    with pytest.raises(RuntimeError, match=r"2\.values is no csr weight of 20 x 30"):
+        model.load_state_dict(state)
+    check_untouched(model[2], before)
+    assert (model[0].format, model[3].format) == ("bitmap", "csr")
+    x = torch.randn(3, 30)
+    for i in (0, 3):
+        torch.testing.assert_close(model[i](x), other[i](x))
+
+
+def test_a_loaded_layer_does_not_follow_the_state_it_was_loaded_from():
+    layer, state = forced("csr"), forced("csr").state_dict()
+    x = torch.randn(3, 30)
+    layer.load_state_dict(state)
+    y = layer(x)
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("format", FORCED)
+def test_assigned_tensors_are_taken_as_they_are(format):
+    layer, state = forced("csr"), forced(format).state_dict()
+    layer.load_state_dict(state, assign=True)
+    assert layer.format == format
+    for name, value in layer.state_dict().items():
+        assert value.data_ptr() == state[name].data_ptr()
 
 
 def test_activation_error():

@@ -63,8 +63,10 @@ def tickets(**changes):
         ({"compounding": True}, "resume cannot go on with compounding=True"),
         ({"model": nn.Linear(3, 4)}, "resume has masks of .*, but the model's are of"),
         ({"resume": ls.Ticket(ls.Masks({}), {})}, "resume has no history"),
+        ({"resume": ls.Ticket(ls.Masks({}), {}, {}, [{"round": "3"}])}, "resume has no history"),
+        ({"resume": ls.Ticket(ls.Masks({}), {}, {}, [{"round": -1}])}, "resume has no history"),
     ],
-    ids=["rounds", "compounding", "model", "history"],
+    ids=["rounds", "compounding", "model", "history", "a word", "negative"],
 )
 def test_what_cannot_be_resumed(changes, message):
     train = Trainer()

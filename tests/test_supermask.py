@@ -265,6 +265,7 @@ def test_the_state_dict_of_a_choice_runs_functionally():
         ("4.held_mask", torch.full((7, 16), 2), "4.held_mask"),
         ("4.evaluates_with", torch.tensor(9, dtype=torch.uint8), "4.evaluates_with is 9, .*newer"),
         ("4.evaluates_with", torch.ones(3), "4.evaluates_with"),
+        ("4.evaluates_with", torch.ones(9999), r"is \[1.0, .*… \(49,795 more characters\), but"),
     ],
 )  # fmt: skip
 def test_a_choice_that_cannot_be_is_refused_and_changes_nothing(name, value, message):

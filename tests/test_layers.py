@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "loading", "frozen"},
-    "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
+    "recompute": set(),
+    "supermask": {"ops", "random", "recompute", "reference", "masks", "frozen", "modules"},
     "convert": {"compact", "names", "masks", "frozen", "modules", "supermask"},
     "densify": {"modules", "convert"},
     "supermasking": {

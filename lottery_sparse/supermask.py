@@ -20,6 +20,7 @@ from lottery_sparse.frozen import std_of
 from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import normal, one_node, redraw_
 from lottery_sparse.random import key as random_key
+from lottery_sparse.recompute import key_and_next, next_key
 from lottery_sparse.text import shown
 
 WEIGHTS = ("init", "signed_constant")
@@ -55,7 +56,8 @@ class Supermask(nn.Module):
         evaluation  what a layer in evaluation mode uses: "sample", a fresh mask per call; or
                     "threshold", weights more probable than not (a probability of 1/2 is not used)
 
-    Under torch.utils.checkpoint the second forward would draw another mask: leave these layers out.
+    Under torch.utils.checkpoint the recomputed forward uses the masks that the first one drew.
+    Other ways to run a forward again in the backward raise, as nobody knows which masks it drew.
     """
 
     dense_type: type[nn.Module]
@@ -176,9 +178,10 @@ class Supermask(nn.Module):
         """The key of the next draw, after which it is another one."""
         buffer = self._buffers[name]
         assert buffer is not None
-        key = buffer.clone()
-        buffer.select(-1, 2).add_(1)
-        return key
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            key, self._buffers[name] = key_and_next(buffer)
+            return key
+        return next_key(buffer)
 
     def _masked(self, call: Callable[..., Tensor], soft: Callable[[Tensor], Tensor]) -> Tensor:
         """The output: call(key=... or mask=...) with a mask of bits, soft(w m r) with any other."""

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mask_tensor": set(),
     "rest": {"backends", "dense", "mask_tensor"},
     "modules": {"frozen", "loading", "mask_tensor", "masks", "ops", "reference", "rest"},
-    "supermask": {"frozen", "masks", "modules", "ops", "random", "reference", "text"},
+    "supermask": {"frozen", "masks", "modules", "ops", "random", "recompute", "reference", "text"},
     "convert": {
         "compact",
         "frozen",
@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "supermask",
         "text",
     },
+    "recompute": set(),
     "densify": {"modules", "convert"},
     "supermasking": {
         "random",

@@ -23,7 +23,7 @@ from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.files import write_whole
 from lottery_sparse.modules import Masked
 from lottery_sparse.ops.compact import has_node
-from lottery_sparse.packed import pack_
+from lottery_sparse.pack import pack_
 
 # a layer is timed for at least this long, and this often
 _SECONDS = 0.03

@@ -1,0 +1,98 @@
+"""pack_: whole models of masked layers to packed ones, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from lottery_sparse.compacting import expand_
+from lottery_sparse.convert import become, check_masked
+from lottery_sparse.densify import densify_, settle_bias
+from lottery_sparse.modules import Masked
+from lottery_sparse.packed import PackedLinear
+
+
+def pack_(
+    model: nn.Module,
+    *,
+    activations: str = "exact",
+    report: Callable[[str], object] | None = print,
+) -> nn.Module:
+    """Replace masked and compact layers by packed ones for inference, in place.
+
+    Each linear layer takes the format that `choose_format` names: ternary where all effective
+    weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
+    a bitmap, else dense. Frozen values other than zero are weights like the others. Convolutions
+    become dense nn.Conv2d: there are no packed kernels for them. A bias that torch.nn.utils.prune
+    prunes becomes what is left of it. The model is set to eval mode, and Parameters that it still
+    has no longer require grad.
+
+    Args:
+        model: any module; a single masked layer too.
+        activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
+        report: called with a table of the layers; None = silence. With "int8" it shows each
+            layer's relative error for standard normal inputs; for your own see
+            `PackedLinear.activation_error`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: `activations` is unknown, or there is no masked layer.
+        TypeError: a masked layer is a subclass with behaviour of its own, or holds several
+            networks side by side.
+    """
+    if activations not in ("exact", "int8"):
+        raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
+    check_masked(model)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
+    for name, layer in layers:
+        if not type(layer).__module__.startswith("lottery_sparse."):
+            raise TypeError(
+                f"{name or 'the model itself'} is a {type(layer).__name__}, which has no packed "
+                "form; replace it by a MaskedLinear with its effective weight."
+            )
+        if layer.effective_weight.dim() != (4 if isinstance(layer, nn.Conv2d) else 2):
+            raise TypeError(
+                f"{name or 'the model itself'} holds several networks side by side; pack each of "
+                "them alone."
+            )
+    for _, layer in layers:
+        settle_bias(layer)
+    expand_(model)
+    lines = []
+    for name, layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            densify_(layer)
+            lines.append((name, "dense", "convolutions have no packed form"))
+        else:
+            packed = _replace(layer, activations)
+            note = f"{packed.bytes / 1e6:.3f} MB of {packed.dense_bytes / 1e6:.3f}"
+            if activations == "int8" and packed.format == "ternary":
+                note += f", int8 activations: error {_error_of_normal(packed):.2%}"
+            lines.append((name, packed.format, note))
+    if report is not None:
+        width = max((len(name) for name, *_ in lines), default=0)
+        report("\n".join(f"{name:{width}}  {format:8} {note}" for name, format, note in lines))
+    return model.eval().requires_grad_(False)
+
+
+def _replace(layer: Masked, activations: str) -> PackedLinear:
+    """A class swap: hooks, name and identity stay."""
+    weight, bias = layer.effective_weight.detach(), layer.bias
+    layer._parameters.clear()
+    layer._buffers.clear()
+    layer._non_persistent_buffers_set.clear()
+    del layer._frozen_descriptor, layer._summed
+    become(layer, PackedLinear)
+    assert isinstance(layer, PackedLinear)
+    layer._pack(weight, bias, None, activations)
+    return layer
+
+
+def _error_of_normal(layer: PackedLinear) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, layer.in_features, generator=generator)
+    return layer.activation_error(x.to(layer._parts()[0].device))

@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "modules",
     },
     "packing": {"formats", "ops", "reference"},
-    "packed": {"modules", "ops", "packing"},
+    "packed": {"compact", "formats", "modules", "ops", "packing", "reference"},
     "densify": {
         "modules",
         "compact_base",
@@ -96,7 +96,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pack",
     },
     "optim_plan": {"backends", "compact", "ops"},
-    "optim": {"backends", "compact", "optim_plan"},
+    "optim_groups": {"modules"},
+    "optim": {"backends", "compact", "optim_groups", "optim_plan"},
     "replicate": {
         "reference",
         "frozen",

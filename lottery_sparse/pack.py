@@ -24,17 +24,19 @@ def pack_(
 
     Each linear layer takes the format that `choose_format` names: ternary where all effective
     weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
-    a bitmap, else dense. Frozen values other than zero are weights like the others. Convolutions
-    become dense nn.Conv2d: there are no packed kernels for them. A bias that torch.nn.utils.prune
-    prunes becomes what is left of it. The model is set to eval mode, and Parameters that it still
-    has no longer require grad.
+    a bitmap, else dense; zeros count as pruned, whatever the mask says. No layer takes more bytes
+    than dense, in memory or in the state_dict, which holds the same tensors. Frozen values other
+    than zero are weights like the others. Convolutions become dense nn.Conv2d: there are no packed
+    kernels for them. A bias that torch.nn.utils.prune prunes becomes what is left of it. The model
+    is set to eval mode, and Parameters that it still has no longer require grad. `ls.densify_` is
+    the way back.
 
     Args:
         model: any module; a single masked layer too.
         activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
-        report: called with a table of the layers; None = silence. With "int8" it shows each
-            layer's relative error for standard normal inputs; for your own see
-            `PackedLinear.activation_error`.
+        report: called with a table of the layers, their formats, and their bytes against dense;
+            None = silence. With "int8" it shows each layer's relative error for standard normal
+            inputs; for your own see `PackedLinear.activation_error`.
 
     Returns:
         `model`.
@@ -62,21 +64,35 @@ def pack_(
     for _, layer in layers:
         settle_bias(layer)
     expand_(model)
-    lines = []
+    lines: list[tuple[str, str, int, int, str]] = []
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d):
             densify_(layer)
-            lines.append((name, "dense", "convolutions have no packed form"))
+            size = layer.weight.nbytes
+            lines.append((name, "dense", size, size, "convolutions have no packed form"))
         else:
             packed = _replace(layer, activations)
-            note = f"{packed.bytes / 1e6:.3f} MB of {packed.dense_bytes / 1e6:.3f}"
+            note = ""
             if activations == "int8" and packed.format == "ternary":
-                note += f", int8 activations: error {_error_of_normal(packed):.2%}"
-            lines.append((name, packed.format, note))
+                note = f"int8 activations: error {_error_of_normal(packed):.2%}"
+            lines.append((name, packed.format, packed.bytes, packed.dense_bytes, note))
     if report is not None:
-        width = max((len(name) for name, *_ in lines), default=0)
-        report("\n".join(f"{name:{width}}  {format:8} {note}" for name, format, note in lines))
+        report(_table(lines))
     return model.eval().requires_grad_(False)
+
+
+def _table(lines: list[tuple[str, str, int, int, str]]) -> str:
+    """Layer, format, bytes of the weight against dense, and a note; a last line for all."""
+    sizes = sum(line[2] for line in lines), sum(line[3] for line in lines)
+    cells = []
+    for name, format, size, dense, note in [*lines, ("total", "", *sizes, "")]:
+        share = f"{size / dense if dense else 1:.3f} of dense"
+        cells.append((name, format, f"{size / 1e3:,.1f}", f"{dense / 1e3:,.1f}", share, note))
+    name, number = max(len(line[0]) for line in cells), max(len(line[3]) for line in cells)
+    return "\n".join(
+        f"{n:{name}}  {format:8} {size:>{number}} of {dense:>{number}} kB, {share}  {note}".rstrip()
+        for n, format, size, dense, share, note in cells
+    )
 
 
 def _replace(layer: Masked, activations: str) -> PackedLinear:

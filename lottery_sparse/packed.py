@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lottery_sparse.compact import NARROW
+from lottery_sparse.formats import BLOCK
 from lottery_sparse.modules import one_node
 from lottery_sparse.ops.packed import check_x
 from lottery_sparse.packing import FORMATS, scale_of, unfit
+from lottery_sparse.reference import words_per_row
 
 # Up to these densities a format beats the dense library at every batch from 1 to 32, by element
 # size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
@@ -32,8 +35,9 @@ class PackedLinear(nn.Module):
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
-        format: None = the smallest and fastest that holds `weight` exactly, see `choose_format`,
-            which never takes "binary", "seeded" and "delta": their kernels are for CUDA.
+        format: None = the fastest that holds `weight` exactly in fewer bytes than dense, see
+            `choose_format`, which never takes "binary", "seeded" and "delta": their kernels are for
+            CUDA. A format that is named may take more than dense: `bytes`, `dense_bytes`.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
         key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
             0 have.
@@ -178,15 +182,26 @@ class PackedLinear(nn.Module):
 
 
 def choose_format(weight: Tensor) -> str:
-    """Ternary if it holds [N, K] exactly, at any size; else by size and density of what is not
-    zero: csr, bitmap or dense, the fastest.
+    """The fastest format that holds [N, K] exactly and takes fewer bytes than dense, else dense.
+
+    Ternary comes first, at any size; then, by size and density of what is not zero, csr or bitmap.
     """
-    if weight.numel() and scale_of(weight) is not None:
-        return "ternary"
-    kept = float((weight != 0).double().mean()) if weight.numel() else 1.0
-    size = weight.element_size()
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if not weight.numel():
         return "dense"
-    if kept <= MOST_CSR[size]:
-        return "csr" if weight.numel() >= LEAST_CSR else "dense"
-    return "bitmap" if kept <= MOST_BITMAP[size] and weight.numel() >= LEAST_BITMAP else "dense"
+    rows, columns = weight.shape
+    kept, element = int(weight.count_nonzero()), weight.element_size()
+    starts = 8 * (rows + 1)
+    found: dict[str, int] = {}  # bytes
+    scale = scale_of(weight)
+    if scale is not None:
+        blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
+        found["ternary"] = 4 * BLOCK * blocks + element * len(scale)
+    if weight.dtype in (torch.float32, torch.bfloat16):
+        density = kept / weight.numel()
+        if density <= MOST_CSR[element]:
+            if weight.numel() >= LEAST_CSR:
+                found["csr"] = kept * (element + (2 if columns <= NARROW else 4)) + starts
+        elif density <= MOST_BITMAP[element] and weight.numel() >= LEAST_BITMAP:
+            found["bitmap"] = kept * element + 4 * rows * words_per_row(columns) + starts
+    dense = weight.numel() * element
+    return next((format for format, size in found.items() if size < dense), "dense")

@@ -50,6 +50,10 @@ def supermask_(
     other modules (normalisation, say) are frozen too; set requires_grad again where they should
     train. Build the optimizer afterwards.
 
+    A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
+    the dense layer, and a byte a weight more after `ls.use_masks_` with a number or with masks.
+    `ls.supermask_ticket` saves the mask, a bit a weight, and the seed that gave the weights.
+
     Args:
         model: any module; a single layer too.
         weights: "init": those the model holds; "signed_constant": their signs times the population

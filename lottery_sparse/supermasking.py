@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse.convert import become, masks_of, owners_of, refusal_of
+from lottery_sparse.convert import become, masks_of, owners_of, refusal_of, why_unmasked
 from lottery_sparse.frozen import Seeded, SignOf, drawn
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -83,7 +83,7 @@ def supermask_(
         and (filter_fn is None or filter_fn(module, name))
     }
     if not chosen:
-        raise ValueError("model has no nn.Linear or nn.Conv2d to learn a mask for.")
+        raise ValueError(f"model has no layer to learn a mask for; {_why_none(model)}.")
     for name, module in chosen.items():
         why = refusal_of(model, name, module)
         if not why and len(owners[id(module.weight)]) > 1:
@@ -102,6 +102,12 @@ def supermask_(
         stream = stream_of(f"{name}.score" if name else "score")
         module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
     return model
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        return "its layers are masked already; ls.densify_ takes the masks away"
+    return why_unmasked(model) or "filter_fn left out every layer that could have one"
 
 
 def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:

@@ -50,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frozen": {"ops", "random"},
     "modules": {"ops", "reference", "masks", "frozen"},
     "supermask": {"ops", "random", "reference", "masks", "frozen", "modules"},
-    "convert": {"compact", "masks", "frozen", "modules", "supermask"},
+    "weight_types": set(),
+    "convert": {"compact", "masks", "frozen", "modules", "supermask", "weight_types"},
     "supermasking": {
         "random",
         "masks",

@@ -24,8 +24,9 @@ def compact_(
     """Turn masked layers into compact ones, in place: Parameters that hold kept weights only.
 
     Parameter, gradient and optimizer state get the size of what is kept, [C] instead of [N, K].
-    The layers compute the same; their state_dict stays the same. The weights are new Parameters,
-    so compact before the optimizer is built, or pass it.
+    The layers compute the same; their state_dict stays the same. Zeros that a mask keeps take slots
+    and train; `ls.Masks.of_nonzero` makes masks without them. The weights are new Parameters, so
+    compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
     Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a

@@ -43,8 +43,8 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
 
     Raises:
         ValueError: a layer learns its mask, or the optimizer holds state that cannot move.
-        TypeError: a layer computes its weight (weight_norm), or is a subclass with behaviour of its
-            own, which a dense layer would lose.
+        TypeError: a layer computes its weight (weight_norm), is a subclass with behaviour of its
+            own, which a dense layer would lose, or holds several networks side by side.
     """
     check_not_learned(model)
     known = {*MASKED_TYPES.values(), *COMPACT_TYPES.values(), PackedLinear}
@@ -53,6 +53,11 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     for prefix, layer in masked:
         for name in {"weight": None} | dict.fromkeys(_parametrized(layer)):
             check_own(prefix, layer, name)
+        if layer.weight_mask.dim() != layer.rank:
+            raise TypeError(
+                f"{prefix[:-1] or 'the model itself'} holds several networks side by side, which "
+                "have no dense layer; take one of them, ls.select(model, e)."
+            )
     for prefix, layer in [*masked, *packed]:
         if type(layer) not in known:
             raise TypeError(

@@ -109,6 +109,16 @@ def test_hooks_that_compute_a_weight_are_refused(call):
     torch.testing.assert_close(dense(x), y)
 
 
+@pytest.mark.parametrize("form", [lambda model: model, ls.compact_], ids=["masked", "compact"])
+def test_networks_side_by_side_have_no_dense_layer(form):
+    one = form(ls.sparsify_(nn.Sequential(nn.Linear(4, 3))))
+    model = ls.replicate(one, 2)
+    with pytest.raises(TypeError, match=r"^0 holds several networks .*ls\.select\(model, e\)"):
+        ls.densify_(model)
+    assert type(model[0]) is type(one[0])
+    assert type(ls.densify_(ls.select(model, 1))[0]) is nn.Linear
+
+
 def test_densify_refuses_a_subclass_before_it_changes_anything():
     class Twice(ls.MaskedLinear):
         def forward(self, x):

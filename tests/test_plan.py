@@ -195,6 +195,17 @@ def test_a_layer_without_other_forms_stays_as_it_is():
     assert type(model[0]) is Louder
 
 
+@pytest.mark.parametrize("x", [torch.randn(4, 6), torch.randn(2, 4, 6)], ids=["shared", "own"])
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_side_by_side_have_forms_without_a_dense_one(training, x):
+    model = ls.replicate(ls.sparsify_(nn.Sequential(nn.Linear(6, 5), nn.ReLU())), 2)
+    y = model(x).detach()
+    [row] = ls.plan(model, x, training=training).rows
+    assert set(row.paths) == FORMS_OF_LINEAR - {"dense"}
+    assert "as fast as dense" not in row.verdict
+    torch.testing.assert_close(model(x).detach(), y)
+
+
 def test_a_compact_layer_costs_its_lists_and_its_dense_weight_too():
     layer = ls.compact_(ls.sparsify_(nn.Linear(30, 20)))
     kept, dense, starts = 600, 600, 21 + 31

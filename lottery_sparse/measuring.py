@@ -96,9 +96,9 @@ def candidates(layer: Masked, training: bool) -> dict[str, Candidate]:
         found["dense"] = Candidate(dense)
     compact = _made(compact_, plain)
     if compact is not None:
-        for products, name in COMPACT_FORMS.items():
+        for products in ("sparse", "auto", "dense"):  # what may need a dense weight comes last
             if products == "auto" or _chooses(layer):
-                found[name] = Candidate(compact, products)
+                found[COMPACT_FORMS[products]] = Candidate(compact, products)
     if format_of(layer, training) != "dense":
         packed = _made(lambda module: pack_(module, report=None), plain)
         if packed is not None:
@@ -128,11 +128,11 @@ def measured(
 
     Times `before`, of the same forms, are taken as they are.
     """
-    steps = {name: _step(form, x, training) for name, form in forms.items()}
-    sizes = {}
-    for name, step in steps.items():
-        step()  # to warm up, and to hold what it holds in use
-        sizes[name] = bytes_of(forms[name].module)
+    steps, sizes = {}, {}
+    for name, form in forms.items():
+        steps[name] = _step(form, x, training)
+        steps[name]()  # to warm up, and to hold what it holds in use
+        sizes[name] = bytes_of(form.module)
     if before is not None:
         return {name: replace(cost, bytes=sizes[name]) for name, cost in before.items()}
     found: dict[str, Cost] = {}

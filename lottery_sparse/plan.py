@@ -29,6 +29,7 @@ from lottery_sparse.example import call_of, inputs_of
 from lottery_sparse.files import write_whole
 from lottery_sparse.measuring import (
     COMPACT_FORMS,
+    FORMS,
     Cost,
     candidates,
     form_of,
@@ -39,7 +40,7 @@ from lottery_sparse.modules import Masked
 from lottery_sparse.pack import pack_
 from lottery_sparse.plan_table import Plan, Row
 
-# A gain of less counts as none.
+# A gain in time of less counts as none.
 _LEAST_GAIN = 0.05
 # Measurements are kept for so many days.
 _DAYS = 14
@@ -156,7 +157,7 @@ def _choice(costs: list[dict[str, Cost]], present: str, training: bool, tied: bo
     ]
     fastest = min(ms[name] for name in fit)
     near = [name for name in fit if (1 - _LEAST_GAIN) * ms[name] <= fastest]
-    return min(near, key=lambda name: (size[name], name != present))
+    return min(near, key=lambda name: (size[name], name != present, FORMS.index(name)))
 
 
 def _apply(
@@ -306,14 +307,18 @@ class _Store:
 
 
 def _costs(entry: Any) -> dict[str, Cost] | None:
-    """What an entry says, if it is of these versions and of the last days."""
+    """What an entry says, if it is whole, of these versions, and of the last days."""
     same = _is_young(entry) and all(entry.get(name) == value for name, value in _stamp().items())
     if not same:
         return None
-    return {
-        name: Cost(float(cost["ms"]), int(cost["bytes"]), float(cost["spread"]))
-        for name, cost in entry["paths"].items()
-    }
+    try:
+        found = {
+            name: Cost(float(cost["ms"]), int(cost["bytes"]), float(cost["spread"]))
+            for name, cost in entry["paths"].items()
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+    return found if all(0 < cost.ms < math.inf for cost in found.values()) else None
 
 
 def _is_young(entry: Any) -> bool:

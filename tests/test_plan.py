@@ -384,6 +384,8 @@ def test_an_entry_says_when_and_where_it_was_measured(cache, steady):
         {"time": None},
         {"paths": {}},
         {"paths": {"masked": None}},
+        {"paths": [1]},
+        *({"ms": ms} for ms in ("fast", 0, -1, float("nan"), float("inf"))),
     ],
     ids=str,
 )
@@ -391,7 +393,11 @@ def test_an_entry_of_another_version_or_too_old_is_measured_anew(change, cache, 
     layer, x = linear_of(), torch.randn(2, 64)
     assert seconds_of(layer, x) == [1]
     [(key, entry)] = json.loads(cache.read_text()).items()
-    cache.write_text(json.dumps({key: entry | change, "old": {"time": 0}, "odd": 3}))
+    if "ms" in change:
+        entry["paths"]["masked"] |= change
+    else:
+        entry |= change
+    cache.write_text(json.dumps({key: entry, "old": {"time": 0}, "odd": 3}))
     assert seconds_of(layer, x) == [2]
     assert list(json.loads(cache.read_text())) == [key], "and what is too old goes"
     assert seconds_of(layer, x) == [2]

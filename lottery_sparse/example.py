@@ -45,10 +45,18 @@ def call_of(
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
+    """That of the forward; of a wrapper that hands everything on, that of what it wraps."""
     try:
-        return inspect.signature(model.forward)
+        signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # of a compiled object that has none
         return inspect.signature(lambda *args: None)
+    handed_on = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    if all(parameter.kind in handed_on for parameter in signature.parameters.values()):
+        for name in ("module", "_orig_mod"):  # DataParallel and its kin, torch.compile
+            inner = model._modules.get(name)
+            if inner is not None:
+                return _signature(inner)
+    return signature
 
 
 def inputs_of(

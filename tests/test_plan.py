@@ -537,10 +537,18 @@ def test_the_model_is_called_as_it_is_called_elsewhere(call, wrap):
     assert model.called["training"] == (call == "a name of ours")
 
 
-def test_a_dict_may_be_an_argument():
-    assert ls.plan(TakesOneDict(), {"x": A}).rows[0].shape == (3, 6)
-    assert ls.plan(TakesOneDict(), {"batch": {"x": A}}).rows[0].shape == (3, 6)
-    assert ls.plan(TakesOneDict(), batch={"x": A}).rows[0].shape == (3, 6)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, Wrapper, lambda m: torch.compile(m, backend="eager")],
+    ids=["plain", "wrapped", "compiled"],
+)
+def test_a_dict_may_be_an_argument(wrap):
+    for call in (
+        lambda m: ls.plan(m, {"x": A}),
+        lambda m: ls.plan(m, {"batch": {"x": A}}),
+        lambda m: ls.plan(m, batch={"x": A}),
+    ):
+        assert call(wrap(TakesOneDict())).rows[0].shape == (3, 6)
 
 
 def test_a_dict_that_does_not_fit_is_refused_by_name():

@@ -20,6 +20,7 @@ from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.names import keys_of, matched, prefix_of
 from lottery_sparse.supermask import Supermask
 from lottery_sparse.text import shown
+from lottery_sparse.weight_types import none_to_mask
 
 MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
@@ -51,7 +52,8 @@ def sparsify_(
     skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
     layers of nn.TransformerEncoderLayer (its fast path), `linear` of nn.LinearCrossEntropyLoss,
     layers whose weight another kind of module shares, parametrized layers, layers with a forward of
-    their own, and other subclasses.
+    their own, and other subclasses. Where nothing can be masked, a warning names the types
+    of modules that hold the weights.
 
     Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
     Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
@@ -107,6 +109,9 @@ def sparsify_(
                 cast(Masked, module).weight_mask.copy_(mask)
                 cast(Masked, module)._rests_here()
     _match_tied_masks(model, swapped)
+    if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
+        warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=2)
     return model
 
 
@@ -222,12 +227,31 @@ LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
 
 
 def check_masked(model: nn.Module) -> None:
-    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten."""
+    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten or in vain."""
     kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
     if not kinds:
-        raise ValueError("the model has no masked layer; call ls.sparsify_(model) first.")
+        why = why_unmasked(model) or "call ls.sparsify_(model) first"
+        raise ValueError(f"the model has no masked layer; {why}.")
     if not any(isinstance(m, Masked) for m in kinds):
         raise ValueError(LEARNED)
+
+
+def why_unmasked(model: nn.Module) -> str | None:
+    """What keeps `sparsify_` from masking any layer of a dense model; None: nothing does."""
+    owners, refused = owners_of(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(MASKED_TYPES)):
+            continue
+        pruned = bool(hooks_of_prune(module))
+        weight = module._parameters.get("weight_orig" if pruned else "weight")
+        why = refusal_of(model, name, module, pruned)
+        for other, owner in owners.get(id(weight), []):
+            if owner is not module and (pruned or type(owner) not in MASKED_TYPES):
+                why = f"its weight is shared with {other} ({type(owner).__name__})"
+        if why is None:
+            return None
+        refused[name] = why
+    return none_to_mask(model, refused)
 
 
 def check_not_learned(model: nn.Module) -> None:

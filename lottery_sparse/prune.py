@@ -151,7 +151,8 @@ def _check_kinds(w_init: object, w_final: object, masks: object) -> None:
             )
     if not masks:
         raise ValueError(
-            "masks is empty: the model has no masked layer; call ls.sparsify_(model) first."
+            "masks is empty: the model has no masked layer; call ls.sparsify_(model) first, which "
+            "warns where it finds no layer to mask."
         )
 
 

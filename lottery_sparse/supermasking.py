@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse.convert import become, masks_of, owners_of, refusal_of
+from lottery_sparse.convert import become, masks_of, owners_of, refusal_of, why_unmasked
 from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
@@ -51,6 +51,10 @@ def supermask_(
     other modules (normalisation, say) are frozen too; set requires_grad again where they should
     train. Build the optimizer afterwards.
 
+    A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
+    the dense layer, and a byte a weight more after `ls.use_masks_` with a number or with masks.
+    `ls.supermask_ticket` saves the mask, a bit a weight, and the seed that gave the weights.
+
     Args:
         model: any module; a single layer too.
         weights: "init": those the model holds; "signed_constant": their signs times the population
@@ -81,7 +85,7 @@ def supermask_(
         and (filter_fn is None or filter_fn(module, name))
     }
     if not chosen:
-        raise ValueError("model has no nn.Linear or nn.Conv2d to learn a mask for.")
+        raise ValueError(f"model has no layer to learn a mask for; {_why_none(model)}.")
     for name, module in chosen.items():
         why = refusal_of(model, name, module)
         if not why and len(owners[id(module.weight)]) > 1:
@@ -102,6 +106,12 @@ def supermask_(
         stream = stream_of(keys[scores[name]])
         module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
     return model
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        return "its layers are masked already; ls.densify_ takes the masks away"
+    return why_unmasked(model) or "filter_fn left out every layer that could have one"
 
 
 def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:

@@ -17,6 +17,7 @@ from lottery_sparse.convert import (
     masked_modules,
     masks_of,
     sparsify_,
+    why_unmasked,
 )
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.densify import state_without_masks
@@ -111,10 +112,10 @@ def find_ticket(
     for prefix, layer in masked_modules(model):
         check_own(prefix, layer, "weight")
     if not any(isinstance(m, Masked) for m in model.modules()):
+        if why := why_unmasked(model):
+            raise ValueError(f"model has no layer that can have a mask; {why}.")
         sparsify_(model)
     masks = masks_of(model)
-    if not masks:
-        raise ValueError("model has no nn.Linear or nn.Conv2d that can be masked.")
     check_keep(keep, scope, masks)
     if resume is not None:
         resume = resume.named_as(model)

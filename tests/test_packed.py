@@ -72,9 +72,12 @@ def test_a_forced_format_holds_the_weight(format):
 @pytest.mark.parametrize(
     ("weight", "format"),
     [
-        (torch.tensor([[1.0, -1.0], [0.0, 1.0]]), "ternary"),
-        (torch.tensor([[1.0, -1.0], [0.0, 2.0]]), "ternary"),  # one magnitude per row
-        (torch.zeros(3, 4), "ternary"),
+        (torch.tensor([[1.0, -1.0], [0.0, 1.0]]).repeat(8, 8), "ternary"),
+        (torch.tensor([[1.0, -1.0], [0.0, 2.0]]).repeat(8, 8), "ternary"),  # one magnitude per row
+        (torch.zeros(8, 16), "ternary"),
+        (torch.zeros(3, 4), "csr"),  # a ternary block takes 64 bytes, the weight 48
+        (torch.ones(64, 1), "dense"),
+        (torch.eye(64)[:, :1] * 3.1 + torch.eye(64)[:, 3:4], "dense"),  # starts alone are more
         (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "dense"),
         (torch.tensor([[1.0, float("nan")]]), "dense"),
         (torch.zeros(0, 4), "dense"),
@@ -87,6 +90,61 @@ def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
     layer = ls.PackedLinear(weight)
     torch.testing.assert_close(layer.effective_weight, weight, equal_nan=True)
     assert layer(torch.ones(2, weight.shape[1], dtype=weight.dtype)).shape == (2, len(weight))
+
+
+def weights_of_many_kinds(dtype):
+    """Shapes with one row, one column, ragged blocks, wide ones; magnitudes one, few and many."""
+    for rows, columns in ((1, 1), (1, 40), (40, 1), (17, 33), (64, 64), (5, 700), (700, 5)):
+        for density in (0.0, 0.02, 0.1, 0.24, 0.4, 0.65, 0.9, 1.0):
+            kept = torch.rand(rows, columns) < density
+            yield (torch.randn(rows, columns) * kept).to(dtype)
+            yield (0.5 * torch.randn(rows, columns).sign() * kept).to(dtype)
+            yield (torch.randn(rows, 1) * torch.randn(rows, columns).sign() * kept).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_format_that_is_chosen_takes_more_than_dense(dtype):
+    chosen = set()
+    for weight in weights_of_many_kinds(dtype):
+        layer = ls.PackedLinear(weight)
+        assert torch.equal(layer.effective_weight, weight)
+        assert (layer.bytes < layer.dense_bytes) == (layer.format != "dense")
+        assert sum(t.nbytes for t in layer.state_dict().values()) == layer.bytes
+        chosen.add(layer.format)
+    assert chosen == {"ternary", "dense"} | {
+        torch.float32: {"csr", "bitmap"}, torch.bfloat16: {"csr"}, torch.float64: set()
+    }[dtype]  # fmt: skip
+
+
+def test_a_format_that_is_named_may_take_more_and_says_so():
+    layer = ls.PackedLinear(torch.randn(40, 1), format="csr")
+    assert layer.bytes > layer.dense_bytes == 160
+
+
+def bytes_of(model):
+    return sum(value.nbytes for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize(("dtype", "mask"), [(torch.float32, 1 / 4), (torch.bfloat16, 1 / 2)])
+def test_what_the_state_of_each_form_takes_is_as_documented(dtype, mask):
+    def form(*verbs):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=dtype))
+        for verb in verbs:
+            verb(model)
+        return bytes_of(model) / (64 * 64 * dtype.itemsize)
+
+    def pruned(model):
+        ls.set_masks_(model, {"0.weight": torch.rand(64, 64) < 0.1})
+
+    def pack_(model):
+        ls.pack_(model, report=None)
+
+    assert form() == 1
+    assert form(ls.sparsify_, pruned) == form(ls.sparsify_, pruned, ls.compact_) == 1 + mask
+    assert 2 < form(ls.supermask_) < 2.01  # and the keys of its draws
+    assert form(ls.sparsify_, pack_) == 1
+    assert form(ls.sparsify_, pruned, pack_) < 0.4
+    assert form(ls.sparsify_, pruned, ls.densify_) == 1
 
 
 @pytest.mark.parametrize(
@@ -357,11 +415,11 @@ def test_pack_keeps_what_a_model_computes(compact):
     assert [type(m) for m in model[::2]] == [nn.Conv2d, ls.PackedLinear, ls.PackedLinear]
     assert len(list(model.parameters())) == 2  # those of the convolution
     (text,) = lines
-    assert [line.split()[:2] for line in text.splitlines()] == [
-        ["0", "dense"],
-        ["2", "csr"],
-        ["4", "csr"],
-    ]
+    words = [line.split() for line in text.splitlines()]
+    assert [line[:2] for line in words[:3]] == [["0", "dense"], ["2", "csr"], ["4", "csr"]]
+    held, dense = model[2].bytes + model[4].bytes + 4 * 36, 4 * (36 + 64 * 40 + 40 * 10)
+    kept = f"{held / 1e3:,.1f} of {dense / 1e3:,.1f} kB, {held / dense:.3f} of dense"
+    assert " ".join(words[3]) == f"total {kept}"
     assert "convolutions have no packed form" in text
 
 

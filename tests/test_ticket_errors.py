@@ -26,7 +26,7 @@ import lottery_sparse as ls
         ({"mask1": "init"}, "mask1 must be one of rewind, reinit"),
         ({"mask0": "rewind"}, "mask0 must be one of zero, freeze_init"),
         ({"generator": "x"}, "generator must be an int seed"),
-        ({"model": nn.ReLU()}, "model has no nn.Linear or nn.Conv2d"),
+        ({"model": nn.ReLU()}, "model has no layer that can have a mask; it has no weights"),
     ],
     ids=str,
 )

@@ -23,6 +23,8 @@ if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 from lottery_sparse.native import dispatch
 
+pytestmark = pytest.mark.numeric
+
 kernels = torch.ops.lottery_sparse_native
 BF16 = torch.bfloat16
 

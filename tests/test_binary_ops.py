@@ -10,6 +10,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends, ops, reference
 from lottery_sparse.packed import FORMATS
 
+pytestmark = pytest.mark.numeric
+
 KINDS = ("binary", "seeded")
 SHAPES = [(0, 5, 2), (5, 0, 2), (1, 1, 1), (33, 31, 3), (40, 1, 2), (7, 9, 0), (70, 257, 5)]
 SEED, STREAM, STEP = 2**64 - 3, 11, 2

@@ -19,6 +19,8 @@ if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 from lottery_sparse import native
 
+pytestmark = pytest.mark.numeric
+
 # channels in and out, kernel, image, batch, then options
 CASES = [
     ((1, 1), (1, 1), (1, 1), 1, {}),

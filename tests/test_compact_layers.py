@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
 
+pytestmark = pytest.mark.numeric
+
 frozen = pytest.mark.parametrize("frozen", SOURCES)
 # Adam and its kin divide: it keeps them from magnifying the rounding of tiny gradients
 EPS = 1e-3

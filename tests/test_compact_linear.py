@@ -14,6 +14,8 @@ if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 import lottery_sparse.native  # registers the kernels
 
+pytestmark = pytest.mark.numeric
+
 kernels = torch.ops.lottery_sparse_native
 
 # (N, K, B): one row, one column, no batch, batches around tiles of 32, more than one block of rows

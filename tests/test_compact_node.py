@@ -16,6 +16,8 @@ import lottery_sparse as ls
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact
 
+pytestmark = pytest.mark.numeric
+
 if not compact.has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 

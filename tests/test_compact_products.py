@@ -26,6 +26,8 @@ from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact_conv2d, compact_linear
 
+pytestmark = pytest.mark.numeric
+
 LINEAR_BACKENDS = backends.available("compact_linear", "cpu")
 CONV_BACKENDS = backends.available("compact_conv2d", "cpu")
 

@@ -16,6 +16,8 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse.compact import holders_of, optimizers_of
 
+pytestmark = pytest.mark.numeric
+
 ADAM = {"lr": 0.01, "eps": EPS, "amsgrad": True}
 
 

@@ -15,6 +15,8 @@ if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 from lottery_sparse import native
 
+pytestmark = pytest.mark.numeric
+
 # (channels in and out, kernel), options, x
 TAKEN = [
     ((3, 8, (16, 2)), {"stride": (64, 2)}, (3, 3, 100, 9)),

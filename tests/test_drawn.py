@@ -13,6 +13,8 @@ from torch.library import opcheck
 import lottery_sparse as ls
 from lottery_sparse import ops, reference
 
+pytestmark = pytest.mark.numeric
+
 LAWS = ("sign", "normal", "truncated_normal")
 STD = 0.0371
 

@@ -12,7 +12,10 @@ from torch.autograd import forward_ad
 import lottery_sparse as ls
 
 # torch's own, as it loads its rules for tangents with torch.jit
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+]
 
 LAYERS = {"linear": (nn.Linear(7, 6), (3, 7)), "conv2d": (nn.Conv2d(2, 4, 3), (3, 2, 5, 5))}
 

@@ -30,7 +30,10 @@ from lottery_sparse.ops import SignConstant, masked_conv2d, pack_mask
 OP = torch.ops.lottery_sparse.masked_conv2d.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_conv2d_backward.default
 # said once per process by F.conv2d, which gives the answers here
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 
 AVAILABLE = backends.available("masked_conv2d", "cpu")
 

@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_map
 from lottery_sparse.ops import masked_conv2d
 
 # said once per process by F.conv2d, which gives the answers here
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 
 networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)

@@ -24,6 +24,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.ops import SignConstant, masked_linear, pack_mask
 
+pytestmark = pytest.mark.numeric
+
 OP = torch.ops.lottery_sparse.masked_linear.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_linear_backward.default
 AVAILABLE = backends.available("masked_linear", "cpu")

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map
 import lottery_sparse as ls
 from lottery_sparse.ops import SignConstant, masked_linear, pack_mask
 
+pytestmark = pytest.mark.numeric
+
 networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)
 

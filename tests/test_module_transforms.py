@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
 
+pytestmark = pytest.mark.numeric
+
 # ---- transforms ---------------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ if importlib.util.find_spec("lottery_sparse._C") is None:
 
 from lottery_sparse import native
 
+pytestmark = pytest.mark.numeric
+
 _host = pytest.importorskip(
     "lottery_sparse._host", reason="_host is not built", exc_type=ImportError
 )

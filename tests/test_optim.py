@@ -25,6 +25,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import lottery_sparse as ls
 from lottery_sparse import backends, optim_plan
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_steps_are_those_of_torch(name, options):

@@ -13,6 +13,8 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse import backends, compact, optim_plan
 
+pytestmark = pytest.mark.numeric
+
 
 def compact_model(frozen="zero", networks=None, shared=False):
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ import lottery_sparse as ls
 from lottery_sparse import packed
 from lottery_sparse.packed import FORMATS, choose_format
 
+pytestmark = pytest.mark.numeric
+
 WEIGHTS = {
     "ternary": lambda: 0.3 * torch.randint(-1, 2, (20, 30)),
     "csr": lambda: torch.randn(20, 30) * (torch.rand(20, 30) < 0.1),

@@ -31,7 +31,7 @@ DENSITIES = [0.0, 0.05, 0.5, 1.0]
 BACKENDS = backends.available("ternary_linear", "cpu")
 KINDS = ("ternary", "ternary by row", "csr", "delta", "bitmap")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
+pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:.*deterministic")]
 
 
 def problem(kind, n, k, density, dtype=torch.float32):

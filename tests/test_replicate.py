@@ -9,6 +9,8 @@ from torch import nn
 
 import lottery_sparse as ls
 
+pytestmark = pytest.mark.numeric
+
 E = 3
 
 

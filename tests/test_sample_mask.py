@@ -15,6 +15,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.ops import sample_mask
 
+pytestmark = pytest.mark.numeric
+
 OP = torch.ops.lottery_sparse.sample_mask.default
 KEY = ls.random.key(5, ls.random.stream_of("fc1.score"), 3)
 GOLDEN_MASK = "000000110000100111111011"

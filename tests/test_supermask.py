@@ -17,6 +17,8 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse.ops import sample_mask
 
+pytestmark = pytest.mark.numeric
+
 # ---- values and gradients ------------------------------------------------------------------------
 
 

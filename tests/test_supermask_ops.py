@@ -18,6 +18,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends, ops, reference
 from lottery_sparse.ops import sample_bits, sample_mask, supermask_conv2d, supermask_linear
 
+pytestmark = pytest.mark.numeric
+
 KEY = ls.random.key(5, ls.random.stream_of("fc1.score"), 3)
 LINEAR = (9, 37), (5, 37)
 CONV = (4, 3, 3, 2), (2, 6, 7, 5)

@@ -10,6 +10,8 @@ from tolerances import close
 import lottery_sparse as ls
 from lottery_sparse import ops
 
+pytestmark = pytest.mark.numeric
+
 
 def steps(p, fused, backend):
     """[score, velocity, dx, db] after three steps."""

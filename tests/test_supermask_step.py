@@ -16,6 +16,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.ops import sample_mask
 
+pytestmark = pytest.mark.numeric
+
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 

@@ -14,6 +14,8 @@ import lottery_sparse as ls
 from lottery_sparse.ops import sample_mask
 from lottery_sparse.supermask import FIRST_SAMPLE
 
+pytestmark = pytest.mark.numeric
+
 # ---- from dense ----------------------------------------------------------------------------------
 
 

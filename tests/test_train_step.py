@@ -32,7 +32,7 @@ from lottery_sparse import step as step_module
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*layer collapse")
+pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:.*layer collapse")]
 
 # which products are dense: (for outputs and inputs' gradients, for weights' gradients)
 PRODUCTS = {"sparse": (2, 2), "dense": (-1, -1), "multiply": (-1, 2), "sample": (2, -1)}

@@ -126,7 +126,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what people call
     "doctor_cases": {"compact", "formats", "reference"},
     "doctor_steps": {"backends", "reference", "convert", "densify", "compacting", "optim", "step"},
-    "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference", "_C", "_host"},
+    "doctor_torch": set(),
+    "doctor": {
+        "backends",
+        "doctor_cases",
+        "doctor_steps",
+        "doctor_torch",
+        "ops",
+        "reference",
+        "_C",
+        "_host",
+    },
     "__main__": {"doctor", "convert", "modules", "plan", "ticket"},
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version

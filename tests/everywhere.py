@@ -32,9 +32,11 @@ SETTINGS: dict[str, dict[str, str]] = {
     "avx2-held-threads": {"LS_CPU": "avx2", **HELD, **TWO_THREADS},
     "portable-held": {"LS_CPU": "portable", **HELD},
 }
+# Not what asks torch about schemas, nor what runs every instruction set by itself.
+ALIKE = "opcheck", "every_variant", "every_cpu_variant", "every_instruction_set"
 PYTEST = (
-    "-m", "pytest", "-q", "-m", "numeric", "-n", "2", "--dist", "loadfile",
-    "--no-loadscope-reorder", "--benchmark-disable",
+    "-m", "pytest", "-q", "-m", "numeric", "-k", " and ".join(f"not {name}" for name in ALIKE),
+    "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--benchmark-disable",
 )  # fmt: skip
 # Whole files are marked; the others need not be collected.
 TESTS = Path(__file__).parent

@@ -110,11 +110,12 @@ def linear_backward(
     """dx and the dense dw; empty where not needed."""
     dx, dw = x.new_empty(0), x.new_empty(0)
     if need_dx:
-        if rounds(x) and dy.dim() > x.dim():  # one network with the outputs of all
+        shared = dy.dim() > x.dim()
+        if shared and rounds(x):  # one network with the outputs of all
             dx = torch.matmul(dy.movedim(0, 1).flatten(1), w.flatten(0, 1))
         else:
             dx = torch.matmul(dy, w)
-            dx = dx.sum(0) if dx.dim() > x.dim() else dx
+            dx = dx.sum(0) if shared else dx
     if need_dw:
         dw = torch.matmul(dy.mT, x)
     return dx, dw

@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench bench-peers instructions compile-gate build clean distclean cuda-build
+.PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ quickstart: $(PACKAGE)  ## train LeNet, find a ticket, print and draw what it sh
 
 test: $(PACKAGE)  ## run the tests (PYTEST_ARGS="-k masks" to choose)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(PYTEST_ARGS)
+
+test-everywhere: $(PACKAGE)  ## run the tests of arithmetic under every setting (SETTINGS="avx2 held" to choose)
+	$(PY) tests/everywhere.py $(SETTINGS)
 
 lint: $(PACKAGE)  ## ruff, clang-format and pyright; changes nothing
 	$(VENV)/bin/ruff check .

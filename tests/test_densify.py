@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from test_convert import effective, half, network, same
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
@@ -24,7 +25,7 @@ def test_densify(frozen):
     assert (type(model[0]), type(model[4])) == (nn.Conv2d, nn.Linear)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     same(model.state_dict(), state)
-    torch.testing.assert_close(model(x), y)
+    close(model(x), y)
     assert not [n for n in vars(model[0]) if "mask" in n or "frozen" in n]
     assert dict(model[0].named_buffers()) == {}
     network().load_state_dict(model.state_dict())
@@ -37,7 +38,7 @@ def test_dense_state_dict_loads_strictly_into_the_dense_model():
     dense = network().eval()
     dense.load_state_dict(ls.dense_state_dict(model))
     x = torch.randn(3, 1, 4, 4)
-    torch.testing.assert_close(dense(x), model(x))
+    close(dense(x), model(x))
 
 
 @pytest.mark.parametrize("call", [ls.densify_, ls.dense_state_dict])
@@ -75,7 +76,7 @@ def test_what_a_parametrization_computes_is_dense_as_one_tensor(source):
     state = ls.dense_state_dict(model)
     assert not any(value.requires_grad for value in state.values())
     dense.load_state_dict(state)
-    torch.testing.assert_close(dense(x), y)
+    close(dense(x), y)
     nn.utils.parametrizations.weight_norm(dense[0])
     with pytest.raises(RuntimeError, match=r"Missing key.*parametrizations\.weight"):
         dense.load_state_dict(state)
@@ -93,7 +94,7 @@ def test_densify_names_what_computes_a_weight_and_how_to_undo_it():
     with pytest.raises(TypeError, match=r'^0\.bias is computed.*remove_param.*\(layer, "bias"\)'):
         ls.densify_(model)
     nn.utils.parametrize.remove_parametrizations(model[0], "bias")
-    torch.testing.assert_close(ls.densify_(model)(x), y)
+    close(ls.densify_(model)(x), y)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -106,7 +107,7 @@ def test_hooks_that_compute_a_weight_are_refused(call):
     nn.utils.remove_weight_norm(model[0])
     dense = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
     dense.load_state_dict(ls.dense_state_dict(model))
-    torch.testing.assert_close(dense(x), y)
+    close(dense(x), y)
 
 
 @pytest.mark.parametrize("form", [lambda model: model, ls.compact_], ids=["masked", "compact"])

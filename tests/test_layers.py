@@ -174,8 +174,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     # what people call
     "doctor_cases": {"compact", "formats", "reference"},
     "doctor_steps": {"backends", "compacting", "convert", "densify", "optim", "reference", "step"},
-    "doctor": {"backends", "doctor_cases", "doctor_steps", "ops", "reference"},
+    "doctor": {"backends", "doctor_cases", "doctor_steps", "doctor_torch", "ops", "reference"},
     "__main__": {"convert", "doctor", "modules", "plan", "text", "ticket"},
+    "doctor_torch": set(),
 }
 TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version
 

@@ -8,11 +8,14 @@ import itertools
 
 import pytest
 import torch
+from tolerances import after, close
 from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse import packed
 from lottery_sparse.packed import FORMATS, choose_format
+
+pytestmark = pytest.mark.numeric
 
 WEIGHTS = {
     "ternary": lambda: 0.3 * torch.randint(-1, 2, (20, 30)),
@@ -55,7 +58,7 @@ def test_a_layer_computes_what_its_weight_says(format, bias):
     assert layer.format == format
     assert torch.equal(layer.effective_weight, weight)
     x = torch.randn(2, 5, 30)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, b))
+    close(layer(x), nn.functional.linear(x, weight, b))
     assert not list(layer.parameters())
     assert sum(layer._buffers[n].nbytes for n in FORMATS[format].names) == layer.bytes
     assert f"format={format}, bytes={layer.bytes}" in repr(layer)
@@ -88,7 +91,7 @@ def test_a_forced_format_holds_the_weight(format):
 def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
     assert choose_format(weight) == format
     layer = ls.PackedLinear(weight)
-    torch.testing.assert_close(layer.effective_weight, weight, equal_nan=True)
+    close(layer.effective_weight, weight, equal_nan=True)
     assert layer(torch.ones(2, weight.shape[1], dtype=weight.dtype)).shape == (2, len(weight))
 
 
@@ -393,7 +396,8 @@ def test_activation_error():
     assert 1e-4 < error < 0.05
     assert torch.equal(layer.bias, torch.full((20,), 1e6))
     x = torch.tensor([127.0, -5.0, 3.0] * 10)
-    assert layer.activation_error(x) < 1e-6  # whole numbers up to 127 stay what they are
+    # whole numbers up to 127 stay what they are
+    assert layer.activation_error(x) <= 2 * after(30, torch.float32)
     assert ls.PackedLinear(WEIGHTS["csr"]()).activation_error(torch.randn(8, 30)) == 0.0
 
 
@@ -409,7 +413,7 @@ def test_pack_keeps_what_a_model_computes(compact):
     layers = list(model)
     assert ls.pack_(model, report=lines.append) is model
     assert list(model) == layers  # the same modules
-    torch.testing.assert_close(model(x), y)
+    close(model(x), y)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert [type(m) for m in model[::2]] == [nn.Conv2d, ls.PackedLinear, ls.PackedLinear]
@@ -440,7 +444,7 @@ def test_signed_constants_with_their_frozen_values_become_ternary():
         ls.pack_(copied, report=None)
         assert copied.format == "ternary"
         assert copied.bytes == 4 * 2 * 4 * 16 + 4
-        torch.testing.assert_close(copied(x), y)
+        close(copied(x), y)
 
 
 def test_other_frozen_values_are_weights_like_the_others():
@@ -450,7 +454,7 @@ def test_other_frozen_values_are_weights_like_the_others():
     y = layer(x).detach()
     ls.pack_(layer, report=None)
     assert layer.format == "dense"
-    torch.testing.assert_close(layer(x), y)
+    close(layer(x), y)
 
 
 def test_int8_is_chosen_by_the_caller_and_its_error_shown():
@@ -473,7 +477,7 @@ def test_a_shared_layer_is_packed_once():
     y = model(x).detach()
     ls.pack_(model, report=None)
     assert model[0] is model[2]
-    torch.testing.assert_close(model(x), y)
+    close(model(x), y)
 
 
 def test_tied_weights_are_packed_each():
@@ -485,7 +489,7 @@ def test_tied_weights_are_packed_each():
     y = model(x).detach()
     for m in (copy.deepcopy(model), ls.compact_(copy.deepcopy(model))):
         ls.pack_(m, report=None)
-        torch.testing.assert_close(m(x), y)
+        close(m(x), y)
 
 
 def test_half_precision_layers_keep_their_dtype():
@@ -496,7 +500,7 @@ def test_half_precision_layers_keep_their_dtype():
     ls.pack_(layer, report=None)
     assert (layer.format, layer.values.dtype) == ("csr", torch.bfloat16)
     assert layer(x).dtype == torch.bfloat16
-    torch.testing.assert_close(layer(x), y, atol=2e-2, rtol=2e-2)
+    close(layer(x), y)
 
 
 class Louder(ls.MaskedLinear):
@@ -517,7 +521,7 @@ def test_a_packed_model_compiles_whole():
     model, x = net(), torch.randn(3, 1, 6, 6)
     ls.pack_(model, report=None)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
+    close(compiled(x), model(x))
 
 
 def test_copies_and_pickles():

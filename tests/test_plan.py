@@ -9,6 +9,7 @@ from collections import UserDict
 
 import pytest
 import torch
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
@@ -100,7 +101,7 @@ def test_every_layer_is_measured_and_becomes_what_the_table_says(training, befor
         if training or row.choice != "dense":
             assert measuring.bytes_of(layer) == then.bytes
     with torch.no_grad():
-        torch.testing.assert_close(model(X), expected)
+        close(model(X), expected)
 
 
 # what forms take, as (times, form at first) -> form afterwards
@@ -442,7 +443,7 @@ def test_tied_layers_get_one_form_and_stay_tied(choice, monkeypatch):
     assert [row.choice for row in found.rows] == [choice, choice]
     assert model[0].weight is model[2].weight
     assert form_now(model[0]) == form_now(model[2]) == choice
-    torch.testing.assert_close(model(x).detach(), expected)
+    close(model(x).detach(), expected)
 
 
 @pytest.mark.parametrize("apply", [True, False])

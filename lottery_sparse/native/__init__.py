@@ -40,6 +40,8 @@ from lottery_sparse.native.random import (
     sample_mask,
 )
 
+# Called by backends.numerics.
+numerics = torch.ops.lottery_sparse_native.numerics.default
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
 sgd_step = torch.ops.lottery_sparse_native.sgd_step.default
 adam_step = torch.ops.lottery_sparse_native.adam_step.default
@@ -62,6 +64,7 @@ __all__ = [
     "kept_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
+    "numerics",
     "pack_mask",
     "random_normal",
     "random_signs",

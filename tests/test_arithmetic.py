@@ -101,6 +101,7 @@ def test_the_limits_of_a_config_are_those_of_dispatch():
 def test_a_study_is_refused_before_anything_is_written(
     module, name, value, message, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(arithmetic, "numerics", lambda: 1)
     arithmetic.check(SMOKE(), "cpu")
     monkeypatch.setattr(module, name, value)
     with pytest.raises(arithmetic.OtherArithmetic, match=message):

@@ -15,6 +15,7 @@ constexpr const char* kAdamStep =
     "float weight_decay, bool decoupled, bool maximize) -> int";
 
 constexpr const char* kSchemas[] = {
+    "numerics() -> int",
     "keep_top(Tensor[] scores, Tensor[] masks, int count, int seed, int[] streams) -> Tensor[]",
     "count_kept(Tensor mask) -> int",
     "pack_mask(Tensor mask) -> Tensor",

@@ -150,6 +150,8 @@ def _native(name: str) -> dict[str, Any]:
         module = importlib.import_module(f"lottery_sparse.{name}")
         if name == "_host":
             found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
+        if name == "_C":
+            found["info"] = {"numerics": backends.numerics()}
         if name == "_C_cuda":
             found["info"] = {"architectures": module.architectures}
     except (ImportError, RuntimeError) as error:

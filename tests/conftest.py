@@ -69,3 +69,13 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="module")
+def any_arithmetic():
+    """Studies run whatever kernels there are: what they compute is compared with itself alone."""
+    from experiments import arithmetic
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "check", lambda run, device: None)
+        yield

@@ -118,7 +118,7 @@ def test_copies(copied, frozen):
     layer = masked(nn.Linear(7, 6), frozen)
     other = copied(layer)
     assert type(other) is ls.MaskedLinear
-    before = layer.state_dict()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
     for name, value in other.state_dict().items():
         assert torch.equal(value, before[name])
     x = torch.randn(3, 7)

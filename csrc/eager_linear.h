@@ -4,12 +4,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 
 #include <array>
 #include <optional>
 #include <vector>
 
+#include "parallel_rim.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -17,12 +17,6 @@ namespace {
 
 using at::Tensor;
 using variable_list = std::vector<Tensor>;
-
-const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                            void* context) {
-    at::parallel_for(begin, end, grain,
-                     [&](int64_t first, int64_t last) { body(first, last, context); });
-});
 
 struct Kept {
     Tensor starts, columns, column_starts, rows, positions;

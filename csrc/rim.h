@@ -10,18 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "parallel.h"
+#include "parallel_rim.h"
 
 namespace lottery_sparse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                                   void* context) {
-    STD_TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context) == 0,
-                    "a parallel region failed");
-});
 
 inline std::string shape_text(const Tensor& t) {
     std::string text = "(";

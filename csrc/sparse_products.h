@@ -22,6 +22,9 @@ constexpr int64_t kScatterTiles = 2;
 // cache.
 constexpr int64_t kSampleBytes = 512 << 10;
 constexpr int64_t kGrainConvert = 1 << 14;
+// Multiply-adds, or floats written, of a range: with fewer, waking a thread costs more than it
+// gives.
+constexpr int64_t kGrainWork = 1 << 17;
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -115,6 +118,19 @@ class Products {
     }
 
   private:
+    // How many of `count` tasks make a range, if all of them make `work` of which one has `least`.
+    static int64_t grain(int64_t count, int64_t work, int64_t least) {
+        return work ? std::max<int64_t>(1, count * least / work) : count;
+    }
+    // Multiply-adds of the kept entries in `rows` rows of each network with all tiles.
+    int64_t work(const KeptLists<Index>& lists, int64_t rows) const {
+        int64_t entries = 0;
+        for (int64_t e = 0; e < shape_.replicates; ++e) {
+            const int64_t* starts = lists.of(e).starts;
+            entries += starts[rows] - starts[0];
+        }
+        return entries * tiles_ * kTileBatch;
+    }
     void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) const {
         kernels_.pack_tile(source, batch, features, tile);
     }
@@ -138,7 +154,8 @@ class Products {
 template <class Index>
 template <class T>
 void Products<Index>::pack(const T* source, int64_t count, int64_t features, float* tiles) const {
-    parallel_(count * tiles_, 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = count * tiles_, floats = parts * features * kTileBatch;
+    parallel_(parts, grain(parts, floats, kGrainConvert), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / tiles_, b = i % tiles_ * kTileBatch;
             pack_tile(source + (e * shape_.batch + b) * features,
@@ -155,7 +172,9 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
                                T* out) const {
     const int64_t outputs = sum ? 1 : shape_.replicates;
     const int64_t blocks = divide_up(rows, kTaskRows);
-    parallel_(outputs * tiles_ * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = outputs * tiles_ * blocks;
+    const int64_t size = work(lists, rows) + outputs * shape_.batch * rows;
+    parallel_(tasks, grain(tasks, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kTaskRows,
                           count = std::min(kTaskRows, rows - first);
@@ -233,7 +252,8 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
     const int64_t n = shape_.out_features, k = shape_.in_features;
     const int64_t tile_bytes = k * kTileBatch * static_cast<int64_t>(sizeof(float));
     const int64_t group = std::max<int64_t>(1, kSampleBytes / std::max<int64_t>(tile_bytes, 1));
-    parallel_(shape_.replicates * n, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = shape_.replicates * n, size = work(lists, n) + (dw ? rows * k : 0);
+    parallel_(rows, grain(rows, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t e = begin / n; e * n < end; ++e) {
             const int64_t first = std::max<int64_t>(begin - e * n, 0);
             const int64_t last = std::min(end - e * n, n);
@@ -260,7 +280,8 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
 template <class Index>
 template <class T>
 void Products<Index>::sum_batch(const float* tiles, int64_t features, T* out) const {
-    parallel_(shape_.replicates * features, kTaskRows, [&](int64_t begin, int64_t end) {
+    const int64_t rows = shape_.replicates * features, floats = rows * tiles_ * kTileBatch;
+    parallel_(rows, grain(rows, floats, kGrainConvert), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / features, f = i % features;
             assign(out[i], kernels_.sum_row(tiles + (e * tiles_ * features + f) * kTileBatch,

@@ -41,6 +41,7 @@ KERNELS = [
     "bitmap_linear_cpu",
     "dense_tiles_cpu",
     "keep_top_cpu",
+    "list_check_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",
     "packed_linear_cpu",

@@ -99,7 +99,7 @@ struct Call {
     static bool fits_bias(const Tensor& bias, const Tensor& effective) {
         return bias.sizes() == effective.sizes().slice(0, effective.dim() - 1);
     }
-    // Whether the lists are as kernels read them, and end within their slots.
+    // Whether the lists are as kernels read them, and begin and end within their slots.
     static bool takes(const Kept& kept) {
         const auto list = [](const Tensor& t, at::ScalarType dtype) {
             return ordinary(t, dtype) && t.is_contiguous();
@@ -112,7 +112,8 @@ struct Call {
         for (const Tensor* t : {&kept.starts, &kept.column_starts}) {
             const int64_t* ends = t->const_data_ptr<int64_t>() - 1;
             for (int64_t i = t->size(-1); i <= t->numel(); i += t->size(-1))
-                if (ends[i] < 0 || ends[i] > kept.columns.size(-1)) return false;
+                if (ends[i] < 0 || ends[i] > kept.columns.size(-1) || ends[i - t->size(-1) + 1])
+                    return false;
         }
         return true;
     }

@@ -9,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "list_check.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -60,7 +61,17 @@ struct KeptLists {
     const float* values;
     int64_t starts_stride;  // from a matrix to the next one in `starts`
     int64_t slots;          // the same in `columns` and `values`
+    const char *starts_name, *columns_name;
+    ListCheck* check;  // or nullptr: this call has made the lists
 
+    // Whether rows [begin, end) of a matrix are lists of columns below `bound`.
+    bool fit(int64_t matrix, int64_t begin, int64_t end, int64_t bound) const {
+        if (!check) return true;
+        const KeptRows<Index> rows = of(matrix);
+        return check->starts(starts_name, rows.starts, begin, end, slots) &&
+               check->numbers(columns_name, rows.columns + rows.starts[begin],
+                              rows.starts[end] - rows.starts[begin], bound);
+    }
     KeptRows<Index> of(int64_t matrix) const {
         return {starts + matrix * starts_stride, columns + matrix * slots, values + matrix * slots};
     }
@@ -182,7 +193,9 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
             const int64_t b = t * kTileBatch, batch = std::min(kTileBatch, shape_.batch - b);
             T* target = out + (output * shape_.batch + b) * rows + first;
             alignas(kLineBytes) float block[kTileBatch * kTaskRows];  // what is to be rounded
+            const bool again = t > 0 && task - blocks >= begin;  // this thread has read these lists
             for (int64_t e = output; e < (sum ? shape_.replicates : output + 1); ++e) {
+                if (!again && !lists.fit(e, first, first + count, columns)) return;
                 TileProduct<Index> product = {
                     lists.of(e),
                     tiles + ((shared ? 0 : e) * tiles_ + t) * columns * kTileBatch,
@@ -257,6 +270,7 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
         for (int64_t e = begin / n; e * n < end; ++e) {
             const int64_t first = std::max<int64_t>(begin - e * n, 0);
             const int64_t last = std::min(end - e * n, n);
+            if (!lists.fit(e, first, last, k)) return;
             int64_t t = 0;
             do {  // at least once: an empty batch has a gradient of zeros
                 const SampledProduct<Index> product = {

@@ -28,7 +28,7 @@ from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops.checks import autocasts
 from lottery_sparse.ops.conv2d import Pair, as_pair
 from lottery_sparse.ops.differentiable import differentiable
-from lottery_sparse.ops.lists import check_kept, once
+from lottery_sparse.ops.lists import check_kept, once, readable
 from lottery_sparse.ops.product import cast_all_of, register_autocast
 
 
@@ -276,7 +276,7 @@ def _checked(op: Callable, rank: int, x: Tensor, values: Tensor, kept: KeptLists
     try:
         return op(x, values, kept, *args)
     except (RuntimeError, IndexError):
-        if not torch.compiler.is_compiling():
+        if readable(*kept):
             check_kept(kept, rows, columns)
         raise
 

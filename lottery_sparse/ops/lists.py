@@ -34,12 +34,21 @@ def once(check: Callable[..., None], first: Tensor, *rest: Any) -> None:
             all(map(_same, others, rest)) and versions == [*map(_version, _tensors(rest))]
         ):
             return
-    if torch._C._are_functorch_transforms_active() or not unwatched([first, *_tensors(rest)]):
+    if not readable(first, *rest):
         return
     check(first, *rest)
     key = id(first)
     forgotten = ref(first, lambda _: _passed.pop(key, None))
     _passed[key] = forgotten, _version(first), rest, [*map(_version, _tensors(rest))]
+
+
+def readable(*args: Any) -> bool:
+    """Whether these tensors hold numbers that Python may look at."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and unwatched(_tensors(args))
+    )
 
 
 def _tensors(arguments: tuple) -> list[Tensor]:

@@ -18,7 +18,14 @@ from lottery_sparse import backends, reference
 from lottery_sparse.formats import BLOCK
 from lottery_sparse.ops.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.differentiable import unwatched
-from lottery_sparse.ops.lists import check_bitmap, check_codes, check_csr, check_delta, once
+from lottery_sparse.ops.lists import (
+    check_bitmap,
+    check_codes,
+    check_csr,
+    check_delta,
+    once,
+    readable,
+)
 from lottery_sparse.ops.product import cast_one
 
 
@@ -255,7 +262,7 @@ def _checked(check: tuple, op: Callable, x: Tensor, rows: int, *args: Any) -> Te
     try:
         return _by_rows(op, x, rows, *args)
     except (RuntimeError, IndexError):
-        if not torch.compiler.is_compiling():
+        if readable(*check[1:]):
             check[0](*check[1:])
         raise
 

@@ -1,7 +1,6 @@
 #include "packed_linear.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "bits.h"
 #include "list_check.h"
@@ -100,11 +99,11 @@ void run(const BitmapLinear& p, const BitmapLinearKernels<Value>& kernels,
     const int64_t stride = (divide_up(p.in_features, kBitmapGroup) + 1) * kBitmapGroup;
     const int64_t padded = divide_up(p.batch, kBitmapSide) * kBitmapSide;
     const Buffer<float> x = buffer<float>(padded * stride);
-    std::memset(x.get() + p.batch * stride, 0, (padded - p.batch) * stride * sizeof(float));
+    std::fill_n(x.get() + p.batch * stride, (padded - p.batch) * stride, 0.0f);
     for (int64_t b = 0; b < p.batch; ++b) {
-        std::memcpy(x.get() + b * stride, p.x + b * p.in_features, p.in_features * sizeof(float));
-        std::memset(x.get() + b * stride + p.in_features, 0,
-                    (stride - p.in_features) * sizeof(float));
+        float* row = x.get() + b * stride;
+        std::copy_n(p.x + b * p.in_features, p.in_features, row);  // of no columns there is no x
+        std::fill_n(row + p.in_features, stride - p.in_features, 0.0f);
     }
     ListCheck check;
     parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {

@@ -167,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
 // These take no tensor, so no device chooses the kernel.
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CompositeExplicitAutograd, m) {
     m.impl("numerics", TORCH_BOX(&numerics_op));
+    m.impl("threads_used", TORCH_BOX(&threads_used));
     m.impl("random_words", TORCH_BOX(&random_words_op));
     m.impl("random_signs", TORCH_BOX(&random_signs_op));
     m.impl("random_uniform", TORCH_BOX(&random_uniform_op));

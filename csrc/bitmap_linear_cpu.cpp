@@ -16,7 +16,7 @@ struct Group {
 
 #if defined(__AVX512F__)
 inline Group expand(uint32_t kept, const float* values) {
-    return {{_mm512_maskz_expand_ps(static_cast<__mmask16>(kept), _mm512_loadu_ps(values))}};
+    return {{_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(kept), values)}};
 }
 inline Group expand(uint32_t kept, const Bfloat16* values) {
     const __mmask16 lanes = static_cast<__mmask16>((1u << count_bits(kept)) - 1);

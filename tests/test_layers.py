@@ -287,6 +287,7 @@ INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 # the rim: _C is bindings*.cpp with rim.h on torch's stable ABI, _host is host.cpp on pybind11
 MAY_INCLUDE = {
     "rim.h": {"torch"},
+    "parallel_rim.h": {"torch"},
     "bindings.cpp": {"Python.h"},
     "cuda_rim.h": {"torch"},
     "bindings_cuda.cpp": {"Python.h"},

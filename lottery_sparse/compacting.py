@@ -32,7 +32,8 @@ def compact_(
     later `set_masks_`: average the masked form, or start the average anew then.
 
     Args:
-        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are.
+        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are; they
+            give up dense weights that nothing reads any more.
         optimizer: if given, its groups get the new Parameters, and per-element state moves along.
         spare: slots of each layer (and network) beyond those that its mask needs.
 
@@ -50,9 +51,13 @@ def compact_(
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
-    groups = [
-        (name, layers) for name, layers in by_parameter(model) if not isinstance(layers[0], Compact)
-    ]
+    groups = []
+    for name, layers in by_parameter(model):
+        if not isinstance(layers[0], Compact):
+            groups.append((name, layers))
+        for layer in layers:
+            if isinstance(layer, Compact):
+                layer.release()
     for name, layers in groups:
         for layer in layers:
             if type(layer) not in COMPACT_TYPES or "weight" not in layer._parameters:
@@ -125,11 +130,18 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
 
 def refresh_(model: nn.Module) -> nn.Module:
-    """Copy kept weights into the effective weights, after writes through `.data`; returns `model`.
+    """Copy kept weights into the dense effective weights, where these exist; returns `model`.
 
-    The next forward notices any other write by itself, unless it is a compiled one: that needs
-    this after all writes but those of optimizers, `set_masks_` and load_state_dict; for
-    DistributedDataParallel, which copies weights and masks of rank 0, after wrapping the model.
+    To be called after a write that counts no version to *part* of a compact layer's `weight`
+    (`weight.data[3] = 0`, or one of another process in shared memory). The next eager forward
+    notices all others by itself: those that count a version, and those that do not but replace or
+    change the whole vector (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by
+    its address and some sixteen of its slots; on other devices than the CPU, whose numbers it
+    cannot read without waiting, by the address alone. A write during a forward is undefined.
+
+    A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
+    `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
+    rank 0, after wrapping the model.
     """
     for module in model.modules():
         if isinstance(module, Compact):
@@ -171,7 +183,7 @@ def _replacement(
         if state is not None:
             del optimizer.state[old]
             optimizer.state[new] = moved
-            note_optimizer(new, optimizer)
+            note_optimizer(optimizer)
         if gradient is not None:
             new.grad = gradient
 

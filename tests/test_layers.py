@@ -62,7 +62,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ticket",
     },
     "compact_parts": {"backends", "reference", "compact", "modules"},
-    "compact_base": {"backends", "reference", "compact", "compact_parts", "frozen", "modules"},
+    "compact_effective": {
+        "backends",
+        "reference",
+        "compact",
+        "compact_parts",
+        "frozen",
+        "modules",
+    },
+    "compact_base": {
+        "reference",
+        "compact",
+        "compact_parts",
+        "compact_effective",
+        "frozen",
+        "modules",
+    },
     "compact_layers": {"reference", "compact_base", "modules", "ops"},
     "compacting": {
         "reference",

@@ -120,6 +120,9 @@ class Holder(Protocol):
     def written(self) -> None:
         """Called by what wrote `weight` alone."""
 
+    def fit_state(self, optimizer: Optimizer) -> None:
+        """Give an optimizer's state of `weight` the slots that it has here."""
+
 
 # By the id of the Parameter, which each look-up compares: a weak reference to a Parameter would
 # keep torch from swapping it (torch.__future__.set_swap_module_params_on_conversion).
@@ -202,9 +205,17 @@ def _watch_steps() -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Runs before every step of any torch optimizer, once a compact layer exists."""
     if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
-        _take_back_outside_graph()
+        _prepare_outside_graph(optimizer)
     else:
-        take_back()
+        _prepare(optimizer)
+
+
+def _prepare(optimizer: Optimizer) -> None:
+    take_back()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for holder in holders_of(parameter)[:1]:
+                holder.fit_state(optimizer)
 
 
 def take_back() -> None:
@@ -235,5 +246,5 @@ def _tell_holders(optimizer: Optimizer) -> None:
                 holder.written()
 
 
-_take_back_outside_graph: Any = torch._disable_dynamo(take_back)  # pyright: ignore
+_prepare_outside_graph: Any = torch._disable_dynamo(_prepare)  # pyright: ignore
 _tell_outside_graph: Any = torch._disable_dynamo(_tell_holders)  # pyright: ignore

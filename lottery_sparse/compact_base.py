@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import reference
-from lottery_sparse.compact import KeptLists, find_optimizers, holders_of, lends_no_more
+from lottery_sparse.compact import (
+    KeptLists,
+    find_optimizers,
+    holders_of,
+    lends_no_more,
+    optimizers_of,
+)
 from lottery_sparse.compact_effective import Effective
 from lottery_sparse.compact_parts import (
     Shrunk,
@@ -116,10 +122,17 @@ class Compact(Effective):
         """Slots per network: how many weights a mask may keep."""
         return self.weight.shape[-1]
 
+    def _fit_states(self) -> None:
+        for known in optimizers_of(self.weight):
+            self.fit_state(known)
+
     # ---- a new mask ------------------------------------------------------------------------------
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         check_capacity(name, mask, self.rank, self.capacity)
+        self._fit_states()
+        if optimizer is not None:
+            self.fit_state(optimizer)
         check_optimizers(name, self.weight, optimizer)
 
     @torch.no_grad()
@@ -271,6 +284,7 @@ class Compact(Effective):
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
                 find_optimizers()
+                self._fit_states()
                 check_optimizers(names[0], self.weight)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))

@@ -14,6 +14,7 @@ from lottery_sparse.compact_parts import (
     as_matrix,
     blank_of,
     has_readers,
+    most_kept,
     skips_pruned,
     version_of,
     versions_of,
@@ -21,6 +22,12 @@ from lottery_sparse.compact_parts import (
 )
 from lottery_sparse.frozen import hold
 from lottery_sparse.modules import Masked, normal, sum_of_signs
+
+# What torch's optimizers hold for each element of a weight, of its shape.
+PER_ELEMENT = {
+    "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq",
+    "momentum_buffer", "prev", "square_avg", "step_size", "sum",
+}  # fmt: skip
 
 
 class Effective(Masked):
@@ -126,6 +133,32 @@ class Effective(Masked):
             object.__setattr__(self, "fresh_version", -1)  # past nn.Module's, which costs 2 us
         else:
             self.refresh_()
+
+    def fit_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give state of other slots, which was loaded, the slots that the weight has here.
+
+        Kept weights fill the first slots of both; spare ones hold zero. State of the dense weight,
+        of a masked model, gives what it has for kept ones.
+
+        Raises:
+            ValueError: the state has fewer slots than this layer keeps weights.
+        """
+        state, shape = optimizer.state.get(self.weight) or {}, self.weight.shape
+        for name, value in state.items():
+            if name not in PER_ELEMENT or not isinstance(value, Tensor) or value.shape == shape:
+                continue
+            if value.shape == self.weight_mask.shape:
+                state[name] = reference.gather_kept(value, *self.kept[:2])
+            elif value.dim() == len(shape) and value.shape[:-1] == shape[:-1]:
+                most, slots = most_kept(self.weight_mask, self.rank), value.shape[-1]
+                if slots < most:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} holds state of {slots} kept weights, but a "
+                        f"{type(self).__name__} of {tuple(self.weight_mask.shape)} keeps {most}; "
+                        "load the model before the optimizer, in the form that was saved."
+                    )
+                state[name] = value.new_zeros(shape)
+                state[name][..., :slots] = value[..., : shape[-1]]
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """The kept weights, and `_dense` as it must be for them."""

@@ -68,6 +68,7 @@ def compact_(
         if layers[0].weight_mask.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
         if optimizer is not None:
+            _check_dense(name, layers[0], optimizer)
             check_movable(name, layers[0].weight, optimizer)
     _warn_of_hooks(groups)
     for _, layers in groups:
@@ -147,6 +148,20 @@ def refresh_(model: nn.Module) -> nn.Module:
         if isinstance(module, Compact):
             module.refresh_()
     return model
+
+
+def _check_dense(name: str, layer: Masked, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state of a compact checkpoint, which was loaded for a dense weight."""
+    least, state = most_kept(layer.weight_mask, layer.rank), optimizer.state.get(layer.weight, {})
+    networks = layer.weight.shape[: -layer.rank]
+    for key in ("momentum_buffer", "exp_avg"):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dim() == len(networks) + 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds state of {value.shape[-1]} kept weights for "
+                f"{name}, which is dense and keeps {least}: that of a compact model; call "
+                "ls.compact_ first, then load the optimizer."
+            )
 
 
 def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:

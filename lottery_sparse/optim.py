@@ -62,7 +62,7 @@ def _hooked(step: Callable) -> Callable:
             self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _profiler_enabled()
         )
         if not watched and _only_ours():
-            compact._before_step(self, args, kwargs)
+            compact.take_back()
             return step(self, *args, **kwargs)  # after which the hook has nothing to do
         return full(self, *args, **kwargs)
 
@@ -88,6 +88,10 @@ class _KernelStep:
     param_groups: list[dict[str, Any]]
     _torch_step: Callable
     _plans: tuple[GroupPlan | None, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        self._plans = ()  # load_state_dict brings other states
 
     def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
         """Whether the kernel knows what the group's options ask for."""

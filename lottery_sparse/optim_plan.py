@@ -53,6 +53,7 @@ class GroupPlan:
             holders = compact.holders_of(parameter)
             if holders:
                 compact.note_optimizer(optimizer)
+                holders[0].fit_state(optimizer)
             backend = None if twice else _backend_of(parameter, forced, bool(holders))
             key = backend and (backend, parameter.device, parameter.dtype)
             plan = plans.setdefault(key, StepPlan(backend, [], [], []))

@@ -153,6 +153,7 @@ class _Step:
         self.empty = first.empty
         self.no_step = torch.zeros(1)
         self.arguments: tuple[Any, ...] = ()
+        self.states: Any = None  # the optimizer's
         if any(layer.compact for layer in self.layers):
             note_optimizer(optimizer)
 
@@ -258,6 +259,11 @@ class _Step:
             options |= dict.fromkeys(map(id, group["params"]), (group, self._options(group)))
         first, second, steps, rates = [], [], [], []
         states = self.optimizer.state
+        if states is not self.states:  # load_state_dict has brought others
+            self.states = states
+            for layer in self.layers:
+                if layer.compact:
+                    layer.layer.fit_state(self.optimizer)
         for parameter in self.parameters:
             if parameter is None:
                 first.append(self.empty)

@@ -172,6 +172,9 @@ class Holder(nn.Module):
         ls.reference.scatter_kept_(self._dense, self.weight.detach(), kept.starts, kept.columns)
         self.stepped()
 
+    def fit_state(self, optimizer):
+        pass
+
     def stepped(self):
         self.fresh_version = self.weight._version
 

@@ -16,6 +16,7 @@ from lottery_sparse.compact import (
     optimizers_of,
 )
 from lottery_sparse.compact_effective import Effective
+from lottery_sparse.compact_init import apply_to
 from lottery_sparse.compact_parts import (
     Shrunk,
     as_matrix,
@@ -107,6 +108,20 @@ class Compact(Effective):
         redraw_kept_(self.weight, self.bias, self.kept, self._dense, self.dense_type, self.rank)
         for holder in holders_of(self.weight):
             holder.written()
+
+    def apply(self, fn: Any) -> Any:
+        """As nn.Module.apply; torch's functions get the dense weight where `fn` gives the compact.
+
+        So an `fn` that initialises by the weight's fans (torch.nn.init) draws what it would draw
+        for the masked layer. Pruned entries keep their frozen values.
+        """
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.is_meta or self._is_foreign():
+            return super().apply(fn)
+        for child in self.children():
+            child.apply(fn)
+        apply_to(self, fn)
+        return self
 
     def _dense_parameter(self) -> nn.Parameter:
         dense = normal(self.effective_weight.detach().clone())
@@ -252,6 +267,21 @@ class Compact(Effective):
         destination[prefix + "weight"] = (
             self.effective_weight if keep_vars else self.weight_effective
         )
+
+    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+        """As of a masked layer; the weight of a shared Parameter may stand under another name."""
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        weight, mask, frozen = (state_dict.get(name) for name in names)
+        if weight is not None or mask is None:
+            return super()._entries(state_dict, prefix)
+        for twin in self._others():  # which has loaded it, if it has this mask by now
+            here = twin.weight_mask
+            if here.shape == mask.shape and torch.equal(here, mask.to(here.device, torch.bool)):
+                weight = twin.effective_weight.detach()
+                if frozen is None:
+                    return weight, here, twin._held()
+                return super()._entries({**state_dict, names[0]: weight}, prefix)
+        return super()._entries(state_dict, prefix)
 
     def _load_from_state_dict(
         self,

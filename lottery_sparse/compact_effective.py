@@ -218,7 +218,13 @@ class Effective(Masked):
         self._keep_made()  # first: wrong lists would write over frozen values
         dense, kept = self._real(), self.kept
         if dense is not None:
-            args = (dense, self.weight.detach(), kept.starts, kept.columns)
+            weight = self.weight.detach()
+            if weight.device != dense.device:
+                raise RuntimeError(
+                    f"weight is on {weight.device}, but the {type(self).__name__} that holds it on "
+                    f"{dense.device}; move the whole layer, layer.to(device), or put it back."
+                )
+            args = (dense, weight, kept.starts, kept.columns)
             backends.kernel("scatter_kept_", dense.device, args)(*args)
             torch.autograd.graph.increment_version(dense)
         self.mark_fresh()

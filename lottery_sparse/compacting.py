@@ -28,6 +28,11 @@ def compact_(
     so compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+    A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
+    itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
+    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call. Rules that
+    sort Parameters by their dimensions (weight decay, Muon) see one dimension.
+
     Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
     later `set_masks_`: average the masked form, or start the average anew then.
 

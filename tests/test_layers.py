@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ticket",
     },
     "compact_parts": {"backends", "reference", "compact", "modules"},
+    "compact_init": {"reference"},
     "compact_effective": {
         "backends",
         "reference",
@@ -75,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compact",
         "compact_parts",
         "compact_effective",
+        "compact_init",
         "frozen",
         "modules",
     },

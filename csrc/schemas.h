@@ -19,6 +19,8 @@ constexpr const char* kSchemas[] = {
     "count_kept(Tensor mask) -> int",
     "pack_mask(Tensor mask) -> Tensor",
     "unpack_mask(Tensor bits, int columns) -> Tensor",
+    "select_kept(Tensor values, Tensor mask, Tensor? others) -> Tensor",
+    "put_back_(Tensor(a!) weight, Tensor mask, Tensor? frozen) -> bool",
     "random_words(int count, int seed, int stream, int step) -> Tensor",
     "random_signs(int count, int seed, int stream, int step) -> Tensor",
     "random_uniform(int count, int seed, int stream, int step) -> Tensor",

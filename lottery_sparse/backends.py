@@ -130,6 +130,11 @@ def forced() -> str | None:
     return last[0].backend if last else os.environ.get("LS_BACKEND") or None
 
 
+def prefers_dense(op: str, kind: str) -> bool:
+    """Whether the dense library is first choice for an op on a device, and no backend is forced."""
+    return forced() is None and PREFERENCE.get(kind, {}).get(op, ("dense",))[0] == "dense"
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend, in all threads.

@@ -71,6 +71,10 @@ class Compact(Effective):
         super().__init__(*args, **kwargs)
         self._shrink(Shrunk.of(self, self.weight.shape[-self.rank :].numel()))
 
+    def _put_back(self) -> bool:
+        """Never at rest, as the Parameter has no pruned entries: readers get `_dense`."""
+        return False
+
     # ---- becoming compact, and back --------------------------------------------------------------
 
     def _shrink(self, parts: Shrunk) -> None:

@@ -20,8 +20,8 @@ from lottery_sparse.compact_parts import (
     versions_of,
     zeros_of,
 )
-from lottery_sparse.frozen import hold
-from lottery_sparse.modules import Masked, normal, sum_of_signs
+from lottery_sparse.mask_tensor import plain
+from lottery_sparse.modules import Masked, normal
 
 # What torch's optimizers hold for each element of a weight, of its shape.
 PER_ELEMENT = {
@@ -66,7 +66,7 @@ class Effective(Masked):
         """The dense weight the layer computes with; differentiable in `weight`."""
         if self._is_foreign():
             return reference.effective_weight(
-                self._spread(), self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+                self._spread(), plain(self.weight_mask), *self._held()[:2], self.rank
             )
         if not torch.compiler.is_compiling():
             self._keep_made()
@@ -98,7 +98,7 @@ class Effective(Masked):
 
     def _spread(self) -> Tensor:
         """`weight` as the masked layer holds it, by the mask alone."""
-        return reference.spread_kept(self.weight, self.weight_mask)
+        return reference.spread_kept(self.weight, plain(self.weight_mask))
 
     def _is_foreign(self) -> bool:
         """Whether the buffers are not those that lists and frozen values are made of."""
@@ -331,12 +331,7 @@ class Effective(Masked):
         if (made and not wrote) or self._is_foreign():
             return
         if not made:
-            held = self._held()
-            signs, total = held.signs, self.weight_signs_sum
-            if signs is not None and not torch.equal(sum_of_signs(signs), total):  # pyright: ignore
-                # averaged, which rounds integers down
-                self._hold(hold("weight", held.descriptor, self._dense))
-            mask = as_matrix(self.weight_mask, self.rank)
+            mask = as_matrix(plain(self.weight_mask), self.rank)
             self._list(KeptLists.of(mask, self.weight.shape[-1]))
         if wrote:
             assert lent is not None
@@ -359,7 +354,7 @@ class Effective(Masked):
             blank = torch.zeros_like(dense)
             dense.copy_(
                 reference.effective_weight(
-                    blank, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+                    blank, plain(self.weight_mask), *self._held()[:2], self.rank
                 )
             )
             self._lent_at = dense._version

@@ -10,6 +10,7 @@ from torch.fx import Proxy
 
 from lottery_sparse import reference
 from lottery_sparse.compact_base import Compact
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, one_node
 from lottery_sparse.ops import compact as products
 from lottery_sparse.ops import masked_conv2d, masked_linear
@@ -35,7 +36,7 @@ class CompactLinear(Compact, nn.Linear):
             )
         if self._is_foreign():
             return masked_linear(
-                input, self._spread(), self.weight_mask, self.bias, self._held().for_op()
+                input, self._spread(), plain(self.weight_mask), self.bias, self._held().for_op()
             )
         weight, effective = self._weights()
         own = self._parameters  # a replica has none
@@ -80,7 +81,7 @@ class CompactConv2d(Compact, nn.Conv2d):
             return masked_conv2d(
                 input,
                 self._spread(),
-                self.weight_mask,
+                plain(self.weight_mask),
                 self.bias,
                 self._held().for_op(),
                 self.stride,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lottery_sparse import backends, reference
 from lottery_sparse.compact import KeptLists, optimizers_of
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, normal, redraw_
 
 SLOTS = 16  # of a network's kept weights, compared to see writes
@@ -32,8 +33,7 @@ class Shrunk(NamedTuple):
     def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
         """For so many slots, with the Parameter of a layer that shares it, if there is one."""
         effective = reference.effective_weight(
-            layer.weight.detach(), layer.weight_mask, layer.weight_frozen, layer.weight_signs,
-            layer.rank,
+            layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
         )  # fmt: skip
         effective = normal(effective.contiguous())
         kept = KeptLists(
@@ -147,8 +147,8 @@ def version_of(weight: Tensor) -> int:
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
     """Those of a layer's buffers; written out, since each forward asks."""
     if frozen is None:
-        return (mask._version,)
-    return mask._version, frozen._version, 0 if signs is None else signs._version
+        return (plain(mask)._version,)
+    return plain(mask)._version, frozen._version, 0 if signs is None else plain(signs)._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:

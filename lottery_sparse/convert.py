@@ -14,6 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.compact import find_optimizers, holders_of
 from lottery_sparse.frozen import Held, Source, hold
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.supermask import Supermask
@@ -102,6 +103,7 @@ def sparsify_(
             cast(Masked, module)._add_mask()
             if mask is not None:
                 cast(Masked, module).weight_mask.copy_(mask)
+                cast(Masked, module)._rests_here()
     _match_tied_masks(model, swapped)
     return model
 
@@ -112,7 +114,7 @@ def masks_of(model: nn.Module) -> Masks:
     Of a layer that learns its mask it is the one that evaluations are told to use
     (`ls.use_masks_`), else the weights more probable than not.
     """
-    found = {name: layers[0].weight_mask.clone() for name, layers in by_parameter(model)}
+    found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
         if isinstance(module, Supermask):
             found[f"{name}.weight" if name else "weight"] = module.weight_mask.clone()
@@ -130,11 +132,9 @@ def set_masks_(
     Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
     out keep what they have. Nothing is changed if anything is wrong.
 
-    A weight that becomes kept again goes on, in a plain layer, from what `layer.weight` holds there
-    (as you may have written it before, to rewind); in a compact layer, and after a state_dict was
-    loaded, from what it held while it was pruned. `model.load_state_dict(model.state_dict())`
-    before the call makes plain layers do that, too: regrowth as in RigL or SET, and the same after
-    a resume.
+    `layer.weight` holds the frozen values in its pruned entries from here on, and a weight that
+    becomes kept again goes on from what it held while it was pruned: zero, as in RigL and SET, or
+    its frozen value. To rewind it, write to `layer.weight` after this call.
 
     Copies of a compact model that are kept slot by slot (torch.optim.swa_utils.AveragedModel, EMA,
     Lookahead) do not follow: their slots stand for other weights afterwards. Average the masked
@@ -259,6 +259,7 @@ def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
             if layer is not right:
                 layer.weight_mask.copy_(right.weight_mask)
                 layer._hold(right._held())
+                layer._rests_here()
 
 
 def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:

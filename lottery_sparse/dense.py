@@ -18,7 +18,7 @@ from torch import Tensor
 from lottery_sparse import reference
 from lottery_sparse.reference import mask_as_bool
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def refuses(op: str, *args: Any) -> None:
@@ -40,15 +40,22 @@ def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
     """
     if kept.is_cpu and kept.numel() and kept.view(torch.uint8).min() > 0:
         return values
-    integer = _INTEGERS[values.element_size()]
-    # all bits set where kept: the sign of -byte, since a view as bool may hold other bytes than 1
-    sign = 8 * values.element_size() - 1
-    ones = kept.view(torch.uint8).to(integer).neg_().bitwise_right_shift_(sign)
+    integer = INTEGERS[values.element_size()]
     bits = values.view(integer)
     if others is None:
-        return ones.bitwise_and_(bits).view(values.dtype)
+        return ones(kept, values).bitwise_and_(bits).view(values.dtype)
     other_bits = others.view(integer)
-    return ones.bitwise_and_(bits ^ other_bits).bitwise_xor_(other_bits).view(values.dtype)
+    selected = ones(kept, values).bitwise_and_(bits ^ other_bits).bitwise_xor_(other_bits)
+    return selected.view(values.dtype)
+
+
+def ones(kept: Tensor, like: Tensor) -> Tensor:
+    """Integers as wide as the elements of `like`: all bits set where kept, else none.
+
+    The sign of -byte, since a view as bool may hold other bytes than 1.
+    """
+    integer, sign = INTEGERS[like.element_size()], 8 * like.element_size() - 1
+    return kept.view(torch.uint8).to(integer).neg_().bitwise_right_shift_(sign)
 
 
 def effective_weight(
@@ -231,7 +238,7 @@ def _score_gradients(
     """dw and dscore from d = r dW, the weight and the masked weight."""
     dw, dscore = d.new_empty(0), score.new_empty(0)
     if need_dw:
-        integer = _INTEGERS[d.element_size()]
+        integer = INTEGERS[d.element_size()]
         dw = (_spread(bits, score, rank, integer) & d.contiguous().view(integer)).view(d.dtype)
     if need_dscore:
         precise = torch.promote_types(score.dtype, torch.float32)
@@ -258,7 +265,7 @@ def _masked_source(
     rank: int, score: Tensor, weight: Tensor, bits: Tensor, signs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The weight before the mask, and after it."""
-    integer = _INTEGERS[weight.element_size()]
+    integer = INTEGERS[weight.element_size()]
     if signs is None or signs.dtype == torch.int64:
         source = reference.source(weight, signs, score, rank).contiguous().view(integer)
     else:

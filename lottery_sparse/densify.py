@@ -45,10 +45,10 @@ def densify_(model: nn.Module) -> nn.Module:
             layer.weight.copy_(layer.effective_weight)
     for layer in layers:
         become(layer, layer.dense_type)
-        for name in ("weight_mask", "weight_frozen", "weight_signs", "weight_signs_sum"):
+        for name in ("weight_mask", "weight_frozen", "weight_signs"):
             del layer._buffers[name]
             layer._non_persistent_buffers_set.discard(name)
-        del layer._frozen_descriptor, layer._summed
+        del layer._frozen_descriptor, layer._rest
     return model
 
 

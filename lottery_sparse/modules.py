@@ -13,8 +13,11 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import Constant, Held, decode, encode, remake
+from lottery_sparse.mask_tensor import MaskTensor, plain
 from lottery_sparse.masks import as_mask
-from lottery_sparse.ops import masked_conv2d, masked_linear
+from lottery_sparse.ops import conv2d, linear, masked_conv2d, masked_linear
+from lottery_sparse.ops.differentiable import is_plain_eager
+from lottery_sparse.rest import KeptGradient, Own, Rest, watch
 
 
 def normal(tensor: Tensor) -> Tensor:
@@ -54,15 +57,17 @@ def one_node(layer: nn.Module, input: Proxy) -> Any:
 class Masked(nn.Module):
     """What masked layers share: the mask, the frozen values, and a state_dict that stays dense.
 
-    `weight` is the raw Parameter, as the dense layer's; what a pruned entry of it holds is dead.
-    `effective_weight` is what the op uses: where(mask, weight, frozen). The buffers:
+    `weight` is what the layer computes with: pruned entries hold their frozen values, and are given
+    them again after whatever can move them, see `rest`. The op does not depend on it: wherever
+    somebody may have written, it selects, where(mask, weight, frozen). The buffers:
 
         weight_mask    bool, the weight's shape, True = kept
         weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
-        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen; with
-                       weight_signs_sum, their sum: averages of models keep that, but not the signs
+        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
 
-    state_dict: `weight` is the *effective* weight; `weight_mask`; and `weight_frozen` unless zero,
+    Mask and signs are of the type `MaskTensor`: averages of models keep them whole.
+
+    state_dict: `weight`, the tensor itself; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
     missing `weight_mask` means all kept, so dense checkpoints load strictly; a mask alone leaves
     weight and frozen values. Where something else
@@ -77,8 +82,7 @@ class Masked(nn.Module):
     weight_mask: Tensor
     weight_frozen: Tensor | None
     weight_signs: Tensor | None
-    weight_signs_sum: Tensor | None
-    _summed: tuple[Tensor | None, int]  # the signs, and their version, that the sum is of
+    _rest: Rest | None = None  # None: whatever tensors are here are the layer's own
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -87,8 +91,57 @@ class Masked(nn.Module):
     def _add_mask(self) -> None:
         # not persistent: saved and loaded by hand below
         mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
-        self.register_buffer("weight_mask", normal(mask), persistent=False)
+        self.register_buffer("weight_mask", MaskTensor.of(normal(mask)), persistent=False)
         self._hold(Held())
+
+    # ---- at rest ---------------------------------------------------------------------------------
+
+    def _own(self) -> Own:
+        buffers: Any = self._buffers
+        weight = self._parameters.get("weight")
+        return Own(
+            weight, buffers["weight_mask"], buffers["weight_frozen"], buffers["weight_signs"]
+        )
+
+    def _come_to_rest(self, looks: bool = True) -> bool:
+        """Put the weight to rest where somebody may have written; whether it is at rest now.
+
+        It is not where its tensors are those of a functional call or a replica, where it is
+        computed, and in graphs: there the op selects. `looks`: whether pruned entries are looked
+        at, too, which a kernel that skips them can do without.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        rest, own = self._rest, self._own()
+        if rest is not None:
+            if not rest.is_of(own):
+                return False
+            if rest.versions and rest.holds(looks):
+                return True
+        return self._put_back()
+
+    def _put_back(self) -> bool:
+        """Write frozen values into pruned entries now; whether the weight is at rest."""
+        own, rest = self._own(), self._rest
+        if rest is None or not rest.is_of(own):
+            rest = Rest.of(own)
+        weight, mask, *_ = rest.tensors
+        if type(own.weight) is not nn.Parameter or weight.is_inference() or mask.is_meta:
+            return False
+        self._rest = rest.reached(self.rank)
+        if self._rest.prunes:
+            watch(self, own.weight)
+        return True
+
+    def _rests_here(self) -> None:
+        """The tensors that are here now are the layer's own."""
+        self._rest = None
+        self._put_back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rest": None}
+
+    # ---- becoming masked, and changes ------------------------------------------------------------
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse torch's pruning of the weight, whose mask would take the place of this one."""
@@ -99,54 +152,38 @@ class Masked(nn.Module):
                 "has a mask already; use ls.prune and ls.set_masks_, or ls.densify_ first."
             )
         super().register_parameter(name, param)
+        if name == "weight":
+            self._rest = None  # a new one
 
     def reset_parameters(self) -> None:
         """Draw weight and bias anew as the dense layer does; the mask stays."""
         redraw_(self.weight, self.bias, self.dense_type, self.rank)
+        if "_frozen_descriptor" in self.__dict__:  # else called by the constructor
+            self._come_to_rest()
 
     def _hold(self, held: Held) -> None:
         frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
-        total = None if signs is None else normal(sum_of_signs(signs))
         self.register_buffer("weight_frozen", frozen, persistent=False)
+        signs = None if signs is None else MaskTensor.of(signs)
         self.register_buffer("weight_signs", signs, persistent=False)
-        self.register_buffer("weight_signs_sum", total, persistent=False)
         self._frozen_descriptor = held.descriptor
-        self._summed = signs, 0 if signs is None else signs._version
-
-    def _sum_signs(self) -> None:
-        signs = self.weight_signs
-        total = None if signs is None else normal(sum_of_signs(signs))
-        self.register_buffer("weight_signs_sum", total, persistent=False)
-        self._summed = signs, 0 if signs is None else signs._version
-
-    def _check_signs(self) -> None:
-        """Signs that were copied into this layer come with their sum; averaged ones do not."""
-        signs, (summed, version) = self._buffers["weight_signs"], self._summed
-        if signs is None or torch.compiler.is_compiling() or signs is not summed:
-            return  # functional_call, replicas: not ours
-        if signs._version == version:
-            return
-        if not torch.equal(sum_of_signs(signs), self.weight_signs_sum):  # pyright: ignore
-            raise RuntimeError(
-                "weight_signs hold bits, but were averaged as if they were numbers "
-                "(AveragedModel(use_buffers=True)); leave use_buffers out, which copies them, or "
-                "average the model after ls.compact_, which restores them."
-            )
-        self._summed = signs, signs._version
+        self._rest = None
 
     def _hold_normal(self) -> None:
         """What torch made of the buffers, a copy or another dtype, as normal tensors."""
         for name, value in self._buffers.items():
-            self._buffers[name] = None if value is None else normal(value)
+            if value is not None:
+                bits = name in ("weight_mask", "weight_signs")
+                self._buffers[name] = MaskTensor.of(normal(value)) if bits else normal(value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold_normal()
+        self._rest = Rest.of(self._own())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
-        self._check_signs()
         super()._apply(fn, recurse)
         self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
@@ -154,15 +191,15 @@ class Masked(nn.Module):
         if frozen is not None and self.weight.dtype != frozen.dtype:
             # made again, not rounded: .half().float() loses nothing
             self._hold(remake(self._held(), self.weight))
-        else:
-            self._sum_signs()
+        self._rests_here()
         return self
 
     def _held(self) -> Held:
-        return Held(self.weight_frozen, self.weight_signs, self._frozen_descriptor)
+        signs = self.weight_signs
+        signs = None if signs is None else plain(signs)
+        return Held(self.weight_frozen, signs, self._frozen_descriptor)
 
     def _frozen_source(self) -> Tensor | ops.SignConstant | None:
-        self._check_signs()
         return self._held().for_op()
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
@@ -176,6 +213,7 @@ class Masked(nn.Module):
         pruned = ~mask if state and leader is self else None
         self._hold(held)
         self.weight_mask.copy_(mask)
+        self._rests_here()
         if pruned is not None:
             for value in state.values():
                 if isinstance(value, Tensor) and value.shape == self.weight.shape:
@@ -183,11 +221,24 @@ class Masked(nn.Module):
 
     @property
     def effective_weight(self) -> Tensor:
-        """where(mask, weight, frozen), what the layer computes with; differentiable."""
-        self._check_signs()
+        """where(mask, weight, frozen), what the layer computes with; differentiable.
+
+        The gradient is zero at pruned entries. Where none is asked for it is `weight`.
+        """
+        if self._come_to_rest():
+            return self._kept_gradient()
+        held = self._held()
         return reference.effective_weight(
-            self.weight, self.weight_mask, self.weight_frozen, self.weight_signs, self.rank
+            self.weight, plain(self.weight_mask), held.frozen, held.signs, self.rank
         )
+
+    def _kept_gradient(self) -> Tensor:
+        """The weight, at rest, for the dense library: no gradient flows to pruned entries."""
+        rest: Any = self._rest
+        weight = rest.own.weight
+        if rest.prunes and weight.requires_grad and torch.is_grad_enabled():
+            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore[reportReturnType]
+        return weight
 
     @property
     def density(self) -> float:
@@ -199,11 +250,10 @@ class Masked(nn.Module):
         return f"{super().extra_repr()}, density={density}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        at_rest = self._come_to_rest()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # a parametrized weight is saved by its parametrization
-        if "weight" in self._parameters and (
-            self.weight_mask.is_meta or not bool(self.weight_mask.all())
-        ):
+        if "weight" in self._parameters and not at_rest:
             weight = self.effective_weight
             destination[prefix + "weight"] = weight if keep_vars else weight.detach()
         destination[prefix + "weight_mask"] = self.weight_mask
@@ -249,10 +299,11 @@ class Masked(nn.Module):
                 unexpected_keys.remove(name)
         like = self.weight  # its device and dtype after the load, also with assign=True
         if local_metadata.get("assign_to_params_buffers", False):
-            self.weight_mask = normal(mask)
+            self.weight_mask = MaskTensor.of(normal(mask))
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
+        self._rests_here()
 
     def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
         """The weight, mask and source that a state_dict makes; None: it holds no weight or mask.
@@ -296,10 +347,6 @@ def _has_parts(state_dict: Any, prefix: str) -> bool:
     return any(name.startswith(parts) and name not in ours for name in state_dict)
 
 
-def sum_of_signs(signs: Tensor) -> Tensor:
-    return signs.long().sum().remainder(2**24).float()  # exact, on every device
-
-
 @torch.no_grad()
 def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], rank: int) -> None:
     """Draw a weight and bias by the `reset_parameters` of the dense layer.
@@ -328,7 +375,15 @@ class MaskedLinear(Masked, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-        return masked_linear(input, self.weight, self.weight_mask, self.bias, self._frozen_source())
+        if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
+            rest: Any = self._rest
+            way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
+            if way == "kernel" and self._come_to_rest(looks=False):
+                return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
+            if way == "dense" and self._come_to_rest():
+                return F.linear(input, self._kept_gradient(), self.bias)
+        mask = plain(self.weight_mask)
+        return masked_linear(input, self.weight, mask, self.bias, self._frozen_source())
 
 
 class MaskedConv2d(Masked, nn.Conv2d):
@@ -344,6 +399,12 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
+        if (
+            is_plain_eager(input)
+            and self._come_to_rest()
+            and conv2d.is_dense(input, self.weight, self.groups)
+        ):
+            return self._conv_forward(input, self._kept_gradient(), self.bias)
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -351,7 +412,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
         return masked_conv2d(
             input,
             self.weight,
-            self.weight_mask,
+            plain(self.weight_mask),
             self.bias,
             self._frozen_source(),
             self.stride,

@@ -270,7 +270,7 @@ def _replace(layer: Masked, activations: str) -> PackedLinear:
     layer._parameters.clear()
     layer._buffers.clear()
     layer._non_persistent_buffers_set.clear()
-    del layer._frozen_descriptor, layer._summed
+    del layer._frozen_descriptor, layer._rest
     become(layer, PackedLinear)
     assert isinstance(layer, PackedLinear)
     layer._pack(weight, bias, None, activations)

@@ -15,6 +15,7 @@ from lottery_sparse.compact_parts import most_kept
 from lottery_sparse.compacting import compact_
 from lottery_sparse.convert import become
 from lottery_sparse.frozen import Constant, Held, hold
+from lottery_sparse.mask_tensor import MaskTensor
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear, normal
 from lottery_sparse.supermask import Supermask, SupermaskConv2d, SupermaskLinear
 
@@ -108,7 +109,7 @@ def select(model: nn.Module, e: int) -> nn.Module:
             if parameter is not None:
                 new._parameters[key] = parameter_like(parameter.detach()[e].clone(), parameter)
         if isinstance(new, Masked):
-            new._buffers["weight_mask"] = normal(new.weight_mask[e].clone())
+            new._buffers["weight_mask"] = MaskTensor.of(normal(new.weight_mask[e].clone()))
             new._hold(_held_of(layer, e))
             new.__dict__.pop("_sources", None)
         elif isinstance(new, Supermask):
@@ -257,6 +258,8 @@ def _bare(module: nn.Module) -> nn.Module:
     new.__dict__ = {
         k: v.copy() if isinstance(v, dict | set) else v for k, v in vars(module).items()
     }
+    if isinstance(new, Masked):
+        new._rest = None  # its tensors will be its own
     return new
 
 
@@ -322,7 +325,7 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
             become(new, LinearNetworks)
             return new
         masks = torch.stack([m.weight_mask for m in each])  # pyright: ignore
-        new._buffers["weight_mask"] = normal(masks)
+        new._buffers["weight_mask"] = MaskTensor.of(normal(masks))
         held = [m._held() for m in each]  # pyright: ignore
         new._hold(_stacked(held, each))
         sources = tuple("zero" if h.frozen is None else h.descriptor for h in held)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse import backends, optim
 from lottery_sparse.compact import KeptLists, note_optimizer, take_back
 from lottery_sparse.compact_layers import CompactLinear
+from lottery_sparse.mask_tensor import plain
 from lottery_sparse.replicate import LinearNetworks, as_rows
 from lottery_sparse.supermask import SupermaskLinear
 
@@ -95,7 +96,7 @@ class _Layer:
         if self.compact:
             made, mask = self.layer, buffers["weight_mask"]
             now = made.kept, made._dense, mask, buffers["weight_frozen"]
-            same = same and all(map(is_, now, self.made)) and mask._version == self.version
+            same = same and all(map(is_, now, self.made)) and plain(mask)._version == self.version
             if not (same and made.is_made()):
                 same = False
                 self._list()
@@ -119,7 +120,7 @@ class _Layer:
         layer = self.layer
         layer._keep_made()
         mask, self.zero = layer.weight_mask, layer.zero
-        self.lists, self.version = [*layer.kept, mask], mask._version
+        self.lists, self.version = [*layer.kept, plain(mask)], plain(mask)._version
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         size = layer.in_features * layer.out_features

@@ -207,6 +207,7 @@ def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = N
                 parameter.requires_grad_(True)
         module._add_mask()
         module.weight_mask.copy_(mask)
+        module._rests_here()
     return model
 
 

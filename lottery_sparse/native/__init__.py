@@ -18,6 +18,7 @@ from lottery_sparse.native.dispatch import (
     MAX_DENSITY_COMPACT,
     MAX_DENSITY_QUICK,
     MAX_DENSITY_SAMPLED,
+    masked_linear_wins,
     refuses,
     wins,
 )
@@ -28,7 +29,13 @@ from lottery_sparse.native.linear import (
     masked_linear_backward,
     scatter_kept_,
 )
-from lottery_sparse.native.masks import count_kept, pack_mask, unpack_mask
+from lottery_sparse.native.masks import (
+    count_kept,
+    pack_mask,
+    put_back_,
+    select_kept,
+    unpack_mask,
+)
 from lottery_sparse.native.packed import bitmap_linear, csr_linear, delta_linear, ternary_linear
 from lottery_sparse.native.random import (
     keep_top,
@@ -62,7 +69,9 @@ __all__ = [
     "kept_conv2d_backward",
     "masked_linear",
     "masked_linear_backward",
+    "masked_linear_wins",
     "pack_mask",
+    "put_back_",
     "random_normal",
     "random_signs",
     "random_uniform",
@@ -71,6 +80,7 @@ __all__ = [
     "sample_bits",
     "sample_mask",
     "scatter_kept_",
+    "select_kept",
     "sgd_step",
     "ternary_linear",
     "unpack_mask",

@@ -117,12 +117,17 @@ def most_density(x: Tensor, most: float, effective: Tensor | None = None) -> flo
     A float32 `effective` is one under autocast: up to `most` it may lag behind, and the dense
     product would first have to fill it and convert it.
     """
-    if x.dtype != torch.bfloat16 or (effective is not None and effective.dtype != x.dtype):
+    if effective is not None and effective.dtype != x.dtype:
+        return most
+    return _most_density(x.dtype, x.shape[-2], most)
+
+
+def _most_density(dtype: torch.dtype, rows: int, most: float) -> float:
+    if dtype != torch.bfloat16:
         return most
     vectors, tiles = _multiplies_bfloat16()
     if tiles:
         return 0.0  # never measured
-    rows = x.shape[-2]
     if not vectors and rows >= _SMALL_BATCH:  # the dense library takes eight times as long
         return most
     return next(density for least, density in MAX_DENSITY_BFLOAT16 if rows >= least)
@@ -141,6 +146,13 @@ def wins(op: str, *args: Any) -> bool:
     x, weight, mask = args[:3] if op == "masked_linear" else args[1:4]
     if weight.numel() <= _SMALL_WEIGHT:
         return True
-    most = _MAX_DENSITY if x.shape[-2] >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
-    most = most_density(x, most)
-    return count_kept(as_bool(mask, weight)) <= most * weight.numel()
+    kept = count_kept(as_bool(mask, weight))
+    return masked_linear_wins(x.dtype, x.shape[-2], kept, weight.numel())
+
+
+def masked_linear_wins(dtype: torch.dtype, rows: int, kept: int, count: int) -> bool:
+    """Whether the kernel is faster for `rows` of x and `kept` of `count` weights, zeros else."""
+    if count <= _SMALL_WEIGHT:
+        return True
+    most = _MAX_DENSITY if rows >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
+    return kept <= _most_density(dtype, rows, most) * count

@@ -30,3 +30,13 @@ def count_kept(mask: Tensor) -> int:
 def as_bool(mask: Tensor, weight: Tensor) -> Tensor:
     """A bool or packed mask as bool."""
     return mask if mask.dtype == torch.bool else unpack_mask(mask, weight.shape[-1])
+
+
+def select_kept(values: Tensor, mask: Tensor, others: Tensor | None) -> Tensor:
+    """where(mask, values, others or 0), bit by bit; contiguous."""
+    return _ops.select_kept(values, mask, others)
+
+
+def put_back_(weight: Tensor, mask: Tensor, frozen: Tensor | None) -> bool:
+    """weight = where(mask, weight, frozen or 0), in place and contiguous; whether it wrote."""
+    return _ops.put_back_(weight, mask, frozen)

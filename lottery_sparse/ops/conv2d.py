@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse import backends
 from lottery_sparse.ops import product
 from lottery_sparse.ops.checks import Frozen, check_masked, split_frozen
 
@@ -67,6 +68,22 @@ def masked_conv2d(
     batched = x.unsqueeze(0) if x.dim() == 3 else x
     y = _forward(batched, weight, mask, bias, constant, signs, stride, padding, dilation, groups)
     return y.squeeze(0) if x.dim() == 3 else y
+
+
+def is_dense(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether dispatch takes F.conv2d for a call of `masked_conv2d`, which needs no selection.
+
+    `weight` is one network's; what does not fit is for the op to name.
+    """
+    kind = weight.device.type
+    return (
+        backends.prefers_dense("masked_conv2d", kind)
+        and weight.dim() == 4
+        and x.dim() in (3, 4)
+        and x.shape[-3] == weight.shape[-3] * groups
+        and x.device == weight.device
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(kind))
+    )
 
 
 def as_pair(name: str, value: Pair, least: int) -> list[int]:

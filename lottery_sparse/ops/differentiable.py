@@ -125,6 +125,17 @@ def direct(op: Callable, run: Callable) -> Callable:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def is_plain_eager(x: Any) -> bool:
+    """Whether torch's own layers may take x: no graph, transform or tangent asks for an op."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
 def unwatched(tensors: list[Tensor]) -> bool:
     """Real tensors, and nobody watches the dispatcher."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lottery_sparse import backends
 from lottery_sparse.ops import product
 from lottery_sparse.ops.checks import Frozen, check_masked, split_frozen
 
@@ -58,6 +61,79 @@ def masked_linear(
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     y = _forward(rows, weight, mask, bias, constant, signs)
     return y.view(x.shape[:-1] + (weight.shape[0],))
+
+
+def way_of(x: Tensor, weight: Tensor | None, kept: int, zero: bool) -> str:
+    """The shortest way to what `masked_linear` computes, for plain eager tensors at rest.
+
+    Args:
+        x, weight: as of `masked_linear`, one network; what does not fit is for the op to name.
+            None: the weight is computed.
+        kept: how many entries the mask keeps.
+        zero: whether pruned entries hold zero.
+
+    Returns:
+        "dense": dispatch takes the dense library, so F.linear does it; "kernel": it takes the CPU
+        kernel, so `by_kernel` does it; "op": anything else.
+    """
+    if weight is None:
+        return "op"
+    kind, dtype = weight.device.type, x.dtype
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[-1]
+    if not fits or x.device != weight.device or backends.forced() is not None:
+        return "op"
+    casts = torch.is_autocast_enabled(kind)
+    if casts:
+        dtype = torch.get_autocast_dtype(kind)
+    elif dtype != weight.dtype:
+        return "op"
+    if kind != "cpu":
+        return "dense" if backends.prefers_dense("masked_linear", kind) else "op"
+    if not (zero and backends.built("cpu") and dtype in (torch.float32, torch.bfloat16)):
+        return "dense"
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not backends.load("cpu").masked_linear_wins(dtype, rows, kept, weight.numel()):
+        return "dense"
+    return "kernel"
+
+
+def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """`masked_linear` with zeros by the CPU kernel, past checks and dispatch: see `way_of`."""
+    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
+    if torch.is_autocast_enabled("cpu"):
+        rows, weight, _, bias = product.cast_all_of((rows, weight, mask, bias), "cpu")
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        y: Tensor = _ByKernel.apply(rows, weight, mask, bias)  # pyright: ignore
+    else:
+        y = backends.load("cpu").masked_linear(rows, weight, mask, bias, None, None)
+    return y if x.dim() == 2 else y.view(x.shape[:-1] + (weight.shape[0],))
+
+
+class _ByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        return backends.load("cpu").masked_linear(x, weight, mask, bias, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,), (x, weight, mask) = grads, ctx.saved_tensors
+        need_dx, need_dw, _, need_db = ctx.needs_input_grad
+        dx = dw = None
+        if need_dx or need_dw:
+            args = dy, x, weight, mask, None, None, need_dx, need_dw
+            if torch.is_grad_enabled() or type(dy) is not Tensor:  # gradients of gradients
+                dx, dw = torch.ops.lottery_sparse.masked_linear_backward(*args)
+            else:
+                dx, dw = backends.load("cpu").masked_linear_backward(*args)
+        return (
+            dx if need_dx else None,
+            dw if need_dw else None,
+            None,
+            dy.sum(0) if need_db else None,
+        )
 
 
 torch.library.define(

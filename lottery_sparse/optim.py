@@ -33,7 +33,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from lottery_sparse import backends, compact
+from lottery_sparse import backends, compact, rest
 from lottery_sparse.optim_plan import Call, GroupPlan, StepPlan
 
 
@@ -63,7 +63,10 @@ def _hooked(step: Callable) -> Callable:
         )
         if not watched and _only_ours():
             compact.take_back()
-            return step(self, *args, **kwargs)  # after which the hook has nothing to do
+            loss = step(self, *args, **kwargs)  # after which compact's hook has nothing to do
+            if rest._after_step in _global_optimizer_post_hooks.values():
+                rest._after_step(self, args, kwargs)
+            return loss
         return full(self, *args, **kwargs)
 
     run.__dict__["hooked"] = True  # what torch asks
@@ -74,7 +77,7 @@ def _only_ours() -> bool:
     """Whether nobody but this package has hooks on the steps of all optimizers."""
     before, after = _global_optimizer_pre_hooks.values(), _global_optimizer_post_hooks.values()
     return all(hook is compact._before_step for hook in before) and all(
-        hook is compact._after_step for hook in after
+        hook in (compact._after_step, rest._after_step) for hook in after
     )
 
 

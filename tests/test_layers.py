@@ -104,7 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "packed",
     },
     "optim_plan": {"backends", "compact", "ops"},
-    "optim": {"backends", "compact", "optim_plan"},
+    "optim": {"backends", "compact", "optim_plan", "rest"},
     "replicate": {
         "reference",
         "frozen",

@@ -69,10 +69,10 @@ std::vector<PhiloxKey> keys_of(const Tensor& keys, int64_t networks) {
 
 // Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
 // (empty: none), in `steps` their counters; starts, columns, column_starts, rows, positions and
-// mask in `lists`, empty for a plain layer, whose values are `effective` too; `zero`: whether
-// pruned weights hold zero. `rates` has kRates numbers per parameter. A layer with a learned mask
-// has scores for values, its weights in `frozen` and its `keys`, which go on by a step; both are
-// empty for others.
+// mask in `lists`, empty for a plain layer, whose values are `effective` too; no `effective` for a
+// layer that neither reads nor keeps it; `zero`: whether pruned weights hold zero. `rates` has
+// kRates numbers per parameter. A layer with a learned mask has scores for values, its weights in
+// `frozen` and its `keys`, which go on by a step; both are empty for others.
 Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                      std::vector<Tensor> first, std::vector<Tensor> second,
                      std::vector<Tensor> steps, std::vector<Tensor> effective,
@@ -110,11 +110,14 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                     "x ", shape_text(x), " and labels ", shape_text(labels), " do not fit ",
                     networks, " networks with a batch of at least 1.");
     int64_t features = x.size(x.dim() - 1);
+    bool several = false;
     for (size_t l = 0; l < layers; ++l) {
         const Tensor* list = &lists[kLists * l];
         const bool learned = keys[l].numel() > 0;
-        const Tensor& shaped = learned ? frozen[l] : effective[l];
+        const bool unread = list[0].numel() > 0 && effective[l].dim() == 1;
+        const Tensor& shaped = learned ? frozen[l] : unread ? list[kLists - 1] : effective[l];
         check_rank("effective", shaped, 2, 3);
+        several = shaped.dim() == 3;
         const int64_t k = features, n = shaped.size(shaped.dim() - 2);
         const int64_t slots = parameters[2 * l].numel();
         StepLayer layer = {};
@@ -129,6 +132,8 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                                                     networks * n * k);
         layer.bias =
             in_place<float>("bias", parameters[2 * l + 1], ScalarType::Float, networks * n);
+        STD_TORCH_CHECK(!unread || (layer.zero && !layer.keep_effective),
+                        "effective is missing for a layer that reads it.");
         if (learned) {
             STD_TORCH_CHECK(layer.plain && slots == networks * n * k,
                             "scores and weights must have one shape.");
@@ -153,6 +158,12 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                 /*capacity=*/0,
                 wide};
             layer.mask = in_place<uint8_t>("mask", list[5], ScalarType::Bool, networks * n * k);
+            for (int64_t e = 1; unread && e <= networks; ++e)
+                STD_TORCH_CHECK(
+                    n * k == 0 || static_cast<double>(layer.lists.starts[e * (n + 1) - 1]) /
+                                          static_cast<double>(n * k) <=
+                                      limits[0],
+                    "effective is missing for a network that keeps too much.");
         }
         layer.lists.capacity = slots / networks;
         for (size_t i = 2 * l; i < 2 * l + 2; ++i) {
@@ -177,7 +188,6 @@ Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
         StepLayer& layer = p.layers[i / 2];
         (i % 2 ? layer.bias_rule : layer.values_rule) = rule(adam, &rates[i * kRates], t);
     }
-    const bool several = (keys[0].numel() ? frozen[0] : effective[0]).dim() == 3;
     Tensor loss = several ? empty({networks}, ScalarType::Float) : empty({}, ScalarType::Float);
     p.loss = output<float>(loss);
     train_step(p, kParallel);

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse import backends, reference
-from lottery_sparse.compact import KeptLists, find_optimizers, holders_of, register, written
+from lottery_sparse import reference
+from lottery_sparse.compact import (
+    KeptLists,
+    find_optimizers,
+    holders_of,
+    lends_no_more,
+    optimizers_of,
+)
+from lottery_sparse.compact_effective import Effective
+from lottery_sparse.compact_init import apply_to
 from lottery_sparse.compact_parts import (
     Shrunk,
     as_matrix,
+    blank_of,
     check_capacity,
     check_optimizers,
     elementwise,
     follow,
+    is_blank,
     redraw_kept_,
     skips_pruned,
     version_of,
-    versions_of,
+    zeros_of,
 )
 from lottery_sparse.frozen import Held, remake
-from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, normal
 
 
-class Compact(Masked):
+class Compact(Effective):
     """What compact layers share. The Parameter `weight` is the vector of kept weights.
 
     `weight` is [C], or [E, C] for E networks side by side: kept weights in row-major order, then
@@ -42,24 +50,22 @@ class Compact(Masked):
     next forward makes them anew. A call that brings buffers of its own (torch.func, replicas of
     nn.DataParallel) computes with its own mask, as the masked layer would.
 
-    Kept weights are copied into `weight_effective` whenever they change: by `ls.optim` as it steps,
-    by a hook after any other torch optimizer's step, and by the next forward that finds that
-    `weight` was written in between. Writes through `.data` go unnoticed: call `ls.refresh_`.
-    Where kernels skip what is pruned and never read it (`lags`), that waits until someone does.
+    The dense weight exists where a dense library or a reader asks for it; kernels that skip what
+    is pruned (`lags`) need none. It follows `weight`: as `ls.optim` steps, by a hook after any
+    other torch optimizer's step, and at the next eager forward after any other write that counts a
+    version. Of writes that count none (`weight.data = t`, `weight.data.copy_(t)`,
+    nn.utils.vector_to_parameters, another process in shared memory) that forward notices those
+    that replace or change the whole vector, by its address and some sixteen of its slots; on other
+    devices than the CPU, whose numbers it cannot read without waiting, by the address alone. After
+    one that changes less call `ls.refresh_`. A write during a forward is undefined.
 
-    state_dict and loading are those of `Masked`: the effective weight, the mask, the source.
+    state_dict and loading are those of `Masked`: the effective weight, the mask, the source. The
+    weight that state_dict() gives is that of the layer, as for a dense one: it goes on to follow
+    the training, and what is written to it, with a version counted, is taken into `weight` by the
+    next forward, optimizer step or state_dict(), while frozen values stay.
     """
 
     masked_type: type[Masked]
-    weight: nn.Parameter
-    products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
-    fresh_version: int  # of `weight` when weight_effective last got its values
-    kept: KeptLists
-    _dense: Tensor  # `weight_effective` as it is, which may lag behind
-    _skips: bool  # the kernels for this layer skip pruned weights
-    _made_of: tuple[Any, ...]  # the buffers that `kept` and `_dense` are made of
-    _made_at: tuple[int, ...]  # their versions then
-    _known: weakref.ref | None  # the Parameter that the registry has for this layer
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -73,19 +79,24 @@ class Compact(Masked):
 
     def _shrink(self, parts: Shrunk) -> None:
         """From plain to compact."""
-        self._dense, self.kept = parts.effective, parts.kept
-        self.weight = parts.parameter
-        self._skips = parts.skips
+        self.kept, self.weight, self._skips = parts.kept, parts.parameter, parts.skips
+        self._dense, self._blank = parts.effective, is_blank(parts.effective)
+        self._lent, self._lent_at, self._watch, self._twins = None, 0, None, False
+        self._known = None
         self._mark_made()
-        self._mark_fresh()
+        shared = None if self._blank else self._shared_dense()
+        self._dense = self._dense if shared is None else shared
+        self.mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
         """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
         parameter = self._dense_parameter() if parameter is None else parameter
         for name in (
-            "fresh_version", "kept", "_dense", "_known", "_made_at", "_made_of", "_skips",
+            "fresh_version", "kept", "_blank", "_dense", "_known", "_lent", "_lent_at", "_made_at",
+            "_made_of", "_skips", "_twins", "_watch",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
+        lends_no_more(self)
         self.weight = parameter
 
     def reset_parameters(self) -> None:
@@ -100,158 +111,47 @@ class Compact(Masked):
         self._keep_made()
         redraw_kept_(self.weight, self.bias, self.kept, self._dense, self.dense_type, self.rank)
         for holder in holders_of(self.weight):
-            written(holder)
+            holder.written()
+
+    def apply(self, fn: Any) -> Any:
+        """As nn.Module.apply; torch's functions get the dense weight where `fn` gives the compact.
+
+        So an `fn` that initialises by the weight's fans (torch.nn.init) draws what it would draw
+        for the masked layer. Pruned entries keep their frozen values.
+        """
+        weight = self._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.is_meta or self._is_foreign():
+            return super().apply(fn)
+        for child in self.children():
+            child.apply(fn)
+        apply_to(self, fn)
+        return self
 
     def _dense_parameter(self) -> nn.Parameter:
         dense = normal(self.effective_weight.detach().clone())
         return nn.Parameter(dense, requires_grad=self.weight.requires_grad)
 
-    def _list(self, kept: KeptLists) -> None:
-        if [(t.shape, t.dtype) for t in kept] != [(t.shape, t.dtype) for t in self.kept]:
-            self.kept = KeptLists(*map(normal, kept))
-            return
-        for held, numbers in zip(self.kept, kept, strict=True):
-            held.copy_(numbers)  # the same tensors: a compiled model runs on
-
     def derived(self) -> list[Tensor]:
         """The tensors of the layer that are neither Parameters nor buffers."""
-        return [self._dense, *self.kept]
+        dense = self._real()
+        return [*self.kept] if dense is None else [dense, *self.kept]
 
     @property
     def capacity(self) -> int:
         """Slots per network: how many weights a mask may keep."""
         return self.weight.shape[-1]
 
-    @property
-    def zero(self) -> bool:
-        """Whether pruned weights hold zero."""
-        return self._buffers["weight_frozen"] is None
-
-    # ---- the effective weight --------------------------------------------------------------------
-
-    @property
-    def effective_weight(self) -> Tensor:
-        """The dense weight the layer computes with; differentiable in `weight`."""
-        if self._is_foreign():
-            return reference.effective_weight(
-                self._spread(), plain(self.weight_mask), *self._held()[:2], self.rank
-            )
-        if not torch.compiler.is_compiling():
-            self._keep_made()
-        return reference.kept_weight(self.weight, self._dense, *self.kept[:2])
-
-    @property
-    def weight_effective(self) -> Tensor:
-        """The dense weight as the layer holds it, without a gradient."""
-        if self._is_foreign():
-            return self.effective_weight.detach()
-        weight = self._parameters.get("weight")
-        if isinstance(weight, nn.Parameter) and not weight.is_meta:
-            self._settle(weight)
-        return self._dense
-
-    def _spread(self) -> Tensor:
-        """`weight` as the masked layer holds it, by the mask alone."""
-        return reference.spread_kept(self.weight, plain(self.weight_mask))
-
-    def _is_foreign(self) -> bool:
-        """Whether the buffers are not those that `kept` and `_dense` are made of."""
-        held, (mask, frozen, signs) = self._buffers, self._made_of
-        same = held["weight_mask"] is mask and held["weight_frozen"] is frozen
-        if same and held["weight_signs"] is signs:
-            return False
-        return not torch.compiler.is_exporting()  # which has tensors of its own for everything
-
-    @property
-    def lags(self) -> bool:
-        """Whether no kernel reads `weight_effective`, so that it is refreshed for readers only."""
-        return self._skips and self.products != "dense"
-
-    def _note_kernels(self) -> None:
-        self._skips = skips_pruned(self._dense, self.kept, self.zero)
-
-    def refresh_(self) -> None:
-        """Copy the kept weights into `weight_effective`."""
-        self._keep_made()  # first: wrong lists would write over frozen values
-        effective, kept = self._dense, self.kept
-        args = (effective, self.weight.detach(), kept.starts, kept.columns)
-        backends.kernel("scatter_kept_", effective.device, args)(*args)
-        torch.autograd.graph.increment_version(effective)
-        self._mark_fresh()
-
-    def _mark_fresh(self) -> None:
-        weight = self.weight
-        self.fresh_version = version_of(weight)
-        known = self.__dict__.get("_known")
-        if known is None or known() is not weight:
-            register(self)
-            self._known = weakref.ref(weight)
-
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """The kept weights, and `weight_effective` as it must be for them."""
-        # the dicts of nn.Module, which are quicker than its attributes
-        weight = self._parameters.get("weight")
-        effective = self._dense
-        if weight is None and "_is_replica" in self.__dict__:  # of nn.DataParallel
-            weight: Any = self.__dict__["weight"]
-        if weight is None:
-            raise RuntimeError(
-                "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
-                "call ls.expand_ and parametrize the masked layer."
-            )
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self._keep_made()
-        is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
-        if not is_parameter or torch.compiler.is_exporting():
-            # functional_call, a replica: not ours to keep; an exported graph may get other weights
-            kept = self.kept
-            args = weight.detach().to(effective.dtype), effective, kept.starts, kept.columns
-            return weight, reference.kept_weight(*args)
-        if not compiling and not self.lags:
-            self._settle(weight)
-        return weight, effective
-
-    def _is_stale(self, weight: nn.Parameter) -> bool:
-        if weight.is_inference():  # it counts no versions, and neither does who writes to it
-            return True
-        return weight._version != self.fresh_version or self._known() is not weight  # pyright: ignore
-
-    def _settle(self, weight: nn.Parameter) -> None:
-        if self._is_stale(weight):
-            self.refresh_()
-
-    def _mark_made(self) -> None:
-        names = "weight_mask", "weight_frozen", "weight_signs"
-        self._made_of = tuple(self._buffers[name] for name in names)
-        self._made_at = versions_of(*self._made_of)
-
-    def is_made(self) -> bool:
-        """Whether nobody wrote to the buffers since lists and frozen values were made of them."""
-        return versions_of(*self._made_of) == self._made_at
-
-    def _keep_made(self) -> None:
-        """Make anew what is made of buffers, if these were written: averaged, copied, broadcast."""
-        if self.is_made() or self._is_foreign():
-            return
-        self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
-        self._refill()
-
-    @torch.no_grad()
-    def _refill(self) -> None:
-        """Write frozen and kept values into `weight_effective` anew."""
-        blank = torch.zeros_like(self._dense)
-        self._dense.copy_(
-            reference.effective_weight(blank, plain(self.weight_mask), *self._held()[:2], self.rank)
-        )
-        self._mark_made()
-        self._note_kernels()
-        self.refresh_()
+    def _fit_states(self) -> None:
+        for known in optimizers_of(self.weight):
+            self.fit_state(known)
 
     # ---- a new mask ------------------------------------------------------------------------------
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         check_capacity(name, mask, self.rank, self.capacity)
+        self._fit_states()
+        if optimizer is not None:
+            self.fit_state(optimizer)
         check_optimizers(name, self.weight, optimizer)
 
     @torch.no_grad()
@@ -268,16 +168,24 @@ class Compact(Masked):
         # first all that takes memory: where there is too little, nothing has changed
         mask = mask.to(self.weight_mask.device, torch.bool)
         old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
-        blank = torch.zeros_like(self._dense)
-        values, moved = self.weight.detach(), []
+        values, moved, blank = self.weight.detach(), [], blank_of(self._dense, self._dense.shape)
         if leader is self:
             values = reference.gather_kept(self.effective_weight, new.starts, new.columns)
             for slots in moving:
                 dense = reference.kept_weight(slots, blank, old.starts, old.columns)
                 moved.append(reference.gather_kept(dense, new.starts, new.columns))
-        held_dense = reference.effective_weight(blank, mask, held.frozen, held.signs, self.rank)
-        effective = reference.kept_weight(values, held_dense, new.starts, new.columns)
         skips = skips_pruned(self._dense, new, held.frozen is None)
+        lags = skips and self._has_kernels()
+        effective, real = None, self._real()
+        if real is None and not lags:
+            real = normal(zeros_of(self._dense))
+        if real is not None:
+            effective = reference.kept_weight(
+                values,
+                reference.effective_weight(blank, mask, held.frozen, held.signs, self.rank),
+                new.starts,
+                new.columns,
+            )
         self._hold(held)
         self.weight_mask.copy_(mask)
         self._list(new)
@@ -285,19 +193,22 @@ class Compact(Masked):
             self.weight.copy_(values)
             for slots, there in zip(moving, moved, strict=True):
                 slots.copy_(there)
-        self._dense.copy_(effective)
         self._skips = skips
+        if real is not None and effective is not None:
+            real.copy_(effective)
+            if not lags:
+                self._dense, self._blank = real, False
         self._mark_made()
-        self._mark_fresh()
+        self.mark_fresh()
 
     # ---- moving, saving, loading -----------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, was_dtype = self.weight_mask.is_meta, self._dense.dtype
-        was_fresh = self.fresh_version == version_of(self.weight)
         if not was_meta:
             self._keep_made()
+        was_fresh = self.fresh_version == version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
         self._hold_normal()
         if was_meta and not self.weight_mask.is_meta:
@@ -307,35 +218,74 @@ class Compact(Masked):
             )
         # lists follow the mask, so that to_empty leaves no numbers that are out of range
         self.kept = KeptLists(*(normal(follow(t, self.weight_mask)) for t in self.kept))
-        self._dense = normal(fn(self._dense))
+        self._watch, anew = None, self._move_dense(fn)
         self._mark_made()
         if self.weight.dtype != was_dtype:
             self._hold(remake(self._held(), self._dense))
-            self._refill()
-        self._note_kernels()
-        if not self.weight.is_meta:
-            self._mark_fresh()
-            if not was_fresh:
-                written(self)
+            anew = True
+        if self.weight.is_meta:
+            return self
+        if anew or not was_fresh:
+            self._fill()
+        else:
+            self._note_kernels()
+            self.mark_fresh()
+        shared = self._shared_dense() if self._twins and not self._blank else None
+        self._dense = self._dense if shared is None else shared
         return self
+
+    def _move_dense(self, fn: Any) -> bool:
+        """Apply `fn` to the dense weight; whether it is another one, which nobody has filled."""
+        lent, dense = self._lent, self._dense
+        if not self._blank:
+            self._dense = normal(fn(dense))
+            self._lent = lent if self._dense is dense else None
+            return False
+        # as few numbers as tell where to, and whether channels go last
+        few = fn(dense.new_zeros([min(2, size) for size in dense.shape]))
+        self._dense = blank_of(few, dense.shape)
+        self._lent = lent if lent is not None and fn(lent) is lent else None
+        self._blank = few.is_contiguous() and not few.is_meta
+        if not self._blank:
+            zeros = torch.zeros(dense.shape, dtype=few.dtype, device=few.device)
+            last = few.dim() == 4 and not few.is_contiguous()
+            self._dense = zeros.contiguous(memory_format=torch.channels_last) if last else zeros
+            self._lent = None
+        return not self._blank
 
     def __getstate__(self) -> dict[str, Any]:
         if not self.weight_mask.is_meta:
             self._keep_made()  # a copy cannot tell
-        return self.__dict__ | {"_known": None}
+        return self.__dict__ | {"_known": None, "_lent": None, "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.kept, self._dense = KeptLists(*map(normal, self.kept)), normal(self._dense)
         self._mark_made()
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
-            self._mark_fresh()
+            self.mark_fresh()
             self.fresh_version = -1
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.effective_weight
-        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+        destination[prefix + "weight"] = (
+            self.effective_weight if keep_vars else self.weight_effective
+        )
+
+    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+        """As of a masked layer; the weight of a shared Parameter may stand under another name."""
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        weight, mask, frozen = (state_dict.get(name) for name in names)
+        if weight is not None or mask is None:
+            return super()._entries(state_dict, prefix)
+        for twin in self._others():  # which has loaded it, if it has this mask by now
+            here = twin.weight_mask
+            if here.shape == mask.shape and torch.equal(here, mask.to(here.device, torch.bool)):
+                weight = twin.effective_weight.detach()
+                if frozen is None:
+                    return weight, here, twin._held()
+                return super()._entries({**state_dict, names[0]: weight}, prefix)
+        return super()._entries(state_dict, prefix)
 
     def _load_from_state_dict(
         self,
@@ -368,6 +318,7 @@ class Compact(Masked):
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
                 find_optimizers()
+                self._fit_states()
                 check_optimizers(names[0], self.weight)
         except (TypeError, ValueError) as error:
             if str(error) not in error_msgs:  # once, of layers that share a weight
@@ -387,4 +338,4 @@ class Compact(Masked):
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
-        self._refill()
+        self._fill()

@@ -61,9 +61,8 @@ class CompactConv2d(Compact, nn.Conv2d):
     dense_type, masked_type = nn.Conv2d, MaskedConv2d
     __signature__ = inspect.signature(nn.Conv2d)
 
-    @property
-    def lags(self) -> bool:
-        return super().lags and reference.kernels_take(self.stride)
+    def _has_kernels(self) -> bool:
+        return reference.kernels_take(self.stride)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from lottery_sparse.compact import KeptLists, optimizers_of
 from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, normal, redraw_
 
+SLOTS = 16  # of a network's kept weights, compared to see writes
+
 
 class Shrunk(NamedTuple):
     """What a masked layer needs to become compact: all of it that takes memory.
@@ -20,7 +24,7 @@ class Shrunk(NamedTuple):
     Made before the layer changes, so that it stays as it is where there is too little.
     """
 
-    effective: Tensor
+    effective: Tensor  # a blank where no op reads it
     kept: KeptLists
     parameter: nn.Parameter
     skips: bool
@@ -38,8 +42,10 @@ class Shrunk(NamedTuple):
         if parameter is None:
             values = normal(reference.gather_kept(effective, kept.starts, kept.columns))
             parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
+        skips = skips_pruned(effective, kept, layer.weight_frozen is None)
+        skips = skips and reference.kernels_take(getattr(layer, "stride", ()))
         return cls(
-            effective, kept, parameter, skips_pruned(effective, kept, layer.weight_frozen is None)
+            blank_of(effective, effective.shape) if skips else effective, kept, parameter, skips
         )
 
 
@@ -47,11 +53,80 @@ def skips_pruned(effective: Tensor, kept: KeptLists, zero: bool) -> bool:
     """Whether the kernels for such a layer skip pruned weights."""
     return (
         effective.dtype == torch.float32
-        and effective.is_contiguous()
+        and (effective.is_contiguous() or is_blank(effective))
         and backends.built("cpu")
         and not effective.is_meta
         and reference.may_lag(effective, kept.starts, zero)
     )
+
+
+def blank_of(like: Tensor, shape: torch.Size) -> Tensor:
+    """A zero in every place of a dense weight, in the memory of one."""
+    zero = torch.zeros(1, dtype=like.dtype, device=like.device)
+    return normal(zero).as_strided(shape, (0,) * len(shape))
+
+
+def is_blank(dense: Tensor) -> bool:
+    return not any(dense.stride())
+
+
+def zeros_of(blank: Tensor) -> Tensor:
+    """A blank's zeros, each with memory of its own."""
+    return torch.zeros(blank.shape, dtype=blank.dtype, device=blank.device)
+
+
+def has_readers(tensor: Tensor) -> bool:
+    """Whether other tensors share the memory of this one."""
+    uses: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+    return uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
+
+
+def _in_place(tensor: Tensor, kind: str) -> np.ndarray:
+    """The numbers of a contiguous tensor on the CPU where they lie, which no one keeps there."""
+    size = tensor.numel() * tensor.element_size()
+    memory: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, kind).reshape(tensor.shape)
+
+
+class Watch:
+    """What a Parameter held when a layer last read it, for writes that count no version.
+
+    Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
+    shared memory. One that replaces or changes the whole vector changes its address or one of the
+    numbers compared here, bit by bit: sixteen to thirty-one per network, spread over the kept
+    ones. On other devices than the CPU, where reading them would wait, it is the address alone.
+    """
+
+    __slots__ = ("address", "count", "seen", "slots")
+
+    def __init__(self, weight: Tensor, starts: Tensor):
+        plain = type(weight) in (Tensor, nn.Parameter)
+        self.address = weight.data_ptr() if plain else 0
+        self.count, self.slots, self.seen = weight.numel(), None, b""
+        if plain and weight.is_cpu and self.count and weight.is_contiguous():
+            # in place, which takes no memory: read only where the weight still lies there
+            kept = int(_in_place(starts, "i8")[..., -1].max())
+            numbers = _in_place(weight, f"V{weight.element_size()}")
+            self.slots = numbers[..., : max(kept, 1) : max(kept // SLOTS, 1)]
+            self.seen = self.slots.tobytes()
+
+    def notes(self, weight: Tensor) -> bool:
+        """Remember what the weight holds now; False: it lies elsewhere, which takes a new watch."""
+        if self._lies_elsewhere(weight):
+            return False
+        if self.slots is not None:
+            self.seen = self.slots.tobytes()
+        return True
+
+    def sees_a_write(self, weight: Tensor) -> bool:
+        if self._lies_elsewhere(weight):
+            return True
+        return self.slots is not None and self.slots.tobytes() != self.seen
+
+    def _lies_elsewhere(self, weight: Tensor) -> bool:
+        if not self.address:
+            return False
+        return weight.data_ptr() != self.address or weight.numel() != self.count
 
 
 def as_matrix(dense: Tensor, rank: int) -> Tensor:
@@ -170,6 +245,6 @@ def redraw_kept_(
     rank: int,
 ) -> None:
     """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
-    dense = torch.empty_like(effective)
+    dense = zeros_of(effective) if is_blank(effective) else torch.empty_like(effective)
     redraw_(dense, bias, dense_type, rank)
     weight.copy_(reference.gather_kept(dense, kept.starts, kept.columns))

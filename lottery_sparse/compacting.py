@@ -29,6 +29,10 @@ def compact_(
     compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+    A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
+    itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
+    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
+
     Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
     later `set_masks_`: average the masked form, or start the average anew then.
 
@@ -45,7 +49,8 @@ def compact_(
     of `ls.pack_` is never larger than dense.
 
     Args:
-        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are.
+        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are; they
+            give up dense weights that nothing reads any more.
         optimizer: if given, its groups get the new Parameters, and per-element state moves along.
         spare: slots of each layer (and network) beyond those that its mask needs.
 
@@ -65,9 +70,13 @@ def compact_(
         raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
     check_tied(model)
-    groups = [
-        (name, layers) for name, layers in by_parameter(model) if not isinstance(layers[0], Compact)
-    ]
+    groups = []
+    for name, layers in by_parameter(model):
+        if not isinstance(layers[0], Compact):
+            groups.append((name, layers))
+        for layer in layers:
+            if isinstance(layer, Compact):
+                layer.release()
     for name, layers in groups:
         for layer in layers:
             if type(layer) not in COMPACT_TYPES or "weight" not in layer._parameters:
@@ -78,6 +87,7 @@ def compact_(
         if layers[0].weight_mask.is_meta:
             raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
         if optimizer is not None:
+            _check_dense(name, layers[0], optimizer)
             check_movable(name, layers[0].weight, optimizer)
     _warn_of_hooks(groups)
     for _, layers in groups:
@@ -140,16 +150,37 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
 
 def refresh_(model: nn.Module) -> nn.Module:
-    """Copy kept weights into the effective weights, after writes through `.data`; returns `model`.
+    """Copy kept weights into the dense effective weights, where these exist; returns `model`.
 
-    The next forward notices any other write by itself, unless it is a compiled one: that needs
-    this after all writes but those of optimizers, `set_masks_` and load_state_dict; for
-    DistributedDataParallel, which copies weights and masks of rank 0, after wrapping the model.
+    To be called after a write that counts no version to *part* of a compact layer's `weight`
+    (`weight.data[3] = 0`, or one of another process in shared memory). The next eager forward
+    notices all others by itself: those that count a version, and those that do not but replace or
+    change the whole vector (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by
+    its address and some sixteen of its slots; on other devices than the CPU, whose numbers it
+    cannot read without waiting, by the address alone. A write during a forward is undefined.
+
+    A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
+    `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
+    rank 0, after wrapping the model.
     """
     for module in model.modules():
         if isinstance(module, Compact):
             module.refresh_()
     return model
+
+
+def _check_dense(name: str, layer: Masked, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state of a compact checkpoint, which was loaded for a dense weight."""
+    least, state = most_kept(layer.weight_mask, layer.rank), optimizer.state.get(layer.weight, {})
+    networks = layer.weight.shape[: -layer.rank]
+    for key in ("momentum_buffer", "exp_avg"):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dim() == len(networks) + 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds state of {value.shape[-1]} kept weights for "
+                f"{name}, which is dense and keeps {least}: that of a compact model; call "
+                "ls.compact_ first, then load the optimizer."
+            )
 
 
 def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
@@ -186,7 +217,7 @@ def _replacement(
         if state is not None:
             del optimizer.state[old]
             optimizer.state[new] = moved
-            note_optimizer(new, optimizer)
+            note_optimizer(optimizer)
         if gradient is not None:
             new.grad = gradient
 

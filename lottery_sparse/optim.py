@@ -35,7 +35,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from lottery_sparse import backends, compact
+from lottery_sparse import backends, compact, rest
 from lottery_sparse.optim_groups import param_groups as param_groups
 from lottery_sparse.optim_plan import Call, GroupPlan, StepPlan
 
@@ -61,20 +61,27 @@ def _hooked(step: Callable) -> Callable:
             return outside_graph(self, *args, **kwargs)
         if type(self).step is not run:  # a subclass's own step, which torch has wrapped
             return step(self, *args, **kwargs)
-        quiet = not (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _profiler_enabled()
+        watched = (
+            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _profiler_enabled()
         )
-        if quiet and all(
-            hook is compact._after_step for hook in _global_optimizer_post_hooks.values()
-        ):  # which has nothing to do: the step itself refreshes
-            return step(self, *args, **kwargs)
+        if not watched and _only_ours():
+            compact.take_back()
+            loss = step(self, *args, **kwargs)  # after which compact's hook has nothing to do
+            if rest._after_step in _global_optimizer_post_hooks.values():
+                rest._after_step(self, args, kwargs)
+            return loss
         return full(self, *args, **kwargs)
 
     run.__dict__["hooked"] = True  # what torch asks
     return run
+
+
+def _only_ours() -> bool:
+    """Whether nobody but this package has hooks on the steps of all optimizers."""
+    before, after = _global_optimizer_pre_hooks.values(), _global_optimizer_post_hooks.values()
+    return all(hook is compact._before_step for hook in before) and all(
+        hook in (compact._after_step, rest._after_step) for hook in after
+    )
 
 
 _WITH_KERNELS = (None, "cpu", "triton", "cuda")  # backends that may be forced
@@ -87,6 +94,10 @@ class _KernelStep:
     param_groups: list[dict[str, Any]]
     _torch_step: Callable
     _plans: tuple[GroupPlan | None, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore[reportAttributeAccessIssue]
+        self._plans = ()  # load_state_dict brings other states
 
     def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
         """Whether the kernel knows what the group's options ask for."""
@@ -183,7 +194,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in compact.holders_of(parameter):
-                    compact.written(holder)  # a fused step of torch raises no version
+                    holder.written()  # a fused step of torch raises no version
 
 
 def _numbers(*values: Any) -> bool:

@@ -52,7 +52,8 @@ class GroupPlan:
         for parameter in params:
             holders = compact.holders_of(parameter)
             if holders:
-                compact.note_optimizer(parameter, optimizer)
+                compact.note_optimizer(optimizer)
+                holders[0].fit_state(optimizer)
             backend = None if twice else _backend_of(parameter, forced, bool(holders))
             key = backend and (backend, parameter.device, parameter.dtype)
             plan = plans.setdefault(key, StepPlan(backend, [], [], []))
@@ -130,9 +131,9 @@ class Call:
             # the dict of nn.Module, which is quicker than its attributes
             if layer is None or layer._parameters.get("weight") is not parameter:
                 continue
-            kept = layer.kept
+            kept, dense = layer.kept, layer.target
             # without an effective weight, a target only says which slots are kept
-            self.effective.append(_NONE if layer.lags else layer._dense)
+            self.effective.append(_NONE if dense is None else dense)
             self.starts.append(kept.starts)
             self.columns.append(kept.columns)
             self.owners.append(owner)
@@ -171,9 +172,8 @@ class Call:
             )  # fmt: skip
             if position < 0:
                 torch.autograd.graph.increment_version(self.params + self.effective)
-                for layer, owner in zip(self.layers, self.owners, strict=True):
-                    if not layer.lags:
-                        object.__setattr__(layer, "fresh_version", self.params[owner]._version)
+                for layer in self.layers:
+                    layer.stepped()
                 break
             refused.append(self.drop(position))
         return self.plan.refuse(refused)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse import backends, optim
-from lottery_sparse.compact import KeptLists, note_optimizer
+from lottery_sparse.compact import KeptLists, note_optimizer, take_back
 from lottery_sparse.compact_layers import CompactLinear
 from lottery_sparse.mask_tensor import plain
 from lottery_sparse.replicate import LinearNetworks, as_rows
@@ -112,21 +112,24 @@ class _Layer:
             self.parameters = [self.empty if p is None else p.detach() for p in (weight, bias)]
             if not self.compact and not self.learned:
                 self.effective = self.parameters[0]
-        if self.compact and self.dense and weight._version != self.layer.fresh_version:
-            self.layer.refresh_()
+        if self.compact and self.dense:
+            self.layer.settle(weight)
         return not same
 
     def _list(self) -> None:
         layer = self.layer
         layer._keep_made()
         mask, self.zero = layer.weight_mask, layer.zero
-        self.effective, self.version = layer._dense, plain(mask)._version
-        self.made = layer.kept, layer._dense, mask, layer.weight_frozen
-        self.lists = [*layer.kept, plain(mask)]
+        self.lists, self.version = [*layer.kept, plain(mask)], plain(mask)._version
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
-        self.dense = not self.zero or most > DENSE_MULTIPLY * layer.in_features * layer.out_features
-        self.keep = self.dense or not layer.lags  # else written when someone reads it
+        size = layer.in_features * layer.out_features
+        self.dense = not self.zero or most / max(size, 1) > DENSE_MULTIPLY
+        self.keep = self.dense or not layer.lags  # else made when someone reads it
+        if self.keep:
+            layer.make_dense()
+        self.effective = layer._dense if self.keep else self.empty
+        self.made = layer.kept, layer._dense, mask, layer.weight_frozen
 
 
 class _Step:
@@ -151,9 +154,9 @@ class _Step:
         self.empty = first.empty
         self.no_step = torch.zeros(1)
         self.arguments: tuple[Any, ...] = ()
-        for layer in self.layers:
-            if layer.compact:
-                note_optimizer(layer.layer.weight, optimizer)
+        self.states: Any = None  # the optimizer's
+        if any(layer.compact for layer in self.layers):
+            note_optimizer(optimizer)
 
     def _check_parameters(self, model: nn.Module) -> None:
         held = [p for p in self.parameters if p is not None]
@@ -186,6 +189,7 @@ class _Step:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         self._check_call()
+        take_back()
         single = self.networks is None
         features = self.layers[0].layer.in_features
         if x.dim() != 2 or x.shape[1] != features:
@@ -203,7 +207,7 @@ class _Step:
         changed = [layer.look() for layer in self.layers]  # all of them, so no generator
         if any(changed):
             self._collect()
-        parameters, effective, lists, zero, keep, learned, written, raised = self.arguments
+        parameters, effective, lists, zero, keep, learned, stepped, raised = self.arguments
         first, second, steps, rates = self._state()
         try:
             loss = torch.ops.lottery_sparse_native.train_step(
@@ -223,8 +227,11 @@ class _Step:
                     self.optimizer.state[parameter]["momentum_buffer"] = momentum
         self.optimizer._opt_called = True  # pyright: ignore  # what schedulers look at
         torch.autograd.graph.increment_version(raised)
-        for layer in written:  # past nn.Module's __setattr__, which costs 2 us
-            object.__setattr__(layer, "fresh_version", layer._parameters["weight"]._version)
+        for layer, keep in stepped:
+            if keep:
+                layer.mark_fresh()
+            else:
+                layer.stepped()
         return loss
 
     def _collect(self) -> None:
@@ -242,7 +249,7 @@ class _Step:
                 [layer.key for layer in layers],
                 [layer.learned and layer.layer.rescale for layer in layers],
             ),
-            [layer.layer for layer in written],
+            [(layer.layer, layer.keep) for layer in layers if layer.compact],
             [p for p in self.parameters if p is not None] + [layer.effective for layer in written],
         )
 
@@ -253,6 +260,11 @@ class _Step:
             options |= dict.fromkeys(map(id, group["params"]), (group, self._options(group)))
         first, second, steps, rates = [], [], [], []
         states = self.optimizer.state
+        if states is not self.states:  # load_state_dict has brought others
+            self.states = states
+            for layer in self.layers:
+                if layer.compact:
+                    layer.layer.fit_state(self.optimizer)
         for parameter in self.parameters:
             if parameter is None:
                 first.append(self.empty)

@@ -190,7 +190,7 @@ def test_values_of_a_descriptor_survive_a_trip_through_half(source):
 # ---- writes from outside -------------------------------------------------------------------------
 
 
-def test_writes_are_noticed_and_data_needs_refresh():
+def test_writes_are_noticed():
     _, compact = pair(nn.Linear(7, 6), "constant")
     x = torch.randn(3, 7)
 
@@ -209,9 +209,8 @@ def test_writes_are_noticed_and_data_needs_refresh():
     nn.init.normal_(compact.weight)
     assert right()
     nn.utils.vector_to_parameters(torch.randn(compact.weight.numel() + 6), compact.parameters())
+    assert right()
     compact.weight.data.copy_(torch.randn_like(compact.weight))
-    assert not right(), "nothing sees a write through .data"
-    assert ls.refresh_(compact) is compact
     assert right()
     for _ in range(5):  # another Parameter may lie where the last one was
         compact.weight = nn.Parameter(torch.randn_like(compact.weight))

@@ -89,12 +89,21 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ticket",
     },
     "compact_parts": {"backends", "compact", "mask_tensor", "modules", "reference"},
-    "compact_base": {
+    "compact_init": {"reference"},
+    "compact_effective": {
         "backends",
         "compact",
         "compact_parts",
-        "frozen",
         "mask_tensor",
+        "modules",
+        "reference",
+    },
+    "compact_base": {
+        "compact",
+        "compact_effective",
+        "compact_init",
+        "compact_parts",
+        "frozen",
         "modules",
         "reference",
     },
@@ -130,7 +139,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "optim_plan": {"backends", "compact", "ops"},
     "optim_groups": {"modules"},
-    "optim": {"backends", "compact", "optim_groups", "optim_plan"},
+    "optim": {"backends", "compact", "optim_groups", "optim_plan", "rest"},
     "replicate": {
         "compact_base",
         "compact_layers",

@@ -42,7 +42,7 @@ def assert_fresh(model):
         if not layer.lags:
             assert layer.fresh_version == layer.weight._version
         got = layer.weight_effective.clone()
-        layer._refill()
+        layer._fill()
         assert torch.equal(got, layer.weight_effective)
         kept = int(layer.kept.kept)
         assert kept < layer.capacity
@@ -90,7 +90,7 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
         kept = int(layer.kept.kept)
         got = layer.weight_effective.clone()
         assert (layer.weight[kept:] == 0).all()  # whose gradient was not 0
-        layer._refill()
+        layer._fill()
         assert torch.equal(got, layer.weight_effective)
 
 
@@ -167,12 +167,18 @@ class Holder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(kept.columns.shape))
         self.weight_effective = self._dense = effective
-        self.kept, self.fresh_version, self.lags = kept, 0, False
+        self.kept, self.fresh_version, self.target = kept, 0, effective
         compact.register(self)
 
-    def refresh_(self):
+    def written(self):
         kept = self.kept
         ls.reference.scatter_kept_(self._dense, self.weight.detach(), kept.starts, kept.columns)
+        self.stepped()
+
+    def fit_state(self, optimizer):
+        pass
+
+    def stepped(self):
         self.fresh_version = self.weight._version
 
 

@@ -59,8 +59,9 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
     at = kept_positions(effective, starts, columns)
     flat = torch.cat([effective.flatten(), effective.new_zeros(1)])
     w = flat.index_put([at], values)[:-1].view(effective.shape)
-    if w.dim() == 4 and w.stride() != effective.stride():  # the layout decides on that of results
-        w = w.clone(memory_format=torch.channels_last)
+    last = torch.channels_last
+    if w.dim() == 4 and not effective.is_contiguous():  # the layout decides on that of results
+        w = w.clone(memory_format=last) if effective.is_contiguous(memory_format=last) else w
     return w
 
 

@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench bench-peers instructions compile-gate build clean distclean cuda-build
+.PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -31,6 +31,9 @@ quickstart: $(PACKAGE)  ## train LeNet, find a ticket, print and draw what it sh
 
 test: $(PACKAGE)  ## run the tests (PYTEST_ARGS="-k masks" to choose)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --benchmark-disable $(PYTEST_ARGS)
+
+test-everywhere: $(PACKAGE)  ## run the tests of arithmetic under every setting (SETTINGS="avx2 held" to choose)
+	$(PY) tests/everywhere.py $(SETTINGS)
 
 lint: $(PACKAGE)  ## ruff, clang-format and pyright; changes nothing
 	$(VENV)/bin/ruff check .
@@ -60,6 +63,22 @@ compile-gate: $(PACKAGE)  ## compile every Triton kernel for sm_80 and sm_90 (no
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build
+
+# gcc's sanitizers: torch and Python are not built with them, so the library is loaded first. A report
+# ends the process that made it. The tests run where the sanitized package is, so that it is found.
+SANITIZERS  := address,undefined
+SANITIZED   := build/sanitize/lib
+SANITIZE_ENV = LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1
+SANITIZE_TESTS := bf16_linear compact_conv2d compact_linear compact_node delta keep_top lists \
+  masked_conv2d masked_linear masks_bits native optim optim_compact packed_ops random sample_mask \
+  supermask_step threads train_step
+
+sanitize: $(PACKAGE)  ## build the CPU kernels with sanitizers into build/sanitize and run the tests of kernels on them (g++)
+	CXX=g++ LS_SANITIZE=$(SANITIZERS) LS_BUILD=require $(PY) setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) $(CURDIR)/tests/guard_pages.py avx512 avx2 portable
+	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) -m pytest -q -n 2 --dist loadfile --capture=no --benchmark-disable -c $(CURDIR)/pyproject.toml \
+	  -m 'not slow' $(PYTEST_ARGS) $(SANITIZE_TESTS:%=$(CURDIR)/tests/test_%.py)
 
 # A venv of its own with a CUDA build of torch, which imports without a GPU, and so does what is built
 # against it. pip prefers a CPU build where it is configured to find one: then the check names it.

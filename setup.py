@@ -4,6 +4,8 @@ LS_BUILD=auto     (default) build if torch and a C++ compiler are found, else a 
 LS_BUILD=0        never build
 LS_BUILD=require  build, or fail with the reason
 MAX_JOBS=n        parallel compilations; unset: bounded by processors and free memory
+LS_SANITIZE=names build the kernels for the CPU with -fsanitize=names, such as address,undefined, in
+                  a folder of its own; `make sanitize` does and runs tests on them
 
 The kernels for NVIDIA GPUs (_C_cuda) are built too where nvcc and a CUDA build of torch are found:
 CUDA_HOME             the toolkit; unset: that of the nvcc on the path
@@ -32,6 +34,12 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # false alarms inside gcc's own AVX-512 headers
     "-Wno-unknown-warning-option",  # clang does not have that one
 ]
+SANITIZE = os.environ.get("LS_SANITIZE", "")
+if SANITIZE:  # a report ends the process; vptr asks for type information that torch hides
+    FLAGS[:] = [flag for flag in FLAGS if flag not in ("-O3", "-g0")]
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
 OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
@@ -41,6 +49,7 @@ KERNELS = [
     "bitmap_linear_cpu",
     "dense_tiles_cpu",
     "keep_top_cpu",
+    "list_check_cpu",
     "mask_bits_cpu",
     "masked_optim_cpu",
     "packed_linear_cpu",
@@ -242,6 +251,11 @@ def native(required):
     class BuildKernels(BuildExtension):
         kernels: ClassVar = []  # objects that _C and _eager link
 
+        def finalize_options(self):
+            super().finalize_options()
+            if SANITIZE:  # objects of the usual build stay what they are
+                self.build_temp = os.path.join(self.build_temp, "sanitize")
+
         def build_extension(self, ext):
             try:
                 if ext.name.endswith("._C_cuda"):
@@ -285,6 +299,7 @@ def native(required):
         sources(DRIVERS),
         define_macros=macros,
         extra_compile_args={"cxx": cxx},
+        extra_link_args=LINK_FLAGS,
         py_limited_api=True,
         optional=not required,
     )
@@ -295,6 +310,7 @@ def native(required):
         sources(["eager", "eager_optim", "compact_linear", "masked_optim", "variants"]),
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
         extra_compile_args={"cxx": cxx},
+        extra_link_args=LINK_FLAGS,
         optional=True,
     )
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
@@ -304,11 +320,12 @@ def native(required):
         include_dirs=pybind_include,
         define_macros=[*macros, ("LS_BUILD_FLAGS", f'"{flags}"')],
         extra_compile_args={"cxx": cxx},
+        extra_link_args=LINK_FLAGS,
         language="c++",
         optional=not required,
     )
     modules = [kernels, eager, host]
-    if not why_no_cuda():
+    if not SANITIZE and not why_no_cuda():
         modules.append(cuda_extension(CppExtension, macros, required))
     return modules, {"build_ext": BuildKernels}
 

@@ -12,6 +12,7 @@
 #include "random_fill.h"
 #include "rim.h"
 #include "schemas.h"
+#include "variants.h"
 
 namespace lottery_sparse {
 namespace {
@@ -145,6 +146,10 @@ Tensor random_normal_op(int64_t count, int64_t seed, int64_t stream, int64_t ste
         [&](int64_t begin, int64_t end, float* out) { normal(key, begin, end, quantiles, out); });
 }
 
+int64_t numerics_op() {
+    return variant_numerics(chosen_variant());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(lottery_sparse_native, m) {
@@ -161,6 +166,8 @@ STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
 
 // These take no tensor, so no device chooses the kernel.
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CompositeExplicitAutograd, m) {
+    m.impl("numerics", TORCH_BOX(&numerics_op));
+    m.impl("threads_used", TORCH_BOX(&threads_used));
     m.impl("random_words", TORCH_BOX(&random_words_op));
     m.impl("random_signs", TORCH_BOX(&random_signs_op));
     m.impl("random_uniform", TORCH_BOX(&random_uniform_op));

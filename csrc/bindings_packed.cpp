@@ -67,8 +67,7 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     return y;
 }
 
-// A product of entries by row, without their columns. The entries are the caller's to keep right:
-// columns below K, and starts that ascend to at most the number of values.
+// A product of entries by row, without their columns.
 struct Entries {
     Tensor x, values, starts, places, y;
     std::optional<Tensor> bias;
@@ -90,6 +89,7 @@ struct Entries {
                             starts.numel() > 0,
                         "values ", shape_text(values), ", ", name, " ", shape_text(places),
                         " and starts ", shape_text(starts), " do not fit each other.");
+        check_ends("starts", starts, values.numel());
         const int64_t rows = starts.numel() - 1;
         y = empty({x.size(0), rows}, ScalarType::Float);
         problem = {x.size(0),
@@ -99,6 +99,7 @@ struct Entries {
                    static_cast<const int64_t*>(starts.const_data_ptr()),
                    places.const_data_ptr(),
                    values.const_data_ptr(),
+                   values.numel(),
                    type == ScalarType::Int,
                    values.scalar_type() == ScalarType::BFloat16,
                    checked_bias(bias, rows),
@@ -122,7 +123,6 @@ Tensor delta_linear_op(Tensor x, Tensor values, Tensor starts, Tensor gaps,
     return entries.y;
 }
 
-// As above: each row of bits has as many ones as its entries.
 Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
                         std::optional<Tensor> bias) {
     x = checked("x", x, ScalarType::Float);
@@ -136,12 +136,13 @@ Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
                         bits.size(1) == packed_words(x.size(1)),
                     "values ", shape_text(values), ", starts ", shape_text(starts), " and bits ",
                     shape_text(bits), " do not fit x ", shape_text(x), ".");
+    check_ends("starts", starts, values.numel());
     const int64_t rows = bits.size(0);
     Tensor y = empty({x.size(0), rows}, ScalarType::Float);
     bitmap_linear({x.size(0), x.size(1), rows, floats(x),
                    static_cast<const int64_t*>(starts.const_data_ptr()),
                    static_cast<const uint32_t*>(bits.const_data_ptr()), values.const_data_ptr(),
-                   half, checked_bias(bias, rows), output<float>(y)},
+                   values.numel(), half, checked_bias(bias, rows), output<float>(y)},
                   kParallel);
     return y;
 }

@@ -1,4 +1,5 @@
 // A compact layer on the CPU: the lists stay, so a call packs and multiplies.
+#include <algorithm>
 #include <cstring>
 
 #include "sparse_products.h"
@@ -8,22 +9,31 @@ namespace {
 
 template <class Index>
 KeptLists<Index> by_row(const SparseLinearShape& shape, const CompactLists& lists,
-                        const float* values) {
-    return {lists.starts, static_cast<const Index*>(lists.columns), values, shape.out_features + 1,
-            lists.capacity};
+                        const float* values, ListCheck& check) {
+    return {lists.starts,   static_cast<const Index*>(lists.columns),
+            values,         shape.out_features + 1,
+            lists.capacity, "kept.starts",
+            "kept.columns", &check};
 }
 
 // The values in the order of the lists by column.
 template <class T>
 Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactLists& lists,
-                               const T* values, const Parallel& parallel) {
+                               const T* values, ListCheck& check, const Parallel& parallel) {
+    constexpr int64_t kBlock = 1 << 12;  // in the first-level cache between check and use
     Buffer<float> ordered = buffer<float>(shape.replicates * lists.capacity);
     for (int64_t e = 0; e < shape.replicates; ++e) {
         const int32_t* positions = lists.positions + e * lists.capacity;
         const T* from = values + e * lists.capacity;
         float* to = ordered.get() + e * lists.capacity;
-        parallel(lists.capacity, kGrainConvert, [=](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) to[i] = number(from[positions[i]]);
+        parallel(lists.capacity, kGrainConvert, [&, from, to](int64_t begin, int64_t end) {
+            for (int64_t first = begin, last; first < end; first = last) {
+                last = std::min(first + kBlock, end);
+                if (!check.numbers("kept.positions", positions + first, last - first,
+                                   lists.capacity))
+                    return;
+                for (int64_t i = first; i < last; ++i) to[i] = number(from[positions[i]]);
+            }
         });
     }
     return ordered;
@@ -50,9 +60,12 @@ void forward(const CompactLinearForward<T>& p, const Parallel& parallel) {
     Buffer<float> wide_values, wide_bias;
     const float* values =
         products.floats(p.values, shape.replicates * p.lists.capacity, wide_values);
-    products.multiply(by_row<Index>(shape, p.lists, values), n, p.packed_x, shape.in_features,
-                      shape.shared_x, products.floats(p.bias, shape.replicates * n, wide_bias),
+    ListCheck check;
+    products.multiply(by_row<Index>(shape, p.lists, values, check), n, p.packed_x,
+                      shape.in_features, shape.shared_x,
+                      products.floats(p.bias, shape.replicates * n, wide_bias),
                       /*sum=*/false, p.y);
+    check.done();
 }
 
 template <class Index, class T>
@@ -61,16 +74,22 @@ void backward(const CompactLinearBackward<T>& p, const Parallel& parallel) {
     const int64_t n = shape.out_features, k = shape.in_features, capacity = p.lists.capacity;
     const Products<Index> products(shape, parallel);
     const auto dy = products.packed(p.dy, shape.replicates, n);
+    ListCheck check;
     if (p.dx) {  // the lists by column are there, so this beats scattering at every batch
-        const auto values = values_by_column(shape, p.lists, p.values, parallel);
+        const auto values = values_by_column(shape, p.lists, p.values, check, parallel);
         const KeptLists<Index> columns = {p.lists.column_starts,
-                                          static_cast<const Index*>(p.lists.rows), values.get(),
-                                          k + 1, capacity};
+                                          static_cast<const Index*>(p.lists.rows),
+                                          values.get(),
+                                          k + 1,
+                                          capacity,
+                                          "kept.column_starts",
+                                          "kept.rows",
+                                          &check};
         products.multiply(columns, k, dy.get(), n, /*shared=*/false, /*bias=*/nullptr,
                           /*sum=*/shape.shared_x, p.dx);
     }
     if (p.dvalues) {
-        const auto rows = by_row<Index>(shape, p.lists, /*values=*/nullptr);
+        const auto rows = by_row<Index>(shape, p.lists, /*values=*/nullptr, check);
         if constexpr (std::is_same_v<T, float>) {
             products.sample(rows, dy.get(), p.packed_x, /*dw=*/nullptr, p.dvalues);
         } else {
@@ -84,6 +103,7 @@ void backward(const CompactLinearBackward<T>& p, const Parallel& parallel) {
         clear_spare_slots(shape, p.lists, p.dvalues);
     }
     if (p.dbias) products.sum_batch(dy.get(), n, p.dbias);
+    check.done();
 }
 
 // Calls f(dense row, columns, values, count) for the kept entries of rows [first, last) of all E N,
@@ -93,15 +113,22 @@ void for_rows(const KeptEntries<T>& p, int64_t first, int64_t last, const Parall
               const F& f) {
     constexpr int64_t kGrain = 64;
     const int64_t n = p.shape.out_features, k = p.shape.in_features;
-    const Index* columns = static_cast<const Index*>(p.lists.columns);
+    ListCheck check;
+    const KeptLists<Index> lists = by_row<Index>(p.shape, p.lists, /*values=*/nullptr, check);
     parallel(last - first, kGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t i = begin, known = begin; i < end; ++i) {
             const int64_t e = (first + i) / n, r = (first + i) % n;
-            const int64_t* starts = p.lists.starts + e * (n + 1) + r;
-            const int64_t slot = e * p.lists.capacity + starts[0];
-            f(p.dense + i * k, columns + slot, p.values + slot, starts[1] - starts[0]);
+            if (i == known) {  // the rest of this range and network
+                known = std::min(end, i + n - r);
+                if (!lists.fit(e, r, r + known - i, k)) return;
+            }
+            const KeptRows<Index> rows = lists.of(e);
+            const int64_t slot = rows.starts[r];
+            f(p.dense + i * k, rows.columns + slot, p.values + e * p.lists.capacity + slot,
+              rows.starts[r + 1] - slot);
         }
     });
+    check.done();
 }
 
 template <class Index>

@@ -4,12 +4,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 
 #include <array>
 #include <optional>
 #include <vector>
 
+#include "parallel_rim.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -17,12 +17,6 @@ namespace {
 
 using at::Tensor;
 using variable_list = std::vector<Tensor>;
-
-const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                            void* context) {
-    at::parallel_for(begin, end, grain,
-                     [&](int64_t first, int64_t last) { body(first, last, context); });
-});
 
 struct Kept {
     Tensor starts, columns, column_starts, rows, positions;
@@ -105,7 +99,7 @@ struct Call {
     static bool fits_bias(const Tensor& bias, const Tensor& effective) {
         return bias.sizes() == effective.sizes().slice(0, effective.dim() - 1);
     }
-    // Whether the lists are as kernels read them, and end within their slots.
+    // Whether the lists are as kernels read them, and begin and end within their slots.
     static bool takes(const Kept& kept) {
         const auto list = [](const Tensor& t, at::ScalarType dtype) {
             return ordinary(t, dtype) && t.is_contiguous();
@@ -118,7 +112,8 @@ struct Call {
         for (const Tensor* t : {&kept.starts, &kept.column_starts}) {
             const int64_t* ends = t->const_data_ptr<int64_t>() - 1;
             for (int64_t i = t->size(-1); i <= t->numel(); i += t->size(-1))
-                if (ends[i] < 0 || ends[i] > kept.columns.size(-1)) return false;
+                if (ends[i] < 0 || ends[i] > kept.columns.size(-1) || ends[i - t->size(-1) + 1])
+                    return false;
         }
         return true;
     }

@@ -1,9 +1,9 @@
 // The optimizers' ops again, as a part of _eager (eager.cpp), see optim_rim.h.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "optim_rim.h"
+#include "parallel_rim.h"
 #include "schemas.h"
 
 namespace lottery_sparse {
@@ -14,12 +14,6 @@ bool is_strided(const at::Tensor& t) {
 }
 
 using Rim = OptimRim<at::Tensor, is_strided, at::TensorList, at::IntArrayRef>;
-
-const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                            void* context) {
-    at::parallel_for(begin, end, grain,
-                     [&](int64_t first, int64_t last) { body(first, last, context); });
-});
 
 int64_t checked(int64_t refused) {
     TORCH_CHECK(refused != kMisfit,
@@ -52,6 +46,7 @@ int64_t adam_step_op(at::TensorList params, at::TensorList grads, at::TensorList
 TORCH_LIBRARY_FRAGMENT(lottery_sparse_eager, m) {
     m.def(kSgdStep, &sgd_step_op);
     m.def(kAdamStep, &adam_step_op);
+    m.def(kThreadsUsed, &threads_used);
 }
 
 }  // namespace lottery_sparse

@@ -1,8 +1,9 @@
 #include "packed_linear.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "bits.h"
+#include "list_check.h"
 #include "sparse_products.h"  // Buffer
 
 namespace lottery_sparse {
@@ -11,11 +12,21 @@ namespace {
 constexpr int64_t kTask = 64;  // rows
 constexpr int64_t kGrainPack = 512;
 
+// Whether rows [begin, end) are lists of columns below K.
+template <class Index>
+bool rows_fit(const PackedLinear& p, const Index* columns, int64_t begin, int64_t end,
+              ListCheck& check) {
+    return check.starts("starts", p.starts, begin, end, p.entries) &&
+           check.numbers("columns", columns + p.starts[begin], p.starts[end] - p.starts[begin],
+                         p.in_features);
+}
+
 template <class Index, class Value>
 void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels,
          const Parallel& parallel) {
     const int64_t width = p.batch == 1 ? 1 : p.batch <= kNarrowTile ? kNarrowTile : kWideTile;
     const Buffer<float> tile = buffer<float>(width == 1 ? 0 : p.in_features * width);
+    ListCheck check;
     for (int64_t b = 0; b < p.batch; b += width) {
         const int64_t batch = std::min(width, p.batch - b);
         const float* x = p.x + b * p.in_features;
@@ -33,22 +44,52 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
                                                   batch,
                                                   width};
         parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
-            kernels.multiply(product, begin * kTask, std::min(end * kTask, p.out_features));
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t first = task * kTask, last = std::min(first + kTask, p.out_features);
+                if (b == 0 && !rows_fit(p, product.columns, first, last, check)) return;
+                kernels.multiply(product, first, last);
+            }
         });
+        check.done();
     }
 }
 
 template <class Index>
 Buffer<Index> columns_of(const PackedLinear& p, const uint8_t* gaps, const Parallel& parallel) {
-    Buffer<Index> columns = buffer<Index>(p.starts[p.out_features]);
+    Buffer<Index> columns = buffer<Index>(p.entries);
+    ListCheck check;
     parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin * kTask; r < std::min(end * kTask, p.out_features); ++r) {
-            Index column = 0;
+        const int64_t first = begin * kTask, last = std::min(end * kTask, p.out_features);
+        if (!check.starts("starts", p.starts, first, last, p.entries)) return;
+        for (int64_t r = first; r < last; ++r) {
+            int64_t column = 0;
             for (int64_t i = p.starts[r]; i < p.starts[r + 1]; ++i)
-                columns[i] = column = static_cast<Index>(column + gaps[i]);
+                columns[i] = static_cast<Index>(column += gaps[i]);
+            if (p.starts[r] < p.starts[r + 1] && column >= p.in_features) {
+                check.refuse("gaps", "must add up to less than K in each row");
+                return;
+            }
         }
     });
+    check.done();
     return columns;
+}
+
+// Whether the values of rows [begin, end) are there. A row takes as many as its bits say, at most
+// the columns of its groups, so only rows near the end of the values must be counted.
+bool rows_fit(const BitmapLinear& p, int64_t begin, int64_t end, ListCheck& check) {
+    if (!check.starts("starts", p.starts, begin, end, p.entries)) return false;
+    const int64_t groups = divide_up(p.in_features, kBitmapGroup),
+                  words = packed_words(p.in_features);
+    for (int64_t r = end - 1; r >= begin && p.starts[r] + groups * kBitmapGroup > p.entries; --r) {
+        const auto* bits = reinterpret_cast<const uint16_t*>(p.bits + r * words);
+        int64_t kept = 0;
+        for (int64_t g = 0; g < groups; ++g) kept += __builtin_popcount(bits[g]);
+        if (kept > p.entries - p.starts[r])
+            return check.refuse("bits",
+                                "must have as many ones in a row as starts give it entries");
+    }
+    return true;
 }
 
 template <class Value>
@@ -58,21 +99,26 @@ void run(const BitmapLinear& p, const BitmapLinearKernels<Value>& kernels,
     const int64_t stride = (divide_up(p.in_features, kBitmapGroup) + 1) * kBitmapGroup;
     const int64_t padded = divide_up(p.batch, kBitmapSide) * kBitmapSide;
     const Buffer<float> x = buffer<float>(padded * stride);
-    std::memset(x.get() + p.batch * stride, 0, (padded - p.batch) * stride * sizeof(float));
+    std::fill_n(x.get() + p.batch * stride, (padded - p.batch) * stride, 0.0f);
     for (int64_t b = 0; b < p.batch; ++b) {
-        std::memcpy(x.get() + b * stride, p.x + b * p.in_features, p.in_features * sizeof(float));
-        std::memset(x.get() + b * stride + p.in_features, 0,
-                    (stride - p.in_features) * sizeof(float));
+        float* row = x.get() + b * stride;
+        std::copy_n(p.x + b * p.in_features, p.in_features, row);  // of no columns there is no x
+        std::fill_n(row + p.in_features, stride - p.in_features, 0.0f);
     }
+    ListCheck check;
     parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task)
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task * kTask, last = std::min(first + kTask, p.out_features);
+            if (!rows_fit(p, first, last, check)) return;
             for (int64_t b = 0; b < p.batch; b += kBitmapBatch)
                 kernels.multiply({p.starts, reinterpret_cast<const uint16_t*>(p.bits),
                                   static_cast<const Value*>(p.values), x.get() + b * stride, p.bias,
                                   p.y + b * p.out_features, p.in_features, p.out_features, stride,
                                   std::min(kBitmapBatch, p.batch - b)},
-                                 task * kTask, std::min((task + 1) * kTask, p.out_features));
+                                 first, last);
+        }
     });
+    check.done();
 }
 
 }  // namespace

@@ -24,12 +24,14 @@ struct PackedLinear {
     const int64_t* starts;  // [N + 1]: entries of row r are [starts[r], starts[r + 1])
     const void* columns;    // uint16_t or, if wide, uint32_t; all below K
     const void* values;     // float or, if half, bfloat16
+    int64_t entries;        // how many values there are
     bool wide;
     bool half;
     const float* bias;  // [N], or nullptr
     float* y;           // [B, N], every element is written
 };
 
+// Each throws where the lists do not fit: what they number is checked, as it was said above.
 void packed_linear(const PackedLinear& p, const Parallel& parallel);
 // The same, but the columns come as gaps [entries]: from the entry before in the row, or from 0.
 void delta_linear(PackedLinear p, const uint8_t* gaps, const Parallel& parallel);
@@ -42,6 +44,7 @@ struct BitmapLinear {
     const int64_t* starts;  // [N + 1], as above
     const uint32_t* bits;   // [N, packed_words(K)]: the mask, see bits.h
     const void* values;     // float or, if half, bfloat16
+    int64_t entries;        // how many values there are
     bool half;
     const float* bias;  // [N], or nullptr
     float* y;           // [B, N], every element is written

@@ -10,8 +10,8 @@ constexpr int64_t kRows = 16;  // whose results leave together
 
 // ---- one row of x -------------------------------------------------------------------------------
 
-constexpr int kLanes = 16;       // entries of a row that are summed side by side
-constexpr int64_t kAhead = 256;  // entries between one that is summed and one that is fetched
+constexpr int kLanes = kSumLanes;  // entries of a row that are summed side by side
+constexpr int64_t kAhead = 256;    // entries between one that is summed and one that is fetched
 
 #if defined(__AVX2__)
 // Four loads and three shuffles: half the time of a gather instruction on Zen 4.
@@ -66,39 +66,45 @@ inline Vec gather(const float* x, const Index* columns) {
 
 // The products of a row's entries, summed lane by lane.
 template <class Index, class Value>
-inline Vec row_lanes(const Index* columns, const Value* values, const float* x, int64_t count) {
-    constexpr int kVecs = kLanes / kWidth;
-    Vec sum[kVecs];
-    for (int v = 0; v < kVecs; ++v) sum[v] = zero();
+inline void row_lanes(const Index* columns, const Value* values, const float* x, int64_t count,
+                      Vec (&lanes)[kSumVecs]) {
+    Vec sum[kSumVecs];
+    for (int v = 0; v < kSumVecs; ++v) sum[v] = zero();
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes)
-        for (int v = 0; v < kVecs; ++v)
+        for (int v = 0; v < kSumVecs; ++v)
             sum[v] =
                 fma(numbers(values + i + v * kWidth), gather(x, columns + i + v * kWidth), sum[v]);
-    if (i < count) {
-        alignas(64) float rest_values[kLanes] = {}, rest_x[kLanes] = {};
-        for (int j = 0; i < count; ++i, ++j) {
-            rest_values[j] = number(values[i]);
-            rest_x[j] = x[columns[i]];
+    const int vecs_left = i == count ? 0 : kSumVecs;
+    for (int v = 0; v < vecs_left; ++v, i += kWidth) {
+        if (i + kWidth <= count) {
+            sum[v] = fma(numbers(values + i), gather(x, columns + i), sum[v]);
+        } else if (i < count) {
+            alignas(64) float rest_values[kWidth] = {}, rest_x[kWidth] = {};
+            int64_t at = i;
+            for (int j = 0; at < count; ++at, ++j) {
+                rest_values[j] = number(values[at]);
+                rest_x[j] = x[columns[at]];
+            }
+            sum[v] = fma(load(rest_values), load(rest_x), sum[v]);
+        } else {
+            sum[v] = add(sum[v], zero());  // makes 0 of -0, as the products of padding do
         }
-        for (int v = 0; v < kVecs; ++v)
-            sum[v] = fma(load(rest_values + v * kWidth), load(rest_x + v * kWidth), sum[v]);
     }
-    for (int v = 1; v < kVecs; ++v) sum[0] = add(sum[0], sum[v]);
-    return sum[0];
+    for (int v = 0; v < kSumVecs; ++v) lanes[v] = sum[v];
 }
 
 template <class Index, class Value>
 void multiply_vector(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
-    for (int64_t r0 = begin; r0 < end; r0 += kWidth) {
-        const int64_t n = end - r0 < kWidth ? end - r0 : kWidth;
-        Vec lanes[kWidth];
-        for (int64_t i = 0; i < kWidth; ++i) {
+    for (int64_t r0 = begin; r0 < end; r0 += kSumGroup) {
+        const int64_t n = end - r0 < kSumGroup ? end - r0 : kSumGroup;
+        Vec lanes[kSumGroup][kSumVecs];
+        for (int64_t i = 0; i < kSumGroup; ++i) {
             const int64_t first = i < n ? p.starts[r0 + i] : 0;
             const int64_t count = i < n ? p.starts[r0 + i + 1] - first : 0;
-            lanes[i] = row_lanes(p.columns + first, p.values + first, p.x, count);
+            row_lanes(p.columns + first, p.values + first, p.x, count, lanes[i]);
         }
-        alignas(64) float sums[kWidth];
+        alignas(64) float sums[kSumGroup];
         store(sums, horizontal_sums(lanes));
         for (int64_t i = 0; i < n; ++i) p.y[r0 + i] = p.bias ? sums[i] + p.bias[r0 + i] : sums[i];
     }
@@ -121,33 +127,47 @@ void pack(const float* x, int64_t batch, int64_t in_features, int64_t width, int
 template <int kTile, class Index, class Value>
 void multiply_tile(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
     constexpr int kVecs = kTile / kWidth;
-    constexpr int kInFlight = kVecs <= 2 ? 4 : kVecs <= 4 ? 2 : 1;
+    // Entry i joins the sum i modulo kInFlight, and those left over join the first; of these sums
+    // the registers hold kAtATime.
+    constexpr int kInFlight = 4;
+    constexpr int kAtATime = kVecs <= 2 ? 4 : kVecs <= 4 ? 2 : 1;
     alignas(64) float sums[kRows][kTile];
     for (int64_t r0 = begin; r0 < end; r0 += kRows) {
         const int64_t n = end - r0 < kRows ? end - r0 : kRows;
         for (int64_t r = 0; r < n; ++r) {
-            Vec sum[kInFlight][kVecs];
-            for (int f = 0; f < kInFlight; ++f)
-                for (int v = 0; v < kVecs; ++v) sum[f][v] = zero();
             const auto step = [&](Vec* s, int64_t i) {
                 const float* x = p.x + static_cast<int64_t>(p.columns[i]) * kTile;
                 const Vec value = broadcast(number(p.values[i]));
                 for (int v = 0; v < kVecs; ++v) s[v] = fma(value, load(x + v * kWidth), s[v]);
             };
-            int64_t i = p.starts[r0 + r];
             const int64_t row_end = p.starts[r0 + r + 1];
-            for (; i + kInFlight <= row_end; i += kInFlight)
-                for (int f = 0; f < kInFlight; ++f) step(sum[f], i + f);
-            for (; i < row_end; ++i) step(sum[0], i);
-            for (int v = 0; v < kVecs; ++v) {
-                for (int f = 1; f < kInFlight; ++f) sum[0][v] = add(sum[0][v], sum[f][v]);
-                store(sums[r] + v * kWidth, sum[0][v]);
+            for (int first = 0; first < kInFlight; first += kAtATime) {
+                Vec sum[kAtATime][kVecs];
+                for (int f = 0; f < kAtATime; ++f)
+                    for (int v = 0; v < kVecs; ++v) sum[f][v] = zero();
+                int64_t i = p.starts[r0 + r];
+                for (; i + kInFlight <= row_end; i += kInFlight)
+                    for (int f = 0; f < kAtATime; ++f) step(sum[f], i + first + f);
+                if (first == 0)
+                    for (; i < row_end; ++i) step(sum[0], i);
+                for (int v = 0; v < kVecs; ++v) {
+                    float* total = sums[r] + v * kWidth;
+                    if (first > 0) sum[0][v] = add(load(total), sum[0][v]);
+                    for (int f = 1; f < kAtATime; ++f) sum[0][v] = add(sum[0][v], sum[f][v]);
+                    store(total, sum[0][v]);
+                }
             }
         }
+        alignas(64) float by_batch[kTile][kRows];
+        for (int64_t r = 0; r < n; r += 8)
+            for (int64_t b = 0; b < p.batch; b += 8)
+                transpose_8x8(&sums[r][b], kTile, &by_batch[b][r], kRows);
         for (int64_t b = 0; b < p.batch; ++b) {
             float* y = p.y + b * p.out_features + r0;
-            for (int64_t r = 0; r < n; ++r)
-                y[r] = p.bias ? sums[r][b] + p.bias[r0 + r] : sums[r][b];
+            if (p.bias)
+                for (int64_t r = 0; r < n; ++r) y[r] = by_batch[b][r] + p.bias[r0 + r];
+            else
+                std::memcpy(y, by_batch[b], n * sizeof(float));
         }
     }
 }

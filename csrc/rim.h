@@ -10,18 +10,12 @@
 #include <string>
 #include <vector>
 
-#include "parallel.h"
+#include "parallel_rim.h"
 
 namespace lottery_sparse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline const Parallel kParallel([](int64_t begin, int64_t end, int64_t grain, Parallel::Body body,
-                                   void* context) {
-    STD_TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context) == 0,
-                    "a parallel region failed");
-});
 
 inline std::string shape_text(const Tensor& t) {
     std::string text = "(";
@@ -59,13 +53,17 @@ inline const float* floats(const Tensor& t) {
 inline const uint8_t* bytes(const Tensor& t) {
     return static_cast<const uint8_t*>(t.const_data_ptr());
 }
-// That the lists of each network end within its slots; contiguous int64 [E, ...] or [...].
+// That the lists of each network begin with slot 0 and end within its slots; contiguous int64
+// [E, ...] or [...]. What lies between is checked where it is read, see list_check.h.
 inline void check_ends(const char* name, const Tensor& starts, int64_t slots) {
     const int64_t* ends = static_cast<const int64_t*>(starts.const_data_ptr()) - 1;
     const int64_t count = starts.numel(), length = starts.size(starts.dim() - 1);
-    for (int64_t i = length; 0 < i && i <= count; i += length)
+    for (int64_t i = length; 0 < i && i <= count; i += length) {
+        STD_TORCH_CHECK(ends[i - length + 1] == 0, name, " begin with ", ends[i - length + 1],
+                        ", not 0.");
         STD_TORCH_CHECK(0 <= ends[i] && ends[i] <= slots, name, " end with ", ends[i],
                         ", but there are ", slots, " slots.");
+    }
 }
 template <class T>
 T* output(const Tensor& t) {

@@ -109,13 +109,16 @@ double dot(const float* a, const float* b, int64_t size) {
     double total = 0.0;
     for (int64_t first = 0; first < size; first += kBlock) {
         const int64_t end = first + kBlock < size ? first + kBlock : size;
-        Vec sums[4] = {zero(), zero(), zero(), zero()};
+        Vec sums[4 * kSumVecs];
+        for (Vec& sum : sums) sum = zero();
         int64_t i = first;
-        for (; i + 4 * kWidth <= end; i += 4 * kWidth)
-            for (int v = 0; v < 4; ++v)
+        for (; i + 4 * kSumLanes <= end; i += 4 * kSumLanes)
+            for (int v = 0; v < 4 * kSumVecs; ++v)
                 sums[v] = fma(load(a + i + v * kWidth), load(b + i + v * kWidth), sums[v]);
-        alignas(64) float lanes[kWidth];
-        store(lanes, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+        alignas(64) float lanes[kSumLanes];
+        for (int s = 0; s < kSumVecs; ++s)
+            store(lanes + s * kWidth, add(add(sums[s], sums[kSumVecs + s]),
+                                          add(sums[2 * kSumVecs + s], sums[3 * kSumVecs + s])));
         for (const float lane : lanes) total += lane;
         for (; i < end; ++i) total += static_cast<double>(a[i]) * b[i];
     }

@@ -3,7 +3,7 @@
 
 namespace lottery_sparse {
 
-// These two are in torch.ops.lottery_sparse_eager as well.
+// These three are in torch.ops.lottery_sparse_eager as well.
 constexpr const char* kSgdStep =
     "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] effective, "
     "Tensor[] starts, Tensor[] columns, int[] owners, float lr, float momentum, float dampening, "
@@ -14,7 +14,10 @@ constexpr const char* kAdamStep =
     "Tensor[] columns, int[] owners, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decoupled, bool maximize) -> int";
 
+constexpr const char* kThreadsUsed = "threads_used() -> int";
+
 constexpr const char* kSchemas[] = {
+    "numerics() -> int",
     "keep_top(Tensor[] scores, Tensor[] masks, int count, int seed, int[] streams) -> Tensor[]",
     "count_kept(Tensor mask) -> int",
     "pack_mask(Tensor mask) -> Tensor",
@@ -43,6 +46,7 @@ constexpr const char* kSchemas[] = {
     "scatter_kept_(Tensor(a!) dense, Tensor values, Tensor starts, Tensor columns) -> ()",
     kSgdStep,
     kAdamStep,
+    kThreadsUsed,
     "compact_conv2d(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, "
     "bool channels_last) -> Tensor",

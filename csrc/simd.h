@@ -52,6 +52,9 @@ inline int64_t count_bits(uint64_t bits) {
 }
 
 // Vec holds kWidth floats. fma(a, b, c) = a b + c, rounded once where the instruction set has it.
+//
+// Sums have the same order in every variant (variant_numerics). Where a sum runs in lanes, it has
+// kSumLanes of them, in kSumVecs vectors.
 #if defined(__AVX512F__)
 using Vec = __m512;
 constexpr int kWidth = 16;
@@ -156,26 +159,70 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 #endif
 
-// The first `count` (0 to kWidth) elements of v.
-inline void store_first(float* p, Vec v, int count) {
+// The first n floats (0 to kWidth); the other lanes are 0.
+inline Vec load_first(const float* p, int64_t n) {
 #if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 #elif defined(__AVX2__)
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes), v);
+    const __m256i count = _mm256_set1_epi32(static_cast<int>(n));
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(count, lanes));
 #else
-    for (int i = 0; i < count; ++i) p[i] = v[i];
+    Vec v = zero();
+    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+    return v;
 #endif
 }
 
-// Element i of the result is the sum of v[i], added in the same order for every i.
-inline Vec horizontal_sums(const Vec v[kWidth]) {
+constexpr int kSumLanes = 16;
+constexpr int kSumVecs = kSumLanes / kWidth;
+
+// kSumGroup sums of kSumLanes lanes are what the registers hold; Sums holds their results.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+using Sums = __m128;
+constexpr int kSumGroup = 4;
+inline void store(float* p, Sums sums) {
+    _mm_storeu_ps(p, sums);
+}
+#else
+using Sums = Vec;
+constexpr int kSumGroup = kWidth;
+#endif
+
+// The first `count` (0 to kSumGroup) elements of sums.
+inline void store_first(float* p, Sums sums, int count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), sums);
+#else
+    alignas(16) float all[kSumGroup];
+    store(all, sums);
+    for (int i = 0; i < count; ++i) p[i] = all[i];
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// a0 + a2, a1 + a3, b0 + b2, b1 + b3 of each half.
+inline Vec add_pairs(Vec a, Vec b) {
+    return add(_mm256_blend_ps(a, b, 0xCC), _mm256_shuffle_ps(a, b, 0x4E));
+}
+// The lower half of lanes (first + second) of four sums, or the upper half.
+inline __m128 half_sums(Vec a, Vec b, Vec c, Vec d) {
+    const Vec quarters = _mm256_hadd_ps(add_pairs(a, b), add_pairs(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(quarters), _mm256_extractf128_ps(quarters, 1));
+}
+#endif
+
+// Element i of the result is the sum of the kSumLanes lanes of v[i]: quarters a of it first, by
+// (a0 + a2) + (a1 + a3), then (first + second) + (third + fourth).
+inline Sums horizontal_sums(const Vec (&v)[kSumGroup][kSumVecs]) {
 #if defined(__AVX512F__)
     Vec quad[4];  // quad[q], 128-bit lane l: partial sums of v[4q] ... v[4q + 3]
     for (int q = 0; q < 4; ++q) {
-        const Vec* u = v + 4 * q;
-        const Vec ab = add(_mm512_unpacklo_ps(u[0], u[1]), _mm512_unpackhi_ps(u[0], u[1]));
-        const Vec cd = add(_mm512_unpacklo_ps(u[2], u[3]), _mm512_unpackhi_ps(u[2], u[3]));
+        const Vec(*u)[1] = v + 4 * q;
+        const Vec ab =
+            add(_mm512_unpacklo_ps(u[0][0], u[1][0]), _mm512_unpackhi_ps(u[0][0], u[1][0]));
+        const Vec cd =
+            add(_mm512_unpacklo_ps(u[2][0], u[3][0]), _mm512_unpackhi_ps(u[2][0], u[3][0]));
         const __m512d ab_pairs = _mm512_castps_pd(ab), cd_pairs = _mm512_castps_pd(cd);
         quad[q] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab_pairs, cd_pairs)),
                       _mm512_castpd_ps(_mm512_unpackhi_pd(ab_pairs, cd_pairs)));
@@ -186,13 +233,35 @@ inline Vec horizontal_sums(const Vec v[kWidth]) {
                          _mm512_shuffle_f32x4(quad[2], quad[3], 0xDD));
     return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
 #elif defined(__AVX2__)
-    const Vec low = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-    const Vec high = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
-    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    return _mm_add_ps(half_sums(v[0][0], v[1][0], v[2][0], v[3][0]),
+                      half_sums(v[0][1], v[1][1], v[2][1], v[3][1]));
 #else
-    Vec sums;
-    for (int i = 0; i < kWidth; ++i) sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
+    Sums sums;
+    for (int i = 0; i < kSumGroup; ++i) {
+        float quarter[kSumVecs];
+        for (int q = 0; q < kSumVecs; ++q)
+            quarter[q] = (v[i][q][0] + v[i][q][2]) + (v[i][q][1] + v[i][q][3]);
+        sums[i] = (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+    }
     return sums;
+#endif
+}
+
+// The sum of kSumLanes lanes by halves: lane i and i + 8, then i + 4, i + 2, i + 1.
+inline float halved_sum(const Vec (&v)[kSumVecs]) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256 eight =
+        _mm256_add_ps(_mm512_castps512_ps256(v[0]), _mm512_extractf32x8_ps(v[0], 1));
+#else
+    const __m256 eight = add(v[0], v[1]);
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    const Vec four = add(add(v[0], v[2]), add(v[1], v[3]));
+    return (four[0] + four[2]) + (four[1] + four[3]);
 #endif
 }
 

@@ -77,6 +77,7 @@ class Conv2d {
     int64_t x_at(const Group& group, int64_t i) const {
         return (s_.shared_x ? group.unit(i).tile - group.first_tile() : i - group.begin) * x_tile_;
     }
+    void check_columns() const;
     Taps taps_by_row(const float* values) const;
     Taps taps_by_column(const float* values, const Window& dy) const;
     void dx(const CompactConv2dBackward& p, const Group& group, const Taps& taps, const float* dy,
@@ -111,6 +112,30 @@ class Conv2d {
     const int64_t x_tile_;  // floats
 };
 
+// Of the lists by column; the ranges of groups are looked for in ascending rows.
+void Conv2d::check_columns() const {
+    const int64_t k = group_in_ * s_.kernel.h * s_.kernel.w;
+    ListCheck check;
+    parallel_(s_.replicates * k, kTapGrain, [&](int64_t begin, int64_t end) {
+        for_matrices(begin, end, k, [&](int64_t e, int64_t first, int64_t last) {
+            const int64_t* starts = lists_.column_starts + e * (k + 1);
+            if (!check.starts("kept.column_starts", starts, first, last, lists_.capacity)) return;
+            const int64_t slots = e * lists_.capacity, count = starts[last] - starts[first];
+            if (!check_numbers("kept.rows", lists_.rows, lists_.wide, slots + starts[first], count,
+                               s_.out_channels, check) ||
+                !check.numbers("kept.positions", lists_.positions + slots + starts[first], count,
+                               lists_.capacity))
+                return;
+            for (int64_t c = first; s_.groups > 1 && c < last; ++c)
+                for (int64_t i = slots + starts[c] + 1; i < slots + starts[c + 1]; ++i)
+                    if (number_at(lists_.rows, lists_.wide, i) <
+                        number_at(lists_.rows, lists_.wide, i - 1))
+                        check.refuse("kept.rows", "must ascend within a column");
+        });
+    });
+    check.done();
+}
+
 // What a kept weight reads of the packed x. Without values, theirs are 0.
 Taps Conv2d::taps_by_row(const float* values) const {
     const int64_t rows = s_.out_channels, kernel = s_.kernel.h * s_.kernel.w;
@@ -121,7 +146,9 @@ Taps Conv2d::taps_by_row(const float* values) const {
                   c % s_.kernel.w * s_.dilation.w;
     const int64_t all = s_.replicates * lists_.capacity;
     Taps taps{buffer<Tap>(all), {lists_.starts, lists_.starts + s_.replicates * (rows + 1)}};
+    ListCheck check;
     parallel_(s_.replicates * rows, kTapGrain, [&](int64_t begin, int64_t end) {
+        if (!rows_fit(lists_, rows, begin, end, group_in_ * kernel, check)) return;
         for (int64_t r = begin; r < end; ++r) {
             const int64_t e = r / rows, first = e * lists_.capacity,
                           *starts = lists_.starts + r + e;
@@ -132,11 +159,13 @@ Taps Conv2d::taps_by_row(const float* values) const {
                     static_cast<int32_t>(base + line[number_at(lists_.columns, lists_.wide, i)])};
         }
     });
+    check.done();
     return taps;
 }
 
 // The same for dx: [phase][input channel], what it reads of the packed dy.
 Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
+    check_columns();
     const int64_t channels = s_.in_channels, phases = s_.stride.h * s_.stride.w;
     const int64_t kernel = s_.kernel.h * s_.kernel.w, plane = dy.plane();
     std::vector<std::vector<Pair>> reads(phases);  // (entry of the kernel, line)

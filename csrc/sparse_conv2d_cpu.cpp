@@ -4,7 +4,8 @@
 namespace lottery_sparse {
 namespace {
 
-constexpr int kLineVecs = kLanes / kWidth;
+static_assert(kLanes == kSumLanes);
+constexpr int kLineVecs = kSumVecs;
 
 // ---- between images and lines
 // --------------------------------------------------------------------
@@ -272,53 +273,56 @@ void multiply(const RegionProduct& p) {
 
 // kEntries kept entries of a row share the row's dy: each sums its own products, lane by lane.
 template <int kEntries, int kStep>
-inline void sample_entries(const BandSample& p, const Tap* taps, int n, const float* dy, Vec* sum) {
-    constexpr int kColumns = 4;
+inline void sample_entries(const BandSample& p, const Tap* taps, int n, const float* dy,
+                           Vec (&sum)[kSumGroup][kLineVecs]) {
+    constexpr int kColumns = kLineVecs == 1 ? 4 : 1;
     const int64_t step = (kStep ? kStep : p.step) * kLanes;
     int64_t offset[kEntries];  // a short group repeats its last entry
     for (int j = 0; j < kEntries; ++j) offset[j] = taps[j < n ? j : n - 1].line * kLanes;
-    Vec sums[kEntries];
-    for (int j = 0; j < kEntries; ++j) sums[j] = zero();
-    for (int64_t h = 0; h < p.size.h; ++h)
-        for (int v = 0; v < kLineVecs; ++v) {
-            const float* dy_row = dy + h * p.dy_row * kLanes + v * kWidth;
-            const float* x_row = p.x + h * p.x_row * kLanes + v * kWidth;
-            int64_t w = 0;
-            for (; w + kColumns <= p.size.w; w += kColumns) {
-                Vec d[kColumns];
-                for (int c = 0; c < kColumns; ++c) d[c] = load(dy_row + (w + c) * kLanes);
+    Vec sums[kEntries][kLineVecs];
+    for (int j = 0; j < kEntries; ++j)
+        for (int v = 0; v < kLineVecs; ++v) sums[j][v] = zero();
+    const auto add_columns = [&]<int kCount>(const float* dy_at, const float* x_at) {
+        Vec d[kCount][kLineVecs];
+        for (int c = 0; c < kCount; ++c)
+            for (int v = 0; v < kLineVecs; ++v) d[c][v] = load(dy_at + c * kLanes + v * kWidth);
 #pragma GCC unroll 16
-                for (int j = 0; j < kEntries; ++j) {
-                    const float* x = x_row + offset[j] + w * step;
+        for (int j = 0; j < kEntries; ++j)
 #pragma GCC unroll 4
-                    for (int c = 0; c < kColumns; ++c)
-                        sums[j] = fma(d[c], load(x + c * step), sums[j]);
-                }
-            }
-            for (; w < p.size.w; ++w) {
-                const Vec d = load(dy_row + w * kLanes);
-#pragma GCC unroll 16
-                for (int j = 0; j < kEntries; ++j)
-                    sums[j] = fma(d, load(x_row + offset[j] + w * step), sums[j]);
-            }
-        }
-    for (int j = 0; j < kEntries; ++j) sum[j] = sums[j];
+            for (int c = 0; c < kCount; ++c)
+#pragma GCC unroll 4
+                for (int v = 0; v < kLineVecs; ++v)
+                    sums[j][v] =
+                        fma(d[c][v], load(x_at + offset[j] + c * step + v * kWidth), sums[j][v]);
+    };
+    for (int64_t h = 0; h < p.size.h; ++h) {
+        const float* dy_row = dy + h * p.dy_row * kLanes;
+        const float* x_row = p.x + h * p.x_row * kLanes;
+        int64_t w = 0;
+        for (; w + kColumns <= p.size.w; w += kColumns)
+            add_columns.template operator()<kColumns>(dy_row + w * kLanes, x_row + w * step);
+        for (; w < p.size.w; ++w)
+            add_columns.template operator()<1>(dy_row + w * kLanes, x_row + w * step);
+    }
+    for (int j = 0; j < kEntries; ++j)
+        for (int v = 0; v < kLineVecs; ++v) sum[j][v] = sums[j][v];
 }
 
 template <int kStep>
 void sample_rows(const BandSample& p, int64_t begin, int64_t end) {
-    alignas(64) float sums[kWidth];
-    Vec sum[kWidth];
+    alignas(64) float sums[kSumGroup];
+    Vec sum[kSumGroup][kLineVecs];
     for (int64_t r = begin; r < end; ++r) {
         const float* dy = p.dy + r * p.dy_plane * kLanes;
         const int64_t row_end = p.starts[r + 1];
-        for (int64_t i = p.starts[r]; i < row_end; i += kWidth) {
-            const int n = static_cast<int>(row_end - i < kWidth ? row_end - i : kWidth);
-            for (int j = 0; j < kWidth; ++j) sum[j] = zero();
-            if (kWidth > 8 && n > 8)
-                sample_entries<kWidth, kStep>(p, p.taps + i, n, dy, sum);
-            else if (kWidth > 4 && n > 4)
-                sample_entries < kWidth<8 ? kWidth : 8, kStep>(p, p.taps + i, n, dy, sum);
+        for (int64_t i = p.starts[r]; i < row_end; i += kSumGroup) {
+            const int n = static_cast<int>(row_end - i < kSumGroup ? row_end - i : kSumGroup);
+            for (auto& lanes : sum)
+                for (Vec& lane : lanes) lane = zero();
+            if (kSumGroup > 8 && n > 8)
+                sample_entries<kSumGroup, kStep>(p, p.taps + i, n, dy, sum);
+            else if (kSumGroup > 4 && n > 4)
+                sample_entries < kSumGroup<8 ? kSumGroup : 8, kStep>(p, p.taps + i, n, dy, sum);
             else if (n > 2)
                 sample_entries<4, kStep>(p, p.taps + i, n, dy, sum);
             else

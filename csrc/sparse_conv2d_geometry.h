@@ -20,6 +20,34 @@ inline int64_t number_at(const void* numbers, bool wide, int64_t i) {
                 : static_cast<const uint16_t*>(numbers)[i];
 }
 
+// Whether numbers [first, first + count) are below `bound`.
+inline bool check_numbers(const char* name, const void* numbers, bool wide, int64_t first,
+                          int64_t count, int64_t bound, ListCheck& check) {
+    return wide ? check.numbers(name, static_cast<const uint32_t*>(numbers) + first, count, bound)
+                : check.numbers(name, static_cast<const uint16_t*>(numbers) + first, count, bound);
+}
+
+// Calls f(matrix, first row, end) for the parts of rows [begin, end), counted over all matrices.
+template <class F>
+void for_matrices(int64_t begin, int64_t end, int64_t rows, const F& f) {
+    for (int64_t e = begin / rows; e * rows < end; ++e)
+        f(e, std::max<int64_t>(begin - e * rows, 0), std::min(end - e * rows, rows));
+}
+
+// Whether rows [begin, end), counted over all networks, are lists of columns below `bound`.
+inline bool rows_fit(const CompactLists& lists, int64_t rows, int64_t begin, int64_t end,
+                     int64_t bound, ListCheck& check) {
+    bool fit = true;
+    for_matrices(begin, end, rows, [&](int64_t e, int64_t first, int64_t last) {
+        const int64_t* starts = lists.starts + e * (rows + 1);
+        fit = fit && check.starts("kept.starts", starts, first, last, lists.capacity) &&
+              check_numbers("kept.columns", lists.columns, lists.wide,
+                            e * lists.capacity + starts[first], starts[last] - starts[first], bound,
+                            check);
+    });
+    return fit;
+}
+
 inline int64_t round_up(int64_t a, int64_t b) {
     return divide_up(a, b) * b;
 }

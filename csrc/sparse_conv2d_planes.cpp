@@ -31,6 +31,7 @@ PaddedPlane padded_dy(const Conv2dShape& s) {
 template <class F>
 Buffer<PlaneTap> taps_of(const Conv2dShape& s, const CompactLists& lists, const float* values,
                          int64_t plane, const F& offset, const Parallel& parallel) {
+    ListCheck check;
     const int64_t kernel = s.kernel.h * s.kernel.w, in = s.in_channels / s.groups;
     const int64_t rows = s.out_channels, out = rows / s.groups;
     std::vector<int32_t> within(kernel);
@@ -38,6 +39,7 @@ Buffer<PlaneTap> taps_of(const Conv2dShape& s, const CompactLists& lists, const 
         within[k] = static_cast<int32_t>(offset(k / s.kernel.w, k % s.kernel.w));
     Buffer<PlaneTap> taps = buffer<PlaneTap>(s.replicates * lists.capacity);
     parallel(s.replicates * rows, kTapGrain, [&](int64_t begin, int64_t end) {
+        if (!rows_fit(lists, rows, begin, end, in * kernel, check)) return;
         for (int64_t r = begin; r < end; ++r) {
             const int64_t e = r / rows, first = e * lists.capacity;
             const int64_t* starts = lists.starts + r + e;
@@ -50,6 +52,7 @@ Buffer<PlaneTap> taps_of(const Conv2dShape& s, const CompactLists& lists, const 
             }
         }
     });
+    check.done();
     return taps;
 }
 

@@ -4,21 +4,6 @@
 namespace lottery_sparse {
 namespace {
 
-// The first n floats (1 to kWidth); the other lanes are 0.
-inline Vec load_first(const float* p, int64_t n) {
-#if defined(__AVX512F__)
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-#elif defined(__AVX2__)
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i count = _mm256_set1_epi32(static_cast<int>(n));
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(count, lanes));
-#else
-    Vec v = zero();
-    for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-    return v;
-#endif
-}
-
 inline void store_first(float* p, Vec v, int64_t n) {
 #if defined(__AVX512F__)
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
@@ -53,40 +38,38 @@ inline void store_part(float* p, Vec v, int64_t n) {
         store_first(p, v, n);
 }
 
-inline float sum_of(Vec v) {
-    alignas(64) float lanes[kWidth];
-    store(lanes, v);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-// Copies rows into the middle; returns their sum, vector by vector.
-inline Vec place(const PaddedPlane& padded, const float* plane, float* out) {
-    Vec sum = zero();
-    const int64_t width = padded.image.w;
-    for (int64_t h = 0; h < padded.image.h; ++h) {
-        const float* row = plane + h * width;
-        float* target = out + padded.at(h, 0);
+// Copies rows into the middle; `sum` is that of their lanes.
+inline void place(const PaddedPlane& padded, const float* plane, float* out, Vec (&sum)[kSumVecs]) {
+    const int64_t width = padded.image.w, height = padded.image.h, pitch = padded.pitch;
+    Vec lanes[kSumVecs];
+    for (Vec& part : lanes) part = zero();
+    float* target = out + padded.at(0, 0);
+    const auto copy = [&](int64_t w, int s, Vec v) {
+        lanes[s] = add(lanes[s], v);
+        store(target + w + s * kWidth, v);
+    };
+    for (int64_t h = 0; h < height; ++h, plane += width, target += pitch) {
         int64_t w = 0;
-        for (; w + kWidth <= width; w += kWidth) {
-            const Vec v = load(row + w);
-            sum = add(sum, v);
-            store(target + w, v);
-        }
-        if (w < width) {
-            const Vec v = load_first(row + w, width - w);
-            sum = add(sum, v);
-            store(target + w, v);
+        for (; w + kSumLanes <= width; w += kSumLanes)
+            for (int s = 0; s < kSumVecs; ++s) copy(w, s, load(plane + w + s * kWidth));
+#pragma GCC unroll 4
+        for (int s = 0; s < kSumVecs; ++s) {
+            const int64_t left = width - w - s * kWidth;
+            if (left >= kWidth)
+                copy(w, s, load(plane + w + s * kWidth));
+            else if (left > 0)
+                copy(w, s, load_first(plane + w + s * kWidth, left));
         }
     }
-    return sum;
+    for (int s = 0; s < kSumVecs; ++s) sum[s] = lanes[s];
 }
 
 void pad(const PaddedPlane& padded, const float* planes, int64_t count, float* out) {
     const int64_t floats = padded.floats(), pixels = padded.image.h * padded.image.w;
     std::memset(out, 0, count * floats * sizeof(float));
-    for (int64_t c = 0; c < count; ++c) place(padded, planes + c * pixels, out + c * floats);
+    Vec unused[kSumVecs];
+    for (int64_t c = 0; c < count; ++c)
+        place(padded, planes + c * pixels, out + c * floats, unused);
 }
 
 // ---- y -----------------------------------------------------------------------------------------
@@ -162,14 +145,12 @@ struct PlaneRows {
     int64_t pitch;  // of dy
 };
 
-// For kRows rows from w on, or n lanes of them: dx += value dy, sums += x dy.
+// For a vector of columns of kRows rows, or n lanes of it: dx += value dy, sums += x dy. The
+// pointers are those of the first row; `from` is where the taps read dy for it.
 template <int kTaps, int kRows, bool kDx, bool kSample, bool kWhole>
 inline void gradient_block(const PlaneRows& rows, const float* const (&reads)[kTaps],
-                           const Vec (&values)[kTaps], int64_t h, int64_t w, int64_t n,
-                           Vec (&sums)[kTaps][kRows]) {
-    float* dx = rows.dx + h * rows.dx_pitch + w;
-    const float* x = rows.x + h * rows.width + w;
-    const int64_t from = h * rows.pitch + w;
+                           const Vec (&values)[kTaps], float* dx, const float* x, int64_t from,
+                           int64_t n, Vec (&sums)[kTaps][kRows]) {
     Vec to[kRows], factor[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -189,36 +170,55 @@ inline void gradient_block(const PlaneRows& rows, const float* const (&reads)[kT
         if (kDx) store(dx + r * rows.dx_pitch, to[r]);
 }
 
-// kRows rows at a time from h on, up to `end`; adds to dvalues.
+// kRows rows at a time from h on, up to `end`; adds to dvalues. A sum of dvalues has kSumLanes
+// lanes, which are the columns modulo kSumLanes: one vector of them at a time.
 template <int kTaps, int kRows, bool kDx, bool kSample>
 inline int64_t gradient_rows(const PlaneRows& all, const PlaneTap* taps, const float* dy, int64_t h,
                              int64_t end, float* dvalues) {
+    constexpr int kPasses = kSample ? kSumVecs : 1, kStride = kPasses * kWidth;
     const PlaneRows rows = all;
     const float* reads[kTaps];
-    Vec values[kTaps], sums[kTaps][kRows];
+    Vec values[kTaps], lanes[kTaps][kSumVecs];
 #pragma GCC unroll 4
     for (int t = 0; t < kTaps; ++t) {
         values[t] = broadcast(taps[t].value);
         reads[t] = dy + taps[t].offset;
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sums[t][r] = zero();
     }
-    for (; h + kRows <= end; h += kRows) {
-        int64_t w = 0;
-        for (; w + kWidth <= rows.width; w += kWidth)
-            gradient_block<kTaps, kRows, kDx, kSample, true>(rows, reads, values, h, w, 0, sums);
-        if (w < rows.width)
-            gradient_block<kTaps, kRows, kDx, kSample, false>(rows, reads, values, h, w,
-                                                              rows.width - w, sums);
+    const int64_t first = h;
+#pragma GCC unroll 4
+    for (int s = 0; s < kPasses; ++s) {
+        Vec sums[kTaps][kRows];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t)
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) sums[t][r] = zero();
+        if (s * kWidth < rows.width) {
+            float* dx = rows.dx + first * rows.dx_pitch;
+            const float* x = rows.x + first * rows.width;
+            int64_t from = first * rows.pitch;
+            for (h = first; h + kRows <= end; h += kRows) {
+                int64_t w = s * kWidth;
+                for (; w + kWidth <= rows.width; w += kStride)
+                    gradient_block<kTaps, kRows, kDx, kSample, true>(rows, reads, values, dx + w,
+                                                                     x + w, from + w, 0, sums);
+                if (w < rows.width)
+                    gradient_block<kTaps, kRows, kDx, kSample, false>(
+                        rows, reads, values, dx + w, x + w, from + w, rows.width - w, sums);
+                dx += kRows * rows.dx_pitch;
+                x += kRows * rows.width;
+                from += kRows * rows.pitch;
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < kTaps; ++t) {
+            lanes[t][s] = sums[t][0];
+#pragma GCC unroll 4
+            for (int r = 1; r < kRows; ++r) lanes[t][s] = add(lanes[t][s], sums[t][r]);
+        }
     }
     if (kSample)
 #pragma GCC unroll 4
-        for (int t = 0; t < kTaps; ++t) {
-            Vec sum = sums[t][0];
-#pragma GCC unroll 4
-            for (int r = 1; r < kRows; ++r) sum = add(sum, sums[t][r]);
-            dvalues[t] += sum_of(sum);
-        }
+        for (int t = 0; t < kTaps; ++t) dvalues[t] += halved_sum(lanes[t]);
     return h;
 }
 
@@ -248,14 +248,15 @@ void gradients_of(const PlaneGradients& p) {
     for (int64_t r = 0; r < p.out_channels; ++r) {
         const int64_t end = p.starts[r + 1];
         if (p.starts[r] == end && !p.dbias) continue;
-        const Vec sum = place(*p.padded, p.dy + r * pixels, padded);
-        if (p.dbias) p.dbias[r] += sum_of(sum);
+        Vec sum[kSumVecs];
+        place(*p.padded, p.dy + r * pixels, padded, sum);
+        if (p.dbias) p.dbias[r] += halved_sum(sum);
         if (!kDx && !kSample) continue;
         for (int64_t i = p.starts[r]; i < end;) {
             const PlaneTap* taps = p.taps + i;
-            float* dvalues = kSample ? p.dvalues + i : nullptr;
             int n = 1;
             while (n < 4 && i + n < end && taps[n].channel == taps->channel) ++n;
+            float* dvalues = kSample ? p.dvalues + i : nullptr;
             if (n == 4)
                 gradient_taps<4, kDx, kSample>(p, taps, padded, dx, dvalues);
             else if (n == 3)

@@ -21,7 +21,7 @@ struct ListedRows {
     }
     // One run of lists over all matrices, each of `rows` rows.
     KeptLists<Index> view(int64_t rows) const {
-        return {starts.data(), columns.get(), values.get(), rows, 0};
+        return {starts.data(), columns.get(), values.get(), rows, 0, nullptr, nullptr, nullptr};
     }
 };
 

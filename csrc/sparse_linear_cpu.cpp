@@ -5,9 +5,10 @@ namespace lottery_sparse {
 namespace {
 
 constexpr int kTileVecs = kTileBatch / kWidth;
-// Kept weights in flight: enough independent sums to hide the latency of a multiply-add, few
-// enough for the registers.
-constexpr int kInFlight = kTileVecs <= 4 ? 2 : 1;
+// Kept weights in flight: enough independent sums to hide the latency of a multiply-add.
+constexpr int kInFlight = 2;
+// Vectors of a tile that are summed at a time: as many as the registers hold.
+constexpr int kPartVecs = kTileVecs < 4 ? kTileVecs : 4;
 
 void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) {
     if (batch < kTileBatch) std::memset(tile, 0, features * kTileBatch * sizeof(float));
@@ -21,31 +22,39 @@ void pack_tile(const float* source, int64_t batch, int64_t features, float* tile
             tile[k * kTileBatch + b] = source[b * features + k];
 }
 
-// sums[0..kTileBatch) = bias + sum over kept entries [begin, end) of value * tile[column].
+// sums[0..kPartVecs kWidth) = bias + sum over kept entries [begin, end) of value * tile[column].
 template <class Index>
-inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end, const float* tile,
-                         float bias, float* sums) {
-    Vec sum[kInFlight][kTileVecs];
+inline void multiply_part(const KeptRows<Index>& rows, int64_t begin, int64_t end,
+                          const float* tile, float bias, float* sums) {
+    Vec sum[kInFlight][kPartVecs];
     for (int f = 0; f < kInFlight; ++f)
-        for (int v = 0; v < kTileVecs; ++v) sum[f][v] = f == 0 ? broadcast(bias) : zero();
+        for (int v = 0; v < kPartVecs; ++v) sum[f][v] = f == 0 ? broadcast(bias) : zero();
     int64_t i = begin;
     for (; i + kInFlight <= end; i += kInFlight) {
         for (int f = 0; f < kInFlight; ++f) {
             const float* x = tile + static_cast<int64_t>(rows.columns[i + f]) * kTileBatch;
             const Vec value = broadcast(rows.values[i + f]);
-            for (int v = 0; v < kTileVecs; ++v)
+            for (int v = 0; v < kPartVecs; ++v)
                 sum[f][v] = fma(value, load(x + v * kWidth), sum[f][v]);
         }
     }
     for (; i < end; ++i) {
         const float* x = tile + static_cast<int64_t>(rows.columns[i]) * kTileBatch;
         const Vec value = broadcast(rows.values[i]);
-        for (int v = 0; v < kTileVecs; ++v) sum[0][v] = fma(value, load(x + v * kWidth), sum[0][v]);
+        for (int v = 0; v < kPartVecs; ++v) sum[0][v] = fma(value, load(x + v * kWidth), sum[0][v]);
     }
-    for (int v = 0; v < kTileVecs; ++v) {
+    for (int v = 0; v < kPartVecs; ++v) {
         for (int f = 1; f < kInFlight; ++f) sum[0][v] = add(sum[0][v], sum[f][v]);
         store(sums + v * kWidth, sum[0][v]);
     }
+}
+
+// The same for sums[0..kTileBatch).
+template <class Index>
+inline void multiply_row(const KeptRows<Index>& rows, int64_t begin, int64_t end, const float* tile,
+                         float bias, float* sums) {
+    for (int b = 0; b < kTileBatch; b += kPartVecs * kWidth)
+        multiply_part(rows, begin, end, tile + b, bias, sums + b);
 }
 
 // out[b][i] (+)= sums[i][b] for the first n (<= kRowBlock) rows of sums and the batch.
@@ -138,31 +147,40 @@ void scatter(const ScatterProduct<Index>& p) {
     }
 }
 
-// kWidth kept entries of a row share the row's dy: each sums its own products, lane by lane.
+// kSumGroup kept entries of a row share the row's dy: each sums its own products, lane by lane.
 template <class Index>
 void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
-    alignas(64) float sums[kWidth];
+    alignas(64) float sums[kSumGroup];
     for (int64_t r = begin; r < end; ++r) {
         float* dw = p.kept ? nullptr : p.dw + r * p.in_features;
         if (dw && !p.add) std::memset(dw, 0, p.in_features * sizeof(float));
         const int64_t row_end = p.rows.starts[r + 1];
-        for (int64_t i = p.rows.starts[r]; i < row_end; i += kWidth) {
-            const int n = static_cast<int>(row_end - i < kWidth ? row_end - i : kWidth);
-            int64_t offset[kWidth];  // a short group repeats its last entry
-            for (int j = 0; j < kWidth; ++j)
+        for (int64_t i = p.rows.starts[r]; i < row_end; i += kSumGroup) {
+            const int n = static_cast<int>(row_end - i < kSumGroup ? row_end - i : kSumGroup);
+            int64_t offset[kSumGroup];  // a short group repeats its last entry
+            for (int j = 0; j < kSumGroup; ++j)
                 offset[j] = static_cast<int64_t>(p.rows.columns[i + (j < n ? j : n - 1)]);
-            Vec sum[kWidth];
-            for (int j = 0; j < kWidth; ++j) sum[j] = zero();
+            Vec sum[kSumGroup][kSumVecs];
+            for (int j = 0; j < kSumGroup; ++j)
+                for (int s = 0; s < kSumVecs; ++s) sum[j][s] = zero();
             for (int64_t t = 0; t < p.tiles; ++t) {
                 const float* dy = p.dy + (t * p.out_features + r) * kTileBatch;
                 const float* x = p.x + t * p.in_features * kTileBatch;
-                for (int v = 0; v < kTileVecs; ++v) {
-                    const Vec dy_v = load(dy + v * kWidth);
-                    for (int j = 0; j < kWidth; ++j)
-                        sum[j] = fma(dy_v, load(x + offset[j] * kTileBatch + v * kWidth), sum[j]);
+                for (int b = 0; b < kTileBatch; b += kSumLanes) {
+                    Vec dy_b[kSumVecs];
+                    for (int s = 0; s < kSumVecs; ++s) dy_b[s] = load(dy + b + s * kWidth);
+                    for (int j = 0; j < kSumGroup; ++j)
+                        for (int s = 0; s < kSumVecs; ++s)
+                            sum[j][s] =
+                                fma(dy_b[s], load(x + offset[j] * kTileBatch + b + s * kWidth),
+                                    sum[j][s]);
                 }
             }
-            const Vec found = horizontal_sums(sum);
+            const Sums found = horizontal_sums(sum);
+            if (!dw && !p.add && n == kSumGroup) {
+                store(p.kept + i, found);
+                continue;
+            }
             if (!dw && !p.add) {
                 store_first(p.kept + i, found, n);
                 continue;

@@ -9,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "list_check.h"
 #include "sparse_linear.h"
 
 namespace lottery_sparse {
@@ -22,6 +23,9 @@ constexpr int64_t kScatterTiles = 2;
 // cache.
 constexpr int64_t kSampleBytes = 512 << 10;
 constexpr int64_t kGrainConvert = 1 << 14;
+// Multiply-adds, or floats written, of a range: with fewer, waking a thread costs more than it
+// gives.
+constexpr int64_t kGrainWork = 1 << 17;
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -57,7 +61,17 @@ struct KeptLists {
     const float* values;
     int64_t starts_stride;  // from a matrix to the next one in `starts`
     int64_t slots;          // the same in `columns` and `values`
+    const char *starts_name, *columns_name;
+    ListCheck* check;  // or nullptr: this call has made the lists
 
+    // Whether rows [begin, end) of a matrix are lists of columns below `bound`.
+    bool fit(int64_t matrix, int64_t begin, int64_t end, int64_t bound) const {
+        if (!check) return true;
+        const KeptRows<Index> rows = of(matrix);
+        return check->starts(starts_name, rows.starts, begin, end, slots) &&
+               check->numbers(columns_name, rows.columns + rows.starts[begin],
+                              rows.starts[end] - rows.starts[begin], bound);
+    }
     KeptRows<Index> of(int64_t matrix) const {
         return {starts + matrix * starts_stride, columns + matrix * slots, values + matrix * slots};
     }
@@ -115,6 +129,19 @@ class Products {
     }
 
   private:
+    // How many of `count` tasks make a range, if all of them make `work` of which one has `least`.
+    static int64_t grain(int64_t count, int64_t work, int64_t least) {
+        return work ? std::max<int64_t>(1, count * least / work) : count;
+    }
+    // Multiply-adds of the kept entries in `rows` rows of each network with all tiles.
+    int64_t work(const KeptLists<Index>& lists, int64_t rows) const {
+        int64_t entries = 0;
+        for (int64_t e = 0; e < shape_.replicates; ++e) {
+            const int64_t* starts = lists.of(e).starts;
+            entries += starts[rows] - starts[0];
+        }
+        return entries * tiles_ * kTileBatch;
+    }
     void pack_tile(const float* source, int64_t batch, int64_t features, float* tile) const {
         kernels_.pack_tile(source, batch, features, tile);
     }
@@ -138,7 +165,8 @@ class Products {
 template <class Index>
 template <class T>
 void Products<Index>::pack(const T* source, int64_t count, int64_t features, float* tiles) const {
-    parallel_(count * tiles_, 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = count * tiles_, floats = parts * features * kTileBatch;
+    parallel_(parts, grain(parts, floats, kGrainConvert), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / tiles_, b = i % tiles_ * kTileBatch;
             pack_tile(source + (e * shape_.batch + b) * features,
@@ -155,7 +183,9 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
                                T* out) const {
     const int64_t outputs = sum ? 1 : shape_.replicates;
     const int64_t blocks = divide_up(rows, kTaskRows);
-    parallel_(outputs * tiles_ * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = outputs * tiles_ * blocks;
+    const int64_t size = work(lists, rows) + outputs * shape_.batch * rows;
+    parallel_(tasks, grain(tasks, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kTaskRows,
                           count = std::min(kTaskRows, rows - first);
@@ -163,7 +193,9 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
             const int64_t b = t * kTileBatch, batch = std::min(kTileBatch, shape_.batch - b);
             T* target = out + (output * shape_.batch + b) * rows + first;
             alignas(kLineBytes) float block[kTileBatch * kTaskRows];  // what is to be rounded
+            const bool again = t > 0 && task - blocks >= begin;  // this thread has read these lists
             for (int64_t e = output; e < (sum ? shape_.replicates : output + 1); ++e) {
+                if (!again && !lists.fit(e, first, first + count, columns)) return;
                 TileProduct<Index> product = {
                     lists.of(e),
                     tiles + ((shared ? 0 : e) * tiles_ + t) * columns * kTileBatch,
@@ -233,10 +265,12 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
     const int64_t n = shape_.out_features, k = shape_.in_features;
     const int64_t tile_bytes = k * kTileBatch * static_cast<int64_t>(sizeof(float));
     const int64_t group = std::max<int64_t>(1, kSampleBytes / std::max<int64_t>(tile_bytes, 1));
-    parallel_(shape_.replicates * n, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rows = shape_.replicates * n, size = work(lists, n) + (dw ? rows * k : 0);
+    parallel_(rows, grain(rows, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t e = begin / n; e * n < end; ++e) {
             const int64_t first = std::max<int64_t>(begin - e * n, 0);
             const int64_t last = std::min(end - e * n, n);
+            if (!lists.fit(e, first, last, k)) return;
             int64_t t = 0;
             do {  // at least once: an empty batch has a gradient of zeros
                 const SampledProduct<Index> product = {
@@ -260,7 +294,8 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
 template <class Index>
 template <class T>
 void Products<Index>::sum_batch(const float* tiles, int64_t features, T* out) const {
-    parallel_(shape_.replicates * features, kTaskRows, [&](int64_t begin, int64_t end) {
+    const int64_t rows = shape_.replicates * features, floats = rows * tiles_ * kTileBatch;
+    parallel_(rows, grain(rows, floats, kGrainConvert), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t e = i / features, f = i % features;
             assign(out[i], kernels_.sum_row(tiles + (e * tiles_ * features + f) * kTileBatch,

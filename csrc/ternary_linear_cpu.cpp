@@ -104,26 +104,35 @@ void tables(const float* x, int64_t batch, int64_t in_features, int64_t begin, i
         }
 }
 
-// sums[row] += the table entries that the codes of one word choose.
+// sums[row] += the table entries that the codes of one word choose, in the pairs and the order of
+// the wider tables above.
 #if defined(__AVX2__)
+inline Vec chosen(const float* table, __m256i code, int column) {
+    const Vec entries = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table + 4 * column));
+    return _mm256_permutevar_ps(entries, _mm256_srli_epi32(code, column % 4 * 8 + column / 4 * 2));
+}
 inline void add_word(const uint32_t* code, const float* table, Vec sum[2]) {
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code));
     const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + 8));
-#pragma GCC unroll 16
-    for (int j = 0; j < kTernaryColumns; ++j) {
-        const int shift = j % 4 * 8 + j / 4 * 2;
-        const Vec entries = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table + 4 * j));
-        sum[0] = add(sum[0], _mm256_permutevar_ps(entries, _mm256_srli_epi32(low, shift)));
-        sum[1] = add(sum[1], _mm256_permutevar_ps(entries, _mm256_srli_epi32(high, shift)));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const int j = i % 2 * 8 + i / 2;
+        sum[0] = add(sum[0], add(chosen(table, low, j), chosen(table, low, j + 4)));
+        sum[1] = add(sum[1], add(chosen(table, high, j), chosen(table, high, j + 4)));
     }
 }
 #else
 inline void add_word(const uint32_t* code, const float* table, Vec sum[kRows / kWidth]) {
     float lanes[kRows];
     std::memcpy(lanes, sum, sizeof lanes);
-    for (int j = 0; j < kTernaryColumns; ++j)
-        for (int r = 0; r < kRows; ++r)
-            lanes[r] += table[4 * j + (code[r] >> (j % 4 * 8 + j / 4 * 2) & 3u)];
+    const auto chosen = [&](int r, int j) {
+        return table[4 * j + (code[r] >> (j % 4 * 8 + j / 4 * 2) & 3u)];
+    };
+    for (int i = 0; i < 8; ++i)
+        for (int r = 0; r < kRows; ++r) {
+            const int j = i % 2 * 8 + i / 2;
+            lanes[r] += chosen(r, j) + chosen(r, j + 4);
+        }
     std::memcpy(sum, lanes, sizeof lanes);
 }
 #endif

@@ -33,6 +33,11 @@ const char* variant_name(Variant variant) {
     return kNames[static_cast<int>(variant)];
 }
 
+int variant_numerics(Variant variant) {
+    constexpr int kOrder = 1;
+    return variant == Variant::kPortable ? -kOrder : kOrder;
+}
+
 bool variant_compiled(Variant variant) {
 #if LS_X86_VARIANTS
     return static_cast<int>(variant) < kVariants;

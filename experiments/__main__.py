@@ -17,7 +17,7 @@ from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
 from experiments.progress import INSTALL, warning_line
 from experiments.provenance import provenance
-from experiments.runs import PROFILES
+from experiments.runs import LITERALS, PROFILES
 from experiments.status import Times, as_text, progress, together
 from experiments.store import Store
 from experiments.sweep import run_study
@@ -117,6 +117,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
     command.add_argument(
         "--devices", default="cpu", metavar="LIST", help="cpu, or cuda:0,cuda:1 (default: cpu)"
+    )
+    command.add_argument(
+        "--remake",
+        action="store_true",
+        help="make anew, as wholes, chains that cannot go on here: their weights are lost, or of "
+        "another machine, or gave other numbers",
+    )
+    command.add_argument(
+        "--numerics",
+        type=int,
+        default=1,
+        choices=LITERALS["numerics"],
+        help="how the CPU kernels of the runs sum: 1, -1 portable code, 0 not built (default: 1)",
     )
 
     command = commands.add_parser(
@@ -262,6 +275,8 @@ def run(options: argparse.Namespace) -> int:
         workers=_workers(options),
         scheduler=options.scheduler,
         devices=options.devices.split(","),
+        numerics=options.numerics,
+        remake=options.remake,
     )
     if failed:
         text = "1 group was" if failed == 1 else f"{failed} groups were"

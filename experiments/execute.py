@@ -1,7 +1,8 @@
 """Runs in a store, executed: groups of them together, round by round, resumed where they stopped.
 
 What a round needs of the last one lies in the store as a checkpoint, written after its rows. The
-dense run of a seed is a run of its own, which all others of that seed start from.
+dense run of a seed is a run of its own, which all others of that seed start from. A round that is
+done again is compared with the row that is there: other numbers are an error.
 """
 
 import time
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import lottery_sparse as ls
 from experiments import studies
+from experiments.arithmetic import OtherArithmetic, here, is_ours, marked
 from experiments.data import Dataset
 from experiments.learned import State, learn
 from experiments.lottery import (
@@ -28,8 +30,9 @@ from experiments.lottery import (
     train_rounds,
     untrained,
 )
-from experiments.records import Say, base_row, line, missing, record, row_of
-from experiments.runs import DENSE, Run
+from experiments.records import Say, base_row, line, record, row_of
+from experiments.remakes import has_snapshots, rounds_there
+from experiments.runs import DENSE, Run, rounds_of
 from experiments.store import Lease, Store
 
 
@@ -71,27 +74,50 @@ def execute(
 
 def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) -> None:
     """Round 0: one row, and the weights at its end and at iterations that studies ask for."""
+    if store.rounds_done(run.id):
+        say(f"{run.id}: its weights are not here; trained again, and compared with its row")
     began = time.time()
     at = studies.snapshots(run)
     this, found = dense_round(lottery_of(run, 0), dataset, at)
     made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
-    store.add(lease, missing([row_of(run, this)], store, dataset, say), [made])
+    store.add(lease, [row_of(run, this)], [made])
     tensors = {f"final.{name}": value for name, value in this.w_final.items()}
     for iteration, weights in found.items():
         tensors |= {f"at_{iteration}.{name}": value for name, value in weights.items()}
-    store.save(lease, run.id, tensors, {"row": this.row, "at": sorted(found)})
+    metadata = {"row": this.row, "at": sorted(found)}
+    store.save(lease, run.id, tensors, marked(metadata, device_of(dataset)))
     say(line(run, this))
 
 
 def has_dense(run: Run, store: Store) -> bool:
     """Whether the store holds what runs that start from this dense one need."""
     found = store.load(run.id)
-    return found is not None and set(studies.snapshots(run)) <= set(found[1]["at"])
+    return found is not None and has_snapshots(run, found[1])
+
+
+def load(run_id: str, store: Store, device: str) -> State | None:
+    """The checkpoint of a run, to go on from.
+
+    Raises:
+        OtherArithmetic: it was made by another one.
+    """
+    found = store.load(run_id)
+    if found is not None and not is_ours(found[1], device):
+        raise OtherArithmetic(
+            f"the weights of {run_id} in {store.folder} were made by {found[1]['arithmetic']}, not "
+            f"by {here(device)}, and a chain never mixes two: go on there, or make it anew as a "
+            "whole with --remake."
+        )
+    return found
+
+
+def device_of(dataset: Dataset) -> str:
+    return str(dataset.train.images.device)
 
 
 def dense_of(run: Run, store: Store, device: torch.device) -> tuple[Round, dict[int, Any]]:
     """The dense round that a run starts from, and the dense weights at earlier iterations."""
-    found = store.load(run.dense.id)
+    found = load(run.dense.id, store, str(device))
     if found is None:
         raise ValueError(f"{run.id} starts from {run.dense.id}, which is not in {store.folder}.")
     parts, metadata = divided(found[0], device), found[1]
@@ -131,7 +157,7 @@ def run_chains(
             pairs = list(zip(some, done, strict=True))
             store.add(
                 lease,
-                missing([row_of(run, this) for run, this in pairs], store, dataset, say),
+                [row_of(run, this) for run, this in pairs],
                 [
                     record(run, number, began, some, this.seconds, dataset, this.row["engine"])
                     for run, this in pairs
@@ -139,7 +165,8 @@ def run_chains(
             )
             for run, this in pairs:
                 scored[run] = this
-                store.save(lease, run.id, *packed(this))
+                tensors, metadata = packed(this)
+                store.save(lease, run.id, tensors, marked(metadata, str(device)))
                 say(line(run, this))
 
 
@@ -147,17 +174,23 @@ def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset,
     """The last round that the store holds all of; the dense one, with its row, if none.
 
     A checkpoint behind which rows are missing (a damaged line is not read) is of no use: the chain
-    is done again, which adds them.
+    is done again, which adds them. So it is where there is none; rows that are there are compared.
     """
     device = dataset.train.images.device
-    found = store.load(run.id)
+    found = load(run.id, store, str(device))
+    there = store.rounds_done(run.id)
     if found is not None and found[1]["round"] <= rounds:
-        if set(range(found[1]["round"] + 1)) <= store.rounds_done(run.id):
+        if set(range(found[1]["round"] + 1)) <= there:
             return unpacked(*found, device)
         say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
+    elif there - {0}:
+        say(
+            f"{run.id}: its weights are not here; done again from the dense run, and compared with "
+            f"its rows to round {max(there)}"
+        )
     dense, snapshots = dense_of(run, store, device)
     dense = scored_at(run, dense, snapshots)
-    store.add(lease, missing([row_of(run, dense)], store, dataset, say), [])
+    store.add(lease, [row_of(run, dense)], [])
     return dense
 
 
@@ -237,7 +270,7 @@ def run_learned(
     runs: Sequence[Run], store: Store, lease: Lease, dataset: Dataset, say: Say
 ) -> None:
     """One row each, of ten masks drawn from what was learned."""
-    kept = Checkpoints(store, lease)
+    kept = Checkpoints(store, lease, device_of(dataset))
     for this in learn(runs, dataset, kept):
         row, group = base_row(this.run) | this.row, this.company
         seconds = kept.share(this.run.id, len(group)) * len(group)
@@ -251,18 +284,19 @@ def run_learned(
 class Checkpoints:
     """Of learned masks, under a lease."""
 
-    def __init__(self, store: Store, lease: Lease):
-        self.store, self.lease, self.began = store, lease, time.time()
+    def __init__(self, store: Store, lease: Lease, device: str):
+        self.store, self.lease, self.device, self.began = store, lease, device, time.time()
         self.seconds: dict[str, float] = {}  # that a run took in processes before this one
 
     def load(self, run_id: str) -> State | None:
-        self.began, found = time.time(), self.store.load(run_id)
+        self.began, found = time.time(), load(run_id, self.store, self.device)
         self.seconds[run_id] = found[1].get("seconds", 0.0) if found else 0.0
         return found
 
     def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         seconds = self.share(run_id, metadata["networks"])
-        self.store.save(self.lease, run_id, tensors, {**metadata, "seconds": seconds})
+        metadata = marked({**metadata, "seconds": seconds}, self.device)
+        self.store.save(self.lease, run_id, tensors, metadata)
 
     def share(self, run_id: str, networks: int) -> float:
         """Seconds that a run took so far, where `networks` have shared them since it was loaded."""
@@ -270,13 +304,6 @@ class Checkpoints:
 
 
 # ---- what is to do -------------------------------------------------------------------------------
-
-
-def rounds_of(run: Run, rounds: int) -> set[int]:
-    """The rounds that a run has rows of when it is done."""
-    if run.schedule == "learned":
-        return {1}
-    return {0} if run.criterion == DENSE else set(range(rounds + 1))
 
 
 def kind_of(run: Run) -> tuple[object, ...]:
@@ -295,9 +322,7 @@ def groups(
         across_seeds: whether networks of different seeds are trained side by side. On the CPU that
             gains nothing and costs a copy of the images for each.
     """
-    have: dict[str, set[int]] = {}
-    for row in store.rows():
-        have.setdefault(row["run_id"], set()).add(row["round"])
+    have = rounds_there(store.rows())
     todo = [
         run
         for run in dict.fromkeys(wanted)

@@ -2,36 +2,29 @@
 
 import hashlib
 import os
-import platform
 import socket
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import lottery_sparse as ls
 from experiments.data import Dataset
+from experiments.machine import machine, versions
 
 HERE = Path(__file__).resolve().parent
 
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Of this process: it does not change while it runs."""
+    """Of this process: it does not change while it runs. What is not known is None."""
+    commit, dirty = _revision()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": dirty,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "versions": {
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "lottery_sparse": ls.__version__,
-        },
+        "versions": versions(),
+        "machine": machine(),
     }
 
 
@@ -45,11 +38,25 @@ def digest(dataset: Dataset) -> str:
     return found.hexdigest()
 
 
-def _git(*arguments: str) -> str:
+def _revision() -> tuple[str | None, bool | None]:
+    """The commit of these files, and whether they differ from it; None where git does not say.
+
+    Git fails where it is not installed, and in a checkout of another user. These files may also lie
+    in somebody else's repository, whose commit is not theirs.
+    """
+    found = _git("rev-parse", "--show-toplevel", "HEAD")
+    top, _, commit = (found or "").partition("\n")
+    if not commit or Path(top).resolve() != HERE.parent:
+        return None, None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
             ["git", "-C", HERE, *arguments], capture_output=True, text=True, check=True, timeout=20
         )
     except (OSError, subprocess.SubprocessError):
-        return ""  # not a checkout, or no git
+        return None
     return done.stdout.strip()

@@ -1,8 +1,7 @@
-"""What a run leaves in the store: rows, which are a function of it, and records of how it went."""
+"""What a run leaves in the store: rows of its results, and records of how they were made."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,26 +11,8 @@ from experiments.data import Dataset
 from experiments.lottery import Round
 from experiments.provenance import digest, provenance
 from experiments.runs import Run
-from experiments.store import Store
 
 Say = Callable[[str], None]
-
-
-def missing(
-    rows: list[dict[str, Any]], store: Store, dataset: Dataset, say: Say
-) -> list[dict[str, Any]]:
-    """The rows to add. Of a GPU, only those of rounds that the store has no row of.
-
-    Its bits depend on the card and on the company, so a round that is done again, as its checkpoint
-    is elsewhere or was not written before a kill, may end otherwise. What was stored first stays.
-    """
-    if dataset.train.images.device.type == "cpu":
-        return rows  # the same bits: anything else is an error
-    new = [row for row in rows if row["round"] not in store.rounds_done(row["run_id"])]
-    for row in rows:
-        if row not in new:
-            say(f"{row['run_id']} round {row['round']:2}: done again; its stored row stays")
-    return new
 
 
 def base_row(run: Run) -> dict[str, Any]:
@@ -42,8 +23,7 @@ def base_row(run: Run) -> dict[str, Any]:
             "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
         )
     )  # fmt: skip
-    named = {field.name: getattr(run, field.name) for field in fields(run)}
-    return {"study": studies.home(run), "run_id": run.id, **named, **unknown}
+    return {"study": studies.home(run), "run_id": run.id, **run.named, **unknown}
 
 
 def row_of(run: Run, this: Round) -> dict[str, Any]:
@@ -81,7 +61,10 @@ def record(
 
 
 def attempt(run: Run, outcome: str, error: str = "") -> dict[str, Any]:
-    """That a worker began a run, or why it did not end it; one that was killed says no more."""
+    """That a worker began a run, or why it did not end it; one that was killed says no more.
+
+    Outcomes are "started", "failed", and "differs" where other numbers came out than are stored.
+    """
     return {
         "run_id": run.id,
         "round": None,

@@ -294,7 +294,7 @@ def _how(selection: Selection, records: Sequence[Mapping[str, Any]]) -> Iterable
     yield "rounds", f"{min(rounds)} to {max(rounds)}" if len(rounds) > 1 else f"{min(rounds)}"
     yield "not run", ", ".join(selection.missing)
     yield "layers ran as", _products(rows)
-    ids = {row["run_id"] for row in rows}
+    ids = {row.get("stored_as", row["run_id"]) for row in rows}
     yield from _provenance([record for record in records if record.get("run_id") in ids])
 
 
@@ -333,12 +333,13 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str
         "commits",
         _list(
             {
-                str(r["commit"])[:10] + (" with changes" if r.get("dirty") else "")
+                str(r["commit"] or "unknown")[:10] + (" with changes" if r.get("dirty") else "")
                 for r in records
-                if r.get("commit")
+                if "commit" in r
             }
         ),
     )
+    yield "processors", _list({r["machine"]["cpu"] for r in records if "machine" in r})
     yield "engines", _list({str(r["engine"]) for r in records if r.get("engine")})
     outcomes = Counter(str(r.get("outcome", "done")) for r in records)
     yield "attempts", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
@@ -372,8 +373,7 @@ def weights_from(load: Load) -> figures.Weights:
     """`figures.Weights` from `Store.load`."""
 
     def weights(row: Row) -> Mapping[str, Any] | None:
-        dense = Run(network=row["network"], profile=row["profile"], seed=row["seed"]).dense
-        found = load(dense.id)
+        found = load(row.get("stored_as", row["run_id"]))
         return None if found is None else found[0]
 
     return weights

@@ -1,14 +1,15 @@
 """A run of a study as data: what decides its numbers, and the id made of that.
 
 A run is a curve of one figure with one seed: a chain of rounds, masks on an untrained network over
-density, or one learned mask. Its rows are a function of the run alone (and of the machine's
-arithmetic): not of the study that asked for it, of what it was grouped with, or of restarts.
+density, or one learned mask. Its rows are a function of the run and of what torch computes in it
+(dense products, losses), whose bits belong to torch's libraries and the processor: not of the study
+that asked for it, of what it was grouped with, or of restarts.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -19,6 +20,26 @@ from experiments.networks import NETWORKS, Network
 SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
 
 DENSE = "none"  # the criterion of what has no criterion: the dense network, a learned mask
+
+# Most kept weights, as a share, of products over kept weights; above it the product is dense.
+Limits = tuple[tuple[str, float], ...]
+LIMITS: Limits = (
+    ("linear", 0.45),  # y and dx of a linear layer through modules
+    ("linear_quick", 0.52),  # the same, at sizes where those products are quicker
+    ("linear_values", 0.45),  # the gradient of its weights
+    ("conv", 0.4),
+    ("step", 0.45),  # y and dx in `ls.train_step`
+    ("step_values", 0.45),
+)
+# What products a run is made of, and in which order they are summed: literals of its config, which
+# no host and no cache decides. `arithmetic.check` refuses a run where they are not to be had.
+LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
+    "numerics": (1, -1, 0),  # of `lottery_sparse.backends.numerics`
+    "precision": ("float32",),
+    "layout": ("contiguous",),
+    "form": ("compact",),
+    "limits": (LIMITS,),
+}
 
 Schedule = Literal["iterative", "one_shot", "learned"]
 Weights = Literal["init", "signed_constant"]
@@ -104,6 +125,13 @@ class Run:
         rescale: learned masks: weights are divided by the share of them that a sample keeps.
         init_score: learned masks: the score of every weight at the start.
         permuted: what of the data a fixed permutation permutes: "none", "pixels" or "classes".
+        numerics: the order in which the CPU kernels sum, see `lottery_sparse.backends.numerics`;
+            0 is torch's own sums, where the kernels are not built.
+        precision: dtype of parameters and products.
+        layout: memory format of images.
+        form: of layers with a mask: "compact" holds kept weights alone.
+        limits: densities above which products are dense.
+        remake: how often the chain was made anew before, as a whole; it changes no number.
     """
 
     network: str
@@ -121,6 +149,12 @@ class Run:
     rescale: bool = False
     init_score: float = 0.0
     permuted: Permuted = "none"
+    numerics: int = 1
+    precision: str = "float32"
+    layout: str = "contiguous"
+    form: str = "compact"
+    limits: Limits = LIMITS
+    remake: int = 0
 
     def __post_init__(self) -> None:
         _check("network", self.network, NETWORKS)
@@ -131,6 +165,10 @@ class Run:
         _check("mask0", self.mask0, ls.MASK0_ACTIONS)
         _check("weights", self.weights, get_args(Weights))
         _check("permuted", self.permuted, get_args(Permuted))
+        for name, values in LITERALS.items():
+            _check(name, getattr(self, name), values)
+        if self.remake < 0:
+            raise ValueError(f"remake must be 0 (made once) or more, got {self.remake}.")
         if self.schedule == "learned" and self.criterion != DENSE:
             raise ValueError(f"a learned mask has no criterion, got {self.criterion!r}.")
         if self.schedule == "one_shot" and self.trained:
@@ -227,23 +265,51 @@ class Run:
         for name in ("compounding", "rescale"):
             if name in changed:
                 yield name
+        for name in ("numerics", "remake"):
+            if name in changed:
+                yield f"{name}_{changed[name]}"
         if self.schedule == "learned" and self.trained:
             yield "trained"
 
     @property
     def dense(self) -> "Run":
-        """The dense run that this one starts from: round 0."""
+        """The dense run that this one starts from: round 0, of the same arithmetic and remake."""
         return Run(
             network=self.network,
             profile=self.profile,
             seed=self.seed,
             criterion=DENSE,
+            **{name: getattr(self, name) for name in (*LITERALS, "remake")},
         )
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The fields that a row says; of arithmetic and remake, what differs from the defaults.
+
+        Rows were committed before runs had these fields, and stay as they are.
+        """
+        silent = {name for name in (*LITERALS, "remake") if name not in self.changed}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
 
 
 DEFAULTS = {field.name: field.default for field in fields(Run)}
 
 
-def _check(name: str, value: str, known: Iterable[str]) -> None:
+def run_of(row: Mapping[str, Any]) -> Run:
+    """The run of a row: `Run.named` and back. Of `limits` JSON makes lists."""
+    found = {name: row[name] for name in DEFAULTS if name in row}
+    if "limits" in found:
+        found["limits"] = tuple(map(tuple, found["limits"]))
+    return Run(**found)
+
+
+def rounds_of(run: Run, rounds: int) -> set[int]:
+    """The rounds that a run has rows of when it is done."""
+    if run.schedule == "learned":
+        return {1}
+    return {0} if run.criterion == DENSE else set(range(rounds + 1))
+
+
+def _check(name: str, value: Any, known: Iterable[Any]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")

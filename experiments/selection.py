@@ -61,8 +61,11 @@ class Curve:
     def levels(self, value: str = ACCURACY) -> tuple[Level, ...]:
         rows = self.rows
         if self.trained:
-            starts = {row["seed"] for row in self.dense}
-            rows = self.dense + tuple(
+            # a remade chain has another dense run, of which its own round 0 is a copy
+            remade = {row["seed"] for row in rows if row.get("remake")}
+            dense = tuple(row for row in self.dense if row["seed"] not in remade)
+            starts = {row["seed"] for row in dense}
+            rows = dense + tuple(
                 row for row in rows if row["round"] > 0 or row["seed"] not in starts
             )
         return levels(rows, value)

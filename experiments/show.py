@@ -13,6 +13,7 @@ from experiments import studies
 from experiments.files import write_whole
 from experiments.judging import judge
 from experiments.networks import NETWORKS
+from experiments.remakes import readable
 from experiments.report import build, weights_from
 from experiments.runs import PROFILES
 from experiments.selection import Selection, caveat_of, select
@@ -35,7 +36,7 @@ def figure(options: argparse.Namespace) -> None:
 def table(options: argparse.Namespace) -> None:
     """A short table of each study on standard output; with `out`, text, Markdown and CSV there."""
     store = Store(options.store, create=False)
-    rows = store.rows()
+    rows = readable(store.rows())
     found: list[tuple[str, Table, Table]] = []
     for selection in _selections(options, store):
         learned = selection.curves[0].fields["schedule"] == "learned"
@@ -64,7 +65,7 @@ def report(options: argparse.Namespace) -> None:
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
     networks = _networks(options.network)
     _check_profile(options.profile)
-    rows = store.rows()
+    rows = readable(store.rows())
     if not _has_rows(rows, options):
         raise _no_rows(options)
     text = build(
@@ -87,7 +88,7 @@ def claims(options: argparse.Namespace) -> None:
     """What the rows say to each claim, as a Markdown table on standard output, and in claims.md of
     the folder `out`.
     """
-    rows = Store(options.store, create=False).rows()
+    rows = readable(Store(options.store, create=False).rows())
     _check_profile(options.profile)
     if options.study is not None:
         studies.find(options.study)
@@ -113,7 +114,7 @@ def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection
         ValueError: none has.
     """
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
-    networks, rows = _networks(options.network), store.rows()
+    networks, rows = _networks(options.network), readable(store.rows())
     _check_profile(options.profile)
     any_found = False
     for study in chosen:

@@ -2,14 +2,13 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.execute import rounds_of
-from experiments.runs import DENSE, Run
+from experiments.remakes import Remakes, numerics_of
+from experiments.runs import DENSE, Run, rounds_of
 from experiments.store import Store
-from experiments.studies import Study, wanted
-from experiments.sweep import rounds_asked
+from experiments.studies import Study, rounds_asked, wanted
 
 Kind = tuple[str, ...]
 
@@ -59,9 +58,7 @@ def progress(
     Args:
         seeds: how many; None: the study's.
     """
-    there: dict[str, set[int]] = {}
-    for row in store.rows():
-        there.setdefault(row["run_id"], set()).add(row["round"])
+    remakes, numerics = Remakes(store), numerics_of(store.rows())
     holders = store.holders()
     networks = list(networks)
     found = []
@@ -71,9 +68,10 @@ def progress(
             if network not in study.networks:
                 continue
             runs = wanted(study, network, profile, study.seeds if seeds is None else seeds)
+            runs = [remakes.shown(replace(run, numerics=numerics), most) for run in runs]
             starts = [run.dense for run in runs if run.schedule != "learned"]
             rounds = {
-                run: (frozenset(rounds_of(run, most)), frozenset(there.get(run.id, ())))
+                run: (frozenset(rounds_of(run, most)), frozenset(remakes.rounds(run)))
                 for run in dict.fromkeys([*starts, *runs])
             }
             running = {run.id: holders[run.id] for run in rounds if run.id in holders}

@@ -1,8 +1,8 @@
 """What runs leave behind, in a folder that may be read, copied and resumed at any moment.
 
     store.json                          {"format": 1}
-    rows.jsonl                          results: a function of the run alone, one line per round
-    runs.jsonl                          how they came about: seconds, host, versions, attempts
+    rows.jsonl                          results of runs, one line per round; no time, no host
+    runs.jsonl                          how they came about: seconds, machine, versions, attempts
     leases/<run id>                     who is on which run now (leases.py)
     checkpoints/<run id>.safetensors    the newest one of each run
     store.lock                          the lock of all writers; holds what is being appended
@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -29,10 +28,18 @@ from torch import Tensor
 from experiments.files import locked, write_all, write_whole
 from experiments.leases import Lease, Leases
 from experiments.lines import Lines, canonical, line_of, without_checksum
-from lottery_sparse.files import temporary
+from lottery_sparse.files import read_tensors, temporary
 
 FORMAT = 1
 ROWS, RUNS = "rows.jsonl", "runs.jsonl"
+
+
+class OtherNumbers(ValueError):
+    """A row of a run was made again, and came out otherwise."""
+
+    def __init__(self, run_id: str, text: str):
+        super().__init__(text)
+        self.run_id = run_id
 
 
 class Store:
@@ -132,7 +139,8 @@ class Store:
 
         Raises:
             LeaseLost: another worker has taken a run over.
-            ValueError: a row is there already with other numbers, or one is not finite.
+            OtherNumbers: a row is there already with other numbers.
+            ValueError: a number is not finite.
         """
         with _in_words(self.folder / ROWS), self._locked() as lock:
             assert lock is not None
@@ -149,11 +157,12 @@ class Store:
                     new[key] = row
                     texts[ROWS] += text
                 elif line_of(known) != text:
-                    raise ValueError(
+                    raise OtherNumbers(
+                        key[0],
                         f"run {key[0]} round {key[1]} is stored with other numbers "
-                        f"({_differences(known, row)}): a run is a function of its config, so "
-                        "either it was made on a machine of other arithmetic (go on in a new "
-                        "folder, --store), or its code changed and runs.SCHEMA did not."
+                        f"({_differences(known, row)}): either it was made on a machine of other "
+                        "arithmetic (make its chain anew, as a whole, with --remake), or its code "
+                        "changed and runs.SCHEMA did not.",
                     )
             self._append(lock, {name: text for name, text in texts.items() if text})
 
@@ -225,17 +234,23 @@ class Store:
         """The checkpoint of a run; None if there is none, or (with a warning) a broken one."""
         path = self._checkpoint(run_id)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors, header = read_tensors(path)
             if header["sha256"] != _digest(header["metadata"], tensors):
                 raise ValueError("its checksum is wrong")
             return tensors, json.loads(header["metadata"])
         except FileNotFoundError:
             return None
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             warnings.warn(f"{path} is broken ({error}): it is not used.", stacklevel=2)
             return None
+
+    def metadata(self, run_id: str) -> dict[str, Any] | None:
+        """That of the checkpoint of a run, without reading its tensors; None if there is none."""
+        try:
+            with safetensors.safe_open(self._checkpoint(run_id), framework="pt") as file:
+                return json.loads((file.metadata() or {})["metadata"])
+        except (FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError):
+            return None  # `load` says what is wrong with a broken one
 
     def discard(self, lease: Lease, run_id: str) -> None:
         """Remove the checkpoint of a run, and what killed writers left of it."""

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from experiments.runs import DENSE, Run
+from experiments.runs import DENSE, LITERALS, PROFILES, Run
 
 SEEDS = 5  # as in the paper
 ROUNDS = 20  # where the paper's figures end; its scripts run 24
@@ -272,9 +272,15 @@ def home(run: Run) -> str:
 
 
 def _key(run: Run) -> tuple[tuple[str, Any], ...]:
-    apart = ("network", "profile", "seed", "rewind_to", "final_at")
+    apart = ("network", "profile", "seed", "rewind_to", "final_at", "remake", *LITERALS)
     late = ("late", run.rewind_to > 0), ("early", run.final_at is not None)
     return (*((k, v) for k, v in run.changed.items() if k not in apart), *late)
+
+
+def rounds_asked(study: Study, profile: str) -> int:
+    """The study's, or as many as the profile has at most."""
+    most = PROFILES[profile].rounds
+    return study.rounds if most is None else min(most, study.rounds)
 
 
 def snapshots(run: Run) -> list[int]:

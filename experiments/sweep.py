@@ -5,23 +5,24 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments import data, leases
+from experiments import arithmetic, data, leases
 from experiments.data import Dataset
 from experiments.engines import ATTEMPTS, check, sweep
-from experiments.execute import execute, groups, has_dense, rounds_of
+from experiments.execute import execute, groups, has_dense
 from experiments.leases import LeaseLost
 from experiments.networks import NETWORKS, keep_by_parameter, skeleton
 from experiments.records import attempt
-from experiments.runs import PROFILES, Run
-from experiments.store import Lease, Store
-from experiments.studies import Study, wanted
+from experiments.remakes import DIFFERS, Remakes, to_do
+from experiments.runs import Run, rounds_of
+from experiments.store import Lease, OtherNumbers, Store
+from experiments.studies import Study, rounds_asked, wanted
 
 MOST_ON_CPU = 8  # networks side by side; more gain nothing on one core
 
@@ -38,6 +39,8 @@ class Job:
         """Bring a group to its rounds. Runs that another worker holds are left to it."""
         if device == "cpu":
             torch.set_num_threads(1)  # the bits of dense products depend on how many there are
+        for run in group:
+            arithmetic.check(run, device)
         store = Store(self.store)
         mine, lease = claim(group, store)
         if lease is None:
@@ -57,8 +60,16 @@ class Job:
             except LeaseLost:
                 raise  # the runs are another worker's now
             except Exception as error:
+                other = error.run_id if isinstance(error, OtherNumbers) else None
                 with contextlib.suppress(OSError, LeaseLost):  # what is said is the error itself
-                    store.add(lease, [], [attempt(run, "failed", str(error)) for run in left])
+                    store.add(
+                        lease,
+                        [],
+                        [
+                            attempt(run, DIFFERS if run.id == other else "failed", str(error))
+                            for run in left
+                        ],
+                    )
                 raise
 
 
@@ -122,6 +133,8 @@ def run_study(
     workers: int = 1,
     scheduler: str | None = None,
     devices: Sequence[str] = ("cpu",),
+    numerics: int = 1,
+    remake: bool = False,
 ) -> int:
     """Do what is still to do of a study; returns how many groups failed, or runs were left.
 
@@ -132,10 +145,14 @@ def run_study(
         only: arms to take: pairs (field of Run, its value as text); several of one field are
             alternatives.
         download: fetch what is missing in `data_dir` first.
+        numerics: of the runs, see `Run`.
+        remake: make chains anew, as wholes, that cannot go on: their weights are not in the store,
+            or are another machine's, or other numbers came out of them. Else those without weights
+            are done again and compared with their rows, and the rest is left.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {seeds}.")
-    every = wanted(study, network, profile, seeds)
+    every = [replace(run, numerics=numerics) for run in wanted(study, network, profile, seeds)]
     check_only(every, only)
     runs = [run for run in every if chosen(run, only)]
     if not runs:
@@ -147,6 +164,9 @@ def run_study(
     check(engine, workers, scheduler, devices)
     check_devices(devices, scheduler)
     # before any worker starts: an error is one message
+    here = devices[0] if scheduler is None else None
+    if here is not None:
+        arithmetic.check(runs[0], here)
     if download:
         data.load(runs[0].dataset, data_dir, download=True)
     load(runs[0].dataset, data_dir, "cpu")
@@ -155,11 +175,13 @@ def run_study(
     # workers of a cluster may be in another folder
     job = Job(store.folder.absolute(), rounds, data_dir and data_dir.absolute())
     failed = 0
+    say = cache(partial(print, flush=True))  # each sentence once
     size = len(runs) if cuda else spread_over(len(runs), workers)
     for phase in (0, 1):  # the others start from the dense runs
         again, before_failed = 0, failed
         while failed == before_failed and again < ATTEMPTS:
-            left = groups(runs, rounds, store, size, across_seeds=cuda)[phase]
+            now = to_do(runs, rounds, Remakes(store, here, remake), say)
+            left = groups(now, rounds, store, size, across_seeds=cuda)[phase]
             if failed:  # of dense runs: what starts from the others is done all the same
                 left = [group for group in left if all(_can_start(run, store) for run in group)]
             todo = free(left, store)
@@ -173,7 +195,7 @@ def run_study(
                 todo, job, engine=engine, workers=workers, scheduler=scheduler, devices=devices
             )
             again = again + 1 if len(store.rows()) == before else 0
-    left = say_left(runs, rounds, store)
+    left = say_left(runs, rounds, Remakes(store))
     return failed or left
 
 
@@ -219,11 +241,11 @@ def _whom(holders: Mapping[str, Mapping[str, Any]], run_ids: Iterable[str]) -> s
     return ", ".join(sorted({f"{holders[at]['host']} pid {holders[at]['pid']}" for at in run_ids}))
 
 
-def say_left(runs: Sequence[Run], rounds: int, store: Store) -> int:
+def say_left(runs: Sequence[Run], rounds: int, remakes: Remakes) -> int:
     """At the end: what is not done. Returns how much of it nobody is on."""
-    holders = store.holders()
-    left = [run for run in runs if not rounds_of(run, rounds) <= store.rounds_done(run.id)]
-    held = [run.id for run in left if run.id in holders]
+    holders = remakes.store.holders()
+    left = [run for run in runs if not remakes.is_done(run, rounds)]
+    held = [one.id for run in left for one in remakes.remakes(run) if one.id in holders]
     if held:
         print(
             f"{len(held)} of {len(runs)} runs are being done by other workers "
@@ -256,12 +278,6 @@ def check_devices(devices: Sequence[str], scheduler: str | None) -> None:
             raise ValueError(f"devices must be cpu, or cuda:0,cuda:1 and so on; got {device!r}.")
         if scheduler is None and int(device[5:]) >= torch.cuda.device_count():
             raise ValueError(f"there is no {device} here: torch finds {torch.cuda.device_count()}.")
-
-
-def rounds_asked(study: Study, profile: str) -> int:
-    """The study's, or as many as the profile has at most."""
-    most = PROFILES[profile].rounds
-    return study.rounds if most is None else min(most, study.rounds)
 
 
 def spread_over(runs: int, workers: int) -> int:

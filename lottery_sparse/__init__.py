@@ -12,7 +12,8 @@ from lottery_sparse.densify import dense_state_dict, densify_
 from lottery_sparse.frozen import Constant, Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import MaskedConv2d, MaskedLinear
-from lottery_sparse.packed import PackedLinear, pack_
+from lottery_sparse.pack import pack_
+from lottery_sparse.packed import PackedLinear
 from lottery_sparse.plan import plan
 from lottery_sparse.prune import prune
 from lottery_sparse.replicate import replicate, select

@@ -18,6 +18,7 @@ from lottery_sparse import doctor
 from lottery_sparse.convert import set_masks_
 from lottery_sparse.modules import MaskedLinear
 from lottery_sparse.plan import plan
+from lottery_sparse.text import shown
 from lottery_sparse.ticket import Ticket
 
 
@@ -103,8 +104,11 @@ def _ticket(path: Path) -> int:
         ticket = Ticket.load(path)
         print(_as_text(ticket))
         ticket.verify()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.strerror}: {shown(str(path), most=4096)}", file=sys.stderr)
         return 1
     if ticket.saved is None:
         print("not verified: the file is of a time when tickets had no digests")
@@ -122,14 +126,15 @@ def _as_text(ticket: Ticket) -> str:
         if name in ticket.masks:
             held = "a tensor" if name in ticket.frozen else "zero"
             held = ", pruned ones train too" if ticket.released else f", pruned ones hold {held}"
-        lines.append(f"{name} starts from {what}{held}")
+        lines.append(f"{shown(name)} starts from {shown(what)}{held}")
     if ticket.rescale:
         lines.append("drawn weights are multiplied by weights / kept")
     sizes = ", ".join(f"{name} {-(-bits // 8):,}" for name, bits in ticket.bits.items())
     lines += ["", f"bytes: {sizes}"]
     for record in ticket.history:
         names = sorted(record, key=lambda name: (name != "round", name))
-        lines.append(", ".join(f"{name} {json.dumps(record[name])}" for name in names))
+        words = (f"{shown(name)} {shown(json.dumps(record[name]))}" for name in names)
+        lines.append(", ".join(words))
     return "\n".join(lines)
 
 

@@ -180,6 +180,26 @@ def available(op: str, device: torch.device | str) -> list[str]:
     ]
 
 
+def numerics() -> int:
+    """The number of the bits that this process' own CPU kernels give in float32.
+
+    Processes of one number compute the same bits, on any machine and for any thread count.
+
+        1   every sum in the order of `numerics` 1, products and sums fused: LS_CPU=avx2 and avx512
+        -1  the same order, products rounded before they are added: LS_CPU=portable
+        0   the kernels are not built: all sums are torch's
+
+    Another order of sums will have another number. The number says nothing of dense products, which
+    belong to the library and the machine, nor of bfloat16, whose bits belong to the kernel variant.
+    Kernels of integers (masks, selection, randomness, int8 sums) give the same bits under every
+    number.
+
+    Raises:
+        RuntimeError: LS_CPU names a variant that is unknown or does not run on this machine.
+    """
+    return load("cpu").numerics() if built("cpu") else 0
+
+
 def load(name: str) -> ModuleType:
     """The backend's module, imported on first use."""
     return importlib.import_module(BACKENDS[name].module)

@@ -298,9 +298,9 @@ class Compact(Effective):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        state = {name: value for name, value in state_dict.items() if name not in names}
         try:  # check all of it before anything is written
             entries = self._entries(state_dict, prefix)
+            state = {name: value for name, value in state_dict.items() if name not in names}
             if entries is None:  # "weight" is then reported as missing
                 nn.Module._load_from_state_dict(
                     self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
@@ -321,7 +321,8 @@ class Compact(Effective):
                 self._fit_states()
                 check_optimizers(names[0], self.weight)
         except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
+            if str(error) not in error_msgs:  # once, of layers that share a weight
+                error_msgs.append(str(error))
             return
         if names[0] not in state_dict:
             missing_keys.append(names[0])

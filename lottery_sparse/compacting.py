@@ -14,7 +14,7 @@ from lottery_sparse.compact import note_optimizer
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.compact_layers import COMPACT_TYPES
 from lottery_sparse.compact_parts import Shrunk, check_movable, most_kept
-from lottery_sparse.convert import become, by_parameter, check_masked
+from lottery_sparse.convert import become, by_parameter, check_masked, check_tied
 from lottery_sparse.modules import Masked, has_hooks
 
 
@@ -24,17 +24,29 @@ def compact_(
     """Turn masked layers into compact ones, in place: Parameters that hold kept weights only.
 
     Parameter, gradient and optimizer state get the size of what is kept, [C] instead of [N, K].
-    The layers compute the same; their state_dict stays the same. The weights are new Parameters,
-    so compact before the optimizer is built, or pass it.
+    The layers compute the same; their state_dict stays the same. Zeros that a mask keeps take slots
+    and train; `ls.Masks.of_nonzero` makes masks without them. The weights are new Parameters, so
+    compact before the optimizer is built, or pass it.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
     A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
     itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
-    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call. Rules that
-    sort Parameters by their dimensions (weight decay, Muon) see one dimension.
+    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
 
     Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
     later `set_masks_`: average the masked form, or start the average anew then.
+
+    Rules that go by `p.dim()` (weight decay for two dimensions and more, Muon for matrices) take a
+    compact Parameter, a vector, for a bias. `ls.optim.param_groups` sorts by what a Parameter was,
+    and `ls.expand_` gives the matrices back to optimizers that need them.
+
+    Memory: besides the Parameter a layer holds its mask, a byte per weight of the dense layer;
+    lists of 8 bytes per slot (12 beyond 65,536 rows or columns); and a dense weight for the dense
+    library and for readers. Where most weights are kept, that is more than the dense layer. The
+    state_dict is that of the masked form, dense weights and a bool mask: 1.25 times the bytes of
+    the dense one in float32, 1.5 times in 16 bits, and the weights once more where frozen values
+    are a tensor. `ls.dense_state_dict` has no masks, `ls.Ticket` has them as bits, and the state
+    of `ls.pack_` is never larger than dense.
 
     Args:
         model: a model with masked layers, see `sparsify_`. Compact layers stay as they are; they
@@ -47,8 +59,9 @@ def compact_(
 
     Raises:
         TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: there is no masked layer, one is on the meta device, `spare` is negative, or the
-            optimizer holds state that cannot move, such as the history of LBFGS.
+        ValueError: there is no masked layer, one is on the meta device, layers share a weight under
+            two masks, `spare` is negative, or the optimizer holds state that cannot move, such as
+            the history of LBFGS.
 
     Warns:
         UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
@@ -56,6 +69,7 @@ def compact_(
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
+    check_tied(model)
     groups = []
     for name, layers in by_parameter(model):
         if not isinstance(layers[0], Compact):

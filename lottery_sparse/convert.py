@@ -13,11 +13,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.compact import find_optimizers, holders_of
-from lottery_sparse.frozen import Held, Source, hold
+from lottery_sparse.frozen import Held, Source, hold, keyed
 from lottery_sparse.mask_tensor import plain
 from lottery_sparse.masks import Masks, as_mask
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.names import keys_of, matched, prefix_of
 from lottery_sparse.supermask import Supermask
+from lottery_sparse.text import shown
+from lottery_sparse.weight_types import none_to_mask
 
 MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
     nn.Linear: MaskedLinear,
@@ -49,7 +52,8 @@ def sparsify_(
     skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
     layers of nn.TransformerEncoderLayer (its fast path), `linear` of nn.LinearCrossEntropyLoss,
     layers whose weight another kind of module shares, parametrized layers, layers with a forward of
-    their own, and other subclasses.
+    their own, and other subclasses. Where nothing can be masked, a warning names the types
+    of modules that hold the weights.
 
     Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
     Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
@@ -105,19 +109,23 @@ def sparsify_(
                 cast(Masked, module).weight_mask.copy_(mask)
                 cast(Masked, module)._rests_here()
     _match_tied_masks(model, swapped)
+    if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
+        warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=2)
     return model
 
 
 def masks_of(model: nn.Module) -> Masks:
     """A copy of the model's masks by parameter name ("0.weight"); tied weights come once.
 
+    Names are those that the model's state_dict has, wrapped or not.
     Of a layer that learns its mask it is the one that evaluations are told to use
     (`ls.use_masks_`), else the weights more probable than not.
     """
     found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
         if isinstance(module, Supermask):
-            found[f"{name}.weight" if name else "weight"] = module.weight_mask.clone()
+            found[f"{prefix_of(name)}weight"] = module.weight_mask.clone()
     return Masks(found)
 
 
@@ -142,7 +150,8 @@ def set_masks_(
 
     Args:
         model: a model with masked layers, see `sparsify_`.
-        masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept.
+        masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept. Names of
+            the model wrapped otherwise will do (torch.compile, DistributedDataParallel, FSDP).
         frozen: what pruned weights hold: "zero", a tensor, `ls.Constant(c)` (sign x constant, the
             signs those of the current weight) or `ls.Seeded(law, seed)`; or a dict of them by
             name (names left out: zero).
@@ -164,14 +173,24 @@ def set_masks_(
     check_masked(model)
     parameters = dict(by_parameter(model))
     checked = Masks(masks)
-    sources = frozen if isinstance(frozen, Mapping) else dict.fromkeys(checked, frozen)
+    there, known = matched(checked, parameters, "masks"), ", ".join(parameters)
     for name in checked:
-        if name not in parameters:
-            known = ", ".join(parameters)
-            raise ValueError(f"masks names {name}, but masked parameters are: {known}.")
-    for name in sources:
-        if name not in checked:
-            raise ValueError(f"frozen names {name}, but masks only: {', '.join(checked)}.")
+        if there[name] not in parameters:
+            raise ValueError(
+                f"masks names {shown(name)}, but masked parameters are: {shown(known, most=2000)}."
+            )
+    sources: Mapping[str, Source] = dict.fromkeys(there.values(), cast(Source, frozen))
+    if isinstance(frozen, Mapping):
+        here = matched(frozen, there.values(), "frozen")
+        for name in frozen:
+            if here[name] not in there.values():
+                raise ValueError(
+                    f"frozen names {shown(name)}, but masks only: "
+                    f"{shown(', '.join(checked), most=2000)}."
+                )
+        sources = {here[name]: source for name, source in frozen.items()}
+    checked = Masks({there[name]: mask for name, mask in checked.items()})
+    keys = keys_of(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
@@ -191,7 +210,9 @@ def set_masks_(
                 "to_empty first."
             )
         layer._check_mask(name, mask, optimizer)
-        held[name] = hold(name, sources.get(name), layer.effective_weight.detach())
+        held[name] = hold(
+            name, keyed(sources.get(name), keys[name]), layer.effective_weight.detach()
+        )
     for name, mask in checked.items():  # before the first write: a warning may be an error
         if not mask.any():
             warnings.warn(f"{name} keeps no weight at all: a layer collapse.", stacklevel=2)
@@ -206,12 +227,31 @@ LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
 
 
 def check_masked(model: nn.Module) -> None:
-    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten."""
+    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten or in vain."""
     kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
     if not kinds:
-        raise ValueError("the model has no masked layer; call ls.sparsify_(model) first.")
+        why = why_unmasked(model) or "call ls.sparsify_(model) first"
+        raise ValueError(f"the model has no masked layer; {why}.")
     if not any(isinstance(m, Masked) for m in kinds):
         raise ValueError(LEARNED)
+
+
+def why_unmasked(model: nn.Module) -> str | None:
+    """What keeps `sparsify_` from masking any layer of a dense model; None: nothing does."""
+    owners, refused = owners_of(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(MASKED_TYPES)):
+            continue
+        pruned = bool(hooks_of_prune(module))
+        weight = module._parameters.get("weight_orig" if pruned else "weight")
+        why = refusal_of(model, name, module, pruned)
+        for other, owner in owners.get(id(weight), []):
+            if owner is not module and (pruned or type(owner) not in MASKED_TYPES):
+                why = f"its weight is shared with {other} ({type(owner).__name__})"
+        if why is None:
+            return None
+        refused[name] = why
+    return none_to_mask(model, refused)
 
 
 def check_not_learned(model: nn.Module) -> None:
@@ -230,20 +270,49 @@ def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
     raise TypeError(f"{prefix}{tensor} is computed, and no Parameter; call {undo} first.")
 
 
+def check_tied(model: nn.Module) -> None:
+    """Raises ValueError for layers that share a weight under two masks, or frozen sources.
+
+    Nothing here makes such layers; who writes to their buffers can.
+    """
+    names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
+    for name, (first, *others) in by_parameter(model):
+        for layer in others:
+            if not _alike(first, layer):
+                raise ValueError(
+                    f"{name} and {names[id(layer)]} are one weight under two masks, or two kinds "
+                    f"of frozen values; call ls.set_masks_(model, {{{name!r}: mask}}), which sets "
+                    "both, or give each layer a weight of its own first."
+                )
+
+
+def _alike(one: Masked, two: Masked) -> bool:
+    if one.weight_mask.is_meta:
+        return True
+    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Change the class in place: identity, Parameters, hooks and flags all stay."""
     module.__class__ = kind
 
 
 def masked_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Masked]]:
-    """(prefix ending in a dot, layer) of every masked layer, each module once unless said."""
+    """(prefix ending in a dot, layer) of every masked layer, each module once unless said.
+
+    Prefixes are those of the state_dict.
+    """
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, Masked):
-            yield f"{name}." if name else "", module
+            yield prefix_of(name), module
 
 
 def by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
-    """(name of the weight, the layers that share it), the name as named_parameters gives it."""
+    """(name of the weight, the layers that share it), the name as the state_dict has it."""
     found: dict[int, tuple[str, list[Masked]]] = {}
     for prefix, layer in masked_modules(model):
         owner = layer._parameters.get("weight", layer)  # a parametrized weight is one layer's own

@@ -147,8 +147,7 @@ def supermask_linear(
     w = _masked_source(2, score, weight, bits, signs)[1]
     if kept is None:
         return reference.linear(x, w, bias)
-    y = _rescaled(reference.linear(x, w, None), score, kept, 2)
-    return y if bias is None else y.add_(bias if bias.dim() == 1 else bias.unsqueeze(1))
+    return _rescaled(reference.linear(x, w, None), score, kept, 2, bias)
 
 
 def supermask_linear_backward(
@@ -255,10 +254,15 @@ def _score_gradients(
     return dw, dscore
 
 
-def _rescaled(t: Tensor, score: Tensor, kept: Tensor, rank: int) -> Tensor:
-    """t r for t [...] or [E, ...]."""
+def _rescaled(
+    t: Tensor, score: Tensor, kept: Tensor, rank: int, bias: Tensor | None = None
+) -> Tensor:
+    """t r + bias for t [...] or [E, ...]."""
     r = reference.rescaling(score, kept, rank).to(torch.promote_types(t.dtype, torch.float32))
-    return (t * r.view(kept.shape + (1,) * (t.dim() - kept.dim()))).to(t.dtype)
+    scaled = t * r.view(kept.shape + (1,) * (t.dim() - kept.dim()))
+    if bias is not None:
+        scaled.add_(bias if bias.dim() == 1 else bias.unsqueeze(1))
+    return scaled.to(t.dtype)
 
 
 def _masked_source(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse
-from lottery_sparse import backends, doctor_steps, reference
+from lottery_sparse import backends, doctor_steps, doctor_torch, reference
 from lottery_sparse.doctor_cases import CARRY, CASES
 from lottery_sparse.doctor_steps import FAILED
 from lottery_sparse.ops.compact import node_module
@@ -67,6 +67,7 @@ def report() -> dict[str, Any]:
         "versions": _versions(),
         "machine": _machine(),
         "native": native,
+        "wrong_bfloat16_convolutions_of_torch": doctor_torch.wrong_convolutions(),
         "switches": {name: _switch(name) for name in SWITCHES},
         "ops": ops,
         "steps": steps,
@@ -149,6 +150,8 @@ def _native(name: str) -> dict[str, Any]:
         module = importlib.import_module(f"lottery_sparse.{name}")
         if name == "_host":
             found["info"] = module.build_info() | {"cpu_variant": module.cpu_variant()}
+        if name == "_C":
+            found["info"] = {"numerics": backends.numerics()}
         if name == "_C_cuda":
             found["info"] = {"architectures": module.architectures}
     except (ImportError, RuntimeError) as error:
@@ -239,6 +242,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"versions   {' · '.join(versions)}",
         f"machine    {machine['system']}, {machine['cores']} cores, "
         f"{machine['torch_threads']} torch threads, torch uses {machine['torch_cpu']}, {gpus}",
+        f"torch      {doctor_torch.line(report['wrong_bfloat16_convolutions_of_torch'])}",
         f"native     {native_line()}",
         f"cuda       {cuda_line()}",
         f"switches   {' · '.join(f'{k}={v or chr(45)}' for k, v in report['switches'].items())}",

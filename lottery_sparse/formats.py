@@ -80,10 +80,14 @@ def pack_csr(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def unpack_csr(values: Tensor, starts: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """The inverse of `pack_csr`: dense [N, K], 0 where nothing is kept."""
-    numbers = columns.to(torch.int64) & (0xFFFF if columns.dtype == torch.int16 else -1)
     rows = torch.repeat_interleave(starts.diff())
     dense = values.new_zeros(len(starts) - 1, in_features)
-    return dense.index_put_((rows, numbers), values)
+    return dense.index_put_((rows, csr_columns(columns)), values)
+
+
+def csr_columns(columns: Tensor) -> Tensor:
+    """The columns of all entries as int64 [C]."""
+    return columns.to(torch.int64) & (0xFFFF if columns.dtype == torch.int16 else -1)
 
 
 # delta: as csr, with the distance of each entry's column from that of the entry before, or from 0,

@@ -7,7 +7,7 @@ instead of them where the values can be made again.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +15,38 @@ from torch import Tensor
 
 from lottery_sparse.ops import SignConstant
 from lottery_sparse.random import LAWS, stream_of, whole_seed, word_of
+from lottery_sparse.text import shown
+
+FLOAT32 = torch.finfo(torch.float32).max
 
 
-def _magnitude(value: Any, what: str) -> float:
+def _magnitude(value: Any, what: str, most: float = float("inf")) -> float:
     """A number of any kind, of NumPy or a tensor too, as a float that is a magnitude."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{what}, a finite number, at least 0, got {value!r}.")
+        raise TypeError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # many elements, or 10**400
         number = float("nan")
     if not 0 <= number < float("inf"):
-        raise ValueError(f"{what}, a finite number, at least 0, got {value!r}.")
+        raise ValueError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
+    if number > most:
+        raise ValueError(f"{what}, at most {most:.4g}, as float32 holds no more, got {number:g}.")
     return number
 
 
+class _Value:
+    """Pickled as a call of the type, so that what a file holds goes through the type's checks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(vars(self).values())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, **state)  # of pickles that were written before
+
+
 @dataclass(frozen=True)
-class Constant:
+class Constant(_Value):
     """Frozen source sign x constant: each pruned weight keeps its sign at one magnitude.
 
     Signs are those of the layer's weight when the mask is set (0 counts as plus).
@@ -52,15 +67,16 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Seeded:
+class Seeded(_Value):
     """Frozen source drawn from a seed: stored as the seed, the same on every machine.
 
     Args:
         law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
         seed: 64-bit seed, a whole number of Python's or NumPy's.
-        std: standard deviation, finite and at least 0; None = population standard deviation of the
-            layer's weight.
-        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`.
+        std: standard deviation, at least 0 and finite in float32, in which values are drawn; None =
+            population standard deviation of the layer's weight.
+        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`,
+            without what wrappers such as torch.compile add to it.
 
     Raises:
         ValueError, TypeError: an argument is none of these.
@@ -77,19 +93,20 @@ class Seeded:
         # written down as Python's numbers, which compare, and go into JSON, alike
         object.__setattr__(self, "seed", whole_seed(self.seed))
         if self.std is not None:
-            object.__setattr__(self, "std", _magnitude(self.std, "std is a standard deviation"))
+            std = _magnitude(self.std, "std is a standard deviation", FLOAT32)
+            object.__setattr__(self, "std", std)
         if self.stream is not None:
             object.__setattr__(self, "stream", word_of(self.stream, "stream"))
 
 
 @dataclass(frozen=True)
-class SignOf:
+class SignOf(_Value):
     """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
     `Ticket` that needs no more room than a seed.
 
     Args:
         source: what is drawn.
-        constant: the magnitude, finite and at least 0.
+        constant: the magnitude, at least 0 and finite in float32.
 
     Raises:
         ValueError, TypeError: an argument is none of these.
@@ -101,22 +118,53 @@ class SignOf:
     def __post_init__(self) -> None:
         if not isinstance(self.source, Seeded):
             raise TypeError(f"source must be ls.Seeded, got {type(self.source).__name__}.")
-        object.__setattr__(self, "constant", _magnitude(self.constant, "constant is a magnitude"))
+        constant = _magnitude(self.constant, "constant is a magnitude", FLOAT32)
+        object.__setattr__(self, "constant", constant)
 
+
+# torch.load takes them out of a checkpoint with its default, weights_only=True
+torch.serialization.add_safe_globals([Constant, Seeded, SignOf])
 
 Source = str | Tensor | Constant | Seeded | None
 
 
+def keyed(source: Any, key: str) -> Any:
+    """The source; a seeded one without a stream with that of a parameter's key.
+
+    Args:
+        key: the name of the parameter as `names.keys_of` gives it.
+    """
+    if isinstance(source, SignOf):
+        return replace(source, source=keyed(source.source, key))
+    if isinstance(source, Seeded) and source.stream is None:
+        return replace(source, stream=stream_of(key))
+    return source
+
+
 def drawn(name: str, source: Seeded | SignOf, shape: torch.Size) -> Tensor:
-    """The float32 values of a seeded source for the parameter `name`."""
+    """The float32 values of a seeded source for the parameter `name`.
+
+    Raises:
+        ValueError: it has no std, or values beyond float32; the message names `name`.
+    """
     if isinstance(source, SignOf):
         return drawn(name, source.source, shape).sign() * source.constant
     if source.std is None:
         raise ValueError(
-            f"the seeded start of {name} needs a std, as there is no weight to take it of."
+            f"the seeded start of {shown(name)} needs a std, as there is no weight to take it of."
         )
     stream = stream_of(name) if source.stream is None else source.stream
-    return LAWS[source.law](shape, source.std, seed=source.seed, stream=stream)
+    values = LAWS[source.law](shape, source.std, seed=source.seed, stream=stream)
+    return _finite(values, f"start of {shown(name)}", source)
+
+
+def _finite(values: Tensor, what: str, source: Constant | Seeded) -> Tensor:
+    if not values.is_meta and not values.isfinite().all():
+        raise ValueError(
+            f"the {what} is {source}, which has values that {values.dtype} cannot hold; give it a "
+            "smaller magnitude."
+        )
+    return values
 
 
 class Held(NamedTuple):
@@ -159,9 +207,10 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
         constant = std_of(weight) if source.constant is None else source.constant
         rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
         signs, value = SignConstant.of(weight.detach(), constant, rank)
-        return Held(value, signs, Constant(constant))
+        held = Constant(constant)
+        return Held(_finite(value, f"frozen source of {name}", held), signs, held)
     if isinstance(source, Seeded):
-        return _hold_seeded(
+        held = _hold_seeded(
             Seeded(
                 source.law,
                 source.seed,
@@ -170,9 +219,12 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
             ),
             weight,
         )
+        assert held.frozen is not None
+        _finite(held.frozen, f"frozen source of {name}", source)
+        return held
     raise TypeError(
         f'frozen source of {name} must be "zero", a tensor, ls.Constant or ls.Seeded, '
-        f"got {source!r}."
+        f"got {shown(repr(source))}."
     )
 
 
@@ -218,8 +270,9 @@ def decode(name: str, entry: Tensor | None, weight: Tensor) -> Held:
         fields: dict[str, Any] = json.loads(bytes(entry.tolist()).decode())
         kind = {"sign_constant": Constant, "seeded": Seeded}[fields.pop("source")]
         source = kind(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"frozen source of {name} is a descriptor this version cannot read: {error}."
+            f"frozen source of {name} is a descriptor this version cannot read: "
+            f"{shown(str(error)).rstrip('.')}."
         ) from error
     return hold(name, source, weight)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.names import prefix_of
+from lottery_sparse.text import shown
 
-class Masks(Mapping[str, Tensor]):
+
+class Masks(dict[str, Tensor]):
     """Masks of a model by parameter name, True = kept; a value with set algebra.
+
+    A dict, so that whatever saves dicts of tensors saves it (safetensors.torch.save_file), but one
+    whose entries stay: make new masks, `ls.Masks({**masks, name: mask})`. Inside a checkpoint of
+    torch.save it comes back with the default torch.load, once lottery_sparse is imported.
 
     >>> a, b = ls.masks_of(model), ls.prune(w_init, w_final, masks, "large_final", keep=0.8)
     >>> (a & ~b).density        # share of all weights that this step pruned
@@ -30,7 +37,7 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, masks: Mapping[str, Tensor]):
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks must map names to tensors, got {type(masks).__name__}.")
-        self._masks = {name: as_mask(name, mask) for name, mask in masks.items()}
+        super().__init__({name: as_mask(name, mask) for name, mask in masks.items()})
 
     @classmethod
     def of_nonzero(cls, model: nn.Module) -> Masks:
@@ -50,28 +57,38 @@ class Masks(Mapping[str, Tensor]):
         for name, layer in masked or layers:
             weight: Tensor = getattr(layer, "effective_weight", layer.weight)
             owner = layer._parameters.get("weight", layer)  # a computed weight is its layer's own
-            found.setdefault(id(owner), (f"{name}.weight" if name else "weight", weight.detach()))
+            found.setdefault(id(owner), (f"{prefix_of(name)}weight", weight.detach()))
         return cls({name: weight != 0 for name, weight in found.values()})
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "ls.Masks are a value, whose entries stay; make new ones: "
+            "ls.Masks({**masks, name: mask})."
+        )
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
+    __setitem__ = __delitem__ = clear = pop = popitem = _refuse
+    setdefault = update = _refuse  # pyright: ignore[reportAssignmentType]
 
-    def __len__(self) -> int:
-        return len(self._masks)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)  # a call, so that what a file holds is checked
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of pickles that were written when Masks was no dict."""
+        super().update(Masks(state["_masks"]))
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} tensors, {self.kept} of {self.total} kept)"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
-            return NotImplemented
+            return False  # dict's own comparison would ask tensors for one truth value
         return self.keys() == other.keys() and all(
             self[n].shape == other[n].shape and bool((self[n] == other[n].to(self[n].device)).all())
             for n in self
         )
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -80,6 +97,9 @@ class Masks(Mapping[str, Tensor]):
 
     def __or__(self, other: Masks) -> Masks:
         return Masks({n: a | b for n, a, b in self._pairs(other)})
+
+    def __ior__(self, other: Masks) -> Masks:
+        return self | other  # a new value, which the name then stands for
 
     def __xor__(self, other: Masks) -> Masks:
         return Masks({n: a ^ b for n, a, b in self._pairs(other)})
@@ -113,7 +133,7 @@ class Masks(Mapping[str, Tensor]):
     def table(self) -> str:
         """One line per tensor and a last one for all: name, shape, kept, total, density."""
         rows = [
-            (name, "x".join(map(str, mask.shape)), int(mask.count_nonzero()), mask.numel())
+            (shown(name), "x".join(map(str, mask.shape)), int(mask.count_nonzero()), mask.numel())
             for name, mask in self.items()
         ]
         rows.append(("total", "", self.kept, self.total))
@@ -147,42 +167,47 @@ class Masks(Mapping[str, Tensor]):
         if not isinstance(other, Masks):
             raise TypeError(f"the other masks must be ls.Masks, got {type(other).__name__}.")
         if self.keys() != other.keys():
-            odd = ", ".join(sorted(self.keys() ^ other.keys()))
+            odd = shown(", ".join(sorted(self.keys() ^ other.keys())))
             raise ValueError(f"both masks must have the same names; only one of them has: {odd}.")
         for name in self:
             if self[name].shape != other[name].shape:
                 raise ValueError(
-                    f"masks of {name} must have one shape, got {tuple(self[name].shape)} and "
-                    f"{tuple(other[name].shape)}."
+                    f"masks of {shown(name)} must have one shape, got "
+                    f"{tuple(self[name].shape)} and {tuple(other[name].shape)}."
                 )
             yield name, self[name], other[name]
+
+
+# The name in checkpoints of torch.save is the public one, which stays where it is.
+Masks.__module__ = "lottery_sparse"
+torch.serialization.add_safe_globals([Masks])
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:
     """The tensor as bool, if it holds only 0 and 1."""
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask of {name} must be a tensor, got {type(mask).__name__}.")
+        raise TypeError(f"mask of {shown(name)} must be a tensor, got {type(mask).__name__}.")
     if mask.dtype == torch.bool:
         return mask
     wrong = (mask != 0) & (mask != 1)
     if wrong.any():
         raise ValueError(
-            f"mask of {name} must hold only 0 and 1 (1 = kept), got {mask[wrong][0].item()}; "
-            "threshold it first, e.g. mask > 0.5."
+            f"mask of {shown(name)} must hold only 0 and 1 (1 = kept), got "
+            f"{mask[wrong][0].item()}; threshold it first, e.g. mask > 0.5."
         )
     return mask.to(torch.bool)
 
 
 def _unpack(name: str, packed: Tensor, shapes: Mapping[str, Any]) -> Tensor:
     if name not in shapes:
-        raise ValueError(f"shapes has no {name}; it has {', '.join(shapes)}.")
+        raise ValueError(f"shapes has no {shown(name)}; it has {shown(', '.join(shapes))}.")
     count = math.prod(shapes[name])
     if packed.dtype != torch.uint8 or packed.shape != (-(-count // 8),):
         raise ValueError(
-            f"bits of {name} must be uint8 [{-(-count // 8)}] for shape {tuple(shapes[name])}, "
-            f"got {packed.dtype} {tuple(packed.shape)}."
+            f"bits of {shown(name)} must be uint8 [{-(-count // 8)}] for shape "
+            f"{tuple(shapes[name])}, got {packed.dtype} {tuple(packed.shape)}."
         )
     flat = np.unpackbits(packed.cpu().numpy(), bitorder="little").astype(bool)
     if flat[count:].any():
-        raise ValueError(f"bits of {name} has a spare bit set after entry {count}.")
+        raise ValueError(f"bits of {shown(name)} has a spare bit set after entry {count}.")
     return torch.from_numpy(flat[:count].reshape(tuple(shapes[name])))

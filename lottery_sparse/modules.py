@@ -13,6 +13,7 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
 from lottery_sparse.frozen import Constant, Held, decode, encode, remake
+from lottery_sparse.loading import Entries, Load, take_pruned
 from lottery_sparse.mask_tensor import MaskTensor, plain
 from lottery_sparse.masks import as_mask
 from lottery_sparse.ops import conv2d, linear, masked_conv2d, masked_linear
@@ -69,8 +70,10 @@ class Masked(nn.Module):
 
     state_dict: `weight`, the tensor itself; `weight_mask`; and `weight_frozen` unless zero,
     a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
-    missing `weight_mask` means all kept, so dense checkpoints load strictly; a mask alone leaves
-    weight and frozen values. Where something else
+    missing `weight_mask` means all kept, so dense checkpoints load strictly, with a warning if that
+    takes masks away; a mask without its weight is reported as unexpected, and not taken. Layers
+    that share a weight take one mask, under whatever of their names it is, and refuse two. What
+    torch.nn.utils.prune saves (`weight_orig`, `weight_mask`) loads, too. Where something else
     computes `weight` (torch.nn.utils.parametrizations), its parts are saved in place of `weight`,
     and sign x constant values as a tensor, as there is no weight to take signs of.
     """
@@ -286,7 +289,8 @@ class Masked(nn.Module):
         try:  # check all of it before anything is written
             entries = self._entries(state_dict, prefix)
         except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
+            if str(error) not in error_msgs:  # once, of layers that share a weight
+                error_msgs.append(str(error))
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -306,21 +310,19 @@ class Masked(nn.Module):
         self._rests_here()
 
     def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
-        """The weight, mask and source that a state_dict makes; None: it holds no weight or mask.
+        """The weight, mask and source that a state_dict makes; None: it holds no weight.
 
-        A mask alone is a new one for the weight and the frozen values that are here.
+        What torch.nn.utils.prune saves becomes what a masked layer saves, in `state_dict`.
         """
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        name, shape = names[0], self.weight_mask.shape
-        weight, mask, frozen = (state_dict.get(name) for name in names)
-        if weight is None and mask is None:
-            return None
+        name, shape = f"{prefix}weight", self.weight_mask.shape
+        load = Load.of(self, Masked, state_dict, prefix)
+        take_pruned(self, state_dict, prefix)
+        weight, mask, frozen = load.entries(self, Entries.of(self, state_dict, prefix))
         computed = weight is None and "weight" not in self._parameters
-        keeps = weight is None and frozen is None  # what pruned weights hold
-        if computed and _has_parts(state_dict, prefix):
-            keeps = False
-        if weight is None:
+        if computed and mask is not None and _has_parts(state_dict, prefix):
             weight = self.effective_weight.detach()
+        if weight is None:
+            return None
         if weight.shape != shape:
             raise ValueError(
                 f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
@@ -331,8 +333,8 @@ class Masked(nn.Module):
             raise ValueError(
                 f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
             )
-        held = self._held() if keeps else decode(name, frozen, weight)
-        if computed and not keeps and isinstance(held.descriptor, Constant):
+        held = decode(name, frozen, weight)
+        if computed and isinstance(held.descriptor, Constant):
             raise ValueError(
                 f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
                 "give a tensor of them, as this version saves it."

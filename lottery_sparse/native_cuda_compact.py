@@ -55,11 +55,16 @@ def compact_linear_backward(
     if carried is None or carried.numel() == 0:
         carried = _ops.pack_panels(x) if need_dv else x.new_empty(0)
     shared = x.dim() == 2
+    lists = starts, columns, column_starts, rows, positions, shared
+    together = shared and dy.dim() == 3
+    apart = need_dx and together and reference.rounds(dy)  # dx of each network in float32
     dx, dv = _ops.compact_linear_backward(
-        dy, carried, values, starts, columns, column_starts, rows, positions, shared, need_dx,
-        need_dv,
-    )  # fmt: skip
-    return dx.sum(0) if shared and dx.dim() == 3 else dx, dv
+        dy, carried, values, *lists, need_dx and not apart, need_dv
+    )
+    if apart:
+        wide = dy.float(), x.new_empty(0), values.float(), *lists, True, False
+        dx = _ops.compact_linear_backward(*wide)[0]
+    return dx.sum(0).to(dy.dtype) if need_dx and together else dx, dv
 
 
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:

@@ -9,6 +9,8 @@ weights of their layers. Spare slots of compact Parameters are not touched.
 On CUDA a step can be captured in a graph: SGD as it is, Adam with `capturable` or `fused`, where
 one more launch counts the steps; `lr` may then be a float32 tensor on the device.
 
+`param_groups` sorts the Parameters of a model by whether weight decay is for them.
+
 What the kernels do not take goes through torch's own step: other devices and dtypes, sparse
 gradients, subclasses of Tensor, amsgrad, differentiable, other tensors as hyperparameters, gradient
 scaling inside a fused step, the backends "reference" and "dense" if forced. Under
@@ -34,6 +36,7 @@ from torch.optim.optimizer import (
 )
 
 from lottery_sparse import backends, compact, rest
+from lottery_sparse.optim_groups import param_groups as param_groups
 from lottery_sparse.optim_plan import Call, GroupPlan, StepPlan
 
 

@@ -1,20 +1,19 @@
-"""PackedLinear and `pack_`: masked layers for inference, smaller and faster than dense."""
+"""PackedLinear: a linear layer for inference, smaller and faster than dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lottery_sparse.compacting import expand_
-from lottery_sparse.convert import become, check_masked
-from lottery_sparse.densify import densify_, settle_bias
-from lottery_sparse.modules import Masked, one_node
+from lottery_sparse.compact import NARROW
+from lottery_sparse.formats import BLOCK
+from lottery_sparse.modules import one_node
 from lottery_sparse.ops.packed import check_x
-from lottery_sparse.packing import FORMATS, scale_of, unfit
+from lottery_sparse.packing import FORMATS, check_parts, check_tensor, format_of, scale_of
+from lottery_sparse.reference import words_per_row
 
 # Up to these densities a format beats the dense library at every batch from 1 to 32, by element
 # size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
@@ -36,8 +35,9 @@ class PackedLinear(nn.Module):
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
-        format: None = the smallest and fastest that holds `weight` exactly, see `choose_format`,
-            which never takes "binary", "seeded" and "delta": their kernels are for CUDA.
+        format: None = the fastest that holds `weight` exactly in fewer bytes than dense, see
+            `choose_format`, which never takes "binary", "seeded" and "delta": their kernels are for
+            CUDA. A format that is named may take more than dense: `bytes`, `dense_bytes`.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
         key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
             0 have.
@@ -158,126 +158,78 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the format, and the sizes, that the state has."""
-        found = [
-            name
-            for name, form in FORMATS.items()
-            if all(prefix + part in state_dict for part in form.names)
-        ]
-        if found:
-            tensors = {name: state_dict[prefix + name] for name in FORMATS[found[0]].names}
-            why = unfit(found[0], tensors, self.out_features, self.in_features)
-            if why:
-                error_msgs.append(f"{prefix}{why}")
-                return
-            device = self._parts()[0].device
+        """Take the format, and the sizes, that the state has: all of it, or nothing."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:  # check all of it before anything is written, whatever is missing
+            taken = self._taken(state_dict, prefix, assign)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{error}")
+            return
+        if taken is not None:
+            format, parts = taken
             for name in FORMATS[self.format].names:
                 del self._buffers[name]
-            self.format = found[0]
-            for name, tensor in tensors.items():
-                self.register_buffer(name, torch.empty_like(tensor, device=device))
+            self.format = format
+            for name, part in parts.items():
+                self.register_buffer(name, part)
+            keys = {prefix + name for name in parts}
+            state_dict = {name: v for name, v in state_dict.items() if name not in keys}
+        loaded = {prefix + name for name in FORMATS[self.format].names} if taken else set()
+        missing: list[str] = []
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        missing_keys += [name for name in missing if name not in loaded]
+
+    def _taken(
+        self, state_dict: Any, prefix: str, assign: bool
+    ) -> tuple[str, dict[str, Tensor]] | None:
+        """The format and the tensors of it that a state has, as the layer will hold them.
+
+        Raises:
+            ValueError: they are no packed weight of this layer, or the bias is none.
+        """
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is not None:
+            check_tensor("bias", bias)
+            if bias.shape != self.bias.shape or not bias.is_floating_point():
+                raise ValueError(
+                    f"bias must be floating {tuple(self.bias.shape)}, got {bias.dtype} "
+                    f"{tuple(bias.shape)}."
+                )
+        names = {name for form in FORMATS.values() for name in form.names}
+        format = format_of(name for name in names if prefix + name in state_dict)
+        if format is None:
+            return None
+        parts = {name: state_dict[prefix + name] for name in FORMATS[format].names}
+        check_parts(format, parts, self.out_features, self.in_features)
+        if not assign:
+            device = self._parts()[0].device
+            parts = {name: part.to(device, copy=True) for name, part in parts.items()}
+        return format, {name: part.detach().contiguous() for name, part in parts.items()}
 
 
 def choose_format(weight: Tensor) -> str:
-    """Ternary if it holds [N, K] exactly, at any size; else by size and density of what is not
-    zero: csr, bitmap or dense, the fastest.
+    """The fastest format that holds [N, K] exactly and takes fewer bytes than dense, else dense.
+
+    Ternary comes first, at any size; then, by size and density of what is not zero, csr or bitmap.
     """
-    if weight.numel() and scale_of(weight) is not None:
-        return "ternary"
-    kept = float((weight != 0).double().mean()) if weight.numel() else 1.0
-    size = weight.element_size()
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+    if not weight.numel():
         return "dense"
-    if kept <= MOST_CSR[size]:
-        return "csr" if weight.numel() >= LEAST_CSR else "dense"
-    return "bitmap" if kept <= MOST_BITMAP[size] and weight.numel() >= LEAST_BITMAP else "dense"
-
-
-# ---- whole models ------------------------------------------------------------------------------
-
-
-def pack_(
-    model: nn.Module,
-    *,
-    activations: str = "exact",
-    report: Callable[[str], object] | None = print,
-) -> nn.Module:
-    """Replace masked and compact layers by packed ones for inference, in place.
-
-    Each linear layer takes the format that `choose_format` names: ternary where all effective
-    weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
-    a bitmap, else dense. Frozen values other than zero are weights like the others. Convolutions
-    become dense nn.Conv2d: there are no packed kernels for them. A bias that torch.nn.utils.prune
-    prunes becomes what is left of it. The model is set to eval mode, and Parameters that it still
-    has no longer require grad.
-
-    Args:
-        model: any module; a single masked layer too.
-        activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
-        report: called with a table of the layers; None = silence. With "int8" it shows each
-            layer's relative error for standard normal inputs; for your own see
-            `PackedLinear.activation_error`.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: `activations` is unknown, or there is no masked layer.
-        TypeError: a masked layer is a subclass with behaviour of its own, or holds several
-            networks side by side.
-    """
-    if activations not in ("exact", "int8"):
-        raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
-    check_masked(model)
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
-    for name, layer in layers:
-        if not type(layer).__module__.startswith("lottery_sparse."):
-            raise TypeError(
-                f"{name or 'the model itself'} is a {type(layer).__name__}, which has no packed "
-                "form; replace it by a MaskedLinear with its effective weight."
-            )
-        if layer.effective_weight.dim() != (4 if isinstance(layer, nn.Conv2d) else 2):
-            raise TypeError(
-                f"{name or 'the model itself'} holds several networks side by side; pack each of "
-                "them alone."
-            )
-    for _, layer in layers:
-        settle_bias(layer)
-    expand_(model)
-    lines = []
-    for name, layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            densify_(layer)
-            lines.append((name, "dense", "convolutions have no packed form"))
-        else:
-            packed = _replace(layer, activations)
-            note = f"{packed.bytes / 1e6:.3f} MB of {packed.dense_bytes / 1e6:.3f}"
-            if activations == "int8" and packed.format == "ternary":
-                note += f", int8 activations: error {_error_of_normal(packed):.2%}"
-            lines.append((name, packed.format, note))
-    if report is not None:
-        width = max((len(name) for name, *_ in lines), default=0)
-        report("\n".join(f"{name:{width}}  {format:8} {note}" for name, format, note in lines))
-    return model.eval().requires_grad_(False)
-
-
-def _replace(layer: Masked, activations: str) -> PackedLinear:
-    """A class swap: hooks, name and identity stay."""
-    weight, bias = layer.effective_weight.detach(), layer.bias
-    layer._parameters.clear()
-    layer._buffers.clear()
-    layer._non_persistent_buffers_set.clear()
-    del layer._frozen_descriptor, layer._rest
-    become(layer, PackedLinear)
-    assert isinstance(layer, PackedLinear)
-    layer._pack(weight, bias, None, activations)
-    return layer
-
-
-def _error_of_normal(layer: PackedLinear) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, layer.in_features, generator=generator)
-    return layer.activation_error(x.to(layer._parts()[0].device))
+    rows, columns = weight.shape
+    kept, element = int(weight.count_nonzero()), weight.element_size()
+    starts = 8 * (rows + 1)
+    found: dict[str, int] = {}  # bytes
+    scale = scale_of(weight)
+    if scale is not None:
+        blocks = -(-rows // BLOCK) * -(-columns // BLOCK)
+        found["ternary"] = 4 * BLOCK * blocks + element * len(scale)
+    if weight.dtype in (torch.float32, torch.bfloat16):
+        density = kept / weight.numel()
+        if density <= MOST_CSR[element]:
+            if weight.numel() >= LEAST_CSR:
+                found["csr"] = kept * (element + (2 if columns <= NARROW else 4)) + starts
+        elif density <= MOST_BITMAP[element] and weight.numel() >= LEAST_BITMAP:
+            found["bitmap"] = kept * element + 4 * rows * words_per_row(columns) + starts
+    dense = weight.numel() * element
+    return next((format for format, size in found.items() if size < dense), "dense")

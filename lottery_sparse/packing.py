@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +43,51 @@ class Format:
     multiply: Callable[..., Tensor]
 
 
-def unfit(format: str, tensors: dict[str, Tensor], rows: int, columns: int) -> str | None:
-    """Why the tensors of a checkpoint are no weight [rows, columns], or None."""
-    names = FORMATS[format].names
-    if FORMATS[format].fits(rows, columns, *(tensors[name] for name in names)):
+def format_of(names: Iterable[str]) -> str | None:
+    """The format whose tensors have these names, all of them and no others; None: no tensor of any.
+
+    Raises:
+        ValueError: they are a part of a format, or of several.
+    """
+    parts = {name for form in FORMATS.values() for name in form.names}.intersection(names)
+    if not parts:
         return None
-    return f"{names[0]} is no {format} weight of {rows} x {columns}."
+    for format, form in FORMATS.items():
+        if parts == set(form.names):
+            return format
+    whole = "; ".join(f"{format}: {', '.join(form.names)}" for format, form in FORMATS.items())
+    raise ValueError(
+        f"{', '.join(sorted(parts))}: no whole packed weight, so none of it is loaded; give all "
+        f"tensors of one format, and none of another ({whole})."
+    )
+
+
+def check_tensor(name: str, part: Any) -> None:
+    """Raises ValueError for what has no numbers that could be looked at."""
+    if not isinstance(part, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(part).__name__}.")
+    if part.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no numbers.")
+    if part.layout != torch.strided or part.is_quantized:
+        kind = "a quantized one" if part.is_quantized else str(part.layout)
+        raise ValueError(f"{name} must be an ordinary dense tensor, got {kind}.")
+
+
+def check_parts(format: str, parts: dict[str, Any], rows: int, columns: int) -> None:
+    """Whether tensors of a checkpoint are a packed weight [rows, columns].
+
+    Kernels trust them later.
+
+    Raises:
+        ValueError: they are not; the message begins with the name of the first.
+    """
+    names = FORMATS[format].names
+    for name in names:
+        check_tensor(name, parts[name])
+    if len({parts[name].device for name in names}) > 1:
+        raise ValueError(f"{', '.join(names)} must be on one device.")
+    if not FORMATS[format].fits(rows, columns, *(parts[name] for name in names)):
+        raise ValueError(f"{names[0]} is no {format} weight of {rows} x {columns}.")
 
 
 # ---- weights of one magnitude --------------------------------------------------------------------
@@ -86,8 +126,9 @@ def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Te
 
 def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
     blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
-    fits = codes.dtype == torch.int32 and codes.shape == blocks
-    return fits and scale.shape in ((1,), (rows,))
+    fits = codes.dtype == torch.int32 and codes.shape == blocks and _fits_scale(rows, scale)
+    # no code is 3, both of its bits: kernels would differ in what it stands for
+    return fits and not bool((codes & (codes >> 1) & 0x55555555).any())
 
 
 def _multiply_ternary(
@@ -111,7 +152,7 @@ def _unpack_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> Ten
 
 
 def _fits_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> bool:
-    return _fits_bits(rows, columns, signs) and scale.shape in ((1,), (rows,))
+    return _fits_bits(rows, columns, signs) and _fits_scale(rows, scale)
 
 
 def _pack_seeded(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
@@ -159,8 +200,7 @@ def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: 
     fits = _fits_rows(rows, values, starts) and numbers.shape == values.shape
     if not fits or numbers.dtype not in (torch.int16, torch.int32):
         return False
-    numbers = numbers.long() & (0xFFFF if numbers.dtype == torch.int16 else -1)
-    return not len(values) or (int(numbers.min()) >= 0 and int(numbers.max()) < columns)
+    return _fits_columns(formats.csr_columns(numbers), starts, columns)
 
 
 def _pack_delta(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
@@ -176,7 +216,7 @@ def _fits_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: T
     fits = _fits_rows(rows, values, starts) and gaps.shape == values.shape
     if not fits or gaps.dtype != torch.uint8:
         return False
-    return not len(values) or int(formats.delta_columns(starts, gaps).max()) < columns
+    return _fits_columns(formats.delta_columns(starts, gaps), starts, columns)
 
 
 def _pack_bitmap(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
@@ -206,7 +246,7 @@ def _unpack_dense(rows: int, columns: int, weight: Tensor) -> Tensor:
 
 
 def _fits_dense(rows: int, columns: int, weight: Tensor) -> bool:
-    return weight.shape == (rows, columns)
+    return weight.shape == (rows, columns) and weight.is_floating_point()
 
 
 # ---- what several share --------------------------------------------------------------------------
@@ -221,13 +261,31 @@ def _exact(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return multiply
 
 
+def _fits_scale(rows: int, scale: Tensor) -> bool:
+    return scale.shape in ((1,), (rows,)) and scale.is_floating_point()
+
+
 def _fits_bits(rows: int, columns: int, bits: Tensor) -> bool:
-    return bits.dtype == torch.int32 and bits.shape == (rows, reference.words_per_row(columns))
+    if bits.dtype != torch.int32 or bits.shape != (rows, reference.words_per_row(columns)):
+        return False
+    # spare bits are 0: a kernel that counts them would read beyond the values
+    return torch.equal(reference.pack_mask(reference.unpack_mask(bits, columns)), bits)
+
+
+def _fits_columns(numbers: Tensor, starts: Tensor, columns: int) -> bool:
+    """Whether int64 [C] ascend within each row, and are columns of the weight."""
+    if not len(numbers):
+        return True
+    first = torch.zeros_like(numbers, dtype=torch.bool)
+    first[starts[:-1][starts.diff() > 0]] = True
+    ascend = first[1:] | (numbers.diff() > 0)
+    return int(numbers.min()) >= 0 and int(numbers.max()) < columns and bool(ascend.all())
 
 
 def _fits_rows(rows: int, values: Tensor, starts: Tensor) -> bool:
     """Whether `starts` are those of `rows` rows of the values."""
-    fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,) and values.dim() == 1
+    fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,)
+    fits = fits and values.dim() == 1 and values.is_floating_point()
     fits = fits and int(starts[0]) == 0 and int(starts[-1]) == len(values)
     return fits and bool((starts.diff() >= 0).all())
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lottery_sparse import ops
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.masks import Masks
+from lottery_sparse.names import keys_of, matched
 from lottery_sparse.random import Stream, as_seed, stream_of
+from lottery_sparse.text import shown
 
 Keep = float | str | Decimal | Fraction
 
@@ -50,8 +52,11 @@ def prune(
 
     Args:
         w_init, w_final: parameter name -> weights at the start and the end of the training;
-            further names are ignored, so a state_dict will do.
-        masks: name -> mask so far, bool, True = kept. A pruned weight never returns.
+            further names are ignored, so a state_dict will do, also that of the model wrapped
+            otherwise (torch.compile, DistributedDataParallel, FSDP).
+        masks: name -> mask so far, bool, True = kept. A pruned weight never returns. The result
+            has these names; draws are keyed by them without wrappers' components (`module`,
+            `_orig_mod`, ...), so that one seed gives one mask for the plain and the wrapped model.
         criterion: a name in `CRITERIA`, or a function (w_init, w_final, generator) -> scores. It
             is called with the vectors of kept weights of one layer.
         keep: fraction of the weights kept so far, in [0, 1], or a dict of them by name (names
@@ -73,10 +78,12 @@ def prune(
     _check_kinds(w_init, w_final, masks)
     masks, seed = Masks(masks), as_seed(generator)
     keeps = check_keep(keep, scope, masks)
-    _check_names(w_init, w_final, masks)
+    w_init, w_final = (_named(n, w, masks) for n, w in (("w_init", w_init), ("w_final", w_final)))
+    keys = keys_of(masks)
     scores = {
-        name: _scores(name, score, w_init[name], w_final[name], mask, seed)
+        name: _scores(name, score, w_init[name], w_final[name], mask, Stream(seed, stream))
         for name, mask in masks.items()
+        for stream in [f"criterion/{keys[name]}"]
     }
     if scope == "global" and masks:
         names = list(masks)
@@ -85,7 +92,7 @@ def prune(
             [masks[n] for n in names],
             keep_count(masks.kept, keeps[names[0]]),
             seed,
-            [stream_of(n) for n in names],
+            [stream_of(keys[n]) for n in names],
         )
         return Masks(dict(zip(names, chosen, strict=True)))
     return Masks(
@@ -95,7 +102,7 @@ def prune(
                 mask,
                 keep_count(int(mask.count_nonzero()), keeps[name]),
                 seed,
-                stream_of(name),
+                stream_of(keys[name]),
             )
             for name, mask in masks.items()
         }
@@ -114,10 +121,10 @@ def find(choice, table: Mapping, what: str):
 
 
 def _scores(
-    name: str, score: Criterion, w_init: Tensor, w_final: Tensor, mask: Tensor, seed: int
+    name: str, score: Criterion, w_init: Tensor, w_final: Tensor, mask: Tensor, stream: Stream
 ) -> Tensor:
     """Scores of one layer at its own shape; pruned entries, never looked at, hold 0."""
-    live = score(w_init.detach()[mask], w_final.detach()[mask], Stream(seed, f"criterion/{name}"))
+    live = score(w_init.detach()[mask], w_final.detach()[mask], stream)
     if live.shape != (int(mask.count_nonzero()),):
         raise ValueError(
             f"criterion returned shape {tuple(live.shape)} for {name}, expected one score per "
@@ -144,22 +151,26 @@ def _check_kinds(w_init: object, w_final: object, masks: object) -> None:
             )
     if not masks:
         raise ValueError(
-            "masks is empty: the model has no masked layer; call ls.sparsify_(model) first."
+            "masks is empty: the model has no masked layer; call ls.sparsify_(model) first, which "
+            "warns where it finds no layer to mask."
         )
 
 
-def _check_names(w_init: Mapping[str, Tensor], w_final: Mapping[str, Tensor], masks: Masks) -> None:
-    for argument, weights in (("w_init", w_init), ("w_final", w_final)):
-        for name, mask in masks.items():
-            if name not in weights:
-                raise ValueError(
-                    f"{argument} has no {name}, which masks has; it has {', '.join(weights)}."
-                )
-            if weights[name].shape != mask.shape:
-                raise ValueError(
-                    f"{argument}[{name!r}] has shape {tuple(weights[name].shape)}, but its mask "
-                    f"has {tuple(mask.shape)}."
-                )
+def _named(argument: str, weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """The weights by the names of the masks; ValueError if one is missing or has another shape."""
+    there = matched(masks, weights, "masks")
+    for name, mask in masks.items():
+        if there[name] not in weights:
+            raise ValueError(
+                f"{argument} has no {shown(name)}, which masks has; it has "
+                f"{shown(', '.join(weights), most=2000)}."
+            )
+        if weights[there[name]].shape != mask.shape:
+            raise ValueError(
+                f"{argument}[{there[name]!r}] has shape {tuple(weights[there[name]].shape)}, but "
+                f"its mask has {tuple(mask.shape)}."
+            )
+    return {name: weights[there[name]] for name in masks}
 
 
 def check_keep(keep: Keep | Mapping[str, Keep], scope: str, masks: Masks) -> dict[str, Keep]:
@@ -171,8 +182,12 @@ def check_keep(keep: Keep | Mapping[str, Keep], scope: str, masks: Masks) -> dic
         return dict.fromkeys(masks, keep)
     if scope == "global":
         raise ValueError("keep must be one fraction for global scope, got one per name.")
+    there = matched(keep, masks, "keep")
     for name, fraction in keep.items():
-        if name not in masks:
-            raise ValueError(f"keep names {name}, which has no mask; masks: {', '.join(masks)}.")
+        if there[name] not in masks:
+            raise ValueError(
+                f"keep names {shown(name)}, which has no mask; masks: "
+                f"{shown(', '.join(masks), most=2000)}."
+            )
         keep_count(1, fraction)
-    return {name: keep.get(name, 1) for name in masks}
+    return dict.fromkeys(masks, 1) | {there[name]: fraction for name, fraction in keep.items()}

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse import backends
+from lottery_sparse.text import shown
 
 Shape = int | Sequence[int]
 
@@ -203,7 +204,7 @@ def whole_seed(seed: int) -> int:
     """A seed as an int, if it is a whole number (NumPy's too) of 64 bits."""
     seed = _whole(seed, "seed")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit 64 bits, got {seed}; take it modulo 2**64.")
+        raise ValueError(f"seed must fit 64 bits, got {shown(seed)}; take it modulo 2**64.")
     return seed
 
 
@@ -211,13 +212,13 @@ def word_of(value: int, name: str) -> int:
     """A stream or step as an int, if it is a whole number (NumPy's too) of 32 bits."""
     value = _whole(value, name)
     if not 0 <= value < 2**32:
-        raise ValueError(f"{name} must be in [0, 2**32), got {value}.")
+        raise ValueError(f"{name} must be in [0, 2**32), got {shown(value)}.")
     return value
 
 
 def _whole(value: int, name: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        raise TypeError(f"{name} must be a whole number, got {shown(repr(value))}.")
     return operator.index(value)
 
 

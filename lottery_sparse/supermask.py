@@ -20,6 +20,8 @@ from lottery_sparse.frozen import std_of
 from lottery_sparse.masks import as_mask
 from lottery_sparse.modules import normal, one_node, redraw_
 from lottery_sparse.random import key as random_key
+from lottery_sparse.recompute import key_and_next, next_key
+from lottery_sparse.text import shown
 
 WEIGHTS = ("init", "signed_constant")
 EVALUATIONS = ("sample", "threshold")  # in this order: a state_dict holds the place
@@ -54,7 +56,8 @@ class Supermask(nn.Module):
         evaluation  what a layer in evaluation mode uses: "sample", a fresh mask per call; or
                     "threshold", weights more probable than not (a probability of 1/2 is not used)
 
-    Under torch.utils.checkpoint the second forward would draw another mask: leave these layers out.
+    Under torch.utils.checkpoint the recomputed forward uses the masks that the first one drew.
+    Other ways to run a forward again in the backward raise, as nobody knows which masks it drew.
     """
 
     dense_type: type[nn.Module]
@@ -175,9 +178,10 @@ class Supermask(nn.Module):
         """The key of the next draw, after which it is another one."""
         buffer = self._buffers[name]
         assert buffer is not None
-        key = buffer.clone()
-        buffer.select(-1, 2).add_(1)
-        return key
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            key, self._buffers[name] = key_and_next(buffer)
+            return key
+        return next_key(buffer)
 
     def _masked(self, call: Callable[..., Tensor], soft: Callable[[Tensor], Tensor]) -> Tensor:
         """The output: call(key=... or mask=...) with a mask of bits, soft(w m r) with any other."""
@@ -264,8 +268,8 @@ def _evaluation(name: str, number: Tensor) -> str:
     """What the entry `evaluates_with` of a state_dict says."""
     if number.numel() != 1 or not 0 <= int(number) < len(EVALUATIONS):
         raise ValueError(
-            f"{name} is {number.tolist()}, but this version knows 0 to {len(EVALUATIONS) - 1}; the "
-            "checkpoint is of a newer version, or damaged."
+            f"{name} is {shown(repr(number.tolist()))}, but this version knows 0 to "
+            f"{len(EVALUATIONS) - 1}; the checkpoint is of a newer version, or damaged."
         )
     return EVALUATIONS[int(number)]
 

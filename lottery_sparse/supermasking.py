@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse.convert import become, masks_of, owners_of, refusal_of
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.convert import become, masks_of, owners_of, refusal_of, why_unmasked
+from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.names import keys_of, matched, prefix_of
 from lottery_sparse.random import as_seed, stream_of
 from lottery_sparse.supermask import (
     EVALUATIONS,
@@ -50,13 +51,18 @@ def supermask_(
     other modules (normalisation, say) are frozen too; set requires_grad again where they should
     train. Build the optimizer afterwards.
 
+    A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
+    the dense layer, and a byte a weight more after `ls.use_masks_` with a number or with masks.
+    `ls.supermask_ticket` saves the mask, a bit a weight, and the seed that gave the weights.
+
     Args:
         model: any module; a single layer too.
         weights: "init": those the model holds; "signed_constant": their signs times the population
             standard deviation of the layer.
         rescale: a layer's weights are divided by the share of them that its mask keeps.
         init_score: every score at the start: 0 uses a weight with probability 1/2.
-        seed: of the masks' draws; each layer draws in a stream of its name.
+        seed: of the masks' draws; each layer draws in a stream of its name, without what wrappers
+            (torch.compile, DistributedDataParallel, FSDP) add to it.
         round_mask, evaluation: see `ls.SupermaskLinear`.
         filter_fn: (module, name) -> whether to learn a mask for that layer; None = all of them.
 
@@ -79,7 +85,7 @@ def supermask_(
         and (filter_fn is None or filter_fn(module, name))
     }
     if not chosen:
-        raise ValueError("model has no nn.Linear or nn.Conv2d to learn a mask for.")
+        raise ValueError(f"model has no layer to learn a mask for; {_why_none(model)}.")
     for name, module in chosen.items():
         why = refusal_of(model, name, module)
         if not why and len(owners[id(module.weight)]) > 1:
@@ -92,12 +98,20 @@ def supermask_(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
+    scores = {name: f"{prefix_of(name)}score" for name in chosen}
+    keys = keys_of(scores.values())
     for name, module in chosen.items():
         become(module, SUPERMASK_TYPES[type(module)])
         assert isinstance(module, Supermask)
-        stream = stream_of(f"{name}.score" if name else "score")
+        stream = stream_of(keys[scores[name]])
         module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
     return model
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        return "its layers are masked already; ls.densify_ takes the masks away"
+    return why_unmasked(model) or "filter_fn left out every layer that could have one"
 
 
 def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:
@@ -125,7 +139,8 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
             layer.evaluate_with(None)
         return model
     if isinstance(masks, Mapping):
-        given = Masks(masks)
+        there = matched(masks, layers, "masks")
+        given = Masks({there[name]: mask for name, mask in masks.items()})
         for name, layer in layers.items():
             if name not in given or given[name].shape != layer.score.shape:
                 got = tuple(given[name].shape) if name in given else "none"
@@ -226,7 +241,9 @@ def supermask_ticket(
     Raises:
         ValueError: a source gives other weights than the layer's, or names none.
     """
-    layers, sources = _layers(model), dict(sources or {})
+    layers, sources = _layers(model), sources or {}
+    there = matched(sources, layers, "sources")
+    sources = {there[name]: source for name, source in sources.items()}
     unknown = sources.keys() - layers.keys()
     if unknown:
         raise ValueError(f"sources names {min(unknown)}, but weights are: {', '.join(layers)}.")
@@ -235,6 +252,7 @@ def supermask_ticket(
         raise ValueError("some layers rescale and others do not; a ticket does it for all or none.")
     masks = masks_of(model)
     start: dict[str, Any] = {}
+    keys = keys_of(model.state_dict())
     learned = {"score", "key", "sample_key", "evaluates_with", "held_mask"}
     for name, value in model.state_dict().items():
         prefix, _, last = name.rpartition(".")
@@ -242,7 +260,8 @@ def supermask_ticket(
         if weight in layers and last in learned:
             continue
         if name in sources:
-            made = drawn(name, sources[name], value.shape).to(value.device, value.dtype)
+            made = drawn(name, keyed(sources[name], keys[name]), value.shape)
+            made = made.to(value.device, value.dtype)
             if not torch.equal(made, value):
                 raise ValueError(
                     f"the source of {name} gives other weights than the layer holds "
@@ -266,7 +285,7 @@ def _layers(model: nn.Module) -> dict[str, Supermask]:
         ValueError: there is none.
     """
     layers = {
-        f"{name}.weight" if name else "weight": module
+        f"{prefix_of(name)}weight": module
         for name, module in model.named_modules()
         if isinstance(module, Supermask)
     }

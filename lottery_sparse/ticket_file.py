@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lottery_sparse.files import write_whole
-from lottery_sparse.frozen import Seeded, SignOf, drawn
+from lottery_sparse.files import read_tensors, write_whole
+from lottery_sparse.frozen import Seeded, SignOf, drawn, keyed
 from lottery_sparse.masks import Masks
+from lottery_sparse.names import keys_of
+from lottery_sparse.text import shown
 
 _T = TypeVar("_T")
 
@@ -67,8 +68,9 @@ def save(
     tensors |= {f"frozen.{name}": value for name, value in frozen.items()}
     ticket = _header(masks, start, others)
     try:
+        check_frozen(frozen)
         _check_header(json.loads(ticket))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise TypeError(f"the ticket cannot be saved: {_said(error)}.") from None
     header = {
         "ticket": ticket,
@@ -83,49 +85,61 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Parts:
+    where = shown(os.fspath(path), most=4096)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_tensors(path)
         if "ticket" not in metadata:
             raise ValueError("it has no ticket")
         header = _object(metadata, "ticket")
         format = _expect(int, header.get("format"), "its format")
         if format < 1:
             raise ValueError(f"its format must be 1 to {FORMAT}, got {format}")
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is no ticket of this package: {_said(error)}.") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is no ticket of this package: {_said(error)}.") from None
     if format > FORMAT:
         raise ValueError(
-            f"{path} is a ticket of format {format}, this version reads formats up to {FORMAT}; "
-            "use a newer version."
+            f"{where} is a ticket of format {shown(format)}, this version reads formats up to "
+            f"{FORMAT}; use a newer version."
         )
     try:
         parts = _parts(metadata, header, tensors)
         masks = Masks.from_bits(parts["masks"], header["shapes"])
         start = {**parts["start"], **parts["sources"]}
+        check_frozen(parts["frozen"])
         others = {name: header[name] for name in OTHERS}
         stored = _object(metadata, "digests") if "digests" in metadata else None
         if stored is None and format > 1:
             raise ValueError("it has no digests")
+        now = digests(masks, start, parts["frozen"], others, draw=False)
+        as_read = {**now, HEADER: _of_text(json.dumps(header, sort_keys=True))}
+    except RecursionError:
+        raise ValueError(f"{where} holds no whole ticket: it is nested too deep.") from None
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} holds no whole ticket ({_said(error)}): it was changed since it was saved; "
+            f"{where} holds no whole ticket ({_said(error)}): it was changed since it was saved; "
             "fetch or make it again."
         ) from None
     if stored is None:
         return masks, start, parts["frozen"], others, None
-    now = digests(masks, start, parts["frozen"], others, draw=False)
-    as_read = {**now, HEADER: _of_text(json.dumps(header, sort_keys=True))}
     saved = Saved(os.fspath(path), stored)
     if changed := differing(saved, as_read, masks, start):
         raise ValueError(
-            f"{path} was changed since it was saved: {changed} is not what its digest says; "
+            f"{where} was changed since it was saved: {changed} is not what its digest says; "
             "fetch or make it again."
         )
     # an earlier version may have written the same header in other words, 1 for 1.0
     saved.digests[HEADER] = now[HEADER]
     return masks, start, parts["frozen"], others, saved
+
+
+def check_frozen(frozen: Mapping[str, Any]) -> None:
+    """What pruned weights hold is numbers with a point, as weights are: TypeError, ValueError."""
+    for name, value in frozen.items():
+        what = f"frozen values of {shown(name)} must be a floating tensor, got "
+        if not isinstance(value, Tensor):
+            raise TypeError(what + type(value).__name__)
+        if not value.is_floating_point():
+            raise ValueError(what + str(value.dtype))
 
 
 def _parts(
@@ -219,11 +233,12 @@ def digests(
 ) -> dict[str, str]:
     """sha256 of all that makes a ticket, by name; without `draw`, of sources only as they read."""
     tensors = {f"masks.{name}": packed for name, packed in masks.to_bits().items()}
+    keys = keys_of(start)
     for name, value in start.items():
         if isinstance(value, Tensor):
             tensors[f"start.{name}"] = value
         elif draw and name in masks and isinstance(value, Seeded | SignOf):
-            tensors[f"start.{name}"] = drawn(name, value, masks[name].shape)
+            tensors[f"start.{name}"] = drawn(name, keyed(value, keys[name]), masks[name].shape)
     tensors |= {f"frozen.{name}": value for name, value in frozen.items()}
     # through JSON once, after which keys are strings and sort as they do in a file
     header = json.dumps(json.loads(_header(masks, start, others)), sort_keys=True)
@@ -254,12 +269,12 @@ def differing(
     if part == HEADER:
         return "its header"
     if part == "masks":
-        return f"the mask of {name}"
+        return f"the mask of {shown(name)}"
     if part == "frozen":
-        return f"what pruned weights of {name} hold"
+        return f"what pruned weights of {shown(name)} hold"
     source = start.get(name)
-    drawn_by = "" if isinstance(source, Tensor) else f" drawn by {source}"
-    return f"the start of {name}{drawn_by}"
+    drawn_by = "" if isinstance(source, Tensor) else f" drawn by {shown(source)}"
+    return f"the start of {shown(name)}{drawn_by}"
 
 
 def _of_text(text: str) -> str:
@@ -295,8 +310,8 @@ def _header(masks: Masks, start: Mapping[str, Any], others: Mapping[str, Any]) -
 
 
 def _said(error: Exception) -> str:
-    """Its message in one line, without a full stop."""
-    return " ".join(str(error).split()).rstrip(".")
+    """Its message in one line, without a full stop; with no more of the file's words than fit."""
+    return shown(" ".join(str(error).split()).rstrip("."), most=400)
 
 
 def _as_json(name: str, value: Any) -> Any:

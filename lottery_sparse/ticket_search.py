@@ -17,14 +17,17 @@ from lottery_sparse.convert import (
     masked_modules,
     masks_of,
     sparsify_,
+    why_unmasked,
 )
 from lottery_sparse.criteria import CRITERIA, Criterion
 from lottery_sparse.densify import state_without_masks
 from lottery_sparse.frozen import Seeded, SignOf
 from lottery_sparse.masks import Masks
 from lottery_sparse.modules import Masked
+from lottery_sparse.names import in_state, keys_of
 from lottery_sparse.prune import Keep, check_keep, find, prune
 from lottery_sparse.random import Stream, as_seed, derive
+from lottery_sparse.text import shown
 from lottery_sparse.ticket import Ticket, restart, trained
 
 
@@ -92,7 +95,8 @@ def find_ticket(
         TypeError: a masked layer computes its weight (weight_norm); before the first training. And
             metrics that no file of a ticket can hold; as soon as they are returned.
 
-    Draws are keyed by the seed, the purpose, the round and the name, as those of the studies are:
+    Draws are keyed by the seed, the purpose, the round and the name (without what wrappers such as
+    torch.compile add to it), as those of the studies are:
     with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
     steps, the tickets are those of `python -m experiments`, bit for bit. With late rewinding they
     are if train_fn trains a ticket for what is left of the training, from iteration rewind_to on.
@@ -108,14 +112,15 @@ def find_ticket(
     for prefix, layer in masked_modules(model):
         check_own(prefix, layer, "weight")
     if not any(isinstance(m, Masked) for m in model.modules()):
+        if why := why_unmasked(model):
+            raise ValueError(f"model has no layer that can have a mask; {why}.")
         sparsify_(model)
     masks = masks_of(model)
-    if not masks:
-        raise ValueError("model has no nn.Linear or nn.Conv2d that can be masked.")
     check_keep(keep, scope, masks)
     if resume is not None:
+        resume = resume.named_as(model)
         _check_resume(resume, masks, rounds, compounding)
-    names = _names(model)
+    names, keys = _names(model), keys_of(masks)
     init = _snapshot(model)
     stds = {name: float(init[name].double().std(correction=0)) for name in masks}
     if rewind_to:
@@ -155,12 +160,12 @@ def find_ticket(
         for name, mask in masks.items():
             decision = frozen_of(
                 start[name], final[name], mask, previous[name], frozen.get(name),
-                Stream(derive(seed, "mask-0", r), name),
+                Stream(derive(seed, "mask-0", r), keys[name]),
             )  # fmt: skip
             decisions[name] = decision
             # pruned places keep what the action gave them: permutations may move it later
             acted[name] = start_of(
-                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), name)
+                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), keys[name])
             )
             if decision.start_at_zero is not None:
                 acted[name] = acted[name].masked_fill(decision.start_at_zero, 0)
@@ -185,7 +190,7 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     """First name of a parameter -> all of its names: more than one where weights are tied."""
     found: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
+        found.setdefault(id(parameter), []).append(in_state(name))
     return {names[0]: names for names in found.values()}
 
 
@@ -201,26 +206,27 @@ def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
 
 def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) -> None:
     """Whether a search of these masks and arguments can go on from the ticket."""
-    if not ticket.history or "round" not in ticket.history[-1]:
+    number = ticket.history[-1].get("round") if ticket.history else None
+    if type(number) is not int or number < 0:
         raise ValueError(
             "resume has no history, which says what round it is of; give a ticket of on_round."
         )
-    if ticket.history[-1]["round"] > rounds:
-        raise ValueError(
-            f"resume is of round {ticket.history[-1]['round']}, but rounds is {rounds}; give more."
-        )
-    if ticket.history[-1]["round"] and compounding:
+    if number > rounds:
+        raise ValueError(f"resume is of round {shown(number)}, but rounds is {rounds}; give more.")
+    if number and compounding:
         raise ValueError(
             "resume cannot go on with compounding=True: pruned places of the last start are "
             "needed, which a ticket does not hold; start over."
         )
     shapes = {name: tuple(mask.shape) for name, mask in ticket.masks.items()}
     if shapes != (wanted := {name: tuple(mask.shape) for name, mask in masks.items()}):
-        raise ValueError(f"resume has masks of {shapes}, but the model's are of {wanted}.")
+        raise ValueError(
+            f"resume has masks of {shown(shapes)}, but the model's are of {shown(wanted)}."
+        )
     if sources := [n for n, v in ticket.start.items() if isinstance(v, str | Seeded | SignOf)]:
         raise ValueError(
-            f"resume holds a source in place of the start of {sources[0]}, so it is not of "
-            "find_ticket; give a ticket of on_round."
+            f"resume holds a source in place of the start of {shown(sources[0])}, so it is not "
+            "of find_ticket; give a ticket of on_round."
         )
 
 
@@ -228,14 +234,14 @@ def _check_base(ticket: Ticket, base: Mapping[str, Any], masked: set[str]) -> No
     """Whether what is never masked, and restarts every round, is the model's."""
     if ticket.start.keys() != base.keys():
         odd = min(ticket.start.keys() ^ base.keys())
-        raise ValueError(f"resume is of another model: only one of them has {odd}.")
+        raise ValueError(f"resume is of another model: only one of them has {shown(odd)}.")
     for name, value in base.items():
         if name in masked or not isinstance(value, Tensor):
             continue
         if not torch.equal(ticket.start[name].to(value.device), value):
             raise ValueError(
-                f"resume restarts {name} from other values than this model; give the model as it "
-                "was at first."
+                f"resume restarts {shown(name)} from other values than this model; give the model "
+                "as it was at first."
             )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
@@ -107,7 +108,7 @@ def package(folder: Path) -> None:
             }, frozen=dict.fromkeys(ls.masks_of(model), ls.Constant(0.5)))  # fmt: skip
             models.append(ls.compact_(model))
         both = ls.replicate(models)
-        assert torch.allclose(both(x), torch.stack([m(x) for m in models]), atol=1e-5)
+        close(both(x), torch.stack([m(x) for m in models]))
         for model in (*models, both):
             optimizer = ls.optim.Adam(model.parameters(), fused=True)
             model(x).square().sum().backward()
@@ -116,7 +117,7 @@ def package(folder: Path) -> None:
         ls.refresh_(ls.select(both, 1))
         model = ls.sparsify_(small(conv))
         model.load_state_dict({k: v.cpu() for k, v in models[0].state_dict().items()})
-        assert torch.allclose(model(x), models[0](x), atol=1e-5)
+        close(model(x), models[0](x))
         ls.pack_(models[0], report=None)(x)
         ls.drop_channels(ls.sparsify_(small(conv)), x)
         model = ls.supermask_(small(conv), seed=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from tolerances import close
 
 import lottery_sparse as ls
 
@@ -33,19 +34,19 @@ def dense_twin(layer):
     return twin
 
 
-def assert_trains_like(layer, twin, x, **tolerance):
+def assert_trains_like(layer, twin, x):
     """Same output, input gradient, bias gradient; weight gradient the twin's where kept, else 0."""
     xs = [x.detach().clone().requires_grad_() for _ in range(2)]
     ys = [layer(xs[0]), twin(xs[1])]
-    torch.testing.assert_close(*ys, **tolerance)
+    close(*ys)
     assert ys[0].dtype == ys[1].dtype
     assert ys[0].stride() == ys[1].stride()
     dy = torch.randn_like(ys[0])
     for y in ys:
         y.backward(dy)
-    torch.testing.assert_close(xs[0].grad, xs[1].grad, **tolerance)
+    close(xs[0].grad, xs[1].grad)
     mask = layer.weight_mask
-    torch.testing.assert_close(layer.weight.grad, twin.weight.grad * mask, **tolerance)
+    close(layer.weight.grad, twin.weight.grad * mask)
     assert (layer.weight.grad[~mask] == 0).all()
     if twin.bias is not None:
-        torch.testing.assert_close(layer.bias.grad, twin.bias.grad, **tolerance)
+        close(layer.bias.grad, twin.bias.grad)

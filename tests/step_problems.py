@@ -7,13 +7,14 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from tolerances import USUAL, close
 from torch import nn
 
 import lottery_sparse as ls
 
 STEPS = 20
-# rounding of 20 steps, with an eps that keeps Adam from magnifying that of tiny gradients
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+# of all steps; an eps keeps Adam from magnifying those of tiny gradients
+ROUNDINGS = STEPS * USUAL
 # widths around the tile and the blocks of the kernels, and one of everything
 WIDTHS = [(40, 33, 31, 10), (1, 1, 2), (70, 5), (16, 100, 16, 8, 3)]
 BATCHES = [1, 31, 33, 60]
@@ -89,7 +90,7 @@ def assert_same(model, other):
     expected = other.state_dict()
     for name, value in model.state_dict().items():
         wanted = expected[name]
-        torch.testing.assert_close(value, wanted.to(value.dtype), **TOLERANCE, msg=name)
+        close(value, wanted.to(value.dtype), ROUNDINGS, msg=name)
     for layer in model:
         if isinstance(layer, ls.CompactLinear):
             stale = layer.weight_effective.clone()
@@ -102,6 +103,6 @@ def check(model, kind, options, data):
     step = ls.train_step(model, optimizer := kind(model.parameters(), **options))
     for x, y in data:
         loss, expected = step(x, y), by_modules(other, other_optimizer, x, y)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        close(loss.double(), expected, ROUNDINGS, torch.float32)
     assert_same(model, other)
     return optimizer

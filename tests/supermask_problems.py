@@ -6,13 +6,15 @@ float64, one network after the other. The draws come from NumPy's words.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from problems import SMALLEST, TOLERANCE
+from problems import products, stored
+from tolerances import of_sum, unit
 from torch import Tensor
 
 import lottery_sparse as ls
@@ -166,13 +168,17 @@ NAMES = ("y", "dx", "dscore", "db", "dw")
 def check(p: Problem, got: list[Tensor], note: str = "", masks: list[Tensor] | None = None) -> None:
     """The results of `Problem.run` are those of float64."""
     p, got = p.to("cpu"), [t.cpu() for t in got]
+    shape = p.score.shape
+    terms, times = products(shape, p.x, p.dy, p.options), stored(shape, p.dy, p.options)
+    # r, which sums over a network, and p (1 − p); w m r and r dy are stored before they are summed
+    terms["dscore"] = terms["dw"] + math.prod(shape[-p.rank :]) + 10
+    times["dscore"] = times["dw"]
     wanted, sizes = exact(p, masks), scales(p, masks)
     for name, value, expected, scale in zip(NAMES, got, wanted, sizes, strict=False):
         where = f"{name} {note} of score {tuple(p.score.shape)}, x {tuple(p.x.shape)}"
         assert value.shape == expected.shape, where
         assert value.dtype == (p.score.dtype if name == "dscore" else p.x.dtype), where
-        allowed = max(TOLERANCE[value.dtype], TOLERANCE[p.x.dtype])
-        if p.options and p.x.dtype in (torch.float16, torch.bfloat16):
-            allowed *= 2  # torch's convolutions round the sum over images once more
-        error = (value.double() - expected).abs() - allowed * scale - SMALLEST
+        dtype = max(value.dtype, p.x.dtype, key=unit)
+        allowed = of_sum(expected, scale, terms[name] + 2, dtype, times[name] + 2)
+        error = (value.double() - expected).abs() - allowed
         assert (error <= 0).all(), f"{where}: {float(error.max())} too far"

@@ -13,11 +13,13 @@ import pytest
 
 from experiments import engines
 from experiments.__main__ import main, only_profile
+from experiments.machine import numerics
 from experiments.runs import Run
 from experiments.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")
+pytestmark = pytest.mark.usefixtures("any_arithmetic")
 ROW = {**vars(SMOKE), "run_id": SMOKE.id, "round": 0, "test_accuracy": 0.5, "density": 1.0}
 
 
@@ -174,9 +176,9 @@ def test_without_matplotlib(command, folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    command = "run mask-criteria --profile smoke --seeds 1 --workers 1 --store"
+    command = f"run mask-criteria --profile smoke --seeds 1 --workers 1 --numerics {numerics()}"
     program = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *command.split(), tmp_path / "store"],
+        [sys.executable, "-m", "experiments", *command.split(), "--store", tmp_path / "store"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

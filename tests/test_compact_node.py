@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from test_compact_layers import pair
+from tolerances import close, of_sum
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -15,6 +16,8 @@ import lottery_sparse as ls
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact
 
+pytestmark = pytest.mark.numeric
+
 if not compact.has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 
@@ -22,7 +25,6 @@ NODE = "CompactLinearBackward"
 NETWORKS = (None, 3)
 # (N, K, B): one; more rows than a block of a dense dW; few features; columns around 16 and 64
 SHAPES = [(1, 1, 1), (330, 70, 40), (20, 64, 3), (5, 63, 33), (161, 15, 64), (7, 200, 0)]
-TOLERANCE = 1e-6  # of the sum of absolute products
 
 
 def layer(density=0.3, frozen="zero", products="auto"):
@@ -58,14 +60,15 @@ def test_matches_float64(networks, shared, density, shape):
     dw_abs = ls.reference.gather_kept(g.abs().mT @ z.abs(), kept.starts, kept.columns)
     by_network = (g @ w), (g.abs() @ w.abs())
     wanted_dx, dx_abs = (t.sum(0) if shared else t for t in by_network)
-    for got, wanted, scale in (
-        (y, z @ w.mT + bias.detach().double().unsqueeze(-2), z.abs() @ w.abs().mT + 1),
-        (dx, wanted_dx, dx_abs),
-        (dv, dw, dw_abs),
-        (db, g.sum(-2), g.abs().sum(-2)),
+    b = bias.detach().double().unsqueeze(-2)
+    for got, wanted, scale, terms in (
+        (y, z @ w.mT + b, z.abs() @ w.abs().mT + b.abs(), k + 1),
+        (dx, wanted_dx, dx_abs, n * (networks if shared else 1)),
+        (dv, dw, dw_abs, batch),
+        (db, g.sum(-2), g.abs().sum(-2), batch),
     ):
         assert got.shape == wanted.shape
-        assert ((got.detach() - wanted).abs() <= TOLERANCE * scale).all()
+        assert ((got.detach() - wanted).abs() <= of_sum(wanted, scale, terms, got.dtype)).all()
 
 
 @pytest.mark.parametrize("changed", ["x", "weight", "lists", "weight_effective"])
@@ -101,7 +104,7 @@ def test_twice_and_again(density):
     first = torch.autograd.grad(y, (x, *made.parameters()), retain_graph=True)
     graph = torch.autograd.grad(y, (x, *made.parameters()), create_graph=True)
     for a, b in zip(first, graph, strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)
+        close(a, b.detach())
         assert b.requires_grad
     y.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -164,7 +167,7 @@ def test_whoever_watches_gets_the_op(monkeypatch):
     assert wanted.grad_fn.name() == NODE
 
     def by_op(y):
-        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+        close(y, wanted)
         return y.grad_fn.name() != NODE
 
     with Mode():
@@ -277,7 +280,7 @@ def test_strided_tensors(name):
     wanted = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
     replace(made, name, strided)
     got = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    close(got, wanted)
 
 
 def test_a_hook_that_unpacks_other_tensors():
@@ -288,7 +291,7 @@ def test_a_hook_that_unpacks_other_tensors():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = made(x).square().sum()
         got = torch.autograd.grad(y, [x, made.weight])
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        close(got, wanted)
 
 
 def test_a_negative_view_as_a_gradient():
@@ -299,7 +302,7 @@ def test_a_negative_view_as_a_gradient():
     negative = torch._neg_view(-dy)
     assert negative.is_neg()
     got = torch.autograd.grad(made(x), [x, made.weight, made.bias], negative)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    close(got, wanted)
 
 
 def test_a_tangent_of_the_bias_is_not_lost():

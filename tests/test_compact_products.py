@@ -19,11 +19,14 @@ from problems import (
     conv_case,
     linear_problem,
 )
+from tolerances import close
 
 import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact_conv2d, compact_linear
+
+pytestmark = pytest.mark.numeric
 
 LINEAR_BACKENDS = backends.available("compact_linear", "cpu")
 CONV_BACKENDS = backends.available("compact_conv2d", "cpu")
@@ -139,11 +142,11 @@ def test_leading_dimensions_of_x_are_flattened(backend):
                 assert torch.equal(y2.view(24, 5), y)
                 assert torch.equal(dx2.view(24, 7), dx)
                 assert torch.equal(dw2, dw)
-                torch.testing.assert_close(db2, db)
+                close(db2, db)
             else:
                 assert not dw2.any()
         vector = a.call(p.x[0], a.values, p.bias)
-        torch.testing.assert_close(vector, y[0])
+        close(vector, y[0])
 
 
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
@@ -159,7 +162,7 @@ def test_only_some_inputs_want_gradients(backend, wanted):
         assert not a.call(*(t.detach() for t in inputs)).requires_grad
         without = a.call(p.x, a.values, None)
     assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
-    torch.testing.assert_close(without + p.bias, a.call(p.x, a.values, p.bias))
+    close(without + p.bias, a.call(p.x, a.values, p.bias))
 
 
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
@@ -190,10 +193,10 @@ def test_conv2d_channels_last_and_without_a_batch():
     last = p.x.contiguous(memory_format=torch.channels_last)
     check(p, replace(a, problem=replace(p, x=last)).run())
     alone = a.call(p.x[0], a.values, p.bias)
-    torch.testing.assert_close(alone, a.call(p.x, a.values, p.bias)[0])
+    close(alone, a.call(p.x, a.values, p.bias)[0])
     y = compact_conv2d(p.x, a.values, a.kept, a.effective, p.bias, a.zero, (1, 2), (0, 1), [2, 1])
     expected = F.conv2d(p.x, a.effective, p.bias, (1, 2), (0, 1), (2, 1))
-    torch.testing.assert_close(y, expected)
+    close(y, expected)
 
 
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
@@ -251,8 +254,8 @@ def test_second_derivatives(backend):
     with ls.use_backend(backend):
         gx, gv = penalty(a.call(x, values, None), values)
     ex, ew = penalty(F.linear(x, dense), dense)
-    torch.testing.assert_close(gx, ex, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(a.dense(gv), ew * p.mask, rtol=1e-4, atol=1e-4)
+    close(gx, ex)
+    close(a.dense(gv), ew * p.mask)
 
 
 # ---- bad input -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compact_problems import Arguments
 from problems import FROZEN, GROUPED, NETWORKS, SMALL, conv_case, linear_problem
+from tolerances import close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -15,6 +16,8 @@ import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact_linear
+
+pytestmark = pytest.mark.numeric
 
 LINEAR_BACKENDS = backends.available("compact_linear", "cpu")
 
@@ -67,11 +70,11 @@ def test_vmap_equals_a_loop(backend, networks):
             for j in range(3):
                 expected = each(xs[j], several[i], bias, effective[i])
                 for value, one in zip(got, expected, strict=True):
-                    torch.testing.assert_close(value[i, j], one)
+                    close(value[i, j], one)
                 inputs = [t.clone().requires_grad_() for t in (xs[j], several[i], bias)]
                 plain = torch.autograd.grad(loss(*inputs, effective[i]), inputs)
                 for one, other in zip(expected, plain, strict=True):
-                    torch.testing.assert_close(one, other)
+                    close(one, other)
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

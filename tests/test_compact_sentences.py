@@ -34,5 +34,5 @@ def test_types_that_functions_of_models_refuse():
     with pytest.raises(TypeError, match=r"^init_score must be a number, got str\.$"):
         ls.supermask_(nn.Linear(3, 2), init_score="a")
     plain, _ = pair(nn.Linear(12, 9))
-    with pytest.raises(TypeError, match=r"^example_inputs brings a list to .*; give a t"):
+    with pytest.raises(TypeError, match=r"^inputs bring a list to .*; give what"):
         ls.plan(plain, [torch.randn(3, 12)])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
 from cuda_training import Rim
-from problems import DTYPES, TOLERANCE
+from problems import DTYPES, products
+from tolerances import close, of_sum
 
 from lottery_sparse import native_cuda_compact as kernels
 from lottery_sparse.compact import KeptLists
@@ -40,10 +41,9 @@ def problem(form, n, k, batch, density, dtype, spare=3):
     return x, values, lists, weight, dy, mask
 
 
-def close(got, expected, scale, dtype):
-    assert got.dtype == dtype
+def check(got, expected, scale, terms):
     assert got.shape == expected.shape
-    error = (got.double() - expected).abs() - TOLERANCE[dtype] * scale - 1e-6
+    error = (got.double() - expected).abs() - of_sum(expected, scale, terms, got.dtype)
     assert (error <= 0).all(), f"{float(error.max())} too far"
 
 
@@ -57,19 +57,20 @@ def entries(dense, mask, slots):
 
 
 def verify(x, values, lists, weight, dy, mask, carry=True):
-    dtype, bias = x.dtype, torch.randn(*mask.shape[:-1]).to(x.dtype)
+    bias = torch.randn(*mask.shape[:-1]).to(x.dtype)
+    terms = products(mask.shape, x, dy, {})
     a, w, g, b = (t.double() for t in (x, weight, dy, bias.unsqueeze(-2)))
     args = values, weight, *lists, True
     y, packed = kernels.compact_linear(x, values, bias, weight, *lists, True)
-    close(y, a @ w.mT + b, a.abs() @ w.mT.abs() + b.abs(), dtype)
+    check(y, a @ w.mT + b, a.abs() @ w.mT.abs() + b.abs(), terms["y"])
     carried = packed if carry else None
     dx, dv = kernels.compact_linear_backward(dy, x, *args, True, True, carried)
     shared = x.dim() < dy.dim()
     results = g @ w, g.abs() @ w.abs()
-    close(dx, *(t.sum(0) if shared else t for t in results), dtype)
+    check(dx, *(t.sum(0) if shared else t for t in results), terms["dx"])
     slots = values.shape[-1]
     results = g.mT @ a, g.mT.abs() @ a.abs()
-    close(dv, *(entries(t, mask, slots) for t in results), dtype)
+    check(dv, *(entries(t, mask, slots) for t in results), terms["dw"])
     return y, dx, dv
 
 
@@ -132,15 +133,15 @@ def test_numbers_beyond_sixteen_bits(width):
     assert lists.columns.dtype == (torch.int32 if width > 2**16 else torch.int16)
     x, dy = torch.randn(2, width), torch.randn(2, 2)
     y, packed = kernels.compact_linear(x, weight[mask], None, weight, *lists, True)
-    torch.testing.assert_close(y, x @ weight.T)
+    close(y, x @ weight.T)
     rest = weight, *lists, True, False, True, packed
     dv = kernels.compact_linear_backward(dy, x, weight[mask], *rest)[1]
-    torch.testing.assert_close(dv, (dy.T @ x)[mask])
+    close(dv, (dy.T @ x)[mask])
     mask, weight = mask.T, weight.T.contiguous()
     lists = KeptLists.of(mask)
     rest = weight, *lists, True, True, False, None
     dx = kernels.compact_linear_backward(x, dy, weight[mask], *rest)[0]
-    torch.testing.assert_close(dx, x @ weight)
+    close(dx, x @ weight)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.02])

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from test_cuda_compact import close, entries, problem
+from problems import products
+from test_cuda_compact import check, entries, problem
+from tolerances import USUAL, close
 from torch import nn
 
 import lottery_sparse as ls
@@ -41,11 +43,12 @@ def test_compact_linear(shape, form, dtype):
     for once, again in zip(*results, strict=True):
         assert torch.equal(once, again)
     y, dx, dv = (t.detach().cpu() for t in results[0])
-    close(y, a @ w.mT + b, a.abs() @ w.mT.abs() + b.abs(), dtype)
+    terms = products(mask.shape, x, dy, {})
+    check(y, a @ w.mT + b, a.abs() @ w.mT.abs() + b.abs(), terms["y"])
     expected = g @ w, g.abs() @ w.abs()
-    close(dx, *(t.sum(0) if form == "shared x" else t for t in expected), dtype)
+    check(dx, *(t.sum(0) if form == "shared x" else t for t in expected), terms["dx"])
     expected = g.mT @ a, g.mT.abs() @ a.abs()
-    close(dv, *(entries(t, mask, values.shape[-1]) for t in expected), dtype)
+    check(dv, *(entries(t, mask, values.shape[-1]) for t in expected), terms["dw"])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -81,7 +84,7 @@ def test_a_captured_training_step(name):
         for _ in range(5):
             step(same, theirs)
     for p, q in zip(model.parameters(), same.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        close(p, q, 5 * USUAL)
     for layer in (model[0], model[2]):
         kept = layer.kept
         fresh = reference.kept_weight(

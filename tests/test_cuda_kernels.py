@@ -10,10 +10,9 @@ import cuda_emulator as emulator
 import pytest
 import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
+from tolerances import of_sum
 
 from lottery_sparse import formats
-
-EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def assert_close(y, x, weight, bias):
@@ -21,8 +20,9 @@ def assert_close(y, x, weight, bias):
     expected, scale = x.double() @ weight.mT, x.double().abs() @ weight.abs().mT
     if bias is not None:
         expected, scale = expected + bias.double(), scale + bias.double().abs()
-    error = (y.double() - expected).abs() - 1e-6 * scale
-    assert (error <= EPSILON[x.dtype] * expected.abs() + 1e-7).all(), float(error.max())
+    error = (y.double() - expected).abs()
+    error -= of_sum(expected, scale, x.shape[1] + 2, x.dtype)  # a bias and a scale
+    assert (error <= 0).all(), float(error.max())
 
 
 # ---- ternary -----------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ import contextlib
 import pytest
 import torch
 from problems import linear_problem
+from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
 from lottery_sparse import ops, reference
+
+pytestmark = pytest.mark.numeric
 
 LAWS = ("sign", "normal", "truncated_normal")
 STD = 0.0371
@@ -38,11 +41,11 @@ def test_layers_hold_what_a_tensor_would(law, backend):
     score, key = torch.randn(9, 40), ls.random.key(1)
     with ls.use_backend(backend) if backend else contextlib.nullcontext():
         y, expected = (ops.masked_linear(p.x, p.weight, p.mask, p.bias, f) for f in (drawn, tensor))
-        torch.testing.assert_close(y, expected)
+        close(y, expected)
         y, expected = (
             ops.supermask_linear(p.x, score, w, key, rescale=True) for w in (drawn, tensor)
         )
-        torch.testing.assert_close(y, expected)
+        close(y, expected)
 
 
 def test_autocast_rounds_the_values():
@@ -63,7 +66,7 @@ def test_vmap_equals_a_loop():
 
     got = torch.vmap(layer)(p.x, p.weight, p.mask, keys)
     for e in range(3):
-        torch.testing.assert_close(got[e], layer(p.x[e], p.weight[e], p.mask[e], keys[e]))
+        close(got[e], layer(p.x[e], p.weight[e], p.mask[e], keys[e]))
 
 
 @pytest.mark.parametrize("law", LAWS[:2])

@@ -17,6 +17,7 @@ from sweep_problems import follow_all, written
 from experiments import engines
 from experiments.__main__ import main
 from experiments.engines import sweep
+from experiments.machine import numerics
 from experiments.runs import Run
 from experiments.store import Store
 from experiments.studies import STUDIES
@@ -24,6 +25,8 @@ from experiments.sweep import Job, claim
 
 HERE = Path(__file__).resolve().parent
 COUNT = 12  # runs of the program
+
+pytestmark = pytest.mark.usefixtures("any_arithmetic")
 
 needs_distributed = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="distributed is not installed"
@@ -325,6 +328,7 @@ def test_a_study_killed_half_way_has_the_rows_of_an_undisturbed_one(tmp_path):
     def study(name: str, engine: str = "process") -> subprocess.Popen:
         command = "run mask-criteria --network fc --profile smoke --seeds 2 --rounds 1 --workers 2"
         more = ["--only=criterion=random", "--engine", engine, "--store", tmp_path / name]
+        more += ["--numerics", f"{numerics()}"]
         return started(
             tmp_path, module=[sys.executable, "-m", "experiments", *command.split(), *more]
         )

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.files import write_whole
+from lottery_sparse import files
+from lottery_sparse.files import read_tensors, temporary, write_whole
+from lottery_sparse.text import shown
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes and folders as POSIX has them")
 
@@ -128,3 +135,303 @@ def test_the_experiments_write_alike(tmp_path):
     path = tmp_path / "folder" / "new"
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
     assert mode(path) == 0o640
+
+
+# ---- links, devices, pipes -----------------------------------------------------------------------
+
+
+@posix
+@WRITERS
+@pytest.mark.parametrize("there", [True, False], ids=["a file", "nothing yet"])
+def test_a_link_stays_and_its_target_is_written(write, there, tmp_path):
+    (tmp_path / "runs").mkdir()
+    target = tmp_path / "runs" / "run-7"
+    if there:
+        target.write_bytes(b"before")
+        target.chmod(0o640)
+    links = [tmp_path / "latest", tmp_path / "runs" / "newest"]
+    links[1].symlink_to("run-7")
+    links[0].symlink_to("runs/newest")  # a chain of relative ones
+    write(links[0])
+    assert [os.readlink(link) for link in links] == ["runs/newest", "run-7"]
+    assert target.read_bytes() not in (b"before", b"")
+    assert sorted(p.name for p in target.parent.iterdir()) == ["newest", "run-7"]
+    if there:
+        assert mode(target) == 0o640
+
+
+@posix
+def test_a_link_to_itself_is_the_systems_error(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("link")
+    with pytest.raises(OSError) as caught:
+        write_whole(link, b"words")
+    assert caught.value.errno == errno.ELOOP
+    assert os.listdir(tmp_path) == ["link"]
+
+
+@posix
+@WRITERS
+def test_a_pipe_is_written_to_and_stays_a_pipe(write, tmp_path):
+    path, got = tmp_path / "pipe", []
+    os.mkfifo(path)
+    reader = threading.Thread(target=lambda: got.append(path.read_bytes()))
+    reader.start()
+    write(path)
+    reader.join()
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert got[0]
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+@posix
+def test_a_device_is_written_to_and_stays_a_device(tmp_path):
+    path = tmp_path / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        path.write_bytes(b"")
+    except OSError:
+        pytest.skip("this user makes no devices")
+    write_whole(path, b"words")
+    assert stat.S_ISCHR(path.stat().st_mode)
+    (tmp_path / "link").symlink_to("null")
+    write_whole(tmp_path / "link", b"words")
+    assert sorted(os.listdir(tmp_path)) == ["link", "null"]
+
+
+@posix
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="there is no /dev/stdout")
+@pytest.mark.parametrize("into", ["file", "pipe"])
+def test_standard_output_is_written_to_wherever_it_goes(into, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from lottery_sparse.files import write_whole;"
+        "print('before', flush=True); write_whole(Path('/dev/stdout'), b'words\\n');"
+        "print('after')"
+    )
+    path = tmp_path / "out"
+    with open(path, "wb") as out:
+        inode = os.fstat(out.fileno()).st_ino
+        to = out if into == "file" else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", code], check=True, stdout=to)
+    assert (path.read_bytes() if into == "file" else done.stdout) == b"before\nwords\nafter\n"
+    assert path.stat().st_ino == inode
+
+
+@WRITERS
+def test_a_folder_is_named(write, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"this is a folder, but .*{folder}"):
+        write(folder)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+# ---- temporary files -----------------------------------------------------------------------------
+
+
+@posix
+@WRITERS
+def test_names_up_to_the_limit_of_the_file_system(write, tmp_path):
+    path = tmp_path / ("ü" * (os.pathconf(tmp_path, "PC_NAME_MAX") // 2))
+    write(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+FORKS = """
+import os, signal, sys
+from pathlib import Path
+from lottery_sparse.files import write_whole
+
+path = Path(sys.argv[1])
+
+def killed_in(call):
+    setattr(os, call, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    write_whole(path, b"half")
+
+def save_often(word):
+    for _ in range(60):
+        write_whole(path, word * 100_000)
+
+children = []
+for work, argument in eval(sys.argv[2]):
+    children.append(os.fork())
+    if children[-1] == 0:
+        work(argument)
+        os._exit(0)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+
+
+def forks(path, work):
+    """A process without threads, whose children save `path`; the status each ends with comes."""
+    command = [sys.executable, "-c", FORKS, str(path), work]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@posix
+def test_what_killed_saves_left_goes_with_the_next_one(tmp_path):
+    path = tmp_path / "[a]*"  # a name that a pattern would read otherwise
+    others = [
+        temporary(tmp_path / "other") + "0" * 16,
+        temporary(path) + "mine",
+        f".{path.name}.{'0' * 16}",
+    ]
+    for name in others:
+        (tmp_path / name).write_bytes(b"of somebody else")
+    (tmp_path / (temporary(path) + "1" * 16)).symlink_to(others[0])
+    (tmp_path / (temporary(path) + "2" * 16)).mkdir()
+    before = sorted(os.listdir(tmp_path))
+    said, _ = forks(path, "[(killed_in, 'fsync'), (killed_in, 'replace')]").communicate()
+    assert said.split() == ["[9,", "9]"]
+    assert len(os.listdir(tmp_path)) > len(before)
+    write_whole(path, b"words")
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, path.name])
+    assert path.read_bytes() == b"words"
+
+
+@posix
+def test_a_leftover_that_may_not_be_written_goes_too(tmp_path):
+    path = tmp_path / "t"
+    left = tmp_path / (temporary(path) + "0" * 16)
+    left.write_bytes(b"half")
+    left.chmod(0o444)
+    write_whole(path, b"words")
+    assert os.listdir(tmp_path) == ["t"]
+
+
+@posix
+def test_a_saver_at_work_is_left_alone(tmp_path, monkeypatch):
+    """Another one saves the same name while this one is between its words and its name."""
+    path, replace = tmp_path / "t", os.replace
+
+    def other_first(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            write_whole(path, b"other")
+        assert path.read_bytes() == b"other"
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", other_first)
+    write_whole(path, b"mine")
+    assert path.read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["t"]
+
+
+@posix
+def test_a_temporary_file_that_is_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """A sweep of another process comes between its making and its lock."""
+    path, flock, swept = tmp_path / "t", fcntl.flock, []
+
+    def sweep_first(fd, operation):
+        if not swept:
+            swept.append(fd)
+            files._sweep(path)
+            assert os.listdir(tmp_path) == []
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    write_whole(path, b"words")
+    assert swept
+    assert path.read_bytes() == b"words"
+
+
+@posix
+def test_where_nothing_can_be_locked_nothing_is_taken_for_a_leftover(tmp_path, monkeypatch):
+    def no_locks(fd, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    path = tmp_path / "t"
+    left = tmp_path / (temporary(path) + "0" * 16)
+    left.write_bytes(b"of a writer that may be at work")
+    write_whole(path, b"words")
+    assert sorted(os.listdir(tmp_path)) == sorted(["t", left.name])
+
+
+@posix
+def test_two_savers_of_one_name_never_fail_and_readers_see_whole_files(tmp_path):
+    path = tmp_path / "t"
+    write_whole(path, b"a" * 100_000)
+    savers = forks(path, "[(save_often, b'a'), (save_often, b'b')]")
+    while savers.poll() is None:
+        content = path.read_bytes()
+        assert content in (b"a" * 100_000, b"b" * 100_000)
+        time.sleep(0.001)
+    assert savers.communicate()[0].split() == ["[0,", "0]"]
+    assert os.listdir(tmp_path) == ["t"]
+
+
+# ---- tensors -------------------------------------------------------------------------------------
+
+
+def test_tensors_own_their_bytes(tmp_path):
+    path = tmp_path / "t.safetensors"
+    held = {"w": torch.arange(5.0), "none": torch.zeros(0, 3), "h": torch.ones(2).bfloat16()}
+    safetensors.torch.save_file(held, path, {"said": "before"})
+    tensors, metadata = read_tensors(path)
+    with open(path, "r+b") as file:  # in place, as rsync --inplace and network drives write
+        file.write(b"\xff" * path.stat().st_size)
+    os.truncate(path, 0)
+    assert metadata == {"said": "before"}
+    assert tensors.keys() == held.keys()
+    for name, value in held.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+    tensors["w"].add_(1)
+    assert not Path("/proc/self/maps").exists() or str(path) not in Path(
+        "/proc/self/maps"
+    ).read_text("utf-8")
+
+
+def test_tensors_come_in_the_order_of_their_names(tmp_path):
+    held = {f"{i * 7919 % 64:02}": torch.ones(i % 3) for i in range(64)}
+    safetensors.torch.save_file(held, tmp_path / "t.safetensors")
+    assert list(read_tensors(tmp_path / "t.safetensors")[0]) == sorted(held)
+
+
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        header(b"{}")[:-1],
+        header(b"[1]"),
+        header(b"[" * 100_000),
+        header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}') + b"1234567",
+        header(b'{"w": {"dtype": "F9", "shape": [1], "data_offsets": [0, 1]}}') + b"1",
+        header(b'{"w": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}') + b"1",
+        header(b'{"\x1b[31m": 1}'),
+    ],
+    ids=range(9),
+)
+def test_a_file_that_is_no_safetensors_is_a_value_error_of_one_printable_line(content, tmp_path):
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_tensors(path)
+    assert type(caught.value) is ValueError
+    assert str(caught.value).isprintable()
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("0.weight", "0.weight"),
+        ("größe · 重み", "größe · 重み"),
+        ("a\x1b[31mb\nc\u202e", "a\\x1b[31mb\\nc\\u202e"),
+        (["a\n"], "['a\\n']"),
+        (1.5, "1.5"),
+        ("x" * 1234, "x" * 200 + "… (1,034 more characters)"),
+        ("\n" * 1234, "\\n" * 200 + "… (1,034 more characters)"),
+    ],
+)
+def test_text_of_a_file_is_one_printable_line(value, text):
+    assert shown(value) == text
+    assert shown(value).isprintable()

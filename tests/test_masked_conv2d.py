@@ -20,6 +20,7 @@ from problems import (
     conv_case,
     numbers,
 )
+from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
@@ -29,7 +30,10 @@ from lottery_sparse.ops import SignConstant, masked_conv2d, pack_mask
 OP = torch.ops.lottery_sparse.masked_conv2d.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_conv2d_backward.default
 # said once per process by F.conv2d, which gives the answers here
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 
 AVAILABLE = backends.available("masked_conv2d", "cpu")
 
@@ -120,7 +124,7 @@ def test_named_padding_is_that_of_torch(padding):
             expected = F.conv2d(x, weight, None, 1, padding, dilation)
             every = torch.ones_like(weight).bool()
             got = masked_conv2d(x, weight, every, padding=padding, dilation=dilation)
-            torch.testing.assert_close(got, expected)
+            close(got, expected)
 
 
 @backend
@@ -134,7 +138,7 @@ def test_only_some_inputs_want_gradients(backend, wanted):
         y = masked_conv2d(inputs[0], inputs[1], p.mask, inputs[2], **p.options)
         got = torch.autograd.grad(y, [inputs[i] for i in wanted], p.dy)
     for a, i in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, every[i])
+        close(a, every[i])
 
 
 # ---- pruned entries ------------------------------------------------------------------------

@@ -17,12 +17,16 @@ from problems import (
     effective_weight,
     numbers,
 )
+from tolerances import close
 from torch.utils._pytree import tree_map
 
 from lottery_sparse.ops import masked_conv2d
 
 # said once per process by F.conv2d, which gives the answers here
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 
 networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)
@@ -82,7 +86,7 @@ def test_vmap_equals_a_loop(mapped, networks):
     arguments = mapped_arguments(networks, in_dims)
     for f in (convolve, torch.func.grad(squares, argnums=(0, 1, 3))):
         got = torch.vmap(f, in_dims)(*arguments)
-        torch.testing.assert_close(got, by_loop(f, in_dims, arguments))
+        close(got, by_loop(f, in_dims, arguments))
 
 
 @networks
@@ -96,13 +100,13 @@ def test_nested_vmap_and_its_gradient(networks):
     for i in range(SIZE):
         for j in range(SIZE):
             expected = convolve(x[j], weight[i], mask[i], bias[i])
-            torch.testing.assert_close(got[i, j], expected)
+            close(got[i, j], expected)
     gradient = torch.func.grad(lambda w: torch.vmap(over_x)(w, mask, bias).square().sum())(weight)
     each = [
         sum(torch.func.grad(squares, 1)(x[j], weight[i], mask[i], bias[i]) for j in range(SIZE))
         for i in range(SIZE)
     ]
-    torch.testing.assert_close(gradient, torch.stack(each))
+    close(gradient, torch.stack(each))
 
 
 def test_jacobian():
@@ -110,7 +114,7 @@ def test_jacobian():
     dense = effective_weight(p)
     got = torch.func.jacrev(lambda x: masked_conv2d(x, p.weight, p.mask))(p.x)
     expected = torch.func.jacrev(lambda x: F.conv2d(x, dense))(p.x)
-    torch.testing.assert_close(got, expected)
+    close(got, expected)
 
 
 # ---- autocast and torch.compile --------------------------------------------------------------
@@ -150,4 +154,4 @@ def test_compiled_equals_eager(networks, frozen, padding):
     expected = torch.autograd.grad(step(*inputs), inputs)
     got = torch.autograd.grad(compiled(*inputs), inputs)
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        close(a, b)

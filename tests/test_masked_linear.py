@@ -17,11 +17,14 @@ from problems import (
     combinations,
     linear_problem,
 )
+from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.ops import SignConstant, masked_linear, pack_mask
+
+pytestmark = pytest.mark.numeric
 
 OP = torch.ops.lottery_sparse.masked_linear.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_linear_backward.default
@@ -86,9 +89,9 @@ def test_leading_dimensions_of_x_are_flattened(backend):
             assert torch.equal(y2.view(24, 5), y)
             assert torch.equal(dx2.view(24, 7), dx)
             assert torch.equal(dw2, dw)
-            torch.testing.assert_close(db2, db)
+            close(db2, db)
         vector = masked_linear(p.x[0], p.weight, p.mask, p.bias)
-        torch.testing.assert_close(vector, y[0])
+        close(vector, y[0])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,7 @@ def test_any_strides(backend, networks):
         ):
             q = replace(p, **{n: strided(getattr(p, n)) for n in ("x", "weight", "mask", "dy")})
             for a, b in zip(q.run(), expected, strict=True):
-                torch.testing.assert_close(a, b)
+                close(a, b)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

@@ -13,10 +13,14 @@ from problems import (
     effective_weight,
     linear_problem,
 )
+from tolerances import close, of_sum
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
+import lottery_sparse as ls
 from lottery_sparse.ops import SignConstant, masked_linear, pack_mask
+
+pytestmark = pytest.mark.numeric
 
 networks = pytest.mark.parametrize("networks", NETWORKS)
 frozen = pytest.mark.parametrize("frozen", FROZEN)
@@ -91,7 +95,7 @@ def test_vmap_equals_a_loop(mapped, frozen, networks):
     arguments = mapped_arguments(networks, frozen, in_dims)
     for f in (masked_linear, torch.func.grad(summed, argnums=(0, 1, 3))):
         got = torch.vmap(f, in_dims)(*arguments)
-        torch.testing.assert_close(got, by_loop(f, in_dims, arguments))
+        close(got, by_loop(f, in_dims, arguments))
 
 
 @networks
@@ -106,9 +110,9 @@ def test_gradient_of_a_vmap(networks):
         return by_loop(summed, in_dims, [x, weight, mask, bias, None]).sum()
 
     expected = torch.func.grad(loss_by_loop, (0, 1, 2))(x, weight, bias)
-    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(x, weight, bias), expected)
+    close(torch.func.grad(loss, (0, 1, 2))(x, weight, bias), expected)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    torch.testing.assert_close(torch.autograd.grad(loss(*inputs), inputs), expected)
+    close(torch.autograd.grad(loss(*inputs), inputs), expected)
 
 
 @networks
@@ -121,7 +125,26 @@ def test_nested_vmap(networks):
     got = torch.vmap(over_x)(weight, mask, bias)
     for i in range(SIZE):
         for j in range(SIZE):
-            torch.testing.assert_close(got[i, j], masked_linear(x[j], weight[i], mask[i], bias[i]))
+            close(got[i, j], masked_linear(x[j], weight[i], mask[i], bias[i]))
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference"])
+def test_vmapped_networks_that_share_x_round_dx_once(backend):
+    """Networks side by side, vmapped: each sum over them runs in float32."""
+    ps = [linear_problem(7, 33, 4, 0.6, "zero", 5, True, torch.bfloat16, seed=s) for s in range(2)]
+    x, mask = ps[0].x, ps[0].mask
+    weights = torch.stack([p.weight.nan_to_num(7.0) for p in ps])
+    dys = torch.stack([p.dy for p in ps])
+
+    def dx(weight, dy):
+        return torch.func.vjp(lambda x: masked_linear(x, weight, mask), x)[1](dy)[0]
+
+    with ls.use_backend(backend):
+        got = torch.vmap(dx)(weights, dys)
+    for value, weight, dy in zip(got, weights.double() * mask, dys.double(), strict=True):
+        expected, size = (dy @ weight).sum(0), (dy.abs() @ weight.abs()).sum(0)
+        allowed = of_sum(expected, size, 5 * 7, torch.bfloat16)
+        assert ((value - expected).abs() <= allowed).all()
 
 
 def test_vmap_of_packed_masks_and_of_no_batch():
@@ -130,7 +153,7 @@ def test_vmap_of_packed_masks_and_of_no_batch():
     weight = p.weight.nan_to_num(7.0)
     expected = torch.stack([masked_linear(p.x, weight, m) for m in masks])
     got = torch.vmap(lambda bits: masked_linear(p.x, weight, bits))(pack_mask(masks))
-    torch.testing.assert_close(got, expected)
+    close(got, expected)
     empty = torch.vmap(lambda x: masked_linear(x, weight, p.mask))(torch.zeros(2, 0, 33))
     assert empty.shape == (2, 0, 4)
 
@@ -144,14 +167,14 @@ def test_per_sample_gradients_and_jacobians():
 
     per_sample = torch.vmap(torch.func.grad(loss), (None, 0))(weight, p.x)
     expected = torch.stack([torch.func.grad(loss)(weight, x) for x in p.x])
-    torch.testing.assert_close(per_sample, expected)
+    close(per_sample, expected)
     assert (per_sample[:, ~p.mask] == 0).all()
 
     jacobian = torch.func.jacrev(lambda x: masked_linear(x, weight, p.mask))(p.x[0])
-    torch.testing.assert_close(jacobian, effective_weight(p))
+    close(jacobian, effective_weight(p))
     dense = effective_weight(p)
     hessian = torch.func.jacrev(torch.func.jacrev(lambda x: loss(weight, x)))(p.x[0])
-    torch.testing.assert_close(hessian, 2 * dense.mT @ dense)
+    close(hessian, 2 * dense.mT @ dense)
 
 
 # ---- autocast --------------------------------------------------------------------------------

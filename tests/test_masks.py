@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +65,9 @@ def test_equality():
     assert a != ls.Masks({"0.weight": a["0.weight"]})
     assert a != ls.Masks({n: m.flatten() for n, m in a.items()})
     assert (a == 3) is False
+    assert (a != 3) is True
+    assert (a == dict(a)) is (dict(a) == a) is False
+    assert (a != some_masks(1)) is False
     with pytest.raises(TypeError, match="unhashable"):
         hash(a)
 
@@ -146,6 +154,156 @@ def test_masks_that_do_not_belong_together():
         a | some_masks(shapes=((1, 5), (2, 1, 3, 3)))  # would broadcast
     with pytest.raises(TypeError, match=r"must be ls\.Masks, got dict"):
         a ^ dict(a)
+
+
+# ---- a dict whose entries stay, in files and checkpoints -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda masks: masks.__setitem__("fc.weight", torch.ones(1)),
+        lambda masks: masks.update({"v": torch.ones(1)}),
+        lambda masks: masks.setdefault("v", torch.ones(1)),
+        lambda masks: masks.pop("fc.weight"),
+        lambda masks: masks.popitem(),
+        lambda masks: masks.__delitem__("fc.weight"),
+        lambda masks: masks.clear(),
+    ],
+)
+def test_entries_stay(change):
+    masks = some_masks()
+    with pytest.raises(TypeError, match=r"are a value.*make new ones: ls\.Masks\(\{\*\*masks"):
+        change(masks)
+    assert masks == some_masks()
+    new = ls.Masks({**masks, "v": torch.ones(1)})
+    assert list(new) == [*NAMES, "v"]
+
+
+def test_a_name_moves_on_to_the_union():
+    a = both = some_masks(1)
+    both |= some_masks(2)
+    assert both == some_masks(1) | some_masks(2)
+    assert a == some_masks(1)
+    assert isinstance(both, ls.Masks)
+
+
+def same_masks(a, b):
+    return type(a) is type(b) is ls.Masks and a == b and list(a) == list(b)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy]
+    + [lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)],
+    ids=["copy", "deepcopy"] + [f"pickle {p}" for p in range(pickle.HIGHEST_PROTOCOL + 1)],
+)
+def test_copies_and_pickles(copied):
+    masks = some_masks()
+    again = copied(masks)
+    assert same_masks(again, masks)
+    if copied is copy.deepcopy:
+        assert all(again[name].data_ptr() != masks[name].data_ptr() for name in masks)
+
+
+def test_a_pickle_of_masks_that_were_no_dict():
+    state = {"_masks": dict(some_masks())}
+    old = b"\x80\x02clottery_sparse.masks\nMasks\n)\x81" + pickle.dumps(state, 2)[2:-1] + b"b."
+    assert same_masks(pickle.loads(old), some_masks())
+
+
+VALUES = {
+    "masks": some_masks(),
+    "constant": ls.Constant(0.5),
+    "unset": ls.Constant(),
+    "seeded": ls.Seeded("normal", 2**63 + 1, 0.1, 7),
+    "sign of": ls.SignOf(ls.Seeded("sign", 3, 1.0), 0.5),
+}
+
+
+def through_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)  # with its default, weights_only=True
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_in_a_checkpoint_of_torch_save(name):
+    model = torch.nn.Linear(2, 2)
+    back = through_torch({"model": model.state_dict(), "ours": [VALUES[name]]})
+    assert type(back["ours"][0]) is type(VALUES[name])
+    assert back["ours"] == [VALUES[name]]
+    assert copy.deepcopy(VALUES[name]) == VALUES[name]
+
+
+def test_a_ticket_in_a_checkpoint_of_torch_save(tmp_path):
+    start = {"w": torch.zeros(3, 5), "v": ls.Seeded("normal", 1, 1.0)}
+    ticket = ls.Ticket(ls.Masks({"w": torch.ones(3, 5)}), start, {"w": torch.ones(3, 5)})
+    for each in (ticket, saved_and_loaded(ticket, tmp_path / "t")):
+        back = through_torch({"ticket": each})["ticket"].verify()
+        assert type(back) is ls.Ticket
+        assert (back.masks, back.saved) == (each.masks, each.saved)
+        assert torch.equal(back.start["w"], start["w"])
+        assert back.start["v"] == start["v"]
+
+
+def saved_and_loaded(ticket, path):
+    ticket.save(path)
+    return ls.Ticket.load(path)
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        (lambda: _Forged(ls.Masks, ({"w": torch.full((2,), 0.5)},)), "must hold only 0 and 1"),
+        (lambda: _Forged(ls.Masks, ({"w": 1},)), "mask of w must be a tensor"),
+        (lambda: _Forged(ls.Seeded, ("moon", 1)), "law must be one of"),
+        (lambda: _Forged(ls.Constant, (-1.0,)), "constant is a magnitude"),
+    ],
+)
+def test_a_forged_checkpoint_goes_through_the_checks(forged, message):
+    with pytest.raises(Exception, match=message):
+        through_torch(forged())
+
+
+class _Forged:
+    """Pickled as a call of its own choice."""
+
+    def __init__(self, kind, args):
+        self.call = kind, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_the_name_in_a_checkpoint_is_the_public_one():
+    """Where lottery_sparse is not imported, torch's error names it, and modules may move."""
+    file = io.BytesIO()
+    torch.save(some_masks(), file)
+    assert b"clottery_sparse\nMasks" in file.getvalue()
+
+
+def test_whatever_saves_dicts_of_tensors_saves_masks(tmp_path):
+    masks = some_masks()
+    safetensors.torch.save_file(masks, tmp_path / "m.safetensors")
+    assert ls.Masks(safetensors.torch.load_file(tmp_path / "m.safetensors")) == masks
+    assert dict(masks).keys() == masks.keys()
+
+
+def test_names_of_a_file_are_one_printable_line():
+    evil = "\x1b[31mw\nfaked"
+    assert "\x1b" not in ls.Masks({evil: torch.ones(2)}).table()
+    for call in (
+        lambda: ls.Masks({evil: torch.full((2,), 0.5)}),
+        lambda: ls.Masks({evil: torch.ones(2)}) & ls.Masks({}),
+        lambda: ls.Masks.from_bits({evil: torch.zeros(1, dtype=torch.uint8)}, {evil: (9,)}),
+        lambda: ls.set_masks_(ls.MaskedLinear(2, 2), {evil: torch.ones(2)}),
+        lambda: ls.prune({}, {}, {evil: torch.ones(2)}, "random", 0.5),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value).isprintable()
 
 
 def test_device():

@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from masked_layers import SOURCES, dense_twin, masked
+from tolerances import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
+
+pytestmark = pytest.mark.numeric
 
 # ---- transforms ---------------------------------------------------------------------------------
 
@@ -25,11 +28,11 @@ def test_autocast(layer, frozen):
     with torch.autocast("cpu", torch.bfloat16):
         y, expected = layer(x), twin(x)
     assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected)
+    close(y, expected)
     y.sum().backward()
     expected.sum().backward()
     assert layer.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(layer.weight.grad, twin.weight.grad * layer.weight_mask)
+    close(layer.weight.grad, twin.weight.grad * layer.weight_mask)
 
 
 def test_functional_call_and_ensembles_under_vmap():
@@ -52,10 +55,10 @@ def test_functional_call_and_ensembles_under_vmap():
         parameters, buffers, x
     )
     for i, model in enumerate(models):
-        torch.testing.assert_close(y[i], model(x))
+        close(y[i], model(x))
         model(x).square().sum().backward()
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name][i], parameter.grad)
+            close(gradients[name][i], parameter.grad)
         assert (gradients["3.weight"][i][~model[3].weight_mask] == 0).all()
 
 
@@ -68,7 +71,7 @@ def test_per_sample_gradients():
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
     layer(x).square().sum().backward()
-    torch.testing.assert_close(each["weight"].sum(0), layer.weight.grad)
+    close(each["weight"].sum(0), layer.weight.grad)
     assert (each["weight"][:, ~layer.weight_mask] == 0).all()
 
 
@@ -93,8 +96,8 @@ def test_double_backward():
         return torch.autograd.grad(dx.square().sum(), (x, module.weight))
 
     (gx, gw), (ex, ew) = penalty(layer), penalty(twin)
-    torch.testing.assert_close(gx, ex)
-    torch.testing.assert_close(gw, ew * layer.weight_mask)
+    close(gx, ex)
+    close(gw, ew * layer.weight_mask)
 
 
 def new_masks(model, seed):
@@ -126,9 +129,9 @@ def test_one_compiled_graph_across_ten_mask_changes(frozen):
         model.zero_grad()
         expected = model(x)
         expected.square().sum().backward()
-        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        close(y, expected)
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-5)
+            close(gradient, parameter.grad)
         model.zero_grad()
     assert counter.frame_count == 1
 
@@ -137,4 +140,4 @@ def test_export():
     layer = masked(nn.Linear(7, 6), "constant")
     x = torch.randn(3, 7)
     program = torch.export.export(layer, (x,))
-    torch.testing.assert_close(program.module()(x), layer(x))
+    close(program.module()(x), layer(x))

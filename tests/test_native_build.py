@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from lottery_sparse import backends
+
 _host = pytest.importorskip(
     "lottery_sparse._host", reason="_host is not built", exc_type=ImportError
 )
@@ -78,6 +80,20 @@ def test_every_variant_passes_test_native(variant):
     kernels = str(Path(__file__).with_name("test_native.py"))
     done = run_again(variant, "-m", "pytest", "-q", "--durations=0", kernels)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("variant", _host.build_info()["variants_usable"])
+def test_numerics_names_the_bits_of_a_variant(variant):
+    done = run_again(
+        variant, "-c", "from lottery_sparse import backends; print(backends.numerics())"
+    )
+    expected = {"portable": -1, "avx2": 1, "avx512": 1}[variant]
+    assert (done.returncode, done.stdout.strip()) == (0, str(expected))
+
+
+def test_without_kernels_there_is_no_numerics(monkeypatch):
+    monkeypatch.setattr(backends, "built", lambda name: name != "cpu")
+    assert backends.numerics() == 0
 
 
 def test_an_unknown_variant_is_refused():

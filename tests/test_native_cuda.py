@@ -12,6 +12,7 @@ import cuda_emulator as emulator
 import pytest
 import torch
 from cuda_training import Rim
+from tolerances import close
 
 import lottery_sparse as ls
 from lottery_sparse import (
@@ -67,7 +68,7 @@ def arguments(op, x, weight, kept):
 def test_sparse_products_are_those_of_the_reference(backend, op, density):
     args = arguments(op, *problem(density))
     expected = getattr(reference, op)(*args)
-    torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+    close(getattr(backend, op)(*args), expected)
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
 
 
@@ -83,14 +84,14 @@ def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
         args = arguments(op, x, weight, kept)[1:]
     expected = getattr(reference, op)(x.float(), *args)
     y = getattr(backend, op)(x.float(), *args)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    close(y, expected)
 
 
 def test_int8_rows_go_at_once(backend):
     x, weight, _ = problem(batch=16)
     args = x.float(), formats.pack_ternary(weight.sign()), torch.rand(70), torch.randn(70), 70, True
     expected = reference.ternary_linear(*args)
-    torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=1e-5, atol=1e-5)
+    close(backend.ternary_linear(*args), expected)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
@@ -99,7 +100,7 @@ def test_int8_rows_go_at_once(backend):
 def test_few_rows_of_x_take_the_entries_as_they_are(backend, op, density, batch):
     args = arguments(op, *problem(density, batch=batch))
     expected = getattr(reference, op)(*args)
-    torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+    close(getattr(backend, op)(*args), expected)
     assert (args[1] in backend._tiles) == (density > 0.12)
 
 
@@ -108,7 +109,7 @@ def test_ternary_products_are_those_of_the_reference(backend):
     codes, scale = formats.pack_ternary(weight.sign()), torch.rand(70) + 0.5
     args = x, codes, scale, torch.randn(70), 70, False
     expected = reference.ternary_linear(*args)
-    torch.testing.assert_close(backend.ternary_linear(*args), expected, rtol=2**-7, atol=1e-2)
+    close(backend.ternary_linear(*args), expected)
 
 
 def test_products_of_bits_are_those_of_the_reference(backend):
@@ -119,7 +120,7 @@ def test_products_of_bits_are_those_of_the_reference(backend):
         "seeded_linear": (x, reference.pack_mask(kept), key, scale, bias),
     }.items():
         expected = getattr(reference, op)(*args)
-        torch.testing.assert_close(getattr(backend, op)(*args), expected, rtol=2**-7, atol=1e-2)
+        close(getattr(backend, op)(*args), expected)
         assert "CUDA devices, got cpu" in backend.refuses(op, *args)
         assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
         assert "scale as float32" in backend.refuses(op, *args[:-2], scale.double(), bias)
@@ -133,7 +134,7 @@ def test_tiles_are_made_once_and_anew_after_a_write(backend):
     assert backend._tiles[args[1]] is first
     args[1].mul_(2)
     expected = reference.csr_linear(*args)
-    torch.testing.assert_close(backend.csr_linear(*args), expected, rtol=2**-7, atol=1e-2)
+    close(backend.csr_linear(*args), expected)
     kept = len(backend._tiles)
     del args, first
     gc.collect()
@@ -221,9 +222,9 @@ def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
             mask = masks["0.weight"]
             assert torch.equal(ops.unpack_mask(ops.pack_mask(mask), 40), mask)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
-        torch.testing.assert_close(p, q)
+        close(p, q)
     for i in (0, 2):
-        torch.testing.assert_close(*(m[i].weight_effective for m in models))
+        close(*(m[i].weight_effective for m in models))
         assert (models[0][i].weight_effective != 0).equal(masks[f"{i}.weight"])
     optim_plan.op_of.cache_clear()
 

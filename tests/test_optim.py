@@ -10,7 +10,6 @@ import torch
 from optim_problems import (
     CASES,
     PAIRS,
-    TO_TORCH,
     assert_close,
     by_kernel,
     needs_kernel,
@@ -19,11 +18,14 @@ from optim_problems import (
     states,
     train,
 )
+from tolerances import close
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lottery_sparse as ls
 from lottery_sparse import backends, optim_plan
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -34,13 +36,13 @@ def test_steps_are_those_of_torch(name, options):
     train(mine, params)
     train(theirs, same)
     train(torchs(exact, **options), exact)
-    assert_close(params, same, TO_TORCH)
-    assert_close(params, exact, 16)
+    assert_close(params, same)
+    assert_close(params, exact)
     for a, b in zip(states(mine).values(), states(theirs).values(), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert (a[key].shape, a[key].dtype) == (b[key].shape, b[key].dtype)
-            assert_close([a[key]], [b[key]], TO_TORCH)
+            assert_close([a[key]], [b[key]])
 
 
 @needs_kernel
@@ -88,7 +90,7 @@ def test_groups_schedulers_and_missing_gradients(name, monkeypatch):
         params += optimizer.param_groups[2]["params"]
         train(optimizer, params, 2)
         results.append(params)
-    assert_close(*results, TO_TORCH)
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -107,7 +109,7 @@ def test_state_dicts_go_both_ways(name, ours_first):
     train(second, params, 4, first=4)
     expected = parameters()
     train(PAIRS[name][1](expected, **options), expected, 8)
-    assert_close(params, expected, TO_TORCH)
+    assert_close(params, expected)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -191,7 +193,7 @@ def test_what_the_kernel_does_not_take_goes_through_torch(name):
         results.append(params)
         assert len(states(optimizer)) == (0 if name == "SGD" else len(params))
     for p, q in zip(*results, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        close(p, q)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_options_of_torch(name, options):
         results.append(params)
         if "amsgrad" in options:
             assert "max_exp_avg_sq" in states(optimizer)[1]
-    assert_close(*results, TO_TORCH)
+    assert_close(*results)
 
 
 def test_sparse_gradients_go_through_torch():
@@ -228,7 +230,7 @@ def test_sparse_gradients_go_through_torch():
             table(torch.tensor([1, 3, 3])).square().sum().backward()
             optimizer.step()
         results.append([table.weight])
-    assert_close(*results, TO_TORCH)
+    assert_close(*results)
 
 
 @needs_kernel
@@ -267,4 +269,4 @@ def test_compiled_step():
         set_grads(same, step)
         compiled()
         theirs.step()
-    assert_close(params, same, TO_TORCH)
+    assert_close(params, same)

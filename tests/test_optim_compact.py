@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 from optim_problems import CASES, PAIRS, by_kernel, needs_kernel, train
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse import backends, compact, optim_plan
+
+pytestmark = pytest.mark.numeric
 
 
 def compact_model(frozen="zero", networks=None, shared=False):
@@ -63,7 +66,7 @@ def test_compact_layers(name, options, frozen):
     train_model(mine, PAIRS[name][0](mine.parameters(), **options), 4)
     train_model(theirs, PAIRS[name][1](theirs.parameters(), **options), 4)
     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        close(p, q)
     assert_fresh(mine)
 
 
@@ -112,13 +115,13 @@ def test_what_no_kernel_reads_waits_for_readers(kind, fused):
     y = model(x)
     for backend in ("dense", "reference"):
         with ls.use_backend(backend):
-            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+            close(model(x), y)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    close(compiled(x), y)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(x).float(), y, rtol=0.05, atol=0.05)
+        close(model(x).float(), y, dtype=torch.bfloat16)
     layers[0].products = "dense"
-    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    close(model(x), y)
     layers[0].products = "auto"
     train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 1)
     y = model(x)

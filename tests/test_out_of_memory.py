@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -303,7 +304,7 @@ def check_conversion(device: str, frozen: Any, convert: Callable, compact: bool)
     def works() -> None:  # some layers may have changed, whole
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert stepped == {id(p) for p in model.parameters()}
-        torch.testing.assert_close(model(x).detach(), y, rtol=1e-5, atol=1e-5)
+        close(model(x).detach(), y)
         state_of(model, optimizer)
 
     convert(same, expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
@@ -43,7 +44,7 @@ def test_zeros_become_masks():
     assert 0 < masks.density < 1
     ls.compact_(ls.set_masks_(model, masks))
     assert model[3].weight.shape == (40,)
-    torch.testing.assert_close(model(X), y)
+    close(model(X), y)
     assert ls.Masks.of_nonzero(model) == masks, "of compact layers too"
 
 
@@ -104,9 +105,9 @@ def test_masks_are_taken_over(prune):
             optimizer.zero_grad()
             outputs.append(model(X))
             outputs[-1].square().mean().backward()
-        torch.testing.assert_close(*outputs)
+        close(*outputs)
         for i in (0, 3):
-            torch.testing.assert_close(torchs[i].weight_orig.grad, ours[i].weight.grad)
+            close(torchs[i].weight_orig.grad, ours[i].weight.grad)
         for optimizer in optimizers:
             optimizer.step()
     if prune is with_biases:
@@ -116,9 +117,9 @@ def test_masks_are_taken_over(prune):
         assert not ours[3]._forward_pre_hooks
         fresh = ls.sparsify_(network())
         fresh.load_state_dict(ours.state_dict())
-        torch.testing.assert_close(fresh(X), ours(X))
+        close(fresh(X), ours(X))
     ls.compact_(ours)
-    torch.testing.assert_close(ours(X), torchs(X))
+    close(ours(X), torchs(X))
 
 
 def with_stale_biases():
@@ -153,7 +154,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_uses_the_biases_that_are_left(form):
     model, expected = with_stale_biases()
-    torch.testing.assert_close(FORMS[form](model)(X).detach(), expected)
+    close(FORMS[form](model)(X).detach(), expected)
 
 
 def test_packed_layers_hold_plain_biases():
@@ -162,21 +163,21 @@ def test_packed_layers_hold_plain_biases():
     assert {"0.bias", "3.bias"} < model.state_dict().keys()
     assert not any("orig" in name or "mask" in name for name in model.state_dict())
     assert not any(m._forward_pre_hooks for m in model)
-    torch.testing.assert_close(copy.deepcopy(model)(X), expected)
+    close(copy.deepcopy(model)(X), expected)
 
 
 def test_the_dense_state_dict_has_the_biases_that_are_left():
     model, expected = with_stale_biases()
     dense = network()
     dense.load_state_dict(ls.dense_state_dict(model), strict=True)
-    torch.testing.assert_close(dense(X).detach(), expected)
+    close(dense(X).detach(), expected)
 
 
 def test_a_ticket_of_a_network_with_pruned_biases():
     model, _ = with_stale_biases()
     ticket = ls.find_ticket(model, lambda model, stop_at=None: None, 1, 0.5)
     again, _ = with_stale_biases()
-    torch.testing.assert_close(ticket.apply_(again)(X), model(X))
+    close(ticket.apply_(again)(X), model(X))
 
 
 def test_a_pruned_weight_that_is_shared_is_left_to_torch():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
+
+pytestmark = pytest.mark.numeric
 
 E = 3
 
@@ -63,12 +66,12 @@ def test_networks_compute_what_each_computes_alone(kind, shared):
     assert y.shape == (E, 6, 5)
     y.square().mean((1, 2)).sum().backward()
     alone = [m(x if shared else x[e]) for e, m in enumerate(models)]
-    torch.testing.assert_close(y, torch.stack(alone))
+    close(y, torch.stack(alone))
     for e, (model, out) in enumerate(zip(models, alone, strict=True)):
         out.square().mean().backward()
         for p, q in zip(model.parameters(), many.parameters(), strict=True):
             own = q.grad[e].flatten()[: p.numel()].view(p.shape)
-            torch.testing.assert_close(own, p.grad)
+            close(own, p.grad)
 
 
 @pytest.mark.parametrize("kind", ["masked", "compact"])
@@ -78,7 +81,7 @@ def test_convolutions_and_pooling(kind, shared):
     many = ls.replicate(models)
     x = torch.randn(3, 2, 4, 4) if shared else torch.randn(E, 3, 2, 4, 4)
     alone = [m(x if shared else x[e]) for e, m in enumerate(models)]
-    torch.testing.assert_close(many(x), torch.stack(alone))
+    close(many(x), torch.stack(alone))
     same_state(ls.select(many, 1), models[1])
 
 
@@ -110,7 +113,7 @@ def test_frozen_values_come_along_and_back(kind, frozen):
     models = [stack(e, kind, frozen=source) for e, source in enumerate(frozen)]
     many = ls.replicate(models)
     x = torch.randn(4, 12)
-    torch.testing.assert_close(many(x), torch.stack([m(x) for m in models]))
+    close(many(x), torch.stack([m(x) for m in models]))
     for e, model in enumerate(models):
         same_state(ls.select(many, e), model)
 
@@ -212,5 +215,5 @@ def test_a_constant_set_on_networks_side_by_side_has_the_signs_of_each():
     assert torch.equal(networks[0].effective_weight, expected)
     x = torch.randn(5, 6)
     y = networks(x)
-    torch.testing.assert_close(ls.compact_(networks)(x), y)
-    torch.testing.assert_close(ls.select(networks, 1)(x), y[1])
+    close(ls.compact_(networks)(x), y)
+    close(ls.select(networks, 1)(x), y[1])

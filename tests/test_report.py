@@ -77,6 +77,7 @@ RECORD = {
     "versions": {"torch": "2.13.0", "numpy": "2.4"},
     "engine": "process",
     "outcome": "done",
+    "machine": {"cpu": "EPYC (family 25)"},
 }
 
 
@@ -150,6 +151,7 @@ def test_it_says_how_it_was_run(parsed):
         "0.8 of hidden, 0.9 of output",
         "rounds 0 to 7: dense, dense, dense; rounds 8 to 20: sparse, dense, dense",
         "0123456789 with changes",
+        "EPYC (family 25)",
         "numpy 2.4, torch 2.13.0",
         "SGD with momentum 0.9, rate 100, batch 250, 440,000 iterations",
         "Not run on Conv4: python -m experiments run mask-0 --network conv4 --profile paper",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
@@ -63,8 +64,10 @@ def tickets(**changes):
         ({"compounding": True}, "resume cannot go on with compounding=True"),
         ({"model": nn.Linear(3, 4)}, "resume has masks of .*, but the model's are of"),
         ({"resume": ls.Ticket(ls.Masks({}), {})}, "resume has no history"),
+        ({"resume": ls.Ticket(ls.Masks({}), {}, {}, [{"round": "3"}])}, "resume has no history"),
+        ({"resume": ls.Ticket(ls.Masks({}), {}, {}, [{"round": -1}])}, "resume has no history"),
     ],
-    ids=["rounds", "compounding", "model", "history"],
+    ids=["rounds", "compounding", "model", "history", "a word", "negative"],
 )
 def test_what_cannot_be_resumed(changes, message):
     train = Trainer()
@@ -91,4 +94,4 @@ def test_a_ticket_goes_into_a_compact_model(mask0):
     assert type(compact[0]) is ls.CompactLinear
     same(copy_of(compact.state_dict()), copy_of(plain.state_dict()))
     x = torch.randn(5, 6)
-    torch.testing.assert_close(compact(x), plain(x))
+    close(compact(x), plain(x))

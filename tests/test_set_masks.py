@@ -57,7 +57,7 @@ def test_names_left_out_keep_what_they_have():
     model = ls.sparsify_(network())
     masks = half(model)
     ls.set_masks_(model, masks, ls.Constant(0.5))
-    before = model.state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     ls.set_masks_(model, {"4.weight": torch.ones(5, 16)})
     after = model.state_dict()
     for name in ("0.weight", "0.weight_mask", "0.weight_frozen"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 
 import pytest
 import torch
+from tolerances import close
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 import lottery_sparse as ls
 
@@ -42,11 +45,12 @@ def copy_of(state):
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_dense_checkpoint_loads_strictly(assign):
     dense, new = nn.Linear(7, 6), layer("constant")
-    new.load_state_dict(dense.state_dict(), assign=assign)
+    with pytest.warns(UserWarning, match="now keeps 100.0%"):
+        new.load_state_dict(dense.state_dict(), assign=assign)
     assert new.weight_mask.all()
     assert "weight_frozen" not in new.state_dict()
     assert torch.equal(new.effective_weight, dense.weight)
-    torch.testing.assert_close(new(torch.ones(2, 7)), dense(torch.ones(2, 7)))
+    close(new(torch.ones(2, 7)), dense(torch.ones(2, 7)))
 
 
 def test_weight_is_the_effective_weight():
@@ -122,34 +126,26 @@ def test_parts_of_a_checkpoint():
     same(new.state_dict(), before)
     new.load_state_dict({"bias": torch.zeros(6)}, strict=False)
     assert torch.equal(new.weight_mask, before["weight_mask"])
-    # a mask alone is a new mask for the weight that is here
     mask = torch.arange(42).view(6, 7) % 2
-    missing, unexpected = new.load_state_dict({"weight_mask": mask}, strict=False)
-    assert (set(missing), unexpected) == ({"weight", "bias"}, [])
-    assert torch.equal(new.weight_mask, mask.bool())
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         new.load_state_dict({"weight_mask": mask})
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"weight_signs"'):
         new.load_state_dict(layer().state_dict() | {"weight_signs": torch.zeros(1)})
 
 
-@pytest.mark.filterwarnings("ignore:.*a layer collapse")
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("frozen", SOURCES)
-def test_a_mask_alone_leaves_what_pruned_weights_hold(frozen, compact):
+def test_a_mask_without_its_weight_is_not_taken(frozen, compact):
     new = nn.Sequential(layer(frozen))
-    mask = new[0].weight_mask & (torch.arange(42).view(6, 7) % 3 > 0)
-    held = ls.set_masks_(copy.deepcopy(new), {"0.weight": torch.zeros(6, 7)}, SOURCES[frozen])[0]
-    expected = torch.where(mask, new[0].weight, held.effective_weight)
     if compact:
         ls.compact_(new)
-    source = new.state_dict().get("0.weight_frozen")
-    missing, unexpected = new.load_state_dict({"0.weight_mask": mask}, strict=False)
-    assert (set(missing), unexpected) == ({"0.weight", "0.bias"}, [])
-    if frozen not in ("constant of the layer", "normal"):  # whose std is that of the earlier weight
-        assert torch.equal(new[0].effective_weight, expected)
-    if source is not None:
-        assert torch.equal(new.state_dict()["0.weight_frozen"], source)
+    before = copy_of(new.state_dict())
+    alone = {"0.weight_mask": ~new[0].weight_mask, "0.bias": torch.zeros(6)}
+    for state in alone, alone | {"0.weight_frozen": torch.ones(6, 7)}:
+        missing, unexpected = new.load_state_dict(state, strict=False)
+        assert missing == ["0.weight"]
+        assert set(unexpected) == state.keys() - {"0.bias"}
+        same(new.state_dict(), before | {"0.bias": torch.zeros(6)})
 
 
 def test_a_computed_weight_comes_with_its_source():
@@ -229,3 +225,202 @@ def test_optimizers_load_beside_it():
         net(torch.ones(2, 7)).square().sum().backward()
         opt.step()
     same(model.state_dict(), other.state_dict())
+
+
+# ---- masks that a checkpoint takes away ----------------------------------------------------------
+
+
+def nested(forms=(), keep=0.25):
+    """Three masked layers of 120 weights, two of them pruned, one of those in a block."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+    model = ls.sparsify_(nn.Sequential(nn.Linear(4, 5), block, nn.Linear(8, 8)))
+    masks = {n: torch.arange(m.numel()).view(m.shape) < keep * m.numel()
+             for n, m in ls.masks_of(model).items() if n != "2.weight"}  # fmt: skip
+    ls.set_masks_(model, masks)
+    return model
+
+
+def dense_state(model):
+    return {name: value + 1 for name, value in ls.dense_state_dict(model).items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel], ids=["plain", "wrapped"])
+def test_a_load_that_takes_masks_away_says_so_once(wrap, assign):
+    model = wrap(nested())
+    with pytest.warns(UserWarning, match="holds no mask") as caught:
+        model.load_state_dict(dense_state(model), assign=assign)
+    (warning,) = caught
+    assert warning.filename == __file__, "the line that loads"
+    text = str(warning.message)
+    assert "no mask of" in text
+    assert "0.weight and 1 more, so" in text
+    assert "kept 63.7% of 124 weights and now keeps 100.0%" in text
+    assert ls.masks_of(model).density == 1
+    model.load_state_dict(dense_state(model))  # nothing to take
+
+
+def test_a_load_of_a_part_or_of_some_masks_counts_what_it_takes():
+    model = nested()
+    with pytest.warns(UserWarning, match=r"no mask of weight, so .* 25\.0% of 40 .* keeps 100\.0%"):
+        model[1][0].load_state_dict(nn.Linear(5, 8).state_dict())
+    model, state = nested(), dense_state(nested())
+    state["0.weight_mask"] = torch.ones(5, 4)
+    with pytest.warns(UserWarning, match=r"no mask of 1\.0\.weight, so .* 63\.7% of 124 "):
+        model.load_state_dict(state)
+    model = nested()
+    del state["1.0.weight"]  # what a state_dict does not name stays
+    model.load_state_dict(state, strict=False)
+    assert 0.75 < ls.masks_of(model).density < 0.76
+
+
+def test_loads_that_keep_masks_or_say_that_all_is_kept_are_silent():
+    model = nested()
+    model.load_state_dict(copy_of(model.state_dict()))
+    w_init = copy_of(ls.sparsify_(nn.Sequential(nn.Linear(4, 5))).state_dict())
+    pruned = ls.sparsify_(nn.Sequential(nn.Linear(4, 5)))
+    ls.set_masks_(pruned, {"0.weight": torch.eye(5, 4)})
+    pruned.load_state_dict(w_init)  # README's rewinding: of a masked model, with its masks
+    assert pruned[0].density == 1
+
+
+def test_a_warning_that_is_an_error_comes_before_the_first_write():
+    model = nested()
+    before = copy_of(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="holds no mask"):
+            model.load_state_dict(dense_state(model))
+    same(model.state_dict(), before)
+
+
+# ---- checkpoints of torch.nn.utils.prune ---------------------------------------------------------
+
+
+def convolutional():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Sequential(nn.Linear(36, 5))
+    ).eval()
+
+
+def pruned_by_torch(bias=False):
+    model = convolutional()
+    torch_prune.l1_unstructured(model[0], "weight", 0.5)
+    torch_prune.random_unstructured(model[3][0], "weight", 0.3)
+    torch_prune.random_unstructured(model[3][0], "weight", 0.3)
+    if bias:
+        torch_prune.l1_unstructured(model[0], "bias", 2)
+    return model
+
+
+IMAGES = torch.linspace(-1, 1, 100).view(2, 2, 5, 5)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("form", [ls.sparsify_, lambda m: ls.compact_(ls.sparsify_(m))])
+def test_checkpoints_of_torchs_pruning_load(form, assign):
+    theirs, ours = pruned_by_torch(), form(convolutional())
+    for value in ours.parameters():
+        nn.init.zeros_(value)
+    state = theirs.state_dict()
+    ours.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES))
+    masks = {"0.weight": theirs[0].weight_mask, "3.0.weight": theirs[3][0].weight_mask}
+    assert ls.masks_of(ours) == ls.Masks(masks)
+    assert torch.equal(ours.state_dict()["0.weight"], theirs[0].weight)
+    assert "0.weight_orig" in state, "the checkpoint is not changed"
+
+
+def test_what_torchs_pruning_leaves_of_a_bias_is_taken_with_a_word():
+    theirs, ours = pruned_by_torch(bias=True), ls.sparsify_(convolutional())
+    with pytest.warns(UserWarning, match=r"0\.bias_mask prunes 2 of 4 biases.*train on"):
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES))
+    # a bias that goes on being pruned takes its mask
+    again = ls.sparsify_(pruned_by_torch(bias=True))
+    again.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(again(IMAGES), theirs(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"0.weight_mask": torch.ones(4, 2)}, r"mask of 0\.weight has shape \(4, 2\)"),
+        ({"0.weight_mask": torch.full((4, 2, 3, 3), 0.5)}, "must hold only 0 and 1"),
+        ({"0.weight_orig": torch.ones(4, 2)}, r"size mismatch for 0\.weight"),
+        ({"0.weight": torch.ones(4, 2, 3, 3)}, r'Unexpected key.*"0\.weight_orig"'),
+    ],
+    ids=range(4),
+)
+def test_wrong_checkpoints_of_torchs_pruning_are_refused(changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        ls.sparsify_(convolutional()).load_state_dict(pruned_by_torch().state_dict() | changes)
+
+
+# ---- a weight that layers share ------------------------------------------------------------------
+
+
+def tied(form=ls.sparsify_, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6)))
+    model[2][0].weight = model[0].weight
+    return form(model)
+
+
+FORMS = {"masked": ls.sparsify_, "compact": lambda model: ls.compact_(ls.sparsify_(model))}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+MASK = torch.arange(36).view(6, 6) % 3 > 0
+
+
+@forms
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"2.0.weight_mask": ~MASK},
+        {"0.weight_mask": MASK, "2.0.weight_mask": MASK.roll(1, 1)},
+        {"0.weight_mask": MASK, "2.0.weight_mask": MASK, "2.0.weight_frozen": torch.ones(6, 6)},
+    ],
+    ids=range(3),
+)
+def test_two_masks_for_one_weight_are_refused(form, changes):
+    model = tied(form)
+    before = copy_of(model.state_dict())
+    state = tied(seed=1).state_dict() | changes
+    with pytest.raises(RuntimeError, match=r"0\.weight and 2\.0\.weight are one weight.*two masks"):
+        model.load_state_dict(state)
+    same(model.state_dict(), before)
+    alone = {n: v for n, v in state.items() if n != "2.0.weight"}  # as safetensors saves it
+    with pytest.raises(RuntimeError, match="two masks"):
+        model.load_state_dict(alone, strict=False)
+    same(model.state_dict(), before)
+
+
+@forms
+@pytest.mark.parametrize("left_out", ["", "2.0.weight", "0.weight", "2.0.", "0."])
+def test_the_mask_of_a_weight_comes_under_any_of_its_names(form, left_out):
+    """Tools save a shared tensor once: safetensors drops names, transformers whole keys."""
+    old, new = tied(seed=1), tied(form)
+    ls.set_masks_(old, {"0.weight": MASK}, ls.Constant(0.5))
+    state = {n: v for n, v in old.state_dict().items() if n != left_out}
+    if left_out.endswith("."):
+        state = {n: v for n, v in state.items() if not n.startswith(f"{left_out}weight")}
+    missing, unexpected = new.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert missing == ([] if not left_out else [f"{left_out.removesuffix('weight')}weight"])
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(new(x), old(x))
+    for layer in new[0], new[2][0]:
+        assert torch.equal(layer.weight_mask, MASK)
+
+
+def test_one_layer_under_two_names_loads_by_assignment():
+    layer = nn.Linear(6, 6)
+    old, new = (ls.sparsify_(nn.Sequential(m, nn.Tanh(), m)) for m in (layer, nn.Linear(6, 6)))
+    ls.set_masks_(old, {"0.weight": MASK})
+    new.load_state_dict(copy_of(old.state_dict()), assign=True)
+    assert torch.equal(new[2].weight_mask, MASK)
+    state = copy_of(old.state_dict()) | {"2.weight_mask": ~MASK}
+    with pytest.raises(RuntimeError, match=r"0\.weight and 2\.weight are one weight"):
+        new.load_state_dict(state)

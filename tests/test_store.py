@@ -195,7 +195,7 @@ def test_checkpoints_come_back(store):
         for number in range(2):
             store.save(lease, RUN, tensors, {"round": number, "at": [0.1, None]})
         found, metadata = store.load(RUN)
-        assert metadata == {"round": 1, "at": [0.1, None]}
+        assert metadata == store.metadata(RUN) == {"round": 1, "at": [0.1, None]}
         assert set(found) == set(tensors)
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype
@@ -203,6 +203,7 @@ def test_checkpoints_come_back(store):
         store.discard(lease, RUN)
         store.discard(lease, RUN)
     assert store.load(RUN) is None
+    assert store.metadata(RUN) is None
 
 
 def test_a_broken_checkpoint_is_reported_and_not_used(store):
@@ -215,3 +216,4 @@ def test_a_broken_checkpoint_is_reported_and_not_used(store):
         path.write_bytes(broken)
         with pytest.warns(UserWarning, match="is broken"):
             assert store.load(RUN) is None
+        assert store.metadata(RUN) in (None, {"round": 1})  # it does not read the tensors

@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPES, NETWORKS
 from supermask_problems import WEIGHTS, check, supermask_problem
+from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
 from lottery_sparse import backends, ops, reference
 from lottery_sparse.ops import sample_bits, sample_mask, supermask_conv2d, supermask_linear
+
+pytestmark = pytest.mark.numeric
 
 KEY = ls.random.key(5, ls.random.stream_of("fc1.score"), 3)
 LINEAR = (9, 37), (5, 37)
@@ -175,12 +178,12 @@ def test_leading_dimensions_of_x():
     y = supermask_linear(p.x, p.score, p.weight, p.key, p.bias)
     one = supermask_linear(p.x[0], p.score, p.weight, p.key, p.bias)
     many = supermask_linear(p.x.view(1, 5, 1, 37), p.score, p.weight, p.key, p.bias)
-    torch.testing.assert_close(one, y[0])
+    close(one, y[0])
     assert torch.equal(many.view(5, 9), y)
     c = supermask_problem(*CONV, **GEOMETRY)
     args = c.score, c.weight, c.key, c.bias
     image = supermask_conv2d(c.x[0], *args, **c.options)
-    torch.testing.assert_close(image, supermask_conv2d(c.x, *args, **c.options)[0])
+    close(image, supermask_conv2d(c.x, *args, **c.options)[0])
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3)], ids=str)
@@ -194,7 +197,7 @@ def test_only_some_inputs_want_gradients(wanted):
         y = op(x, score, weight, p.key, bias, rescale=True, **p.options)
         got = torch.autograd.grad(y, [inputs[i] for i in wanted], p.dy)
         for a, i in zip(got, wanted, strict=True):
-            torch.testing.assert_close(a, every[i])
+            close(a, every[i])
 
 
 def test_what_a_dropped_weight_holds_reaches_only_its_own_score():
@@ -304,7 +307,7 @@ def test_vmap_equals_a_loop(weight, rescale):
                         if f is loss
                         else tuple(torch.stack(parts) for parts in zip(*each, strict=True))
                     )
-                    torch.testing.assert_close(got, expected)
+                    close(got, expected)
 
 
 def test_autocast_casts_all_but_the_score():

@@ -8,12 +8,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from step_problems import BATCHES, OPTIMIZERS, TOLERANCE, WIDTHS, batches, by_modules
+from step_problems import BATCHES, OPTIMIZERS, ROUNDINGS, WIDTHS, batches, by_modules
+from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse import backends
 from lottery_sparse.ops import sample_mask
+
+pytestmark = pytest.mark.numeric
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
@@ -45,15 +48,15 @@ def check(model, kind, options, data):
     step = ls.train_step(model, ours := kind(trained(model), **options))
     for x, y in data:
         loss, expected = step(x, y), by_modules(other, theirs, x, y)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+        close(loss.double(), expected, ROUNDINGS, torch.float32)
     wanted = other.state_dict()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, wanted[name].to(value.dtype), **TOLERANCE, msg=name)
+        close(value, wanted[name].to(value.dtype), ROUNDINGS, msg=name)
     for a, b in zip(trained(model), trained(other), strict=True):
         for key, value in theirs.state[b].items():
             if isinstance(value, torch.Tensor):
                 value = value.to(ours.state[a][key].dtype)
-                torch.testing.assert_close(ours.state[a][key], value, **TOLERANCE)
+                close(ours.state[a][key], value, ROUNDINGS)
 
 
 @masks
@@ -97,7 +100,7 @@ def test_gradients_within_the_rounding_of_their_products(options):
     ls.train_step(model, optimizer)(x, y)
     for layer, gradient in zip(layers, wanted, strict=True):
         got = optimizer.state[layer.score]["momentum_buffer"].double()
-        assert (got - gradient).abs().max() <= 2e-6 * gradient.abs().max()
+        close(got, gradient, dtype=torch.float32)
 
 
 def test_masks_are_those_that_modules_draw():
@@ -106,7 +109,7 @@ def test_masks_are_those_that_modules_draw():
     frozen = ls.train_step(model, torch.optim.SGD(trained(model), lr=0.0))
     for x, y in batches(WIDTHS[0], 33, 5):
         expected = F.cross_entropy(twin(x), y)
-        torch.testing.assert_close(frozen(x, y), expected.detach())
+        close(frozen(x, y), expected.detach())
     for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -165,7 +168,7 @@ def test_steps_by_modules_can_follow_and_alternate():
         by_modules(model, ours, x, y) if i % 3 == 1 else step(x, y)
         by_modules(other, theirs, x, y)
     for a, b in zip(trained(model), trained(other), strict=True):
-        torch.testing.assert_close(a.double(), b, **TOLERANCE)
+        close(a.double(), b, ROUNDINGS, torch.float32)
 
 
 def test_learned_masks_beside_other_layers():
@@ -189,7 +192,7 @@ def test_learned_masks_beside_other_layers():
         by_modules(other, theirs, x, y)
     for name, value in model.state_dict().items():
         wanted = other.state_dict()[name].to(value.dtype)
-        torch.testing.assert_close(value, wanted, **TOLERANCE, msg=name)
+        close(value, wanted, ROUNDINGS, msg=name)
 
 
 def test_an_optimizer_may_hold_what_is_frozen_too():

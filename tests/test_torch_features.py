@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from masked_layers import SOURCES
+from tolerances import close
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -67,7 +68,7 @@ def test_fx_keeps_the_layers(kind):
         ls.set_masks_(changed, moved(changed))
         alone, _ = model_of("masked")
         alone.load_state_dict(changed.state_dict())
-        torch.testing.assert_close(changed(x), alone(x))
+        close(changed(x), alone(x))
 
 
 def test_fx_of_packed_layers():
@@ -109,10 +110,10 @@ def test_replicas_compute_and_train_the_layer(kind, frozen, replicate):
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     y = model(x)
-    torch.testing.assert_close(torch.cat(ys), y)
+    close(torch.cat(ys), y)
     y.square().sum().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+        close(gradient, parameter.grad)
     for replica in replicate(model):
         assert torch.equal(replica[3].effective_weight, model[3].effective_weight)
     held = dict(model.named_buffers())
@@ -153,13 +154,13 @@ def test_a_model_is_another_one_once_all_its_tensors_are_copied(kind, frozen):
     step(model, x)
     for same in others:
         step(same, x)
-        torch.testing.assert_close(same(x), model(x))
+        close(same(x), model(x))
         for i in (0, 3, 4):
-            torch.testing.assert_close(same[i].effective_weight, model[i].effective_weight)
+            close(same[i].effective_weight, model[i].effective_weight)
     masks = moved(model)
     for same in (model, other):
         ls.set_masks_(same, masks, ls.Constant(0.1))
-    torch.testing.assert_close(other(x), model(x))
+    close(other(x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +183,11 @@ def test_functional_calls_with_all_tensors_of_another_model(kind, frozen, compil
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     values = {n: p.detach().clone().requires_grad_() for n, p in other.named_parameters()}
     y = call(values, dict(other.named_buffers()))
-    torch.testing.assert_close(y, expected)
+    close(y, expected)
     y.square().sum().backward()
     for name, parameter in other.named_parameters():
-        torch.testing.assert_close(values[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(call(dict(other.named_parameters()), dict(other.named_buffers())), y)
+        close(values[name].grad, parameter.grad)
+    close(call(dict(other.named_parameters()), dict(other.named_buffers())), y)
     assert torch.equal(model(x), before)
 
 
@@ -211,10 +212,10 @@ def test_spawned_processes():
     process.start()
     for model in models:
         got, after = map(torch.from_numpy, results.get())
-        torch.testing.assert_close(got, model(x).detach())
+        close(got, model(x).detach())
         step(model, x)
         ls.set_masks_(model, moved(model))
-        torch.testing.assert_close(after, model(x).detach())
+        close(after, model(x).detach())
     process.join()
     assert process.exitcode == 0
 
@@ -230,11 +231,11 @@ def use_everything(model, x, train=True):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     y = model(x)
-    torch.testing.assert_close(copy.deepcopy(model)(x), y)
-    torch.testing.assert_close(ls.refresh_(ls.compact_(ls.expand_(model)))(x), y)
+    close(copy.deepcopy(model)(x), y)
+    close(ls.refresh_(ls.compact_(ls.expand_(model)))(x), y)
     ls.densify_(ls.expand_(model))
-    torch.testing.assert_close(model(x), y)
-    torch.testing.assert_close(model.double()(x.double()).float(), y, rtol=1e-4, atol=1e-5)
+    close(model(x), y)
+    close(model.double()(x.double()).float(), y)
 
 
 @kinds
@@ -303,7 +304,7 @@ def test_averages_hold_frozen_values(kind, frozen):
     model, x = model_of(kind, frozen)
     average, parameters = averaged(model, x)
     for got, each in zip(average.module.parameters(), zip(*parameters, strict=True), strict=True):
-        torch.testing.assert_close(got, torch.stack(each).mean(0))
+        close(got, torch.stack(each).mean(0))
     for i in (0, 3, 4):
         pruned = ~model[i].weight_mask
         held = average.module[i].effective_weight
@@ -323,10 +324,10 @@ def test_averages_of_buffers_too(kind, frozen):
     fn = get_ema_multi_avg_fn(0.9)
     plain, _ = averaged(copy.deepcopy(model), x, multi_avg_fn=fn)
     average, _ = averaged(model, x, multi_avg_fn=fn, use_buffers=True)
-    torch.testing.assert_close(average(x), plain(x))
+    close(average(x), plain(x))
     for layer, other in zip(average.module, plain.module, strict=True):
         if hasattr(layer, "weight"):
-            torch.testing.assert_close(layer.effective_weight, other.effective_weight)
+            close(layer.effective_weight, other.effective_weight)
             assert torch.equal(layer.weight_mask, other.weight_mask)
 
 
@@ -353,9 +354,9 @@ def test_a_compiled_training_step_breaks_its_graph_and_is_right(kind, optimizer)
         compiled(model, ours)
         train(twin, theirs)
     for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(parameter, other)
+        close(parameter, other)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), twin(x))
+        close(model(x), twin(x))
 
 
 def test_a_step_in_a_full_graph_says_that_it_breaks_it():

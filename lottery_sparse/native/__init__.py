@@ -47,6 +47,8 @@ from lottery_sparse.native.random import (
     sample_mask,
 )
 
+# Called by backends.numerics.
+numerics = torch.ops.lottery_sparse_native.numerics.default
 # Called by optim.py: -1, or the position of a Parameter that they do not take.
 sgd_step = torch.ops.lottery_sparse_native.sgd_step.default
 adam_step = torch.ops.lottery_sparse_native.adam_step.default
@@ -70,6 +72,7 @@ __all__ = [
     "masked_linear",
     "masked_linear_backward",
     "masked_linear_wins",
+    "numerics",
     "pack_mask",
     "put_back_",
     "random_normal",

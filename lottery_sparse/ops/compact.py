@@ -28,6 +28,7 @@ from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops.checks import autocasts
 from lottery_sparse.ops.conv2d import Pair, as_pair
 from lottery_sparse.ops.differentiable import differentiable
+from lottery_sparse.ops.lists import check_kept, once, readable
 from lottery_sparse.ops.product import cast_all_of, register_autocast
 
 
@@ -57,7 +58,8 @@ def compact_linear(
     number of times.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype, device or list does not fit; the message names the argument.
+        RuntimeError: in a backward, a list that does not fit.
     """
     _check(x, values, kept, effective, bias, rank=2)
     if x.dim() == 0 or x.shape[-1] != effective.shape[-1]:
@@ -72,7 +74,7 @@ def compact_linear(
             f"x has shape {tuple(x.shape)}, but {len(values)} networks side by side need "
             f"[B, K], shared, or [{len(values)}, B, K]."
         )
-    return linear(x, values, kept, effective, bias, zero)
+    return _checked(linear, 2, x, values, kept, effective, bias, zero)
 
 
 def linear(
@@ -171,7 +173,7 @@ def compact_conv2d(
         as_pair("dilation", dilation, 1),
     )
     _check_size(x, effective, *geometry)
-    return conv2d(x, values, kept, effective, bias, zero, *geometry, groups)
+    return _checked(conv2d, 4, x, values, kept, effective, bias, zero, *geometry, groups)
 
 
 def conv2d(
@@ -261,6 +263,26 @@ def _check(
             raise ValueError(
                 f"kept.{name} is {numbers.dtype}, not {_LISTED[name][0]}; use KeptLists.of."
             )
+
+
+def _checked(op: Callable, rank: int, x: Tensor, values: Tensor, kept: KeptLists, *args: Any):
+    """The op, whose lists are known to fit, or are checked by the CPU's kernels as they read them.
+
+    Layers, whose lists are made from masks, call it without this.
+    """
+    rows, columns = args[0].shape[-rank], args[0].shape[1 - rank :].numel()
+    if x.device.type != "cpu":
+        once(_check_lists, *kept, rows, columns)
+    try:
+        return op(x, values, kept, *args)
+    except (RuntimeError, IndexError):
+        if readable(*kept):
+            check_kept(kept, rows, columns)
+        raise
+
+
+def _check_lists(*args: Any) -> None:
+    check_kept(KeptLists(*args[:5]), *args[5:])
 
 
 _KEPT = "Tensor starts, Tensor columns, Tensor column_starts, Tensor rows, Tensor positions"

@@ -18,6 +18,14 @@ from lottery_sparse import backends, reference
 from lottery_sparse.formats import BLOCK
 from lottery_sparse.ops.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.differentiable import unwatched
+from lottery_sparse.ops.lists import (
+    check_bitmap,
+    check_codes,
+    check_csr,
+    check_delta,
+    once,
+    readable,
+)
 from lottery_sparse.ops.product import cast_one
 
 
@@ -44,7 +52,8 @@ def ternary_linear(
         [..., N], dtype of `x`.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype, device, list or code does not fit; the message names the
+            argument.
         RuntimeError: x requires grad while gradients are recorded.
     """
     if activations not in ("exact", "int8"):
@@ -59,6 +68,7 @@ def ternary_linear(
     _check_scale(scale, rows)
     _check_bias(bias, rows)
     _check_devices(x, codes=codes, scale=scale, bias=bias)
+    once(check_codes, codes)
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
 
 
@@ -117,9 +127,9 @@ def csr_linear(
     Args:
         x: [..., K], any floating dtype.
         values: [C], floating; bfloat16 values are read as such.
-        starts: int64 [N + 1]: row r has entries starts[r] … starts[r + 1] - 1. Ascending, at most
-            C: not checked, because that would cost as much as the product.
-        columns: [C], int32, or int16 holding the bits of uint16; below K: not checked either.
+        starts: int64 [N + 1]: row r has entries starts[r] … starts[r + 1] - 1. Ascending from 0
+            to at most C.
+        columns: [C], int32, or int16 holding the bits of uint16; below K.
         bias: [N], or None.
 
     Returns, raises: as `ternary_linear`.
@@ -134,7 +144,8 @@ def csr_linear(
     rows = starts.shape[0] - 1
     _check_bias(bias, rows)
     _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
-    return _by_rows(_csr, x, rows, values, starts, columns, bias)
+    check = check_csr, columns, starts, x.shape[-1]
+    return _checked(check, _csr, x, rows, values, starts, columns, bias)
 
 
 def delta_linear(
@@ -145,7 +156,7 @@ def delta_linear(
     Args:
         x, values, starts, bias: as in `csr_linear`.
         gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
-            see `formats.pack_delta`. Below K in sum over a row: not checked.
+            see `formats.pack_delta`. Below K in sum over a row.
 
     Returns, raises: as `ternary_linear`.
     """
@@ -159,7 +170,8 @@ def delta_linear(
     rows = starts.shape[0] - 1
     _check_bias(bias, rows)
     _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
-    return _by_rows(_delta, x, rows, values, starts, gaps, bias)
+    check = check_delta, gaps, starts, x.shape[-1]
+    return _checked(check, _delta, x, rows, values, starts, gaps, bias)
 
 
 def bitmap_linear(
@@ -169,8 +181,9 @@ def bitmap_linear(
 
     Args:
         x, values, starts, bias: as in `csr_linear`.
-        bits: the mask, int32 [N, W], see `pack_mask`; row r has starts[r + 1] - starts[r] ones:
-            not checked.
+        bits: the mask, int32 [N, W], see `pack_mask`; row r has starts[r + 1] - starts[r] ones.
+            On the CPU a row with more or fewer gives a wrong sum, and is refused only where it
+            asks for values that are not there.
 
     Returns, raises: as `ternary_linear`.
     """
@@ -181,7 +194,8 @@ def bitmap_linear(
         raise ValueError(f"bits has {len(bits)} rows, but starts has {rows}.")
     _check_bias(bias, rows)
     _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
-    return _by_rows(_bitmap, x, rows, values, starts, bits, bias)
+    check = check_bitmap, bits, starts, len(values)
+    return _checked(check, _bitmap, x, rows, values, starts, bits, bias)
 
 
 def check_x(x: Tensor) -> None:
@@ -235,9 +249,22 @@ def _check_bias(bias: Tensor | None, rows: int) -> None:
 
 
 def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    device = x.device
     for name, value in tensors.items():
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {device}; move one.")
+
+
+def _checked(check: tuple, op: Callable, x: Tensor, rows: int, *args: Any) -> Tensor:
+    """`_by_rows`; the CPU's kernels check lists as they read them, others' are checked before."""
+    if x.device.type != "cpu":
+        once(*check)
+    try:
+        return _by_rows(op, x, rows, *args)
+    except (RuntimeError, IndexError):
+        if readable(*check[1:]):
+            check[0](*check[1:])
+        raise
 
 
 def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:

@@ -218,6 +218,12 @@ def vmap_backward(rank: int, tensors: int, op: Callable) -> Callable:
         shared = inner and x.dim() == rank + (dims[1] is not None)
         dy = _expanded(dy, dims[0], size, network[0], rank, inner)
         x = _expanded(x, dims[1], size, network[0], rank, inner)
+        if shared and reference.rounds(dy):  # the op sums dx over its networks, then rounds
+            each = [
+                op(dy[i], x[i, 0], *(None if a is None else a[i] for a in network), *args[tensors:])
+                for i in range(size)
+            ]
+            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
         grads = op(*(_fold(a, inner) for a in (dy, x, *network)), *args[tensors:])
         dx, *others = (g.unflatten(0, (size, -1)) if inner and g.dim() > 1 else g for g in grads)
         if shared and dx.dim() > 1:

@@ -98,6 +98,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x wᵀ + b of one network or E of them."""
     if w.dim() == 2:
         return F.linear(x, w, bias)
+    if rounds(x) and bias is not None:
+        return torch.baddbmm(bias.unsqueeze(1), x.expand(w.shape[0], -1, -1), w.mT)
     y = torch.matmul(x, w.mT)
     return y if bias is None else y + bias.unsqueeze(1)
 
@@ -108,11 +110,23 @@ def linear_backward(
     """dx and the dense dw; empty where not needed."""
     dx, dw = x.new_empty(0), x.new_empty(0)
     if need_dx:
-        dx = torch.matmul(dy, w)
-        dx = dx.sum(0) if dx.dim() > x.dim() else dx
+        shared = dy.dim() > x.dim()
+        if shared and rounds(x):  # one network with the outputs of all
+            dx = torch.matmul(dy.movedim(0, 1).flatten(1), w.flatten(0, 1))
+        else:
+            dx = torch.matmul(dy, w)
+            dx = dx.sum(0) if shared else dx
     if need_dw:
         dw = torch.matmul(dy.mT, x)
     return dx, dw
+
+
+def rounds(x: Tensor) -> bool:
+    """Whether the dense library rounds its float32 sums to the dtype of x.
+
+    What is added to such a result is rounded twice. The sum must then be a part of the product.
+    """
+    return x.dtype.itemsize < 4
 
 
 # ---- masked_conv2d -------------------------------------------------------------------------------
@@ -185,6 +199,13 @@ def conv2d_backward(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx and the dense dw; empty where not needed."""
+    if w.dim() == 5 and x.dim() == 4 and rounds(x):  # one network with the outputs of all
+        by_group = w.unflatten(1, (groups, -1)).transpose(0, 1)
+        dy = dy.unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+        dx, dw = conv2d_backward(
+            dy, x, by_group.flatten(0, 2), stride, padding, dilation, groups, need_dx, need_dw
+        )
+        return dx, dw.view(by_group.shape).transpose(0, 1).flatten(1, 2) if need_dw else dw
     networks = w.shape[0] if w.dim() == 5 else 0
     shared, shape = x.dim() == 4, w.shape
     if networks:

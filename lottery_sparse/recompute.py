@@ -1,0 +1,155 @@
+"""One draw for a forward and its recomputation, under torch.utils.checkpoint.
+
+Gradient checkpointing forgets what a forward saved and runs it again in the backward. A layer that
+draws must then draw the same. torch keeps one object for each checkpointed call, which the forward
+and the recomputation both have on their stacks. The keys that were drawn in the call are kept on
+it, for as long as it lives, and given out again in the order in which they were drawn.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+
+_HELD_AS = "_lottery_sparse_draws"
+
+
+class Draws:
+    """The keys that were drawn in one checkpointed call, and how many of them a backward took."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.taken: dict[Any, int] = {}
+
+    @classmethod
+    def of(cls, call: Any) -> Draws:
+        if not hasattr(call, _HELD_AS):
+            setattr(call, _HELD_AS, cls())
+        return getattr(call, _HELD_AS)
+
+    def take(self, backward: Any) -> Tensor:
+        """The next one for a backward, by its number: each begins with the first."""
+        at = self.taken.get(backward, 0)
+        if at == len(self.keys):
+            raise RuntimeError(OTHERWISE)
+        self.taken[backward] = at + 1
+        return self.keys[at]
+
+
+OTHERWISE = (
+    "a layer with a learned mask runs in a backward, and it is not known which mask its forward "
+    "drew; checkpoint it by torch.utils.checkpoint.checkpoint with the same function and inputs, "
+    "or leave it out of what is recomputed."
+)
+
+
+def next_key(counter: Tensor) -> Tensor:
+    """The key of the next draw, after which `counter` is at another one.
+
+    Where a checkpointed forward is computed again it is the key that this forward drew, and the
+    counter stays.
+
+    Args:
+        counter: int64 [3] or [E, 3], of `ls.random.key`; changed in place.
+
+    Raises:
+        RuntimeError: the layer runs in a backward, and not in a recomputation of
+            torch.utils.checkpoint.
+    """
+    if torch.compiler.is_exporting():
+        return _advance(counter)
+    backward = torch._C._current_graph_task_id()
+    if backward == -1:  # cheap, as every forward asks: checkpoint sets hooks, or forbids gradients
+        hooked = _hooks(False) is not None
+        if not hooked and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
+            return _advance(counter)
+    drawing, repeating, number = _calls()
+    if repeating is not None:
+        key = Draws.of(repeating).take(backward if number is None else number)
+    elif backward != -1:
+        raise RuntimeError(OTHERWISE)
+    else:
+        key = _advance(counter)
+    for call in drawing:
+        if call is not None:
+            Draws.of(call).keys.append(key)
+    return key
+
+
+def _advance(counter: Tensor) -> Tensor:
+    key = counter.clone()
+    counter.select(-1, 2).add_(1)
+    return key
+
+
+torch.library.define("lottery_sparse::next_key", "(Tensor counter) -> (Tensor, Tensor)")
+key_and_next = torch.ops.lottery_sparse.next_key.default
+
+
+@torch.library.impl("lottery_sparse::next_key", "default")
+def _key_and_next(counter: Tensor) -> tuple[Tensor, Tensor]:
+    """What a compiled graph calls as it runs: the key, and the counter that follows.
+
+    The counter is another tensor then, as a compiled backward that computes its own forward again
+    reads the one that the forward read.
+    """
+    after = counter.clone()
+    if torch._C._current_graph_task_id() != -1 and _calls()[1] is None:
+        return _advance(after), after
+    return next_key(after).clone(), after  # Inductor reuses the memory of what an op returns
+
+
+@torch.library.register_fake("lottery_sparse::next_key")
+def _fake(counter: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(counter), torch.empty_like(counter)
+
+
+def _calls() -> tuple[list[Any], Any, Any]:
+    """The checkpointed calls that run here, from the innermost one outwards.
+
+    Returns:
+        drawing: those that run for the first time.
+        repeating: the innermost one that is computed again; None if there is none.
+        number: of the backward that it is computed for, as torch counts; None where it says none.
+    """
+    drawing: list[Any] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _REENTRANT:
+            drawing.append(frame.f_locals["ctx"])
+        elif code is _REENTRANT_AGAIN:
+            return drawing, frame.f_locals["ctx"], None
+        elif code is _CHECKPOINT:
+            call = frame.f_locals.get("gen")  # none if reentrant
+            if call is not None and call.gi_frame is not None:
+                drawing.append(call.gi_frame.f_locals.get("new_frame"))
+        elif code is _AGAIN:
+            return drawing, frame.f_locals.get("frame"), frame.f_locals.get("gid")
+        frame = frame.f_back
+    return drawing, None, None
+
+
+def _nested(kind: Any, name: str) -> CodeType | None:
+    """The code of a function that a class defines as it is made."""
+    constants = () if kind is None else kind.__init__.__code__.co_consts
+    codes = [found for found in constants if isinstance(found, CodeType)]
+    return next((code for code in codes if code.co_name == name), None)
+
+
+# Of torch itself: were one of these another one, a recomputation would raise, and not draw anew.
+_hooks: Any = getattr(
+    torch._C._autograd,  # pyright: ignore[reportAttributeAccessIssue]
+    "_top_saved_tensors_default_hooks",
+    lambda _: (),
+)
+_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
+_REENTRANT = checkpoint.CheckpointFunction.forward.__code__
+_REENTRANT_AGAIN = checkpoint.CheckpointFunction.backward.__code__
+_AGAIN = _nested(getattr(checkpoint, "_checkpoint_hook", None), "unpack_hook")

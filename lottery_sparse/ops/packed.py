@@ -122,6 +122,8 @@ def csr_linear(
         columns: [C], int32, or int16 holding the bits of uint16; below K: not checked either.
         bias: [N], or None.
 
+    A NaN or Inf in x goes where F.linear lets it: where no entry is stored for it, y is NaN.
+
     Returns, raises: as `ternary_linear`.
     """
     check_x(x)

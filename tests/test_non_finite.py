@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lottery_sparse as ls
 from lottery_sparse import backends, formats
@@ -134,6 +134,35 @@ def test_packed(name, rows):
         wanted = pattern(torch.nn.functional.linear(x, w, bias))
         assert wanted.any()
         assert torch.equal(pattern(y), wanted), kind
+
+
+@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.parametrize("density", [0.2, 0.9])
+@pytest.mark.parametrize("bad", BAD)
+def test_train_step(bad, density):
+    def network():
+        torch.manual_seed(0)
+        made = ls.sparsify_(nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, 5)))
+        masks = {n: torch.rand(m.shape) < density for n, m in ls.masks_of(made).items()}
+        masks["0.weight"][:, EMPTY] = False
+        masks["2.weight"][:, 3] = False  # a hidden unit that nobody reads
+        ls.set_masks_(made, masks)
+        return ls.compact_(made)
+
+    x, y = torch.randn(BATCH, K, generator=torch.Generator().manual_seed(0)), torch.arange(BATCH)
+    x[2, EMPTY] = bad
+    x[33, FULL] = bad
+    made, modules = network(), network()
+    loss = ls.train_step(made, torch.optim.SGD(made.parameters(), lr=0.1))(x, y % 5)
+    optimizer = torch.optim.SGD(modules.parameters(), lr=0.1)
+    with ls.use_backend("reference"):
+        wanted = nn.functional.cross_entropy(modules(x), y % 5)
+        wanted.backward()
+    optimizer.step()
+    assert wanted.isnan()
+    assert loss.isnan().all()
+    for one, other in zip(made.parameters(), modules.parameters(), strict=True):
+        assert torch.equal(pattern(one.detach()), pattern(other.detach()))
 
 
 @pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")

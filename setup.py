@@ -48,6 +48,7 @@ BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 KERNELS = [
     "bitmap_linear_cpu",
     "dense_tiles_cpu",
+    "finite_cpu",
     "keep_top_cpu",
     "list_check_cpu",
     "mask_bits_cpu",

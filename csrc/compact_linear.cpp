@@ -61,11 +61,13 @@ void forward(const CompactLinearForward<T>& p, const Parallel& parallel) {
     const float* values =
         products.floats(p.values, shape.replicates * p.lists.capacity, wide_values);
     ListCheck check;
-    products.multiply(by_row<Index>(shape, p.lists, values, check), n, p.packed_x,
-                      shape.in_features, shape.shared_x,
-                      products.floats(p.bias, shape.replicates * n, wide_bias),
-                      /*sum=*/false, p.y);
+    const KeptLists<Index> rows = by_row<Index>(shape, p.lists, values, check);
+    products.multiply(rows, n, p.packed_x, shape.in_features, shape.shared_x,
+                      products.floats(p.bias, shape.replicates * n, wide_bias), /*sum=*/false, p.y);
     check.done();
+    if (!products.finite(p.x, products.x_count(), shape.in_features))
+        products.spread_non_finite(rows, n, p.x, shape.in_features, shape.shared_x, /*sum=*/false,
+                                   p.y);
 }
 
 template <class Index, class T>
@@ -87,6 +89,10 @@ void backward(const CompactLinearBackward<T>& p, const Parallel& parallel) {
                                           &check};
         products.multiply(columns, k, dy.get(), n, /*shared=*/false, /*bias=*/nullptr,
                           /*sum=*/shape.shared_x, p.dx);
+        check.done();
+        if (!products.finite(p.dy, shape.replicates, n))
+            products.spread_non_finite(columns, k, p.dy, n, /*shared=*/false,
+                                       /*sum=*/shape.shared_x, p.dx);
     }
     if (p.dvalues) {
         const auto rows = by_row<Index>(shape, p.lists, /*values=*/nullptr, check);

@@ -21,7 +21,7 @@ struct DenseProduct {
     const float* b;  // [steps][kTileBatch]
     int64_t steps;
     const float* bias;  // by row, or nullptr
-    const float* gate;  // [rows][kTileBatch]: results are 0 where it is not positive; or nullptr
+    const float* gate;  // [rows][kTileBatch]: results are 0 where it is 0 or less; or nullptr
     float* out;         // [rows][out_stride]
     int64_t out_stride;
     bool relu;

@@ -42,7 +42,7 @@ void block(const DenseProduct& p, int64_t first) {
             for (int b = 0; b < kTileBatch; ++b) out[b] = out[b] < 0.0f ? 0.0f : out[b];
         if (p.gate)
             for (int b = 0; b < kTileBatch; ++b)
-                out[b] = p.gate[r * kTileBatch + b] > 0.0f ? out[b] : 0.0f;
+                out[b] = p.gate[r * kTileBatch + b] <= 0.0f ? 0.0f : out[b];
     }
 }
 

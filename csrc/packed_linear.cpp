@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bits.h"
+#include "finite.h"
 #include "list_check.h"
 #include "sparse_products.h"  // Buffer
 
@@ -19,6 +20,25 @@ bool rows_fit(const PackedLinear& p, const Index* columns, int64_t begin, int64_
     return check.starts("starts", p.starts, begin, end, p.entries) &&
            check.numbers("columns", columns + p.starts[begin], p.starts[end] - p.starts[begin],
                          p.in_features);
+}
+
+// y becomes NaN where an entry that is not stored meets NaN or Inf.
+template <class Index>
+void spread_non_finite(const PackedLinear& p, const Index* columns, const Parallel& parallel) {
+    parallel(p.batch, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const float* x = p.x + b * p.in_features;
+            int64_t all = 0;
+            for (int64_t k = 0; k < p.in_features; ++k) all += !is_finite(x[k]);
+            for (int64_t r = 0; all > 0 && r < p.out_features; ++r) {
+                int64_t met = 0;
+                for (int64_t i = p.starts[r]; i < p.starts[r + 1]; ++i)
+                    met += !is_finite(x[columns[i]]);
+                if (met < all)
+                    p.y[b * p.out_features + r] = std::numeric_limits<float>::quiet_NaN();
+            }
+        }
+    });
 }
 
 template <class Index, class Value>
@@ -52,6 +72,8 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
         });
         check.done();
     }
+    if (!all_finite(p.x, p.batch * p.in_features))
+        spread_non_finite(p, static_cast<const Index*>(p.columns), parallel);
 }
 
 template <class Index>

@@ -134,6 +134,9 @@ void SparseLinear<Index>::forward(const SparseLinearForward<T>& p) const {
     const float* bias = products_.floats(p.bias, shape_.replicates * shape_.out_features, wide);
     products_.multiply(lists.view(shape_.out_features), shape_.out_features, x.get(),
                        shape_.in_features, shape_.shared_x, bias, /*sum=*/false, p.y);
+    if (!products_.finite(p.x, products_.x_count(), shape_.in_features))
+        products_.spread_non_finite(lists.view(shape_.out_features), shape_.out_features, p.x,
+                                    shape_.in_features, shape_.shared_x, /*sum=*/false, p.y);
 }
 
 template <class Index>
@@ -147,6 +150,9 @@ void SparseLinear<Index>::backward(const SparseLinearBackward<T>& p) const {
     else if (p.dx)
         products_.multiply(list_by_column(lists).view(k), k, dy.get(), n, /*shared=*/false,
                            /*bias=*/nullptr, /*sum=*/shape_.shared_x, p.dx);
+    if (p.dx && !products_.finite(p.dy, shape_.replicates, n))
+        products_.spread_non_finite(list_by_column(lists).view(k), k, p.dy, n, /*shared=*/false,
+                                    /*sum=*/shape_.shared_x, p.dx);
     if (p.dw) {
         const auto x = products_.packed(p.x, products_.x_count(), k);
         if constexpr (std::is_same_v<T, float>) {

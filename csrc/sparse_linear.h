@@ -180,7 +180,7 @@ struct PackedProduct {
     KeptRows<Index> rows;
     const float* tile;  // [columns of the matrix][kTileBatch]
     const float* bias;  // by row, or nullptr
-    const float* gate;  // [rows][kTileBatch]: results are 0 where it is not positive; or nullptr
+    const float* gate;  // [rows][kTileBatch]: results are 0 where it is 0 or less; or nullptr
     float* out;         // [rows][kTileBatch]
     bool relu;
 };

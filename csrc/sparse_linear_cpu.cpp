@@ -107,7 +107,7 @@ void multiply_packed(const PackedProduct<Index>& p, int64_t begin, int64_t end) 
             for (int b = 0; b < kTileBatch; ++b) out[b] = out[b] < 0.0f ? 0.0f : out[b];
         if (p.gate)
             for (int b = 0; b < kTileBatch; ++b)
-                out[b] = p.gate[r * kTileBatch + b] > 0.0f ? out[b] : 0.0f;
+                out[b] = p.gate[r * kTileBatch + b] <= 0.0f ? 0.0f : out[b];
     }
 }
 

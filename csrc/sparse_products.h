@@ -3,12 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
 
+#include "finite.h"
 #include "list_check.h"
 #include "sparse_linear.h"
 
@@ -107,6 +109,14 @@ class Products {
     // Gradients of kept weights: dense, dw [E, N, K]; or by list position, `kept` [E, slots].
     void sample(const KeptLists<Index>& lists, const float* dy, const float* x, float* dw,
                 float* kept) const;
+    // Whether multiply gives what the dense product does: `x` [count, B, features] is finite.
+    template <class T>
+    bool finite(const T* x, int64_t count, int64_t features) const;
+    // After multiply from an x [E or (shared) 1, B, columns] that is not: out is NaN where a pruned
+    // weight meets NaN or Inf. Other elements stay as they are.
+    template <class T>
+    void spread_non_finite(const KeptLists<Index>& lists, int64_t rows, const T* x, int64_t columns,
+                           bool shared, bool sum, T* out) const;
     // out [E, features]: the sums over the batch of tiles [E, tiles, features, kTileBatch].
     template <class T>
     void sum_batch(const float* tiles, int64_t features, T* out) const;
@@ -215,6 +225,40 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
             if constexpr (!std::is_same_v<T, float>)
                 round_block(block, kTaskRows, batch, count, target, rows);
         }
+    });
+}
+
+template <class Index>
+template <class T>
+bool Products<Index>::finite(const T* x, int64_t count, int64_t features) const {
+    const int64_t size = count * shape_.batch * features;
+    std::atomic<bool> all{true};
+    parallel_(size, kGrainConvert, [&](int64_t begin, int64_t end) {
+        if (!all_finite(x + begin, end - begin)) all = false;
+    });
+    return all;
+}
+
+template <class Index>
+template <class T>
+void Products<Index>::spread_non_finite(const KeptLists<Index>& lists, int64_t rows, const T* x,
+                                        int64_t columns, bool shared, bool sum, T* out) const {
+    parallel_(shape_.batch, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b)
+            for (int64_t e = 0; e < shape_.replicates; ++e) {
+                const T* row = x + ((shared ? 0 : e) * shape_.batch + b) * columns;
+                int64_t all = 0;  // that are not finite
+                for (int64_t c = 0; c < columns; ++c) all += !is_finite(number(row[c]));
+                if (all == 0) continue;
+                const KeptRows<Index> kept = lists.of(e);
+                T* to = out + ((sum ? 0 : e) * shape_.batch + b) * rows;
+                for (int64_t r = 0; r < rows; ++r) {
+                    int64_t met = 0;
+                    for (int64_t i = kept.starts[r]; i < kept.starts[r + 1]; ++i)
+                        met += !is_finite(number(row[kept.columns[i]]));
+                    if (met < all) assign(to[r], std::numeric_limits<float>::quiet_NaN());
+                }
+            }
     });
 }
 

@@ -98,7 +98,7 @@ void tables(const float* x, int64_t batch, int64_t in_features, int64_t begin, i
             float* table = out + (w * batch + m) * kTableFloats;
             for (int64_t j = 0; j < kTernaryColumns; ++j) {
                 table[4 * j] = -v[j];
-                table[4 * j + 1] = table[4 * j + 3] = 0.0f;
+                table[4 * j + 1] = table[4 * j + 3] = 0.0f * v[j];  // NaN for NaN and Inf
                 table[4 * j + 2] = v[j];
             }
         }

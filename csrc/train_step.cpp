@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 #include "dense_tiles.h"
+#include "finite.h"
 #include "sample_mask.h"
 #include "sparse_products.h"
 
@@ -150,6 +152,7 @@ class Network {
                     {rows<Index>(layer), input(l) + t * k * kTileBatch, bias,
                      /*gate=*/nullptr, out + t * n * kTileBatch, relu},
                     0, n);
+            spread_non_finite(rows<Index>(layer), n, input(l), k, /*gate=*/nullptr, out);
         });
     }
 
@@ -238,7 +241,30 @@ class Network {
                      input(l) + t * k * kTileBatch, w_.dx.get() + t * k * kTileBatch,
                      /*relu=*/false},
                     0, k);
+            spread_non_finite(columns, k, w_.dy.get(), n, input(l), w_.dx.get());
         });
+    }
+
+    // After a product over lists of tiles `source` [features]: NaN where a pruned weight meets NaN
+    // or Inf, and the gate is open.
+    template <class Index>
+    void spread_non_finite(const KeptRows<Index>& kept, int64_t rows, const float* source,
+                           int64_t features, const float* gate, float* out) const {
+        if (all_finite(source, tiles_ * features * kTileBatch)) return;
+        for (int64_t b = 0; b < p_.batch; ++b) {
+            const int64_t tile = b / kTileBatch, lane = b % kTileBatch;
+            const float* x = source + tile * features * kTileBatch + lane;
+            int64_t all = 0;  // that are not finite
+            for (int64_t f = 0; f < features; ++f) all += !is_finite(x[f * kTileBatch]);
+            for (int64_t r = 0; all > 0 && r < rows; ++r) {
+                int64_t met = 0;
+                for (int64_t i = kept.starts[r]; i < kept.starts[r + 1]; ++i)
+                    met += !is_finite(x[static_cast<int64_t>(kept.columns[i]) * kTileBatch]);
+                const int64_t at = (tile * rows + r) * kTileBatch + lane;
+                if (met < all && !(gate && gate[at] <= 0.0f))
+                    out[at] = std::numeric_limits<float>::quiet_NaN();
+            }
+        }
     }
 
     template <class Index>

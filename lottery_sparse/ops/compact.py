@@ -52,7 +52,8 @@ def compact_linear(
         zero: the frozen values are all zero, so that kernels may skip them.
 
     Returns:
-        [..., N], or [E, B, N].
+        [..., N], or [E, B, N]. A NaN or Inf in x, and in dy, goes where F.linear on W lets it:
+        where it meets a weight of zero, the result is NaN.
 
     Gradients: dx = dy W, dvalues = (dyᵀ x) at kept entries, 0 in spare slots. Differentiable any
     number of times.

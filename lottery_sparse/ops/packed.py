@@ -132,6 +132,8 @@ def csr_linear(
         columns: [C], int32, or int16 holding the bits of uint16; below K.
         bias: [N], or None.
 
+    A NaN or Inf in x goes where F.linear lets it: where no entry is stored for it, y is NaN.
+
     Returns, raises: as `ternary_linear`.
     """
     check_x(x)

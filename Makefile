@@ -103,7 +103,9 @@ distclean: clean  ## … and .venv
 
 # Prints the option that makes pip take the CPU build of torch (some hundred MB instead of several GB):
 # on Linux without an NVIDIA GPU, where PyTorch's own index answers. Otherwise nothing, and pip
-# takes torch from wherever it is configured to look.
+# takes torch from wherever it is configured to look. An index that is asked beside the default one
+# could answer for any package, with one of the same name; so a call of its own asks PyTorch's index
+# for torch alone, without what torch needs, and the next call finds torch there and takes the rest.
 define TORCH_INDEX
 import shutil, subprocess, sys, urllib.request
 
@@ -120,7 +122,7 @@ def answers():
         return False
 
 if sys.platform == "linux" and not has_gpu() and answers():
-    print("--extra-index-url", CPU)
+    print("--index-url", CPU)
 endef
 export TORCH_INDEX
 
@@ -133,7 +135,8 @@ $(PY):
 
 $(REQUIREMENTS): constraints.txt pyproject.toml | $(PY)
 	@echo "installing torch and the build tools; the first time this downloads some hundred MB"
-	@$(PIP) install -c constraints.txt `$(PY) -c "$$TORCH_INDEX"` torch numpy setuptools wheel pybind11 ninja
+	@index=`$(PY) -c "$$TORCH_INDEX"`; test -z "$$index" || $(PIP) install -c constraints.txt --no-deps $$index torch
+	@$(PIP) install -c constraints.txt torch numpy setuptools wheel pybind11 ninja
 	@echo "installing the tools of experiments and tests"
 	@LS_BUILD=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[experiments,cluster,test,triton]'
 	@touch $@

@@ -22,8 +22,12 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
+from build_backend import NEWER, NO_WHEEL, VERSION, BdistWheel  # says so if setuptools is missing
+
+# isort: split
 from setuptools import Extension, setup
 
+METADATA = {"license_expression" if VERSION >= (77, 0) else "license": "Apache-2.0"}
 FLAGS = [
     "-O3",
     "-std=c++20",
@@ -351,14 +355,17 @@ def main():
     mode = os.environ.get("LS_BUILD", "auto")
     if mode not in ("auto", "0", "require"):
         sys.exit(f"LS_BUILD is {mode!r}; it must be auto, 0 or require.")
+    commands = {"bdist_wheel": BdistWheel} if NO_WHEEL else {}
+    if NO_WHEEL and "editable_wheel" in sys.argv:
+        sys.exit(f"pip install -e needs the package wheel beside this setuptools; {NEWER}")
     reason = "LS_BUILD=0" if mode == "0" else why_not()
     if reason and mode == "require":
         sys.exit(f"LS_BUILD=require, but {reason}.")
     if reason:
         print(f"lottery_sparse: pure Python, no native kernels: {reason}.", file=sys.stderr)
-        return setup()
+        return setup(cmdclass=commands, **METADATA)
     ext_modules, cmdclass = native(required=mode == "require")
-    return setup(ext_modules=ext_modules, cmdclass=cmdclass)
+    return setup(ext_modules=ext_modules, cmdclass=cmdclass | commands, **METADATA)
 
 
 main()

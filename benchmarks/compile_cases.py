@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.doctor_cases import tf32
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -125,13 +127,10 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
     return cases
 
 
-def with_tf32(case: Callable[[], Any]) -> Callable[[], Any]:
+def with_tf32(case: Callable[[], Any], allowed: bool = True) -> Callable[[], Any]:
     def run() -> Any:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
+        with tf32(allowed):
             return case()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = False
 
     return run
 
@@ -227,11 +226,14 @@ def conv_cases() -> dict[str, Callable[[], Any]]:
         "drawn 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "drawn"),
         "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
         "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
+        "zero 64 ch 32x32 B60 3x3 tf32": (64, 32, 60, 3, 1, FP32, "zero"),
+        "zero 128 ch 32x32 B256 3x3 tf32": (128, 32, 256, 3, 1, FP32, "zero"),
         "zero 8 of 64 ch 32x32 B60 3x3 bf16": (64, 32, 60, 3, 1, BF16, "zero", 8),
     }
     cases = {}
     for title, arguments in both.items():
-        forward, backward = conv_case(*arguments)
+        # torch allows TF32 in convolutions unless told otherwise, and so do our kernels
+        forward, backward = (with_tf32(case, "tf32" in title) for case in conv_case(*arguments))
         name = f"masked_conv2d product {title}"
         cases |= {name: forward, f"{name}, backward": backward}
     return cases

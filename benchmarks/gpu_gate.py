@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu_rows import Case, Row
 from benchmarks.gpu_timing import Device, Skip, tf32
-from lottery_sparse import backends, doctor, formats, reference
+from lottery_sparse import backends, doctor_cases, formats, reference
 from lottery_sparse.compact import KeptLists
 
 DTYPES = {
@@ -134,8 +134,8 @@ def learned_backward_of(forward: Problem) -> Problem:
 def small() -> dict[str, tuple[str, Problem]]:
     """The doctor's case of each op, and compact ones: ragged on purpose."""
     found = {
-        f"{op} small": (op, lambda d, case=case: doctor._to(case(), d.name))
-        for op, case in doctor.CASES.items()
+        f"{op} small": (op, lambda d, case=case: doctor_cases.to(case(), d.name))
+        for op, case in doctor_cases.CASES.items()
     }
     one, many = compact(33, 65, 7), compact(9, 70, 5, networks=3)
     for name, make in (("small", one), ("small, 3 networks", many)):

@@ -8,8 +8,7 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import lottery_sparse as ls
 from benchmarks.gpu_rows import Case, Row
+from lottery_sparse.doctor_cases import tf32
 
 REPLAYS, SECONDS = 50, 0.25  # at least so many replays, or as many as fit
 SHORT = 300.0  # us: shorter calls are captured several times in a graph
@@ -156,17 +156,6 @@ def within(backend: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
             return call()
 
     return run
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether products of float32 run on TF32, for torch's and for our kernels."""
-    held = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = held
 
 
 # ---- what the numbers depend on ------------------------------------------------------------------

@@ -1,9 +1,13 @@
-"""One small problem per op, in the order of the arguments of `reference`; ragged on purpose."""
+"""One small problem per op, in the order of the arguments of `reference`; ragged on purpose. Also
+how it gets onto a device, and how its float32 is computed there.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,6 +162,10 @@ def _selection() -> tuple:
     return scores, [_mask(_OUT, _IN), torch.ones(50, dtype=torch.bool)], 200, _SEED, [1, 2]
 
 
+def _random(*table: Tensor) -> tuple:
+    return 1001, _SEED, 1, 2, *table, torch.device("cpu")
+
+
 CASES: dict[str, Callable[[], tuple]] = {
     "masked_linear": _linear_forward,
     "masked_linear_backward": _linear_backward,
@@ -184,11 +192,47 @@ CASES: dict[str, Callable[[], tuple]] = {
     "supermask_linear_sgd": _learned_linear_step,
     "supermask_conv2d": _learned_conv_forward,
     "supermask_conv2d_backward": _learned_conv_backward,
-    "random_words": lambda: (1001, _SEED, 1, 2),
-    "random_signs": lambda: (1001, _SEED, 1, 2),
-    "random_uniform": lambda: (1001, _SEED, 1, 2),
-    "random_normal": lambda: (1001, _SEED, 1, 2, torch.arange(2**15, dtype=torch.int32)),
+    "random_words": _random,
+    "random_signs": _random,
+    "random_uniform": _random,
+    "random_normal": lambda: _random(torch.arange(2**15, dtype=torch.int32)),
 }
+
+
+def to(args: Any, device: str) -> Any:
+    """Arguments of an op on another device: their tensors, and where an op draws its own."""
+    if isinstance(args, Tensor):
+        return args.to(device)
+    if isinstance(args, torch.device):
+        return torch.device(device)
+    if isinstance(args, list | tuple):
+        return type(args)(to(a, device) for a in args)
+    return args
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions run on TF32: torch's, and those of our kernels."""
+    held = [switch.fp32_precision == "tf32" for switch in _switches()]
+    _allow_tf32([allowed] * len(held))
+    try:
+        yield
+    finally:
+        _allow_tf32(held)
+
+
+def _switches() -> tuple[Any, ...]:
+    others: Any = torch.backends.cudnn  # pyright does not see its `conv`
+    return torch.backends.cuda.matmul, others.conv, others.rnn
+
+
+def _allow_tf32(each: list[bool]) -> None:
+    # torch.compile reads `allow_tf32`, which raises where only `fp32_precision` was set; and False
+    # there leaves convolutions to `torch.backends.fp32_precision`
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, _ = each
+    for switch, allowed in zip(_switches(), each, strict=True):
+        switch.fp32_precision = "tf32" if allowed else "ieee"
+
 
 # ops that also give what their own backward goes on with, which is not the same everywhere
 CARRY = {"compact_linear", "compact_conv2d"}

@@ -61,9 +61,6 @@ class Table:
 
 
 _tables: OrderedDict[tuple, Table] = OrderedDict()
-_captured: list[Tensor] = []  # a replayed graph copies its table again
-_spare: list[Tensor] = []  # pinned memory for captures, which must not allocate any
-_SPARE = 8
 
 
 def table_of(tensors: Sequence[list[Tensor]], steps: list[Tensor], targets: Targets) -> Table:
@@ -139,19 +136,21 @@ def _target(dense: Tensor, starts: Tensor, columns: Tensor, e: int) -> list[int]
 
 
 def _upload(numbers: list[int], device: torch.device, capturing: bool) -> Tensor:
-    """Onto the device without waiting for it."""
+    """Onto the device without waiting for it.
+
+    A captured graph writes its table at each replay. A copy from the host would read memory that
+    must be pinned, which a capture cannot do, and must live as long as the graph, which nobody
+    tells us. So the numbers go as arguments of kernels, some hundred to a launch: the graph itself
+    holds these, any number of them, and they end with it.
+    """
+    if capturing:
+        held = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+        torch._foreach_add_(held.unbind(), numbers)  # pyright: ignore[reportPrivateImportUsage]
+        return held
     values = torch.tensor(numbers, dtype=torch.int64)
     if device.type != "cuda":
         return values.to(device)
-    if capturing and _spare and _spare[0].numel() >= len(numbers):
-        host = _spare.pop()[: len(numbers)].copy_(values)
-    else:
-        host = values.pin_memory()
-    if capturing:
-        _captured.append(host)
-    elif len(_spare) < _SPARE or _spare[0].numel() < len(numbers):
-        _spare[:] = [torch.empty_like(host, pin_memory=True) for _ in range(_SPARE)]
-    return host.to(device, non_blocking=True)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def refused(

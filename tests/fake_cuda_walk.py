@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tolerances import close
-from torch import nn
+from torch import Tensor, nn
 
 import lottery_sparse as ls
+from benchmarks import gpu_gate
+from benchmarks.gpu_timing import Device
 from experiments import data, train
 from experiments.execute import execute
 from experiments.networks import FC, NETWORKS
 from experiments.runs import DENSE, Run
 from experiments.store import Store
+from lottery_sparse import reference, step_tables
 
 torch.set_num_threads(1)
 CUDA = torch.device("cuda:0")
@@ -128,9 +133,48 @@ def package(folder: Path) -> None:
         assert next(again.parameters()).device == CUDA
 
 
+def cases_of_the_gate() -> None:
+    """Which are the doctor's: all of an op happens on the device, what it draws as well."""
+    device = Device(dry=False)
+    for name, (op, make) in gpu_gate.small().items():
+        found = getattr(reference, op)(*make(device))
+        results = found if isinstance(found, list | tuple) else [found]
+        places = {str(t.device) for t in results if isinstance(t, Tensor)}
+        assert places == {"cuda:0"} or op == "scatter_kept_", (name, places)
+        if gpu_gate.offers("dense", op, "cuda"):
+            row = gpu_gate.parity(op, "dense", make, "fp32", device)
+            assert row["ok"], (name, row)
+
+
+def tables_of_captured_steps() -> None:
+    """A capture pins no memory and waits for nothing; its tables end with it, however many."""
+    params = [nn.Parameter(torch.randn(size, device=CUDA)) for size in (70, 5, 3000)]
+    tensors = params, [torch.randn_like(p) for p in params]
+    steps = [torch.zeros((), device=CUDA) for _ in params]
+    nowhere = step_tables.Targets([], [], [], [])
+    eager = step_tables.table_of(tensors, steps, nowhere)
+    held = len(step_tables._tables)
+    pinned = mock.Mock(side_effect=RuntimeError("not permitted when stream is capturing"))
+    with (
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
+        mock.patch.object(Tensor, "pin_memory", pinned),
+    ):
+        captured = [step_tables.table_of(tensors, steps, nowhere) for _ in range(40)]
+    assert all(torch.equal(table.numbers, eager.numbers) for table in captured)
+    assert {(t.parts, t.targets, t.steps, t.chunks) for t in (eager, *captured)} == {
+        (eager.parts, eager.targets, eager.steps, eager.chunks)
+    }
+    left = [weakref.ref(table.numbers) for table in captured]
+    del captured
+    assert not any(number() is not None for number in left)
+    assert len(step_tables._tables) == held
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         the_device_is_like_one()
+        cases_of_the_gate()
+        tables_of_captured_steps()
         package(Path(name))
         experiments(Path(name))
     print("walked")

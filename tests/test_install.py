@@ -4,6 +4,7 @@ its own. The native build is what `make test` itself has made: tests/test_native
 
 from __future__ import annotations
 
+import ensurepip
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,10 +78,27 @@ def copy_sources(to: Path) -> Path:
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.o")
     for name in ("lottery_sparse", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE",
-                 "CHANGELOG.md", "constraints.txt"):  # fmt: skip
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md",
+                 "LICENSE", "CHANGELOG.md", "constraints.txt"):  # fmt: skip
         shutil.copy(ROOT / name, copy)
     return copy
+
+
+def bare_environment(to: Path) -> tuple[Path, Path]:
+    """A new environment with nothing in it: its Python, and the folder of its packages."""
+    venv.create(to / "bare", with_pip=False)
+    python = to / "bare" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return python, Path(run(python, "-c", where, cwd=to).strip())
+
+
+def requirements(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().partition("\n\n")[0].splitlines()
+    found = [line.removeprefix("Requires-Dist: ") for line in lines if "Requires-Dist" in line]
+    assert len(found) == len(set(found))
+    return {str(Requirement(line)).replace("'", '"') for line in found}
 
 
 @pytest.fixture
@@ -96,18 +116,125 @@ def test_a_build_without_kernels_is_pure_and_works(pure_wheel, tmp_path):
 
 
 def test_a_build_environment_without_torch_gives_the_pure_package(source, tmp_path):
-    bare = tmp_path / "bare"
-    venv.create(bare, with_pip=False)
-    python = bare / "bin" / "python"
-    purelib = run(
-        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
-    )
+    python, packages = bare_environment(tmp_path)
     installed = Path(setuptools.__file__).parent.parent
     for part in (*installed.glob("setuptools*"), installed / "_distutils_hack"):
-        shutil.copytree(part, Path(purelib.strip()) / part.name)
+        shutil.copytree(part, packages / part.name)
     wheel, said = pip_wheel(source, "--python", python)
     assert "torch cannot be imported while building" in said
     assert_pure(wheel, tmp_path)
+
+
+def old_setuptools(version: str, folder: Path) -> Path:
+    """Its wheel: the one that this Python's venv brings, or from where pip looks."""
+    bundled = [Path(ensurepip.__file__).parent / "_bundled", Path("/usr/share/python-wheels")]
+    for place in bundled:
+        for path in place.glob(f"setuptools-{version}-*.whl"):
+            return path
+    command = ("-m", "pip", "download", "-q", "--no-deps", "-d", folder, f"setuptools=={version}")
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"setuptools {version} is not to be had here")
+    return next(folder.glob("setuptools-*.whl"))
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="these have no distutils of Python")
+@pytest.mark.parametrize("version", ["62.0.0", "65.5.0", "70.0.0"])
+def test_a_venv_of_an_older_python_builds_without_wheel(source, pure_wheel, tmp_path, version):
+    """65.5.0 is what a venv of Python 3.10 or 3.11 holds besides pip; 62 is the oldest."""
+    python, packages = bare_environment(tmp_path)
+    zipfile.ZipFile(old_setuptools(version, tmp_path)).extractall(packages)
+    wheel, _ = pip_wheel(source, "--python", python, LS_BUILD="0")
+    assert requirements(wheel) == requirements(pure_wheel)
+    names = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, pure_wheel)]
+    assert {n for n in names[0] if ".dist-info" not in n} == {
+        n for n in names[1] if ".dist-info" not in n
+    }
+    site = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", site,
+        wheel, cwd=tmp_path)  # fmt: skip
+    assert list(site.glob("lottery_sparse-*.dist-info/LICENSE"))
+    if version == "65.5.0":
+        assert_pure(wheel, tmp_path)
+        editable = ("install", "--no-index", "--no-build-isolation", "--no-deps", "-e", source)
+        with pytest.raises(AssertionError, match=r"needs the package wheel .* run: python -m pip"):
+            run(sys.executable, "-m", "pip", "--python", python, *editable, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence"),
+    [
+        (None, "built with setuptools, which is not installed here; run: python -m pip install"),
+        ("59.6.0", "needs setuptools 62 or newer to be built, and 59.6.0 is installed here; run: "),
+    ],
+)
+def test_a_missing_or_too_old_setuptools_is_said_in_a_sentence(source, tmp_path, version, sentence):
+    python, packages = bare_environment(tmp_path)
+    if version:  # as much of it as is asked before it is refused
+        (packages / "setuptools").mkdir()
+        text = (
+            f"__version__ = {version!r}\nclass Command: pass\nclass Extension: pass\nsetup = None"
+        )
+        (packages / "setuptools" / "__init__.py").write_text(text)
+        (packages / "setuptools" / "build_meta.py").touch()
+    with pytest.raises(AssertionError, match=sentence) as error:
+        pip_wheel(source, "--python", python)
+    assert "Traceback" not in str(error.value)
+    with pytest.raises(AssertionError, match=sentence) as error:
+        run(python, "setup.py", "build_ext", cwd=source)
+    assert "Traceback" not in str(error.value)
+
+
+# ---- the index that torch comes from ------------------------------------------------------------
+
+
+INDEX = "https://download.pytorch.org/whl/cpu"
+STUB = """#!/bin/sh
+test "$1" = -c && { echo "$ANSWER"; exit; }
+echo "$@" >> calls
+"""
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("answer", ["", f"--index-url {INDEX}"])
+def test_pytorchs_index_is_asked_for_torch_alone(tmp_path, answer):
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    stub = tmp_path / ".venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    run("make", ".venv/.requirements-installed", cwd=tmp_path, ANSWER=answer)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    asked = [call for call in calls if "index-url" in call]
+    if not answer:
+        assert not asked
+    else:
+        assert asked == calls[:1]
+        assert calls[0].endswith(f"install -c constraints.txt --no-deps --index-url {INDEX} torch")
+    assert " torch numpy " in calls[len(asked)]
+
+
+@pytest.mark.parametrize(("status", "said"), [(200, f"--index-url {INDEX}\n"), (404, "")])
+def test_the_cpu_build_is_asked_for_where_its_index_answers(monkeypatch, capsys, status, said):
+    program = (ROOT / "Makefile").read_text().partition("define TORCH_INDEX\n")[2]
+    program = program.partition("endef")[0]
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for answer in (lambda *a, **o: SimpleNamespace(status=status), unreachable):
+        monkeypatch.setattr("urllib.request.urlopen", answer)
+        exec(program, {})
+    assert capsys.readouterr().out == said
+
+
+def unreachable(*args: object, **options: object) -> None:
+    raise OSError("no route to host")
+
+
+def test_no_command_of_ours_asks_a_second_index():
+    files = [ROOT / "Makefile", *ROOT.glob("*.md"), *ROOT.glob("*.toml"), *(ROOT / ".ci").iterdir()]
+    files += [p for p in (ROOT / ".github").rglob("*") if p.is_file()]
+    assert [path.name for path in files if "extra-index-url" in path.read_text()] == []
 
 
 def test_no_compiler_gives_the_pure_package_and_one_line_that_says_so(source, tmp_path):

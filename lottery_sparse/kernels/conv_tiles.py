@@ -21,14 +21,14 @@ LONGEST = 1500  # of rows or columns, so that rows * columns^2 < 2^32, see `over
 # Rows (channels), columns (pixels) and depth of tiles, warps, stages; the largest first.
 _SIZES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "half": ((128, 256, 64, 8, 3), (64, 256, 64, 8, 3), (64, 64, 64, 4, 3)),
-    "tf32": ((128, 128, 32, 8, 3), (64, 64, 32, 4, 3)),
+    "tf32": ((128, 128, 32, 8, 2), (64, 64, 32, 8, 3)),
     "ieee": ((64, 64, 32, 8, 3),),
 }
 
 
 def pixel_tile(dtype: torch.dtype, rows: int, columns: int, copies: int) -> dict[str, int]:
     """The largest tile that is filled to more than half and has a program for each processor."""
-    kind = precision(dtype)["PRECISION"] if dtype == torch.float32 else "half"
+    kind = precision(dtype, conv=True)["PRECISION"] if dtype == torch.float32 else "half"
     sizes = [
         {"ROWS": r, "BATCH": b, "DEPTH": d, "num_warps": warps, "num_stages": stages}
         for r, b, d, warps, stages in _SIZES[kind]

@@ -222,7 +222,7 @@ def _images(x: Tensor, y: Tensor) -> dict[str, int]:
 
 def _options(rows: int, depth: int, size: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
     by = {"ROWS_BY": math.gcd(rows, 16), "DEPTH_BY": math.gcd(depth, 16)}
-    return {**by, **precision(dtype), **size}
+    return {**by, **precision(dtype, conv=True), **size}
 
 
 def _networks(weight: Tensor) -> int:

@@ -357,9 +357,17 @@ def interpreted() -> bool:
     return isinstance(load_bits, InterpretedFunction)
 
 
-def precision(dtype: torch.dtype) -> dict[str, Any]:
-    """How products of `dtype` are computed: TF32 only where torch's own products may use it."""
-    exact = interpreted() or not torch.backends.cuda.matmul.allow_tf32
+def precision(dtype: torch.dtype, conv: bool = False) -> dict[str, Any]:
+    """How products of `dtype` are computed: TF32 only where torch's own of the kind may use it.
+
+    torch has a switch for matrix products, off unless set, and one for convolutions, on unless
+    set. Each answers for every way to set it: `allow_tf32`, which may itself no longer be read
+    once `fp32_precision` was set, `set_float32_matmul_precision`, `fp32_precision` of one kind or
+    of all.
+    """
+    convolutions: Any = torch.backends.cudnn  # pyright does not see its `conv`
+    switch = convolutions.conv if conv else torch.backends.cuda.matmul
+    exact = interpreted() or dtype != torch.float32 or switch.fp32_precision != "tf32"
     return {"PRECISION": "ieee" if exact else "tf32", "WIDEN": interpreted()}
 
 

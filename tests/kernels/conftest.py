@@ -32,5 +32,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
-elif not torch.cuda.is_available():
+elif torch.cuda.is_available():
+    # float32 is compared with float64, and torch allows TF32 in convolutions unless told otherwise
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+else:
     collect_ignore_glob = ["test_*.py"]

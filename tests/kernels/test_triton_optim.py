@@ -287,11 +287,11 @@ if DEVICE == "cuda":
         optimizer.step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            optimizer.step()
-        for _ in range(3):
-            graph.replay()
+            for _ in range(20):
+                optimizer.step()
+        graph.replay()
         theirs = PAIRS[name][1](same, lr=0.1)
         set_grads(same, 0)
-        for _ in range(4):
+        for _ in range(21):
             theirs.step()
         assert_close(params, same)

@@ -80,7 +80,10 @@ def blas() -> dict[str, Any]:
     `isa` is that of torch's own loops, which torch tells. MKL and oneDNN tell theirs only on their
     verbose output: they choose by the processor (`cpu`, `cpu_flags`), held back by `held`.
     """
-    text = torch.__config__.show()
+    try:
+        text = torch.__config__.show()
+    except RuntimeError:  # a CUDA device without torch's CUDA library
+        text = ""
 
     def found(pattern: str) -> str | None:
         match = re.search(pattern, text)

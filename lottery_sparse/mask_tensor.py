@@ -93,7 +93,7 @@ def plain(tensor: Tensor) -> Tensor:
     """The same tensor, of torch's own type."""
     if isinstance(tensor, MaskTensor):
         return tensor.plain
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+    return tensor.as_subclass(Tensor) if isinstance(tensor, _Blend) else tensor
 
 
 def _plain(func: Callable, args: Any, kwargs: Any) -> Any:

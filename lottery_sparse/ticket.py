@@ -186,7 +186,8 @@ class Ticket:
             for name, weight in model.named_parameters(remove_duplicate=False)
             if in_state(name) in self.masks
         }
-        sparsify_(model, lambda module, _: id(module.weight) in weights)
+        if weights:
+            sparsify_(model, lambda module, _: id(module.weight) in weights)
         new: list[nn.Module] = [m for _, m in masked_modules(model) if id(m) not in before]
         names = {name for name, _ in by_parameter(model)}
         if unmasked := [name for name in self.masks if name not in names]:

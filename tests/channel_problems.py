@@ -116,7 +116,7 @@ def batch(count=4):
 
 
 def close(got, expected, note=""):
-    largest = max(1.0, *expected.detach().abs().flatten().tolist()) / SMALLEST_STD**2
+    largest = max([1.0, *expected.detach().double().abs().flatten().tolist()]) / SMALLEST_STD**2
     tolerances.close(got, expected, size=largest, msg=lambda text: f"{note} {text}")
 
 

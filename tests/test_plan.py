@@ -54,7 +54,7 @@ def model_of(density=0.1):
     )
 
 
-def linear_of(density=0.3, size=64):
+def linear_of(density=0.7, size=64):
     layer = ls.sparsify_(nn.Linear(size, size))
     mask = (torch.arange(size * size) * 7919 % 1000 < 1000 * density).view(size, size)
     return ls.set_masks_(layer, {"weight": mask})

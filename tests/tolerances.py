@@ -11,6 +11,7 @@ by trying on a machine, and a wrong kernel is off by more: one product of n is 1
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor
 # Roundings of an entry of a result, for `close`. Of small models in float32 or float64: products
 # through all layers, forward and backward. In less: a stored number and the two that make it.
 USUAL, STORED = 256, 3
+# The interpreter of Triton rounds products of bfloat16 tiles, and their sums, to bfloat16 (D7).
+INTERPRETED = 4 if os.environ.get("TRITON_INTERPRET") == "1" else 1
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -51,6 +54,7 @@ def of_sum(
         stored: how often a narrower dtype holds the sum or a part of it. Once, if the sum is
             rounded when it is complete; the error is then relative to the sum itself.
     """
+    stored = max(stored, INTERPRETED) if dtype == torch.bfloat16 else stored
     sums = (after(terms + 2, wide(dtype)) + after(terms, torch.float64)) * size
     sums = sums + terms * torch.finfo(wide(dtype)).smallest_normal
     if wide(dtype) == dtype:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import DENSITIES, DTYPES, SMALLEST, TOLERANCE
+from problems import DENSITIES, DTYPES
+from tolerances import of_sum
 
 import lottery_sparse as ls
 from lottery_sparse import ops, reference
@@ -33,7 +34,7 @@ def verify(shape, density, dtype, values_dtype=None):
     absolute = x.double().abs() @ w.abs().t() + b.double().abs()
     for y in got:
         assert (y.shape, y.dtype) == ((batch, n), dtype)
-        error = (y.cpu().double() - expected).abs() - TOLERANCE[dtype] * absolute - SMALLEST
+        error = (y.cpu().double() - expected).abs() - of_sum(expected, absolute, k + 1, dtype)
         assert (error <= 0).all(), f"{float(error.max())} too far"
 
 

@@ -6,7 +6,8 @@ import importlib
 
 import pytest
 import torch
-from problems import DTYPES, SMALLEST, TOLERANCE
+from problems import DTYPES
+from tolerances import of_sum
 
 import lottery_sparse as ls
 from lottery_sparse import ops
@@ -36,7 +37,7 @@ def verify(shape, dtype, by_row=False, bias=True, scale_dtype=torch.float32):
     expected = x.double() @ w.t() + add
     absolute = x.double().abs() @ w.abs().t() + (add if b is None else add.abs())
     assert (y.shape, y.dtype) == ((batch, n), dtype)
-    error = (y.cpu().double() - expected).abs() - TOLERANCE[dtype] * absolute - SMALLEST
+    error = (y.cpu().double() - expected).abs() - of_sum(expected, absolute, k + 1, dtype)
     assert (error <= 0).all(), f"{float(error.max())} too far"
 
 

@@ -150,14 +150,17 @@ def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
 
 
 def refresh_(model: nn.Module) -> nn.Module:
-    """Copy kept weights into the dense effective weights, where these exist; returns `model`.
+    """Make layers compute with what `weight` holds now; returns `model`.
 
-    To be called after a write that counts no version to *part* of a compact layer's `weight`
-    (`weight.data[3] = 0`, or one of another process in shared memory). The next eager forward
-    notices all others by itself: those that count a version, and those that do not but replace or
-    change the whole vector (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by
-    its address and some sixteen of its slots; on other devices than the CPU, whose numbers it
-    cannot read without waiting, by the address alone. A write during a forward is undefined.
+    Pruned entries of masked layers get their frozen values again, and kept weights of compact ones
+    are copied into the dense effective weight, where there is one.
+
+    To be called after a write that counts no version to *part* of a `weight` (`weight.data[3] = 0`,
+    or one of another process in shared memory). The next eager forward notices all others by
+    itself: those that count a version, and those that do not but replace or change the whole
+    tensor (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by its address and
+    some sixteen of its entries; on other devices than the CPU, whose numbers it cannot read without
+    waiting, by the address alone. A write during a forward is undefined.
 
     A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
     `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
@@ -166,6 +169,8 @@ def refresh_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Compact):
             module.refresh_()
+        elif isinstance(module, Masked):
+            module._put_back()
     return model
 
 

@@ -48,12 +48,12 @@ def sparsify_(
     dtype, hooks and training flag; every weight is kept until `set_masks_`. Biases and
     normalisation layers are never masked.
 
-    A layer whose weight is read without its forward being called would leak raw weights, so it is
-    skipped with a warning that names it: `out_proj` of nn.MultiheadAttention, the two linear
-    layers of nn.TransformerEncoderLayer (its fast path), `linear` of nn.LinearCrossEntropyLoss,
-    layers whose weight another kind of module shares, parametrized layers, layers with a forward of
-    their own, and other subclasses. Where nothing can be masked, a warning names the types
-    of modules that hold the weights.
+    A layer whose weight is read without its forward being called is skipped with a warning that
+    names it, since gradients would flow to pruned weights there: `out_proj` of
+    nn.MultiheadAttention, the two linear layers of nn.TransformerEncoderLayer (its fast path),
+    `linear` of nn.LinearCrossEntropyLoss, layers whose weight another kind of module shares,
+    parametrized layers, layers with a forward of their own, and other subclasses. Where nothing
+    can be masked, a warning names the types of modules that hold the weights.
 
     Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
     Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being

@@ -232,6 +232,17 @@ def test_a_write_is_put_back_before_the_state_dict_is_read():
     assert (model.state_dict()["2.weight"] != 0).sum() == model[2].weight_mask.sum()
 
 
+def test_a_write_to_a_part_that_counts_no_version_needs_a_word():
+    model = masked_model(density=0.6)
+    y = model(X)
+    layer = model[2]
+    where = (~layer.weight_mask).nonzero()[-1]
+    layer.weight.data[tuple(where)] = float("nan")
+    ls.refresh_(model)
+    assert layer.weight[tuple(where)] == 0
+    assert torch.equal(model(X), y)
+
+
 def test_a_mask_written_in_place_holds():
     model = masked_model("seeded")
     model(X)

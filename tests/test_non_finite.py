@@ -5,6 +5,8 @@ A pruned weight is zero, and zero times NaN or Inf is NaN: kernels that skip zer
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -195,3 +197,32 @@ def test_large_numbers_are_no_infinities():
     for name in BACKENDS:
         with ls.use_backend(name):
             assert masked_linear(x, weight, mask).isfinite().all(), name
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [5, 14], ids=["planes", "tiles"])
+@pytest.mark.parametrize("bad", BAD)
+def test_compact_convolutions(size, layout, bad):
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(3, 8, 3, padding=1)
+    ls.sparsify_(layer)
+    mask = torch.rand(layer.weight.shape, generator=generator) < 0.1
+    ls.set_masks_(layer, {"weight": mask})
+    x = torch.randn(6, 3, size, size, generator=generator).contiguous(memory_format=layout)
+    x[1, 0, 0, 0] = bad
+    x[2, 2, size // 2, size // 2] = bad
+    dy = torch.randn(6, 8, size, size, generator=generator)
+    dy[3, 1, size - 1, 0] = bad
+    dense = nn.Conv2d(3, 8, 3, padding=1)
+    dense.load_state_dict(ls.dense_state_dict(layer))
+    found = []
+    for each in (dense, layer, ls.compact_(copy.deepcopy(layer))):
+        inputs = x.detach().clone().requires_grad_()
+        y = each(inputs)
+        y.backward(dy)
+        gradient = each.weight.grad
+        if gradient.dim() == 1:
+            gradient = torch.zeros(mask.shape).masked_scatter_(mask, gradient)
+        found.append([y.detach(), inputs.grad, torch.where(mask, gradient, 0.0)])
+    for other in found[1:]:
+        assert_like(other, found[0])

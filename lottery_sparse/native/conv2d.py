@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,8 +81,15 @@ def compact_conv2d(
     dilation: list[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """y, and nothing to carry. With frozen values other than zero nothing can be skipped: dense."""
+    """y, and nothing to carry.
+
+    Dense where nothing can be skipped: pruned weights hold other values than zero, or x holds NaN
+    or Inf, which make NaN of a pruned weight's zero.
+    """
     geometry = stride, padding, dilation, groups
+    if zero and not _finite(x):
+        lists = starts, columns, column_starts, rows, positions
+        return reference.compact_conv2d(x, values, bias, effective, *lists, zero, *geometry)
     if zero:
         kernel_size = list(effective.shape[-2:])
         y = kept_conv2d(x, values, starts, columns, bias, kernel_size, *geometry)
@@ -109,6 +118,10 @@ def compact_conv2d_backward(
     carried: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     geometry = stride, padding, dilation, groups
+    if not _finite(dy, x):  # in products with pruned weights, and with the zeros of a padding
+        lists = starts, columns, column_starts, rows, positions
+        args = dy, x, values, effective, *lists, zero, *geometry, need_dx, need_dv, carried
+        return reference.compact_conv2d_backward(*args)
     sparse_dx = need_dx and zero
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or need_dv:
@@ -119,6 +132,11 @@ def compact_conv2d_backward(
     if need_dx and not zero:
         dx, _ = reference.conv2d_backward(dy, x, effective, *geometry, True, False)
     return dx, dv
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no number is NaN or Inf: one pass. Sums that overflow count as not finite, too."""
+    return all(math.isfinite(float(t.sum())) for t in tensors)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -158,7 +158,8 @@ def compact_conv2d(
         stride, padding, dilation, groups: as in F.conv2d, padding as numbers.
 
     Returns:
-        [B, O, H', W'], [O, H', W'] or [E, B, O, H', W'].
+        [B, O, H', W'], [O, H', W'] or [E, B, O, H', W']. A NaN or Inf in x, and in dy, goes where
+        F.conv2d on W lets it.
     """
     _check(x, values, kept, effective, bias, rank=4)
     single = effective.dim() == 4

@@ -36,7 +36,8 @@ def masked_linear(
         [..., N], or [E, B, N]; dtype of `x`.
 
     Gradients: dx = dy where(m, w, f), dw = where(m, dyᵀ x, 0): exactly zero at pruned entries.
-    Selection, not multiplication: a NaN or Inf in a pruned entry reaches neither y nor dx.
+    Selection, not multiplication: a NaN or Inf in a pruned entry reaches neither y nor dx. One in x
+    or dy goes where F.linear lets it: with a weight of zero it makes NaN.
     Differentiable any number of times.
 
     Raises:

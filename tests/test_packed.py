@@ -520,6 +520,7 @@ def test_what_cannot_be_packed_is_named_and_nothing_changes():
 def test_a_packed_model_compiles_whole():
     model, x = net(), torch.randn(3, 1, 6, 6)
     ls.pack_(model, report=None)
+    torch._dynamo.reset()  # of what other tests left to it
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     close(compiled(x), model(x))
 

@@ -46,7 +46,7 @@ class Rest(NamedTuple):
     versions: tuple[int, ...] = ()  # of these; empty: never at rest so far
     address: int = 0  # of the weight
     kept: int = -1  # entries that the mask keeps
-    spots: tuple[Tensor, ...] = ()  # indices of some pruned entries
+    spots: Tensor | None = None  # flat indices of some pruned entries
     values: Tensor | None = None  # and what they hold; None: none is looked at
 
     @classmethod
@@ -65,8 +65,8 @@ class Rest(NamedTuple):
         now = self._replace(versions=versions_of(self.tensors), address=weight.data_ptr())
         if same:
             return now
-        spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else ()
-        values = weight.detach()[spots] if spots else None
+        spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
+        values = None if spots is None else torch.take(weight.detach(), spots)
         return now._replace(kept=kept, spots=spots, values=values)
 
     @property
@@ -91,9 +91,9 @@ class Rest(NamedTuple):
         weight = self.tensors[0]
         if self.versions != versions_of(self.tensors) or self.address != weight.data_ptr():
             return False
-        if self.values is None or not looks:
+        if self.values is None or self.spots is None or not looks:
             return True
-        return torch.equal(weight.detach()[self.spots], self.values)
+        return torch.equal(torch.take(weight.detach(), self.spots), self.values)
 
 
 def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
@@ -104,14 +104,12 @@ def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
     return weight._version, mask._version, frozen._version, 0 if signs is None else signs._version
 
 
-def _spots(mask: Tensor) -> tuple[Tensor, ...]:
-    """The indices of up to SPOTS pruned entries, spread over the weight."""
+def _spots(mask: Tensor) -> Tensor | None:
+    """The flat indices of up to SPOTS pruned entries, spread over the weight; None: none found."""
     count = mask.numel()
     tried = torch.arange(min(_TRIED, count)) * count // min(_TRIED, count)
-    at = torch.unravel_index(tried, mask.shape)
-    pruned = (~mask[at]).nonzero().squeeze(1)
-    few = pruned[:: max(1, -(-len(pruned) // SPOTS))]
-    return tuple(i[few] for i in at) if len(few) else ()
+    pruned = tried[~torch.take(mask, tried)]
+    return pruned[:: max(1, -(-len(pruned) // SPOTS))] if len(pruned) else None
 
 
 def put_back_(

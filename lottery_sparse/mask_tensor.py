@@ -96,6 +96,15 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor) if isinstance(tensor, _Blend) else tensor
 
 
+def mask_in(tensor: Tensor) -> Tensor | None:
+    """The one mask that arithmetic took part in, plain; None: none, or several that differ."""
+    if not isinstance(tensor, _Blend):
+        return None
+    first, *others = (plain(mask) for mask in tensor.masks)
+    same = all(torch.equal(first, other) for other in others)
+    return first if same else None
+
+
 def _plain(func: Callable, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.mask_tensor import mask_in
 from lottery_sparse.names import prefix_of
 from lottery_sparse.text import shown
 
@@ -189,6 +190,9 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
         raise TypeError(f"mask of {shown(name)} must be a tensor, got {type(mask).__name__}.")
     if mask.dtype == torch.bool:
         return mask
+    one = mask_in(mask)  # of state_dicts that were averaged
+    if one is not None:
+        return one
     wrong = (mask != 0) & (mask != 1)
     if wrong.any():
         raise ValueError(

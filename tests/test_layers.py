@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"backends", "compact", "formats", "random", "reference"},
     # the ideas of the paper
     "names": set(),
-    "masks": {"names", "text"},
+    "masks": {"mask_tensor", "names", "text"},
     "loading": {"masks", "names"},
     "criteria": {"random"},
     "actions": {"random"},

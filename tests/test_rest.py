@@ -359,6 +359,29 @@ def test_averages_that_write_into_the_tensors_of_a_state_dict():
         torch.testing.assert_close(by_loop[i].weight[both], model[i].weight[both])
 
 
+def test_mean_of_state_dicts():
+    """A soup of models under one mask is one under that mask; of different masks it is refused."""
+    models = [masked_model("seeded") for _ in range(2)]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    models[1](X)
+    states = [model.state_dict() for model in models]
+    numbers = [n for n, v in states[0].items() if v.dtype != torch.uint8]
+    soup = {n: (states[0][n] + states[1][n]) / 2 for n in numbers}
+    soup |= {n: v for n, v in states[0].items() if v.dtype == torch.uint8}  # descriptors
+    found = copy.deepcopy(models[0])
+    found.load_state_dict(soup)
+    assert ls.masks_of(found) == ls.masks_of(models[0])
+    mean = (models[0][2].weight + models[1][2].weight) / 2
+    torch.testing.assert_close(found[2].weight.detach(), mean.detach())
+    ls.set_masks_(models[1], masks_at(models[1], 0.3, seed=2))
+    states[1] = models[1].state_dict()
+    name = "2.weight_mask"
+    with pytest.raises(RuntimeError, match=r"mask of 2\.weight must hold only 0 and 1"):
+        found.load_state_dict(soup | {name: (states[0][name] + states[1][name]) / 2})
+
+
 def test_a_mask_in_a_file_is_a_plain_tensor():
     model = masked_model()
     file = io.BytesIO()

@@ -312,7 +312,9 @@ def native(required):
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     eager = CppExtension(
         f"lottery_sparse._eager_{version}",
-        sources(["eager", "eager_optim", "compact_linear", "masked_optim", "variants"]),
+        sources(
+            ["eager", "eager_optim", "compact_linear", "masked_optim", "sparse_linear", "variants"]
+        ),
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
         extra_compile_args={"cxx": cxx},
         extra_link_args=LINK_FLAGS,

@@ -14,7 +14,7 @@ import torch
 from experiments.machine import blas, cpu_model, numerics
 from experiments.runs import Limits, Run
 from lottery_sparse import backends, reference, step
-from lottery_sparse.ops.compact import has_node
+from lottery_sparse.ops.eager import has_node
 
 BUILD = "build the kernels by `python -m lottery_sparse build`"
 

@@ -23,7 +23,7 @@ import lottery_sparse
 from lottery_sparse import backends, doctor_steps, doctor_torch, reference
 from lottery_sparse.doctor_cases import CARRY, CASES, tf32, to
 from lottery_sparse.doctor_steps import FAILED
-from lottery_sparse.ops.compact import node_module
+from lottery_sparse.ops.eager import node_module
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
 HOW_TO_BUILD = (

@@ -15,7 +15,7 @@ from lottery_sparse.compact_base import Compact
 from lottery_sparse.compacting import compact_, expand_
 from lottery_sparse.densify import densify_, settle_bias
 from lottery_sparse.modules import Masked
-from lottery_sparse.ops.compact import has_node
+from lottery_sparse.ops.eager import has_node
 from lottery_sparse.pack import pack_
 from lottery_sparse.packed import choose_format
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from lottery_sparse import ops, reference
+from lottery_sparse.backends import overrides
 from lottery_sparse.frozen import Constant, Held, decode, encode, remake
 from lottery_sparse.loading import Entries, Load, take_pruned
 from lottery_sparse.mask_tensor import MaskTensor, plain
@@ -377,8 +379,13 @@ class MaskedLinear(Masked, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if rest is not None and rest.node is not None:
+            y = rest.node(input, rest, self._parameters, self._buffers)
+            if y is not None:  # nobody watches ops, or has written to the weight
+                return y
         if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
-            rest: Any = self._rest
+            rest = self._rest
             way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
             if way == "kernel" and self._come_to_rest(looks=False):
                 return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
@@ -401,6 +408,16 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if (
+            rest is not None
+            and rest.node is not None
+            and input.dim() in (3, 4)
+            and input.size(-3) == self.in_channels
+        ):
+            weight = rest.node(input, rest, self._parameters, self._buffers)
+            if weight is not None:  # nobody watches ops, or has written to the weight
+                return self._conv_forward(input, weight, self.bias)
         if (
             is_plain_eager(input)
             and self._come_to_rest()

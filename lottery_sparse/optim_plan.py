@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lottery_sparse import backends, compact
-from lottery_sparse.ops import compact as products
+from lottery_sparse.ops.eager import has_node
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -182,6 +182,6 @@ class Call:
 @functools.cache
 def op_of(name: str, backend: str) -> Callable:
     """An op of a backend, the one of the kernel library in the quickest form that was built."""
-    if backend == "cpu" and products.has_node():  # then _eager is loaded
+    if backend == "cpu" and has_node():  # then _eager is loaded
         return getattr(torch.ops.lottery_sparse_eager, name).default
     return getattr(backends.load(backend), name)

@@ -17,7 +17,7 @@ from experiments.runs import LITERALS, Run
 from experiments.store import Store
 from lottery_sparse import backends, step
 from lottery_sparse.compact_base import Compact
-from lottery_sparse.ops.compact import has_node
+from lottery_sparse.ops.eager import has_node
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 needs_kernels = pytest.mark.skipif(

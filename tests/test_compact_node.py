@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
 from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import compact
+from lottery_sparse.ops import eager
 
 pytestmark = pytest.mark.numeric
 
-if not compact.has_node():
+if not eager.has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 
 NODE = "CompactLinearBackward"

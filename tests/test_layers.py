@@ -52,8 +52,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     # stateful things
     "frozen": {"ops", "random", "text"},
     "mask_tensor": set(),
-    "rest": {"backends", "dense", "mask_tensor"},
-    "modules": {"frozen", "loading", "mask_tensor", "masks", "ops", "reference", "rest"},
+    "rest": {"backends", "dense", "mask_tensor", "ops"},
+    "modules": {
+        "backends",
+        "frozen",
+        "loading",
+        "mask_tensor",
+        "masks",
+        "ops",
+        "reference",
+        "rest",
+    },
     "supermask": {"frozen", "masks", "modules", "ops", "random", "recompute", "reference", "text"},
     "convert": {
         "compact",
@@ -302,8 +311,12 @@ MAY_INCLUDE = {
     "bindings_cuda.cpp": {"Python.h"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
-    "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md
-    "eager_linear.h": {"ATen"},
+    # built for one torch version, see DECISIONS.md
+    "eager.cpp": {"torch", "ATen", "c10"},
+    "eager_compact.h": {"ATen"},
+    "eager_masked.h": {"torch", "ATen"},
+    "eager_node.h": {"torch"},
+    "eager_tensors.h": {"ATen"},
 }
 
 

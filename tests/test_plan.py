@@ -17,7 +17,7 @@ from lottery_sparse import measuring
 from lottery_sparse.__main__ import main
 from lottery_sparse.compact_base import Compact
 from lottery_sparse.measuring import Cost
-from lottery_sparse.ops.compact import has_node
+from lottery_sparse.ops.eager import has_node
 from lottery_sparse.plan_table import Plan, Row
 
 plan = importlib.import_module("lottery_sparse.plan")  # as a name of the package, the function

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import lottery_sparse as ls
 from lottery_sparse import backends, formats, reference
 from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops.compact import has_node
+from lottery_sparse.ops.eager import has_node
 
 if not backends.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)

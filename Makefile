@@ -91,7 +91,7 @@ cuda-build:  ## build _C_cuda against a CUDA build of torch and import it (downl
 	@$(CUDA_PY) -c 'import sys, torch; sys.exit(None if torch.version.cuda else f"pip chose torch {torch.__version__}, no CUDA build: run it with PIP_CONFIG_FILE=/dev/null, or set CUDA_TORCH to a wheel of one")'
 	$(CUDA_PY) -m pip -qq --disable-pip-version-check install -c constraints.txt numpy safetensors setuptools wheel pybind11 ninja
 	LS_BUILD=require $(CUDA_PY) setup.py -q build --build-base build/cuda --build-lib build/cuda-lib
-	cd build/cuda-lib && ../../$(CUDA_PY) -c 'from lottery_sparse import doctor, native_cuda; print(doctor.cuda_line())'
+	cd build/cuda-lib && ../../$(CUDA_PY) -c 'from lottery_sparse.ops.packed import cuda; from lottery_sparse.tools import doctor; print(doctor.cuda_line())'
 
 clean:  ## remove what builds and runs leave behind (.venv stays)
 	rm -rf build dist *.egg-info lottery_sparse/*.so $(OUT) .pytest_cache .ruff_cache .hypothesis
@@ -145,5 +145,5 @@ $(REQUIREMENTS): constraints.txt pyproject.toml | $(PY)
 $(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
 	@echo "installing lottery_sparse$(if $(COMPILER), and building its kernels with $(COMPILER), (no C++ compiler found: pure Python))"
 	@$(PIP) install --no-build-isolation --no-deps -e .
-	@$(PY) -c 'from lottery_sparse import doctor; print(doctor.native_line())'
+	@$(PY) -c 'from lottery_sparse.tools import doctor; print(doctor.native_line())'
 	@touch $@

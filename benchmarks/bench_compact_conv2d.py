@@ -26,7 +26,7 @@ import lottery_sparse as ls
 from benchmarks import peers, steps
 from benchmarks.layers import CONV_DENSITIES, CONVS, QUICK_CONVS, QUICK_DENSITIES
 from benchmarks.steps import Problem
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 
 class Case(NamedTuple):
@@ -105,9 +105,9 @@ def compact(p: Problem, layout: torch.memory_format = torch.contiguous_format) -
 
 
 def kernels(p: Problem, layout: torch.memory_format = torch.contiguous_format) -> Callable:
-    if not backends.built("cpu"):
+    if not dispatch.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
-    from lottery_sparse import native
+    from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
 
     layer = layer_of(p)
     x, dy = (t.detach().contiguous(memory_format=layout) for t in (p.x, p.dy))
@@ -115,8 +115,10 @@ def kernels(p: Problem, layout: torch.memory_format = torch.contiguous_format) -
     effective, geometry = layer.weight_effective, ([1, 1], [1, 1], [1, 1], 1)
 
     def step():
-        _, carried = native.compact_conv2d(x, values, None, effective, *kept, True, *geometry)
-        native.compact_conv2d_backward(
+        _, carried = compact_cpu_conv2d.compact_conv2d(
+            x, values, None, effective, *kept, True, *geometry
+        )
+        compact_cpu_conv2d.compact_conv2d_backward(
             dy, x, values, effective, *kept, True, *geometry, True, True, carried
         )
 

@@ -36,7 +36,7 @@ from benchmarks.layers import (
     QUICK_DENSITIES,
 )
 from benchmarks.steps import Problem
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 
 class Case(NamedTuple):
@@ -162,7 +162,7 @@ CONTENDERS = ANY_DENSITY | SPARSE | {DENSE_BFLOAT16: bfloat16(steps.dense)} | BF
 
 
 def bench_compact_linear(benchmark, quick, case):
-    if case.contender.startswith("ls ") and not backends.built("cpu"):
+    if case.contender.startswith("ls ") and not dispatch.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
     step = CONTENDERS[case.contender](problem(case))
     benchmark.extra_info.update(case._asdict())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lottery_sparse as ls
 from benchmarks.layers import QUICK_SELECTION_SIZE, SELECTION_SIZE
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 SCORES = {
     "abs(normal)": lambda n: torch.randn(n).abs_(),
@@ -46,16 +46,16 @@ def topk(scores: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def kernel(scores: Tensor, mask: Tensor, count: int) -> Tensor:
-    from lottery_sparse import native
+    from lottery_sparse.ops.selection import cpu as selection_cpu
 
-    return native.keep_top([scores], [mask], count, 0, [0])[0]
+    return selection_cpu.keep_top([scores], [mask], count, 0, [0])[0]
 
 
 SELECT = {"topk": topk, "kernel": kernel, "ls cpu": ls.ops.keep_top}
 
 
 def bench_keep_top(benchmark, quick, case):
-    if case.contender != "topk" and not backends.built("cpu"):
+    if case.contender != "topk" and not dispatch.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
     size = QUICK_SELECTION_SIZE if quick else SELECTION_SIZE
     scores = SCORES[case.scores](size)

@@ -24,7 +24,7 @@ import lottery_sparse as ls
 from benchmarks import steps
 from benchmarks.layers import BATCHES, DENSITIES, LAYERS, QUICK_DENSITIES, QUICK_LAYERS
 from benchmarks.steps import Problem
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 ANY_DENSITY = ("F.linear", "bare mm", "prune")  # cost the same at every density
 MASKED = ("ls reference", "ls dense", "ls cpu", "ls", "count")
@@ -52,9 +52,9 @@ def masked(p: Problem) -> Callable:
 
 
 def count(p: Problem) -> Callable:
-    from lottery_sparse import native
+    from lottery_sparse.ops.bits import cpu as bits_cpu
 
-    return lambda: native.count_kept(p.mask)
+    return lambda: bits_cpu.count_kept(p.mask)
 
 
 STEPS = {
@@ -70,12 +70,12 @@ STEPS = {
 
 
 def bench_masked_linear(benchmark, quick, case):
-    if case.contender in ("ls cpu", "count") and not backends.built("cpu"):
+    if case.contender in ("ls cpu", "count") and not dispatch.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
     problem = steps.linear_problem(LAYERS[case.layer], case.batch, case.density)
     step = STEPS[case.contender](problem)
     benchmark.extra_info.update(case._asdict())
     benchmark.group = f"{case.layer}, batch {case.batch}"
     forced = case.contender.removeprefix("ls ")
-    with ls.use_backend(forced) if forced in backends.BACKENDS else contextlib.nullcontext():
+    with ls.use_backend(forced) if forced in dispatch.BACKENDS else contextlib.nullcontext():
         steps.measure(benchmark, step, quick)

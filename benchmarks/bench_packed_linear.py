@@ -29,7 +29,8 @@ from benchmarks.layers import (
     PACKED_LAYERS,
     QUICK_PACKED_BATCHES,
 )
-from lottery_sparse import formats, ops
+from lottery_sparse import ops
+from lottery_sparse.ops.packed import formats
 
 # contender -> kept shares
 DENSITIES = {

@@ -6,14 +6,14 @@ A name says op, shapes and dtype; "product" in it asks for the matrix unit.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lottery_sparse.doctor_cases import tf32
+from lottery_sparse.ops import dispatch
+from lottery_sparse.tools.doctor_cases import tf32
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -28,7 +28,7 @@ def bits(*shape: int) -> Tensor:
 
 def call(op: str, *args: Any) -> Callable[[], Any]:
     """A call of the backend's function of that name."""
-    return lambda: getattr(importlib.import_module("lottery_sparse.kernels"), op)(*args)
+    return lambda: dispatch.function(op, "triton")(*args)
 
 
 def linear_case(

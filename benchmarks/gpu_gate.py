@@ -18,8 +18,12 @@ from torch import Tensor
 
 from benchmarks.gpu_rows import Case, Row
 from benchmarks.gpu_timing import Device, Skip, tf32
-from lottery_sparse import backends, doctor_cases, formats, reference
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.compact import reference as compact_reference
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.tools import doctor_cases
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -44,7 +48,7 @@ def linear(n: int, k: int, batch: int, networks: int = 0, packed: bool = True) -
         mask = d.mask(*lead, n, k, density=0.1)
         x, w = (d.randn(*shape, dtype=torch.float32) for shape in ((batch, k), (*lead, n, k)))
         bias = d.randn(*lead, n, dtype=torch.float32)
-        return x, w, reference.pack_mask(mask) if packed else mask, bias, None, None
+        return x, w, bits_reference.pack_mask(mask) if packed else mask, bias, None, None
 
     return make
 
@@ -66,7 +70,7 @@ def compact(n: int, k: int, batch: int, networks: int = 0, density: float = 0.1)
         mask = d.mask(*lead, n, k, density=density)
         w = d.randn(*lead, n, k, dtype=torch.float32) * mask
         lists = KeptLists.of(mask)
-        values = reference.gather_kept(w, lists.starts, lists.columns)
+        values = compact_reference.gather_kept(w, lists.starts, lists.columns)
         return d.randn(batch, k, dtype=torch.float32), values, None, w, *lists, True
 
     return make
@@ -105,7 +109,7 @@ def packed(format: str, n: int, k: int, rows: int, density: float) -> Problem:
             codes = formats.pack_ternary(w.sign() * kept)
             return x, codes, torch.full((1,), 0.5, device=w.device), None, n, False
         values, starts, columns = formats.pack_csr(w, kept)
-        where = columns if format == "csr" else reference.pack_mask(kept)
+        where = columns if format == "csr" else bits_reference.pack_mask(kept)
         return x, values, starts, where, None
 
     return make
@@ -117,7 +121,7 @@ def learned(n: int, k: int, batch: int) -> Problem:
             d.randn(*shape, dtype=torch.float32) for shape in ((batch, k), (n, k), (n, k))
         )
         mask = d.mask(n, k, density=0.5)
-        return x, score, w, reference.pack_mask(mask), mask.sum(), None, None
+        return x, score, w, bits_reference.pack_mask(mask), mask.sum(), None, None
 
     return make
 
@@ -201,11 +205,11 @@ def floating(args: Any) -> bool:
 WRITTEN = {"scatter_kept_": [0], "supermask_linear_sgd": [2, 3]}  # which arguments
 
 
-def results(op: str, module: Any, args: tuple) -> list[Tensor]:
+def results(op: str, backend: str, args: tuple) -> list[Tensor]:
     """What an op returns, and the arguments that it writes to, as a list."""
     written = WRITTEN.get(op, [])
     args = tuple(a.clone() if i in written else a for i, a in enumerate(args))
-    found = getattr(module, op)(*args)
+    found = dispatch.function(op, backend)(*args)
     returned = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
     return returned + [args[i] for i in written]
 
@@ -224,18 +228,17 @@ def poisoned() -> Iterator[None]:
 
 
 def parity(op: str, backend: str, make: Problem, dtype: str, device: Device) -> Row:
-    module = backends.load(backend)
     args = cast(make(device), DTYPES[dtype])
-    why = module.refuses(op, *args)
+    why = dispatch.rules_of(backend).refuses(op, *args)
     if why is not None:
         raise Skip(f"{backend} refuses: {why}")
     with tf32(dtype == "tf32"), poisoned():
-        got = results(op, module, args)
-    exact = results(op, reference, cast(args, torch.float64))
+        got = results(op, backend, args)
+    exact = results(op, "reference", cast(args, torch.float64))
     errors, worst = [0.0], [0.0]
     for at, (ours, wanted) in enumerate(zip(got, exact, strict=False)):
         if not ours.is_floating_point() or not floating(args):
-            same = results(op, reference, args)[at]  # of the same numbers, so the same bits
+            same = results(op, "reference", args)[at]  # of the same numbers, so the same bits
             right = torch.equal(ours, same) or torch.allclose(ours, same, 1e-6, 1e-6)
             errors.append(0.0 if right else float("inf"))
         elif wanted.numel() and ours.numel():
@@ -273,15 +276,15 @@ def opcheck(op: str, make: Problem, device: Device) -> Row:
 
 def offers(backend: str, op: str, kind: str) -> bool:
     """Whether a backend has the op; yes if it does not load, so that its cases say why."""
-    found = backends.BACKENDS.get(backend)
+    found = dispatch.BACKENDS.get(backend)
     if (
         found is None
         or (found.devices and kind not in found.devices)
-        or not backends.built(backend)
+        or not dispatch.built(backend)
     ):
         return False
     try:
-        return hasattr(backends.load(backend), op)
+        return dispatch.module_of(op, backend) is not None
     except Exception:
         return True
 

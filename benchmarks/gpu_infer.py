@@ -18,7 +18,8 @@ from torch import Tensor
 import lottery_sparse as ls
 from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
 from benchmarks.gpu_timing import Device, Skip, Work, timed
-from lottery_sparse import backends, formats
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.packed import formats
 
 SHAPES = ((11008, 4096), (28672, 8192))
 ROWS = (1, 16, 4, 64, 4096)
@@ -114,9 +115,9 @@ def product(
     graph: bool,
     d: Device,
 ) -> Row:
-    if backend is not None and backend not in backends.BACKENDS:
+    if backend is not None and backend not in dispatch.BACKENDS:
         raise Skip(f"there is no backend {backend}")
-    if backend is not None and not backends.built(backend):
+    if backend is not None and not dispatch.built(backend):
         raise Skip(f"{backend} is not built here")
     n, k = shape
 

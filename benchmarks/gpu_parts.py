@@ -13,15 +13,14 @@ import lottery_sparse as ls
 from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
 from benchmarks.gpu_timing import Device, Skip, Work, timed
 from benchmarks.gpu_train import compact, dense
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
 
 def kernel(op: str) -> Callable:
-    module = backends.load("triton")
-    if not hasattr(module, op):
+    if dispatch.module_of(op, "triton") is None:
         raise Skip(f"there is no triton {op}")
-    return getattr(module, op)
+    return dispatch.function(op, "triton")
 
 
 class Part:
@@ -61,7 +60,9 @@ PARTS: dict[str, dict[str, Callable[[Part], Any]]] = {
         "triton": lambda p: p.masked(False, True),
     },
     "dvalues": {
-        "cuBLAS and gather": lambda p: p.dvalues(backends.load("dense").compact_linear_backward),
+        "cuBLAS and gather": lambda p: p.dvalues(
+            dispatch.function("compact_linear_backward", "dense")
+        ),
         "triton": lambda p: p.dvalues(kernel("compact_linear_backward")),
     },
     "scatter": {

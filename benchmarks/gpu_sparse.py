@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
 from benchmarks.gpu_timing import Device, Skip, Work, tf32, timed
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
 SHAPES = ((4096, 4096, 60), (4096, 4096, 256), (300, 784, 60))
 DENSITIES = (0.05, 0.02, 0.01)
@@ -34,16 +33,16 @@ class Layer:
 
 
 def sparse(layer: Layer, forward: bool, dx: bool, dvalues: bool) -> None:
-    if not backends.built("cuda"):
+    if not dispatch.built("cuda"):
         raise Skip("lottery_sparse._C_cuda is not built")
-    module: Any = backends.load("cuda")
     carried = None
     rest = layer.w, *layer.kept, True
     if forward:
-        _, carried = module.compact_linear(layer.x, layer.values, None, *rest)
+        _, carried = dispatch.function("compact_linear", "cuda")(layer.x, layer.values, None, *rest)
     if dx or dvalues:
         needs = dx, dvalues, carried
-        module.compact_linear_backward(layer.dy, layer.x, layer.values, *rest, *needs)
+        backward = dispatch.function("compact_linear_backward", "cuda")
+        backward(layer.dy, layer.x, layer.values, *rest, *needs)
 
 
 def dense(layer: Layer, forward: bool, dx: bool, dvalues: bool) -> None:

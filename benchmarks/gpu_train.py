@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 import lottery_sparse as ls
 from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
 from benchmarks.gpu_timing import Device, Skip, Work, tf32, timed, within
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 DENSITIES = (0.05, 0.1, 0.02, 0.5)  # the first one first, at every batch
 BATCHES = (256, 60, 512, 4096)
@@ -100,7 +100,7 @@ def masked(d: Device, layer: Any, mask: Tensor) -> tuple:
 def compact(d: Device, layer: Any, mask: Tensor, kind: Any = torch.optim.Adam) -> tuple:
     layer = ls.compact_(ls.set_masks_(ls.sparsify_(layer), {"weight": mask}))
     ours = kind is not torch.optim.Adam
-    if ours and not d.dry and "adam_step" not in dir(backends.load("triton")):
+    if ours and not d.dry and dispatch.module_of("adam_step", "triton") is None:
         raise Skip("there is no adam_step on CUDA, so ls.optim is torch's")
     return layer, adam(layer.parameters(), d.dry, fused=not ours, kind=kind).step
 

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from benchmarks import peers, tables
-from lottery_sparse import doctor
+from lottery_sparse.tools import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile")

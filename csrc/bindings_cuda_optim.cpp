@@ -1,5 +1,5 @@
 // The rim of _C_cuda for optimizers, see cuda_optim.h: the tables, and what they point to, are made
-// and kept right by lottery_sparse/step_tables.py.
+// and kept right by lottery_sparse/ops/steps/tables.py.
 #include <optional>
 
 #include "cuda_optim.h"

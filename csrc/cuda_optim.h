@@ -1,5 +1,5 @@
 // A step of SGD or Adam over many tensors of one dtype in one launch, see masked_optim.h. The
-// tables that say where they lie are those of lottery_sparse/step_tables.py; what a mask keeps is
+// tables that say where they lie are those of lottery_sparse/ops/steps/tables.py; what a mask keeps is
 // read from the lists as the step runs, so that a captured step follows a changed mask.
 #pragma once
 

@@ -13,8 +13,10 @@ import torch
 
 from experiments.machine import blas, cpu_model, numerics
 from experiments.runs import Limits, Run
-from lottery_sparse import backends, reference, step
-from lottery_sparse.ops.eager import has_node
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops import limits as reference
+from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.optim import train_step
 
 BUILD = "build the kernels by `python -m lottery_sparse build`"
 
@@ -29,7 +31,7 @@ def check(run: Run, device: str) -> None:
     Raises:
         OtherArithmetic: a sentence with the way out.
     """
-    if name := backends.forced():
+    if name := dispatch.forced():
         raise OtherArithmetic(
             f"{run.id} leaves every product to the limits of its config, but the backend {name!r} "
             "is forced: unset LS_BACKEND, leave the use_backend block."
@@ -72,15 +74,15 @@ def limits_here() -> Limits:
 
     Not of 1x1 convolutions, bfloat16, layers in the masked form or a few large images.
     """
-    native = backends.load("cpu")
+    native = dispatch.rules_of("cpu")
     linear, conv = (torch.empty(shape, device="meta") for shape in ((1, 1), (1, 1, 3, 3)))
     return (
         ("linear", reference.max_density(linear)),
         ("linear_quick", native.MAX_DENSITY_QUICK),
         ("linear_values", native.MAX_DENSITY_SAMPLED),
         ("conv", reference.max_density(conv)),
-        ("step", step.DENSE_MULTIPLY),
-        ("step_values", step.DENSE_SAMPLE),
+        ("step", train_step.DENSE_MULTIPLY),
+        ("step_values", train_step.DENSE_SAMPLE),
     )
 
 

@@ -19,7 +19,7 @@ from experiments.lottery import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
 from experiments.train import Result, evaluation, minibatches, stepper, train
-from lottery_sparse.supermask import Supermask
+from lottery_sparse.nn.supermask import Supermask
 
 MOMENTUM = 0.9
 SAMPLES = 10

@@ -17,8 +17,8 @@ import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.networks import Network, build, keep_by_parameter, skeleton
 from experiments.train import Result, evaluation, train_together
-from lottery_sparse import backends
-from lottery_sparse.compact_base import Compact
+from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.ops import dispatch
 
 Weights = dict[str, Tensor]  # parameter name -> value, biases included
 
@@ -326,8 +326,8 @@ def backend_of(model: nn.Module) -> dict[str, object]:
 def kernels_on(device: torch.device) -> str:
     """The backend whose kernels run here, where they are the best choice."""
     ours = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    runs = ours is not None and backends.built(ours) and backends.fits(ours, device)
-    return backends.forced() or (ours if runs and ours else "reference")
+    runs = ours is not None and dispatch.built(ours) and dispatch.fits(ours, device)
+    return dispatch.forced() or (ours if runs and ours else "reference")
 
 
 def products_of(model: nn.Module) -> list[str]:

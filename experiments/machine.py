@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import lottery_sparse as ls
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 # What of a processor's flags dense libraries choose their instructions by.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_tile", "amx_int8")
@@ -114,6 +114,6 @@ def numerics() -> int:
         ValueError: LS_CPU names a variant that does not run here.
     """
     try:
-        return backends.numerics()
+        return dispatch.numerics()
     except RuntimeError as error:
         raise ValueError(str(error)) from None

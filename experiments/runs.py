@@ -34,7 +34,7 @@ LIMITS: Limits = (
 # What products a run is made of, and in which order they are summed: literals of its config, which
 # no host and no cache decides. `arithmetic.check` refuses a run where they are not to be had.
 LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
-    "numerics": (1, -1, 0),  # of `lottery_sparse.backends.numerics`
+    "numerics": (1, -1, 0),  # of `lottery_sparse.ops.dispatch.numerics`
     "precision": ("float32",),
     "layout": ("contiguous",),
     "form": ("compact",),
@@ -125,8 +125,8 @@ class Run:
         rescale: learned masks: weights are divided by the share of them that a sample keeps.
         init_score: learned masks: the score of every weight at the start.
         permuted: what of the data a fixed permutation permutes: "none", "pixels" or "classes".
-        numerics: the order in which the CPU kernels sum, see `lottery_sparse.backends.numerics`;
-            0 is torch's own sums, where the kernels are not built.
+        numerics: the order in which the CPU kernels sum, see `lottery_sparse.ops.dispatch`; 0 is
+            torch's own sums, where the kernels are not built.
         precision: dtype of parameters and products.
         layout: memory format of images.
         form: of layers with a mask: "compact" holds kept weights alone.

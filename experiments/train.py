@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
 MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
@@ -169,7 +169,7 @@ def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[str, Callable[[Tensor, Tensor], object]]:
     """How steps are computed: in one call if the model is a stack of linear layers."""
-    if backends.forced() in (None, "cpu"):
+    if dispatch.forced() in (None, "cpu"):
         with contextlib.suppress(ValueError, TypeError):  # not such a stack
             return "train_step", ls.train_step(model, optimizer)
     return "modules", partial(step, model, optimizer)

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lottery_sparse import doctor
-from lottery_sparse.convert import set_masks_
-from lottery_sparse.modules import MaskedLinear
-from lottery_sparse.plan import plan
+from lottery_sparse.nn.forms.convert import set_masks_
+from lottery_sparse.nn.masked import MaskedLinear
+from lottery_sparse.planning.plan import plan
 from lottery_sparse.text import shown
-from lottery_sparse.ticket import Ticket
+from lottery_sparse.tickets.ticket import Ticket
+from lottery_sparse.tools import doctor
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from problems import Problem, effective_weight
 
-from lottery_sparse.compact import KeptLists
 from lottery_sparse.ops import compact_conv2d, compact_linear
+from lottery_sparse.ops.compact.kept import KeptLists
 
 SPARE = 3
 

@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 import torch
 
-from lottery_sparse import doctor
+from lottery_sparse.tools import doctor
 
 # What cuBLAS asks for in torch's deterministic mode, which `_poisoned_memory` turns on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import lottery_sparse as ls
-from lottery_sparse import formats, reference
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
 
 ops = torch.ops.lottery_sparse_native
 

@@ -22,7 +22,8 @@ from experiments.execute import execute
 from experiments.networks import FC, NETWORKS
 from experiments.runs import DENSE, Run
 from experiments.store import OtherNumbers, Store
-from lottery_sparse import reference, step_tables
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.steps import tables
 
 torch.set_num_threads(1)
 CUDA = torch.device("cuda:0")
@@ -145,7 +146,7 @@ def cases_of_the_gate() -> None:
     """Which are the doctor's: all of an op happens on the device, what it draws as well."""
     device = Device(dry=False)
     for name, (op, make) in gpu_gate.small().items():
-        found = getattr(reference, op)(*make(device))
+        found = dispatch.function(op, "reference")(*make(device))
         results = found if isinstance(found, list | tuple) else [found]
         places = {str(t.device) for t in results if isinstance(t, Tensor)}
         assert places == {"cuda:0"} or op == "scatter_kept_", (name, places)
@@ -159,15 +160,15 @@ def tables_of_captured_steps() -> None:
     params = [nn.Parameter(torch.randn(size, device=CUDA)) for size in (70, 5, 3000)]
     tensors = params, [torch.randn_like(p) for p in params]
     steps = [torch.zeros((), device=CUDA) for _ in params]
-    nowhere = step_tables.Targets([], [], [], [])
-    eager = step_tables.table_of(tensors, steps, nowhere)
-    held = len(step_tables._tables)
+    nowhere = tables.Targets([], [], [], [])
+    eager = tables.table_of(tensors, steps, nowhere)
+    held = len(tables._tables)
     pinned = mock.Mock(side_effect=RuntimeError("not permitted when stream is capturing"))
     with (
         mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
         mock.patch.object(Tensor, "pin_memory", pinned),
     ):
-        captured = [step_tables.table_of(tensors, steps, nowhere) for _ in range(40)]
+        captured = [tables.table_of(tensors, steps, nowhere) for _ in range(40)]
     assert all(torch.equal(table.numbers, eager.numbers) for table in captured)
     assert {(t.parts, t.targets, t.steps, t.chunks) for t in (eager, *captured)} == {
         (eager.parts, eager.targets, eager.steps, eager.chunks)
@@ -175,7 +176,7 @@ def tables_of_captured_steps() -> None:
     left = [weakref.ref(table.numbers) for table in captured]
     del captured
     assert not any(number() is not None for number in left)
-    assert len(step_tables._tables) == held
+    assert len(tables._tables) == held
 
 
 if __name__ == "__main__":

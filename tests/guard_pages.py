@@ -21,8 +21,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import lottery_sparse as ls
-from lottery_sparse import formats, native, reference
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.random import cpu as random_cpu
+from lottery_sparse.ops.steps import cpu as steps_cpu
 
 SIDES = {"end": 1, "start": 2}
 NOT_HERE = 77
@@ -67,8 +72,8 @@ def linear_cases(k: int, n: int, batch: int, density: float) -> Iterator[Case]:
             yield (
                 f"masked {what}",
                 lambda x, w, m, b, dy: (
-                    native.masked_linear(x, w, m, b, None, None),
-                    native.masked_linear_backward(dy, x, w, m, None, None, True, True),
+                    masked_cpu.masked_linear(x, w, m, b, None, None),
+                    masked_cpu.masked_linear_backward(dy, x, w, m, None, None, True, True),
                 ),
                 (x, weight, mask, bias, dy),
             )
@@ -119,8 +124,10 @@ def conv_cases(case: tuple, density: float) -> Iterator[Case]:
     geometry = [list(kernel), *map(list, (options[n] for n in ("stride", "padding", "dilation")))]
 
     def run(x, values, bias, dy, *lists):
-        forward = native.kept_conv2d(x, values, *lists[:2], bias, *geometry, options["groups"])
-        return forward, native.kept_conv2d_backward(
+        forward = compact_cpu_conv2d.kept_conv2d(
+            x, values, *lists[:2], bias, *geometry, options["groups"]
+        )
+        return forward, compact_cpu_conv2d.kept_conv2d_backward(
             dy, x, values, *lists, *geometry, options["groups"], True, True, True
         )
 
@@ -181,13 +188,13 @@ def optimizer_cases(k: int, n: int, density: float) -> Iterator[Case]:
 
     def sgd(p, g, first, _second, effective, starts, columns):
         lists = [[t] for t in (p, g, first, effective, starts, columns)]
-        taken = native.sgd_step(*lists, [0], 0.1, 0.9, 0.0, 0.1, True, False, False)
+        taken = steps_cpu.sgd_step(*lists, [0], 0.1, 0.9, 0.0, 0.1, True, False, False)
         return taken, p, first, effective
 
     def adam(p, g, first, second, effective, starts, columns):
         step = torch.ones(())
         lists = [[t] for t in (p, g, first, second, step, effective, starts, columns)]
-        taken = native.adam_step(*lists, [0], 0.1, 0.9, 0.99, 1e-8, 0.1, False, False)
+        taken = steps_cpu.adam_step(*lists, [0], 0.1, 0.9, 0.99, 1e-8, 0.1, False, False)
         return taken, p, first, second, step, effective
 
     for name, call in (("SGD", sgd), ("Adam", adam)):
@@ -249,7 +256,7 @@ def main(variant: str, guard: Callable[[int], None]) -> int:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # of layers that keep nothing
     try:
-        native.random_words(1, 1, 1, 1)
+        random_cpu.random_words(1, 1, 1, 1)
     except RuntimeError as error:
         print(error)
         return NOT_HERE if "this machine can run" in str(error) else 1

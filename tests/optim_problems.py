@@ -8,7 +8,7 @@ from tolerances import after
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 PAIRS = {
     "SGD": (ls.optim.SGD, torch.optim.SGD),
@@ -31,7 +31,7 @@ CASES = [
 SIZES = [(0,), (1,), (3, 5), (16,), (31,), (33,), (2, 8193)]
 STEPS = 20
 PER_STEP = 2  # roundings: of the sum with an update, and those of the update, which is smaller
-needs_kernel = pytest.mark.skipif(not backends.built("cpu"), reason="no native kernels")
+needs_kernel = pytest.mark.skipif(not dispatch.built("cpu"), reason="no native kernels")
 
 
 def parameters(sizes=SIZES, seed=0, dtype=torch.float32):

@@ -1,6 +1,6 @@
 """Random problems for the masked products, and their answers from dense float64 products.
 
-The answers share nothing with lottery_sparse/reference: NumPy selects the effective weight, a
+The answers share nothing with the reference: NumPy selects the effective weight, a
 loop runs over the networks, and torch differentiates F.linear and F.conv2d.
 """
 
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from tolerances import of_sum
 from torch import Tensor
 
-from lottery_sparse import backends, ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.masked import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DENSITIES = (0.0, 0.03, 0.5, 1.0)
@@ -172,7 +174,7 @@ def combinations(op: str) -> list[tuple[str, str, torch.dtype]]:
     """(backend, frozen, dtype) of all backends that this machine has."""
     return [
         (backend, frozen, dtype)
-        for backend in backends.available(op, "cpu")
+        for backend in dispatch.available(op, "cpu")
         for frozen in FROZEN
         for dtype in DTYPES
         if takes(backend, op, frozen, dtype)

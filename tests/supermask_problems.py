@@ -18,7 +18,8 @@ from tolerances import of_sum, unit
 from torch import Tensor
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops.random import reference
 
 WEIGHTS = ("tensor", "sign x constant")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse as ls
-from lottery_sparse.actions import Mask0
+from lottery_sparse.pruning.actions import Mask0
 
 SHAPE = (30, 41)
 STD = 0.25

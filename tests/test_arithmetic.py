@@ -15,13 +15,14 @@ from experiments.networks import NETWORKS
 from experiments.remakes import readable
 from experiments.runs import LITERALS, Run
 from experiments.store import Store
-from lottery_sparse import backends, step
-from lottery_sparse.compact_base import Compact
-from lottery_sparse.ops.eager import has_node
+from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.optim import train_step
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 needs_kernels = pytest.mark.skipif(
-    not (backends.built("cpu") and has_node()), reason="the kernels are not built"
+    not (dispatch.built("cpu") and has_node()), reason="the kernels are not built"
 )
 
 
@@ -92,8 +93,13 @@ def test_the_limits_of_a_config_are_those_of_dispatch():
         ),
         (arithmetic, "numerics", lambda: 0, "not built .*: build the kernels by .*--numerics 0"),
         (arithmetic, "has_node", lambda: False, "built for one torch is not there .*build the"),
-        (step, "DENSE_MULTIPLY", 0.5, "'step': 0.45.* but this version computes by .*'step': 0.5"),
-        (backends, "forced", lambda: "dense", "backend 'dense' is forced: unset LS_BACKEND"),
+        (
+            train_step,
+            "DENSE_MULTIPLY",
+            0.5,
+            "'step': 0.45.* but this version computes by .*'step': 0.5",
+        ),
+        (dispatch, "forced", lambda: "dense", "backend 'dense' is forced: unset LS_BACKEND"),
     ],
     ids=["portable", "not built", "no node", "limits", "forced"],
 )
@@ -116,7 +122,7 @@ def test_a_study_is_refused_before_anything_is_written(
 def test_on_a_gpu_the_numerics_of_cpu_kernels_are_not_asked(monkeypatch):
     monkeypatch.setattr(arithmetic, "numerics", lambda: 0)
     arithmetic.check(SMOKE(), "cuda:0")
-    monkeypatch.setattr(backends, "forced", lambda: "triton")
+    monkeypatch.setattr(dispatch, "forced", lambda: "triton")
     with pytest.raises(arithmetic.OtherArithmetic):
         arithmetic.check(SMOKE(), "cuda:0")
 
@@ -145,7 +151,7 @@ def test_an_unknown_instruction_set_is_one_sentence(monkeypatch):
     def unknown():
         raise RuntimeError("LS_CPU is 'sse9'")
 
-    monkeypatch.setattr(backends, "numerics", unknown)
+    monkeypatch.setattr(dispatch, "numerics", unknown)
     with pytest.raises(ValueError, match="LS_CPU is 'sse9'"):
         machine.numerics()
 

@@ -14,11 +14,16 @@ import torch
 from problems import DTYPES, FROZEN, linear_problem, takes
 
 import lottery_sparse as ls
-from lottery_sparse import backends, doctor, doctor_steps, ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.masked import reference as masked_reference
+from lottery_sparse.ops.packed import reference as packed_reference
+from lottery_sparse.ops.selection import reference as selection_reference
+from lottery_sparse.tools import doctor, doctor_steps
 
 CPU = torch.device("cpu")
 ONE = torch.ones(1, 1, 1, 1).bool()
-OPS = [name for preferred in backends.PREFERENCE.values() for name in preferred]
+OPS = [name for preferred in dispatch.PREFERENCE.values() for name in preferred]
 
 native_only = pytest.mark.skipif(
     importlib.util.find_spec("lottery_sparse._C") is None,
@@ -34,29 +39,30 @@ def arguments(p):
 
 
 def test_tables_name_only_what_exists():
-    for device, preferred in backends.PREFERENCE.items():
+    for device, preferred in dispatch.PREFERENCE.items():
         for op, names in preferred.items():
-            assert hasattr(reference, op), f"{op} has no definition"
+            assert dispatch.module_of(op, "reference"), f"{op} has no definition"
             for name in names:
-                backend = backends.BACKENDS[name]
+                backend = dispatch.BACKENDS[name]
                 assert not backend.devices or device in backend.devices
-                if backends.built(name):
-                    assert hasattr(backends.load(name), op), f"{name} has no {op}"
+                if dispatch.built(name):
+                    assert dispatch.module_of(op, name), f"{name} has no {op}"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_a_reference_everywhere(op):
-    assert backends.available(op, "cpu")[0] == "reference"
-    assert backends.kernel(op, torch.device("meta")) is getattr(reference, op)
+    assert dispatch.available(op, "cpu")[0] == "reference"
+    assert dispatch.kernel(op, torch.device("meta")) is dispatch.function(op, "reference")
 
 
 def test_the_doctor_has_a_case_of_every_op_that_is_listed():
-    listed = {op for ops in backends.PREFERENCE.values() for op in ops}
+    listed = {op for ops in dispatch.PREFERENCE.values() for op in ops}
     assert listed <= set(doctor.CASES)
 
 
 def test_what_is_not_listed_runs_on_the_reference():
-    assert backends.kernel("effective_weight", CPU) is reference.effective_weight
+    assert "seeded_linear" not in dispatch.PREFERENCE["cpu"]
+    assert dispatch.kernel("seeded_linear", CPU) is packed_reference.seeded_linear
 
 
 @native_only
@@ -64,9 +70,9 @@ def test_a_refused_call_goes_to_the_next_backend():
     for frozen in FROZEN[:2]:
         for dtype in (*DTYPES, torch.float64):
             args = arguments(linear_problem(3, 4, 2, 0.5, frozen, dtype=dtype))
-            chosen = backends.kernel("masked_linear", CPU, args).__module__
+            chosen = dispatch.kernel("masked_linear", CPU, args).__module__
             if not takes("cpu", "masked_linear", frozen, dtype):
-                assert chosen == "lottery_sparse.dense"
+                assert chosen == "lottery_sparse.ops.masked.dense"
 
 
 # ---- forcing one -----------------------------------------------------------------------------
@@ -74,24 +80,24 @@ def test_a_refused_call_goes_to_the_next_backend():
 
 def test_a_forced_backend_runs(monkeypatch):
     with ls.use_backend("reference"):
-        assert backends.kernel("masked_linear", CPU) is reference.masked_linear
+        assert dispatch.kernel("masked_linear", CPU) is masked_reference.masked_linear
         with ls.use_backend("dense"):  # the innermost counts
-            chosen = backends.kernel("masked_linear", CPU, (None,) * 6)
-            assert chosen.__module__ == "lottery_sparse.dense"
-        assert backends.forced() == "reference"
-    assert backends.forced() is None
+            chosen = dispatch.kernel("masked_linear", CPU, (None,) * 6)
+            assert chosen.__module__ == "lottery_sparse.ops.masked.dense"
+        assert dispatch.forced() == "reference"
+    assert dispatch.forced() is None
     monkeypatch.setenv("LS_BACKEND", "reference")
-    assert backends.kernel("keep_top", CPU) is reference.keep_top
+    assert dispatch.kernel("keep_top", CPU) is selection_reference.keep_top
     with ls.use_backend("dense"):  # code knows better than the environment
-        assert backends.forced() == "dense"
+        assert dispatch.forced() == "dense"
     monkeypatch.setenv("LS_BACKEND", "")
-    assert backends.forced() is None
+    assert dispatch.forced() is None
 
 
 def test_a_backend_is_forced_no_longer_after_an_error():
     with pytest.raises(KeyError), ls.use_backend("reference"):
         raise KeyError
-    assert backends.forced() is None
+    assert dispatch.forced() is None
 
 
 def test_blocks_may_be_left_in_any_order():
@@ -99,34 +105,34 @@ def test_blocks_may_be_left_in_any_order():
     outer.__enter__()
     inner.__enter__()
     again.__enter__()
-    assert backends.forced() == "reference"
+    assert dispatch.forced() == "reference"
     outer.__exit__(None, None, None)
-    assert backends.forced() == "reference"  # of `again`
+    assert dispatch.forced() == "reference"  # of `again`
     again.__exit__(None, None, None)
-    assert backends.forced() == "dense"
+    assert dispatch.forced() == "dense"
     inner.__exit__(None, None, None)
-    assert backends.forced() is None
+    assert dispatch.forced() is None
 
 
 def test_generators_force_each_their_own_backend_until_they_end():
     def steps(name):
         with ls.use_backend(name):
-            yield backends.forced()
-            yield backends.forced()
+            yield dispatch.forced()
+            yield dispatch.forced()
 
     first, second = steps("reference"), steps("dense")
     assert (next(first), next(second)) == ("reference", "dense")
     first.close()
-    assert backends.forced() == "dense"
+    assert dispatch.forced() == "dense"
     second.close()
-    assert backends.forced() is None
+    assert dispatch.forced() is None
 
 
 def test_a_backend_is_forced_in_every_thread():
     # the backward of CUDA tensors runs on threads of autograd's own
     seen = []
     with ls.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backends.forced()))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced()))
         thread.start()
         thread.join()
     assert seen == ["reference"]
@@ -157,7 +163,7 @@ def test_a_forced_backend_fails_where_it_would_fall_back():
         ):
             ops.masked_conv2d(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1), ONE)
         with pytest.raises(RuntimeError, match="keep_top has no cpu backend for cuda tensors"):
-            backends.kernel("keep_top", torch.device("cuda"))
+            dispatch.kernel("keep_top", torch.device("cuda"))
         with pytest.raises(RuntimeError, match=r"keep_top cannot run on .* cpu: .*float64"):
             ops.keep_top(torch.zeros(3).double(), torch.ones(3).bool(), 1)
         for frozen in FROZEN:
@@ -230,7 +236,7 @@ def test_the_doctor_takes_steps_beside_torch(monkeypatch):
     found = doctor.report()
     assert found["healthy"]
     names = {f"optim.{name}" for name in ("SGD", "Adam", "AdamW")}
-    if backends.built("cpu"):
+    if dispatch.built("cpu"):
         names |= {f"train_step, {name}" for name in ("SGD", "Adam", "AdamW")}
     assert found["steps"]["cpu"] == dict.fromkeys(names, "ok")
 
@@ -254,19 +260,19 @@ def test_steps_that_a_forced_backend_does_not_take_are_not_failures(backend):
 
 
 def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "built", lambda name: name == "reference")
-    backends._say_not_built.cache_clear()
+    monkeypatch.setattr(dispatch, "built", lambda name: name == "reference")
+    dispatch._say_not_built.cache_clear()
     with caplog.at_level("WARNING", logger="lottery_sparse"):
         for _ in range(2):
-            backends.kernel("masked_linear", torch.device("cuda"))
-    backends._say_not_built.cache_clear()
+            dispatch.kernel("masked_linear", torch.device("cuda"))
+    dispatch._say_not_built.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "Triton" in line] == [
         "lottery_sparse runs without its Triton kernels: pip install triton."
     ]
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 def test_the_doctor_says_that_the_node_is_of_another_torch(monkeypatch):
     assert doctor.native_line().endswith(".")
     monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact, formats, ops, reference
-from lottery_sparse.ops import compact as products
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.compact import op as products
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
 
 CUDA = torch.device("cuda", 0)
 # Where arguments are, and where one of them is instead.
@@ -35,7 +39,7 @@ def calls() -> dict[str, tuple[Any, dict[str, Any]]]:
     values, starts, columns = formats.pack_csr(weight, mask)
     signs = ops.SignConstant.of(weight, 0.5)
     bits = reference.pack_mask(mask)
-    lists, codes = compact.KeptLists.of, formats.pack_ternary(weight.sign())
+    lists, codes = KeptLists.of, formats.pack_ternary(weight.sign())
     given = {"x": x, "weight": weight, "mask": mask, "bias": bias}
     learned = {"x": x, "score": weight, "key": key, "bias": bias}
     csr = {"x": x, "values": values, "starts": starts, "bias": bias}
@@ -140,14 +144,14 @@ def test_scores_share_one_device():
 
 def test_lists_of_another_dtype_are_refused():
     mask = torch.rand(5, 7) < 0.5
-    kept, weight = compact.KeptLists.of(mask), torch.randn(5, 7)
+    kept, weight = KeptLists.of(mask), torch.randn(5, 7)
     for name in kept._fields:
         wrong = kept._replace(**{name: getattr(kept, name).float()})
         with pytest.raises(ValueError, match=rf"kept.{name} is torch.float32, not torch.int"):
             products.compact_linear(torch.randn(2, 7), weight[mask], wrong, weight)
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 def test_train_step_says_where_it_runs():
     model = ls.compact_(ls.sparsify_(nn.Sequential(nn.Linear(7, 5))))
     step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -164,7 +168,7 @@ def test_train_step_says_where_it_runs():
 def triton_backend(monkeypatch):
     """The backend "triton", compiled for a GPU that is there as far as torch.cuda says."""
     pytest.importorskip("triton")
-    from lottery_sparse.kernels import limits
+    from lottery_sparse.ops.triton import limits
 
     monkeypatch.setattr(limits, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -172,7 +176,7 @@ def triton_backend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch, "empty", lambda *size, **options: torch.zeros(size))
-    caches = limits.fails_on, backends.fits
+    caches = limits.fails_on, dispatch.fits
     for cached in caches:
         cached.cache_clear()
     yield limits
@@ -199,9 +203,9 @@ PACK = (torch.ones(3, 4, dtype=torch.bool),)
 
 def assert_left_out(match, caplog):
     with ls.use_backend("triton"), pytest.raises(RuntimeError, match=f"backend triton: .*{match}"):
-        backends.kernel("pack_mask", CUDA, PACK)
+        dispatch.kernel("pack_mask", CUDA, PACK)
     for _ in range(2):
-        assert backends.kernel("pack_mask", CUDA, PACK) is reference.pack_mask
+        assert dispatch.kernel("pack_mask", CUDA, PACK) is reference.pack_mask
     (record,) = caplog.records
     assert "does without its triton kernels on cuda:0" in record.getMessage()
 
@@ -220,16 +224,16 @@ def test_a_launch_that_fails_is_reported_with_its_reason(triton_backend, monkeyp
 def test_no_memory_for_the_trial_says_nothing_of_kernels(triton_backend, monkeypatch):
     monkeypatch.setattr(triton_backend, "_touch", Launch(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
-        backends.kernel("pack_mask", CUDA, PACK)
+        dispatch.kernel("pack_mask", CUDA, PACK)
     monkeypatch.setattr(triton_backend, "_touch", Launch(None))
-    assert backends.kernel("pack_mask", CUDA, PACK).__module__ == "lottery_sparse.kernels.bits"
+    assert dispatch.kernel("pack_mask", CUDA, PACK).__module__ == "lottery_sparse.ops.bits.triton"
 
 
 @needs_triton
 def test_optimizers_say_why_a_forced_backend_cannot_step(monkeypatch):
     optimizer = ls.optim.SGD([nn.Parameter(torch.ones(3).double())], lr=0.1)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(3).double()
-    monkeypatch.setattr(backends, "unfit", lambda name, device: f"{device} is too old.")
+    monkeypatch.setattr(dispatch, "unfit", lambda name, device: f"{device} is too old.")
     with ls.use_backend("triton"), pytest.raises(RuntimeError, match="Parameters: cpu is too old"):
         optimizer.step()
 
@@ -265,14 +269,14 @@ BEYOND = {
 @pytest.mark.parametrize("case", BEYOND)
 def test_what_kernels_cannot_count_they_refuse(case):
     op, args, match = BEYOND[case]
-    why = backends.load("triton").refuses(op, *args)
+    why = dispatch.rules_of("triton").refuses(op, *args)
     assert re.search(match, why)
     assert why.endswith(".")
 
 
 @needs_triton
 def test_elements_in_all_are_not_the_limit():
-    refuses = backends.load("triton").refuses
+    refuses = dispatch.rules_of("triton").refuses
     assert refuses("masked_linear", meta(2**21, 2**12), meta(2**12, 2**12)) is None
     assert refuses("pack_mask", meta(2**16, 2**16, dtype=BOOL)) is None
     assert refuses("keep_top", [meta(2**33)], [meta(2**33, dtype=BOOL)], 1, 0, [0]) is None
@@ -280,4 +284,4 @@ def test_elements_in_all_are_not_the_limit():
 
 def test_lists_count_up_to_32_bits():
     with pytest.raises(ValueError, match=r"2147483648 slots is too large for lists.*split"):
-        compact.KeptLists.of(torch.ones(2, 3).bool(), capacity=2**31)
+        KeptLists.of(torch.ones(2, 3).bool(), capacity=2**31)

@@ -9,10 +9,11 @@ from compact_problems import Arguments
 from problems import check, conv_problem, effective_weight
 
 import lottery_sparse as ls
-from lottery_sparse import backends, doctor_torch
+from lottery_sparse.ops import dispatch
+from lottery_sparse.tools import doctor_torch
 
 BF16 = torch.bfloat16
-BACKENDS = [b for b in backends.available("masked_conv2d", "cpu") if b != "cpu"]  # float32 alone
+BACKENDS = [b for b in dispatch.available("masked_conv2d", "cpu") if b != "cpu"]  # float32 alone
 
 pytestmark = pytest.mark.numeric
 

@@ -16,12 +16,12 @@ from tolerances import of_sum
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse.native import dispatch
+from lottery_sparse.ops.common import cpu as common_cpu
 
 pytestmark = pytest.mark.numeric
 
@@ -145,19 +145,19 @@ def test_gather_and_scatter_copy_bits():
 
 
 def chosen(p, monkeypatch, vectors=True, tiles=False):
-    monkeypatch.setattr(dispatch, "_multiplies_bfloat16", lambda: (vectors, tiles))
+    monkeypatch.setattr(common_cpu, "_multiplies_bfloat16", lambda: (vectors, tiles))
     a = Arguments.of(p)
     masked = (p.x, p.weight, p.mask, p.bias, None, None)
     compact = (p.x, a.values, p.bias, a.effective, *a.kept, True)
     return [
-        backends.kernel(op, p.x.device, args).__module__.removeprefix("lottery_sparse.")
+        dispatch.kernel(op, p.x.device, args).__module__.rpartition(".")[2]
         for op, args in (("masked_linear", masked), ("compact_linear", compact))
     ]
 
 
 @pytest.mark.parametrize(("batch", "density"), [(64, 0.15), (16, 0.1), (1, 0.04)])
 def test_dense_takes_over_above_the_measured_density(batch, density, monkeypatch):
-    sparse, dense = ["native.linear"] * 2, ["dense"] * 2
+    sparse, dense = ["cpu"] * 2, ["dense"] * 2
     below = linear_problem(100, 100, batch, density, dtype=BF16)
     above = linear_problem(100, 100, batch, 2 * density, dtype=BF16)
     assert chosen(below, monkeypatch) == sparse
@@ -207,7 +207,7 @@ def test_a_layer_trains_in_bfloat16(density):
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.7])
 def test_autocast_gives_what_a_bfloat16_layer_gives(density, monkeypatch):
-    monkeypatch.setattr(dispatch, "_multiplies_bfloat16", lambda: (True, False))
+    monkeypatch.setattr(common_cpu, "_multiplies_bfloat16", lambda: (True, False))
     calls = []
     for name in ("compact_linear", "compact_linear_backward"):
         kernel = getattr(kernels, name)
@@ -238,7 +238,7 @@ def test_autocast_gives_what_a_bfloat16_layer_gives(density, monkeypatch):
 def test_every_instruction_set_packs_and_rounds_alike(variant):
     """Tiles and roundings of what needs no sum are the same bits everywhere."""
     code = """
-import torch, lottery_sparse.native
+import torch, lottery_sparse._C
 ops = torch.ops.lottery_sparse_native
 x = torch.arange(65 * 77).view(65, 77).remainder(251).sub(100).div(8).bfloat16()
 assert torch.equal(ops.pack_tiles(x), ops.pack_tiles(x.float()))

@@ -7,8 +7,10 @@ import torch
 from tolerances import close, of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import backends, ops, reference
-from lottery_sparse.packed import FORMATS
+from lottery_sparse import ops
+from lottery_sparse.nn.packed import FORMATS
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference
 
 pytestmark = pytest.mark.numeric
 
@@ -38,7 +40,7 @@ def test_matches_float64(kind, shape, by_row):
     n, k, batch = shape
     op, weight = problem(kind, n, k, by_row)
     x, bias = torch.randn(batch, k), torch.randn(n)
-    for backend in backends.available(f"{kind}_linear", "cpu"):
+    for backend in dispatch.available(f"{kind}_linear", "cpu"):
         with ls.use_backend(backend):
             y = op(x, bias)
         expected = x.double() @ weight.mT + bias.double()

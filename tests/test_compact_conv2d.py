@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from problems import products
 from tolerances import of_sum
 
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse import native
+from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
 
 pytestmark = pytest.mark.numeric
 
@@ -92,8 +92,8 @@ def run(p, needs=(True, True, True)):
     x, values, lists, bias, dy, kernel, options, _ = p
     geometry = [kernel, options["stride"], options["padding"], options["dilation"]]
     geometry.append(options["groups"])
-    y = native.kept_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
-    return [y, *native.kept_conv2d_backward(dy, x, values, *lists, *geometry, *needs)]
+    y = compact_cpu_conv2d.kept_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
+    return [y, *compact_cpu_conv2d.kept_conv2d_backward(dy, x, values, *lists, *geometry, *needs)]
 
 
 def scattered(values, mask):

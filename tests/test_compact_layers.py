@@ -57,7 +57,7 @@ def is_fresh(model):
 def dense_gradient(layer):
     """The gradient of a compact layer as one of its dense weight."""
     blank, kept = torch.zeros_like(layer.weight_effective), layer.kept
-    return ls.reference.kept_weight(layer.weight.grad, blank, kept.starts, kept.columns)
+    return ls.ops.compact.reference.kept_weight(layer.weight.grad, blank, kept.starts, kept.columns)
 
 
 def assert_same_step(compact, plain, x, roundings=None, layout=True):

@@ -7,12 +7,12 @@ import torch
 from tolerances import of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-import lottery_sparse.native  # registers the kernels
+import lottery_sparse._C  # registers the kernels
 
 pytestmark = pytest.mark.numeric
 

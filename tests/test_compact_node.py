@@ -13,12 +13,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import eager
+from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.ops.compact.kept import KeptLists
 
 pytestmark = pytest.mark.numeric
 
-if not eager.has_node():
+if not has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 
 NODE = "CompactLinearBackward"
@@ -48,7 +48,9 @@ def test_matches_float64(networks, shared, density, shape):
     spare = 3
     kept = KeptLists.of(mask, kept.columns.shape[-1] + spare)
     weight = torch.randn(*e, n, k) * mask
-    values = ls.reference.gather_kept(weight, kept.starts, kept.columns).requires_grad_()
+    values = ls.ops.compact.reference.gather_kept(
+        weight, kept.starts, kept.columns
+    ).requires_grad_()
     x = torch.randn(*(() if shared else e), batch, k, requires_grad=True)
     bias = torch.randn(*e, n, requires_grad=True)
     dy = torch.randn(*e, batch, n)
@@ -56,8 +58,8 @@ def test_matches_float64(networks, shared, density, shape):
     assert y.grad_fn.name() == NODE
     dx, dv, db = torch.autograd.grad(y, (x, values, bias), dy)
     w, g, z = weight.double(), dy.double(), x.detach().double()
-    dw = ls.reference.gather_kept(g.mT @ z, kept.starts, kept.columns)
-    dw_abs = ls.reference.gather_kept(g.abs().mT @ z.abs(), kept.starts, kept.columns)
+    dw = ls.ops.compact.reference.gather_kept(g.mT @ z, kept.starts, kept.columns)
+    dw_abs = ls.ops.compact.reference.gather_kept(g.abs().mT @ z.abs(), kept.starts, kept.columns)
     by_network = (g @ w), (g.abs() @ w.abs())
     wanted_dx, dx_abs = (t.sum(0) if shared else t for t in by_network)
     b = bias.detach().double().unsqueeze(-2)
@@ -172,7 +174,7 @@ def test_whoever_watches_gets_the_op(monkeypatch):
 
     with Mode():
         assert by_op(made(x))
-    with ls.backends.use_backend("reference"):
+    with ls.ops.dispatch.use_backend("reference"):
         assert by_op(made(x))
     monkeypatch.setenv("LS_BACKEND", "reference")
     assert by_op(made(x))

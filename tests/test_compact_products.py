@@ -22,14 +22,13 @@ from problems import (
 from tolerances import close
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import compact_conv2d, compact_linear
+from lottery_sparse.ops import compact_conv2d, compact_linear, dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
 pytestmark = pytest.mark.numeric
 
-LINEAR_BACKENDS = backends.available("compact_linear", "cpu")
-CONV_BACKENDS = backends.available("compact_conv2d", "cpu")
+LINEAR_BACKENDS = dispatch.available("compact_linear", "cpu")
+CONV_BACKENDS = dispatch.available("compact_conv2d", "cpu")
 
 # (N, K, B): one row, one column, no batch, around tiles of 32
 SHAPES = [(1, 1, 1), (1, 130, 3), (40, 1, 2), (7, 9, 0), (5, 31, 4), (17, 33, 65), (3, 257, 32)]
@@ -231,7 +230,7 @@ def test_gradcheck_and_gradgradcheck(convolution, networks, frozen):
 
     def f(x, values, bias):
         # the effective weight holds the values, also those that a numeric derivative moves
-        w = ls.reference.kept_weight(values.detach(), a.effective, *a.kept[:2])
+        w = ls.ops.compact.reference.kept_weight(values.detach(), a.effective, *a.kept[:2])
         return replace(a, effective=w).call(x, values, bias)
 
     assert torch.autograd.gradcheck(f, inputs)

@@ -13,13 +13,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import compact_linear
+from lottery_sparse.ops import compact_linear, dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
 pytestmark = pytest.mark.numeric
 
-LINEAR_BACKENDS = backends.available("compact_linear", "cpu")
+LINEAR_BACKENDS = dispatch.available("compact_linear", "cpu")
 
 OPCHECK = [
     ("networks", "zero", torch.float32, False),

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.utils import vector_to_parameters
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact_effective
+from lottery_sparse.nn.compact import effective
+from lottery_sparse.ops import dispatch
 
 # Densities at which kernels skip what is pruned, and at which the dense library multiplies.
 DENSITIES = 0.1, 0.5, 0.9
 densities = pytest.mark.parametrize("density", DENSITIES)
-needs_kernel = pytest.mark.skipif(not backends.built("cpu"), reason="the kernels are not built")
+needs_kernel = pytest.mark.skipif(not dispatch.built("cpu"), reason="the kernels are not built")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -139,7 +140,7 @@ def test_networks_side_by_side_and_spare_slots_are_looked_at():
 
 @densities
 def test_train_step_sees_them_too(density):
-    if not backends.built("cpu"):
+    if not dispatch.built("cpu"):
         pytest.skip("the kernels are not built")
     model = nn.Sequential(layer_of(density))
     x, y = torch.randn(9, 30), torch.randint(0, 40, (9,))
@@ -203,7 +204,7 @@ def test_an_optimizer_steps_from_what_was_written_to_state_dict(density, kind):
 
 @densities
 def test_train_step_steps_from_it(density):
-    if not backends.built("cpu"):
+    if not dispatch.built("cpu"):
         pytest.skip("the kernels are not built")
     model = nn.Sequential(layer_of(density))
     step = ls.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0))
@@ -280,7 +281,7 @@ def test_layers_that_share_a_parameter_share_what_they_lend():
 def test_no_dense_weight_is_made_where_kernels_serve(monkeypatch, conv, kind):
     layer = layer_of(0.1, conv=conv)
     for made in ("zeros_of", "normal"):
-        monkeypatch.setattr(compact_effective, made, lambda *_: pytest.fail("a dense weight"))
+        monkeypatch.setattr(effective, made, lambda *_: pytest.fail("a dense weight"))
     optimizer, x = kind(layer.parameters()), input_of(layer)
     for _ in range(2):
         layer(x).square().sum().backward()

@@ -14,7 +14,7 @@ from tolerances import USUAL, close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.compact import holders_of, optimizers_of
+from lottery_sparse.nn.compact.registry import holders_of, optimizers_of
 
 pytestmark = pytest.mark.numeric
 
@@ -29,7 +29,7 @@ def rolled(model, by=1):
 def by_position(layer, slots):
     kept = layer.kept
     blank = torch.zeros_like(layer.weight_effective, dtype=slots.dtype)
-    return ls.reference.kept_weight(slots, blank, kept.starts, kept.columns)
+    return ls.ops.compact.reference.kept_weight(slots, blank, kept.starts, kept.columns)
 
 
 def compact_layers(model):

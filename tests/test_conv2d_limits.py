@@ -8,12 +8,13 @@ from test_compact_layers import assert_same_step, pair
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse import native
+from lottery_sparse.ops.common import cpu as common_cpu
+from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
 
 pytestmark = pytest.mark.numeric
 
@@ -50,7 +51,7 @@ def layers(convolution, frozen="zero"):
 def backends_of(layer, x):
     """Which backends take the forward and the backward of this layer."""
     chosen = []
-    kernel = backends.kernel
+    kernel = dispatch.kernel
 
     def note(name, device, args=()):
         found = kernel(name, device, args)
@@ -59,12 +60,12 @@ def backends_of(layer, x):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "kernel", note)
+        patch.setattr(dispatch, "kernel", note)
         layer(x.requires_grad_()).sum().backward()
     return chosen
 
 
-CPU, DENSE = ["lottery_sparse.native.conv2d"] * 2, ["lottery_sparse.dense"] * 2
+CPU, DENSE = ["lottery_sparse.ops.compact.cpu_conv2d"] * 2, ["lottery_sparse.ops.compact.dense"] * 2
 
 
 def trains_as_the_masked_layer(compact, plain, x):
@@ -140,9 +141,9 @@ def refusals(stride, dilation, channels=1):
     values, effective = torch.ones(9 * channels), torch.ones(channels, 1, 3, 3)
     args = (torch.zeros(1, 1, 1, 2), values, None, effective, *lists, True, stride, [0, 0])
     args = (*args, dilation, 1)
-    why = native.refuses("compact_conv2d", *args)
+    why = common_cpu.refuses("compact_conv2d", *args)
     with pytest.raises(RuntimeError) as error:
-        native.compact_conv2d(*args)
+        compact_cpu_conv2d.compact_conv2d(*args)
     return why, str(error.value)
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 HERE = Path(__file__).parent
 FIRST = HERE / "cpu_bits_numerics_1.txt"  # of the AVX-512 kernels at 21bf4ea

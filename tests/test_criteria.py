@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lottery_sparse as ls
-from lottery_sparse import criteria
+from lottery_sparse.pruning import criteria
 
 # ---- an independent ranking ------------------------------------------------------------------
 

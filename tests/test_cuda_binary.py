@@ -12,7 +12,7 @@ from cuda_emulator import thread_order  # noqa: F401  # a fixture
 from test_cuda_kernels import SHARED_OF, assert_close
 
 import lottery_sparse as ls
-from lottery_sparse import reference
+from lottery_sparse.ops.bits import reference
 
 # (N, K, B): around words of 32, pieces of 128, steps of 32 x 512, 8 warps, operands of 8 rows
 SHAPES = [

@@ -7,8 +7,8 @@ import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
 from cuda_training import Rim
 
-from lottery_sparse import native_cuda_masks as kernels
-from lottery_sparse import reference
+from lottery_sparse.ops.bits import cuda as kernels
+from lottery_sparse.ops.bits import reference
 
 SHAPES = [
     (0,), (1,), (31,), (16,), (3, 33), (2, 5, 128), (4, 129), (0, 7), (3, 0), (2, 9000), (300, 1),

@@ -9,8 +9,8 @@ from cuda_training import Rim
 from problems import DTYPES, products
 from tolerances import close, of_sum
 
-from lottery_sparse import native_cuda_compact as kernels
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.ops.compact import cuda as kernels
+from lottery_sparse.ops.compact.kept import KeptLists
 
 FORMS = ["single", "networks", "shared x"]
 SMALL = 20 << 10  # bytes of shared memory that hold 58 columns of x, twice

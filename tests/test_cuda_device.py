@@ -7,10 +7,14 @@ import torch
 from tolerances import of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import backends, formats, ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.packed import reference as packed_reference
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and backends.built("cuda")),
+    not (torch.cuda.is_available() and dispatch.built("cuda")),
     reason="needs a CUDA device and _C_cuda",
 )
 
@@ -30,13 +34,13 @@ def problem(kind, n, k, dtype, density=0.3, device="cuda"):
         codes = formats.pack_ternary(signs)
         return (lambda x, b: ops.ternary_linear(x, codes, scale, n, b)), signs.double() * 0.75
     if kind in ("binary", "seeded"):
-        plus, scale = reference.pack_mask(drawn > 0), torch.full((1,), 0.75, device=device)
+        plus, scale = bits_reference.pack_mask(drawn > 0), torch.full((1,), 0.75, device=device)
         if kind == "binary":
             return (lambda x, b: ops.binary_linear(x, plus, scale, b)), (
                 torch.where(drawn > 0, 0.75, -0.75).double()
             )
         key = ls.random.key(5, 6, 7, device)
-        weight = 0.75 * reference.drawn_signs(key, drawn).double() * (drawn > 0)
+        weight = 0.75 * packed_reference.drawn_signs(key, drawn).double() * (drawn > 0)
         return (lambda x, b: ops.seeded_linear(x, plus, key, scale, b)), weight
     weight = torch.where(kept, drawn, 0.0).to(dtype)
     if kind == "delta":
@@ -45,7 +49,7 @@ def problem(kind, n, k, dtype, density=0.3, device="cuda"):
     values, starts, columns = formats.pack_csr(weight, kept)
     if kind == "csr":
         return (lambda x, b: ops.csr_linear(x, values, starts, columns, b)), weight.double()
-    bits = reference.pack_mask(kept)
+    bits = bits_reference.pack_mask(kept)
     return (lambda x, b: ops.bitmap_linear(x, values, starts, bits, b)), weight.double()
 
 
@@ -89,7 +93,10 @@ def test_int8_activations(batch):
     x = torch.randn(batch, 4096, device="cuda", dtype=torch.bfloat16)
     codes = formats.pack_ternary(torch.randint(-1, 2, (300, 4096), device="cuda"))
     args = x, codes, torch.rand(300, device="cuda"), None, 300, True
-    y, expected = backends.load("cuda").ternary_linear(*args), reference.ternary_linear(*args)
+    y, expected = (
+        dispatch.function("ternary_linear", "cuda")(*args),
+        packed_reference.ternary_linear(*args),
+    )
     assert (y - expected).float().norm() <= 0.01 * expected.float().norm()
 
 

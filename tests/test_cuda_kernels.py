@@ -12,7 +12,7 @@ import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
 from tolerances import of_sum
 
-from lottery_sparse import formats
+from lottery_sparse.ops.packed import formats
 
 
 def assert_close(y, x, weight, bias):

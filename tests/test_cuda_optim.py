@@ -23,8 +23,12 @@ from tolerances import of_sum
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact, native_cuda_optim, optim_plan, step_tables
-from lottery_sparse.compact import KeptLists
+from lottery_sparse.nn.compact import registry
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.steps import cuda as steps_cuda
+from lottery_sparse.ops.steps import tables
+from lottery_sparse.optim import calls
 
 SIZES = [(0,), (1,), (3, 11), (1024,), (2, 600)]  # none, one, chunks with and without a tail
 
@@ -32,19 +36,19 @@ SIZES = [(0,), (1,), (3, 11), (1024,), (2, 600)]  # none, one, chunks with and w
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """The backend "cuda" for tensors on the CPU, where its kernels are emulated."""
-    here = backends.Backend("lottery_sparse.native_cuda_optim", needs="torch", devices=("cpu",))
-    monkeypatch.setitem(backends.BACKENDS, "cuda", here)
-    monkeypatch.setattr(native_cuda_optim, "_ops", Rim())
-    optim_plan.op_of.cache_clear()
+    here = dispatch.Backend("lottery_sparse.ops.steps.cuda", needs="torch", devices=("cpu",))
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", here)
+    monkeypatch.setattr(steps_cuda, "_ops", Rim())
+    calls.op_of.cache_clear()
     yield
-    optim_plan.op_of.cache_clear()
+    calls.op_of.cache_clear()
 
 
 @pytest.fixture(params=["beside", "on the host"])
 def counts(request, monkeypatch):
     """Where Adam counts its steps; here both places are the same."""
     beside = request.param == "beside"
-    monkeypatch.setattr(native_cuda_optim, "on_device", lambda steps, params: beside)
+    monkeypatch.setattr(steps_cuda, "on_device", lambda steps, params: beside)
 
 
 def parameters(dtype=torch.float32, sizes=SIZES):
@@ -140,7 +144,7 @@ def test_compact_parameters(name, networks, columns, monkeypatch):
     layers = [Holder(kept, weight) for weight in dense]
     for layer in layers[1:]:
         layer.weight = layers[0].weight
-        compact.register(layer)
+        registry.register(layer)
     start = torch.randn(layers[0].weight.shape)
     used = (torch.arange(slots) < kept.kept.unsqueeze(-1)).view(start.shape)
     start[~used] = 0
@@ -177,7 +181,7 @@ def test_views_that_no_vector_fits():
     for offsets in ((1, 1, 1), (0, 1, 3), (3, 3, 3)):
         p, g, m = (t[o : o + 1200] for t, o in zip(held.clone(), offsets, strict=True))
         options = 0.1, 0.9, 0.0, 0.1, False, False, False
-        assert native_cuda_optim.sgd_step([p], [g], [m], [], [], [], [], *options) == -1
+        assert steps_cuda.sgd_step([p], [g], [m], [], [], [], [], *options) == -1
         start = [t[o : o + 1200].double() for t, o in zip(held, offsets, strict=True)]
         buffer = 0.9 * start[2] + start[1] + 0.1 * start[0]
         assert_close([m], [buffer], 1)
@@ -201,7 +205,7 @@ def test_what_the_kernel_does_not_take():
 
 def test_adam_steps_all_parameters_or_none_if_memory_runs_out(monkeypatch):
     """Parameters with other step counts are another launch, and another table."""
-    monkeypatch.setattr(native_cuda_optim, "on_device", lambda steps, params: False)
+    monkeypatch.setattr(steps_cuda, "on_device", lambda steps, params: False)
     params = parameters()
     optimizer = ls.optim.Adam(params)
     with ls.use_backend("cuda"):
@@ -212,7 +216,7 @@ def test_adam_steps_all_parameters_or_none_if_memory_runs_out(monkeypatch):
                 optimizer.step()
         before = copy.deepcopy([p.detach() for p in params])
         counts = [int(optimizer.state[p]["step"]) if p in optimizer.state else 0 for p in params]
-        made, table_of = [], step_tables.table_of
+        made, table_of = [], tables.table_of
 
         def second_fails(*args):
             made.append(args)
@@ -220,11 +224,11 @@ def test_adam_steps_all_parameters_or_none_if_memory_runs_out(monkeypatch):
                 raise torch.OutOfMemoryError("no memory for the second table")
             return table_of(*args)
 
-        monkeypatch.setattr(step_tables, "table_of", second_fails)
+        monkeypatch.setattr(tables, "table_of", second_fails)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
         assert all(map(torch.equal, params, before))
         assert [int(optimizer.state[p]["step"]) for p in params] == counts == [1, 1, 1, 0, 1]
-        monkeypatch.setattr(step_tables, "table_of", table_of)
+        monkeypatch.setattr(tables, "table_of", table_of)
         optimizer.step()
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2, 1, 2]

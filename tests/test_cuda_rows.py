@@ -12,7 +12,7 @@ from test_cuda_binary import problem as bits_problem
 from test_cuda_kernels import SHARED_OF, assert_close, ternary, tiles
 from tolerances import of_sum
 
-from lottery_sparse import formats, reference
+from lottery_sparse.ops.packed import formats, reference
 
 
 def held(x, int8=False):

@@ -9,7 +9,7 @@ from cuda_emulator import thread_order  # noqa: F401  # a fixture
 from test_cuda_kernels import DENSITIES, assert_close
 
 import lottery_sparse as ls
-from lottery_sparse import formats
+from lottery_sparse.ops.packed import formats
 
 
 def problem(n, k, density, dtype=torch.float32):

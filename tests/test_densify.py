@@ -11,7 +11,7 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.packing import FORMATS
+from lottery_sparse.nn.packed_formats import FORMATS
 
 
 @pytest.mark.parametrize("frozen", ["zero", ls.Constant(0.3), ls.Seeded("normal", 1)], ids=str)

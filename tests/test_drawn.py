@@ -11,7 +11,8 @@ from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops.random import reference
 
 pytestmark = pytest.mark.numeric
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import everywhere
 import pytest
 
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 
 def rows(capsys) -> dict[str, str]:
@@ -24,7 +24,7 @@ def test_passed_and_failed(monkeypatch, capsys):
     assert rows(capsys) == {"right": "s  passed"}
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="no native kernels")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="no native kernels")
 def test_an_instruction_set_that_is_not_here(monkeypatch, capsys):
     monkeypatch.setattr(everywhere, "SETTINGS", {"avx1024": {"LS_CPU": "avx1024"}})
     assert everywhere.main([]) == 0

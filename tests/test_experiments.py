@@ -167,7 +167,7 @@ def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
 
 
 def test_rows_name_the_engine(tiny, monkeypatch):
-    one_call = "train_step" if ls.backends.built("cpu") else "modules"
+    one_call = "train_step" if ls.ops.dispatch.built("cpu") else "modules"
     run = Lottery(SHORT, rounds=1, mask0="freeze_init")
     assert [this.row["engine"] for this in lottery(run, tiny)] == [one_call] * 2
     model = build(CONV2, 0)
@@ -345,7 +345,7 @@ def test_quickstart_writes_numbers_and_figure(brief, tmp_path, capsys):
 
 
 def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypatch):
-    find_spec = ls.backends.importlib.util.find_spec
+    find_spec = ls.ops.dispatch.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",
         lambda name: None if name == "matplotlib" else find_spec(name),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lottery_sparse import formats, reference
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.packed import formats
 
 SHAPES = [(0, 5), (5, 0), (1, 1), (1, 17), (16, 16), (17, 1), (31, 33), (33, 31), (40, 130)]
 

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import gpu, gpu_gate, gpu_jobs, gpu_rows, gpu_timing
 from benchmarks.gpu_rows import Case, Run, Store
-from lottery_sparse import dense, reference
+from lottery_sparse.ops.masked import dense as masked_dense
+from lottery_sparse.ops.masked import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -267,7 +268,7 @@ def test_parity_sees_a_single_wrong_number(monkeypatch, wrong):
             y[3, 4] += wrong * y.abs().mean()
         return y
 
-    monkeypatch.setattr(dense, "masked_linear", forward)
+    monkeypatch.setattr(masked_dense, "masked_linear", forward)
     problem = gpu_gate.linear(200, 300, 64)
     for dtype in gpu_gate.DTYPES:
         device = gpu_timing.Device(dry=True)

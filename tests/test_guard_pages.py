@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 if not sys.platform.startswith("linux") or COMPILER is None:

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import keep_top
+from lottery_sparse.ops import dispatch, keep_top
 
-AVAILABLE = backends.available("keep_top", "cpu")
+AVAILABLE = dispatch.available("keep_top", "cpu")
 backend = pytest.mark.parametrize("backend", AVAILABLE)
 OP = torch.ops.lottery_sparse.keep_top.default
 GOLDEN_TIES = [5, 7, 14, 15, 20, 21, 22, 23]

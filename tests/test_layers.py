@@ -8,249 +8,109 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lottery_sparse"
 
-# module -> modules of the package it may import. The compiled modules are _C, _C_cuda and _host.
-MAY_IMPORT: dict[str, set[str]] = {
-    # ways to compute
-    "formats": set(),
-    "reference": {"formats"},
-    "dense": {"kernels", "reference"},
-    "native": {"_C", "reference"},
-    "native_cuda_compact": {"reference"},
-    "native_cuda_masks": set(),
-    "native_cuda_optim": {"step_tables"},
-    "native_cuda": {
-        "_C_cuda",
-        "formats",
-        "native_cuda_compact",
-        "native_cuda_masks",
-        "native_cuda_optim",
-    },
-    "step_tables": set(),
-    "kernels": {"reference", "step_tables"},
-    # whole files, and what they say
-    "text": set(),
-    "files": {"text"},
-    # which one runs
-    "backends": set(),
-    "random": {"backends", "text"},
-    # kept weights as lists
-    "compact": set(),
-    # contract of the ops
-    "ops": {"backends", "compact", "formats", "random", "reference"},
-    # the ideas of the paper
-    "names": set(),
-    "masks": {"mask_tensor", "names", "text"},
-    "loading": {"masks", "names"},
-    "criteria": {"random"},
-    "actions": {"random"},
-    "prune": {"criteria", "masks", "names", "ops", "random", "text"},
-    # stateful things
-    "frozen": {"ops", "random", "text"},
-    "mask_tensor": set(),
-    "rest": {"backends", "dense", "mask_tensor", "ops"},
-    "modules": {
-        "backends",
-        "frozen",
-        "loading",
-        "mask_tensor",
-        "masks",
-        "ops",
-        "reference",
-        "rest",
-    },
-    "supermask": {"frozen", "masks", "modules", "ops", "random", "recompute", "reference", "text"},
-    "convert": {
-        "compact",
-        "frozen",
-        "mask_tensor",
-        "masks",
-        "modules",
-        "names",
-        "supermask",
-        "text",
-        "weight_types",
-    },
-    "recompute": set(),
-    "densify": {
-        "compact_base",
-        "compact_layers",
-        "compacting",
-        "convert",
-        "modules",
-        "names",
-        "packed",
-        "packing",
-    },
-    "weight_types": set(),
-    "supermasking": {
-        "convert",
-        "frozen",
-        "masks",
-        "modules",
-        "names",
-        "random",
-        "supermask",
-        "ticket",
-    },
-    "compact_parts": {"backends", "compact", "mask_tensor", "modules", "reference"},
-    "compact_init": {"reference"},
-    "compact_effective": {
-        "backends",
-        "compact",
-        "compact_parts",
-        "mask_tensor",
-        "modules",
-        "reference",
-    },
-    "compact_base": {
-        "compact",
-        "compact_effective",
-        "compact_init",
-        "compact_parts",
-        "frozen",
-        "modules",
-        "reference",
-    },
-    "compact_layers": {"compact_base", "mask_tensor", "modules", "ops", "reference"},
-    "compacting": {
-        "compact",
-        "compact_base",
-        "compact_layers",
-        "compact_parts",
-        "convert",
-        "modules",
-        "reference",
-    },
-    "packing": {"formats", "ops", "reference"},
-    "packed": {"compact", "formats", "modules", "ops", "packing", "reference"},
-    "pack": {"compacting", "convert", "densify", "modules", "packed"},
-    "measuring": {"compact_base", "compacting", "densify", "modules", "ops", "pack", "packed"},
-    "example": {"modules"},
-    "plan_table": {"measuring"},
-    "plan": {
-        "backends",
-        "compact_base",
-        "compact_parts",
-        "compacting",
-        "convert",
-        "densify",
-        "example",
-        "files",
-        "measuring",
-        "modules",
-        "pack",
-        "plan_table",
-    },
-    "optim_plan": {"backends", "compact", "ops"},
-    "optim_groups": {"modules"},
-    "optim": {"backends", "compact", "optim_groups", "optim_plan", "rest"},
-    "replicate": {
-        "compact_base",
-        "compact_layers",
-        "compact_parts",
-        "compacting",
-        "convert",
-        "frozen",
-        "mask_tensor",
-        "modules",
-        "reference",
-        "supermask",
-    },
-    "channel_reads": {"compact_layers", "modules", "replicate"},
-    "channels": {"channel_reads", "compact_base", "compacting", "modules", "replicate"},
-    "step": {
-        "backends",
-        "compact",
-        "compact_layers",
-        "mask_tensor",
-        "optim",
-        "replicate",
-        "supermask",
-    },
-    "ticket_file": {"files", "frozen", "masks", "names", "text"},
-    "ticket": {"compact", "convert", "densify", "frozen", "masks", "names", "text", "ticket_file"},
-    "ticket_search": {
-        "actions",
-        "convert",
-        "criteria",
-        "densify",
-        "frozen",
-        "masks",
-        "modules",
-        "names",
-        "prune",
-        "random",
-        "text",
-        "ticket",
-        "ticket_file",
-    },
-    # what people call
-    "doctor_cases": {"compact", "formats", "reference"},
-    "doctor_steps": {"backends", "compacting", "convert", "densify", "optim", "reference", "step"},
-    "doctor": {"backends", "doctor_cases", "doctor_steps", "doctor_torch", "ops", "reference"},
-    "__main__": {"convert", "doctor", "modules", "plan", "text", "ticket"},
-    "doctor_torch": set(),
-}
-TOP = {"__init__"}  # imports the public names, and nobody imports it but to ask for the version
-
-
-def files_of(module: str) -> list[Path]:
-    folder = PACKAGE / module
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
-
-
-def modules() -> set[str]:
-    files = {path.stem for path in PACKAGE.glob("*.py")}
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    return (files | folders) - TOP
-
-
-def imported_modules(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: write imports in full, not relative"
-            if node.module == "lottery_sparse":
-                yield from (alias.name for alias in node.names)
-            elif node.module and node.module.startswith("lottery_sparse."):
-                yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("lottery_sparse."):
-                    yield alias.name.split(".")[1]
-
-
-def test_the_table_names_every_module():
-    assert modules() == set(MAY_IMPORT)
-
-
-def test_the_table_has_no_cycle():
-    tuple(graphlib.TopologicalSorter(MAY_IMPORT).static_order())
-
-
-@pytest.mark.parametrize("module", MAY_IMPORT)
-def test_imports_point_down(module):
-    for path in files_of(module):
-        upwards = set(imported_modules(path)) - MAY_IMPORT[module] - {module}
-        assert not upwards, f"{path.relative_to(ROOT)} may not import {sorted(upwards)}"
+# The folders and single files of the package, from the top floor to the ground. A file imports from
+# its own folder and from floors below it; folders on one floor know nothing of each other.
+FLOORS = """
+__main__
+tools
+__init__
+planning tickets channels optim
+nn/forms
+nn/compact
+nn
+pruning
+ops
+ops/supermask ops/packed ops/steps ops/selection
+ops/compact
+ops/masked
+ops/common
+ops/bits
+ops/triton
+ops/random
+ops/dispatch ops/limits files
+text
+"""
+FLOOR = {place: i for i, row in enumerate(FLOORS.split("\n")) for place in row.split()}
+COMPILED = {"_C", "_C_cuda", "_host"}
+MOST_PYTHON = 16  # files in a folder
 
 
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sources("lottery_sparse"), ids=lambda p: p.name)
-def test_the_package_knows_nothing_above_it(path):
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            assert name.split(".")[0] not in {"experiments", "benchmarks", "tests"}
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text("utf-8")))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exists(module: str) -> bool:
+    path = ROOT.joinpath(*module.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports, also inside functions."""
+    for node in nodes(path):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full, not relative"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if exists(inner) else node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def place_of(module: str) -> str:
+    """The folder of a module of the package, as FLOORS writes it, or the module if it is there."""
+    path = "/".join(module.split(".")[1:])
+    return path if path in FLOOR else path.rpartition("/")[0] if path else "__init__"
+
+
+def test_the_floors_name_every_folder():
+    assert {place_of(module_of(path)) for path in sources("lottery_sparse")} == set(FLOOR)
+
+
+def test_imports_point_down():
+    upward = []
+    for path in sources("lottery_sparse"):
+        here = place_of(module_of(path))
+        for module in imported(path):
+            if module == "lottery_sparse" or not module.startswith("lottery_sparse."):
+                continue  # the package itself is asked for its version
+            if module.split(".")[1] in COMPILED:
+                continue
+            there = place_of(module)
+            if there != here and FLOOR[there] <= FLOOR[here]:
+                upward.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not upward
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {
+        module_of(path): {m for m in imported(path) if exists(m) and m != "lottery_sparse"}
+        for path in sources("lottery_sparse")
+    }
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_folders_hold_few_files():
+    folders = {path.parent for path in sources("lottery_sparse")}
+    crowded = {str(f): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_PYTHON}
+    assert not crowded
+
+
+def test_the_package_knows_nothing_above_it():
+    for path in sources("lottery_sparse"):
+        above = {m.split(".")[0] for m in imported(path)} & {"experiments", "benchmarks", "tests"}
+        assert not above, path
 
 
 def called(node: ast.Call) -> str:
@@ -265,42 +125,38 @@ def called(node: ast.Call) -> str:
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
-@pytest.mark.parametrize(
-    "path", sources("lottery_sparse", "experiments", "benchmarks"), ids=lambda p: p.name
-)
-def test_no_file_is_executed(path):
+def test_no_file_is_executed():
     """Design D11: nothing is unpickled; torch.load only with weights_only=True; no eval."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name.split(".")[0] for alias in node.names}
-            names |= {(getattr(node, "module", None) or "").split(".")[0]}
-            assert not names & UNSAFE_MODULES, f"line {node.lineno}"
-        elif isinstance(node, ast.Call):
-            keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert called(node) not in {"eval", "exec"}, f"line {node.lineno}"
-            if called(node) == "torch.load":
-                assert keywords.get("weights_only") == "True", f"line {node.lineno}"
-            if called(node) in {"np.load", "numpy.load"}:
-                assert "allow_pickle" not in keywords, f"line {node.lineno}"
+    for path in sources("lottery_sparse", "experiments", "benchmarks"):
+        assert not {m.split(".")[0] for m in imported(path)} & UNSAFE_MODULES, path
+        for node in nodes(path):
+            if isinstance(node, ast.Call):
+                where = f"{path}:{node.lineno}"
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert called(node) not in {"eval", "exec"}, where
+                if called(node) == "torch.load":
+                    assert keywords.get("weights_only") == "True", where
+                if called(node) in {"np.load", "numpy.load"}:
+                    assert "allow_pickle" not in keywords, where
 
 
 RANDOM_OPS = "rand randn randint randperm rand_like randn_like bernoulli normal multinomial"
 DRAWS = {f"torch.{name}" for name in RANDOM_OPS.split()}
 
 
-@pytest.mark.parametrize("path", sources("lottery_sparse"), ids=lambda p: p.name)
-def test_nothing_draws_from_global_state(path):
+def test_nothing_draws_from_global_state():
     """Design D8: everything random takes a seed or a generator."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Call):
-            name = called(node)
-            assert name not in {"torch.manual_seed", "random.seed"}, f"line {node.lineno}"
-            if name in DRAWS:
-                given = {k.arg for k in node.keywords}
-                assert "generator" in given, f"line {node.lineno}: {name} without generator="
+    for path in sources("lottery_sparse"):
+        for node in nodes(path):
+            if isinstance(node, ast.Call):
+                name, where = called(node), f"{path}:{node.lineno}"
+                assert name not in {"torch.manual_seed", "random.seed"}, where
+                if name in DRAWS:
+                    given = {k.arg for k in node.keywords}
+                    assert "generator" in given, f"{where}: {name} without generator="
 
 
-CSRC = sorted(p for p in (ROOT / "csrc").glob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
+CSRC = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
 INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 # the rim: _C is bindings*.cpp with rim.h on torch's stable ABI, _host is host.cpp on pybind11
 MAY_INCLUDE = {
@@ -320,23 +176,20 @@ MAY_INCLUDE = {
 }
 
 
-@pytest.mark.parametrize("path", CSRC, ids=lambda p: p.name)
-def test_kernels_know_pointers_not_torch(path):
+def test_kernels_know_pointers_not_torch():
     """Only the rim includes a framework's headers, and only the one that it binds to (D6)."""
-    text = path.read_text("utf-8")
-    found = set(INCLUDE.findall(text))
-    assert found <= MAY_INCLUDE.get(path.name, set())
-    beyond_stable = re.findall(r"<torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/)[^>]*>", text)
-    assert not beyond_stable or path.name.startswith("eager"), "not part of the stable ABI"
+    assert CSRC
+    for path in CSRC:
+        text = path.read_text("utf-8")
+        found = set(INCLUDE.findall(text))
+        assert found <= MAY_INCLUDE.get(path.name, set()), path
+        beyond = re.findall(r"<torch/(?!csrc/stable/|csrc/inductor/aoti_torch/c/)[^>]*>", text)
+        assert not beyond or path.name.startswith("eager"), f"{path}: no part of the stable ABI"
 
 
-OURS = {"lottery_sparse", "experiments", "benchmarks"}
-MAY_IMPORT_PRIVATE = {"_C", "_C_cuda", "_host"}  # the compiled modules
-
-
-@pytest.mark.parametrize("path", sources(*sorted(OURS)), ids=lambda p: p.name)
-def test_names_of_other_modules_are_public(path):
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OURS:
-            private = {a.name for a in node.names if a.name.startswith("_")} - MAY_IMPORT_PRIVATE
-            assert not private, f"line {node.lineno}: {sorted(private)} of {node.module}"
+def test_names_of_other_modules_are_public():
+    for path in sources("lottery_sparse", "experiments", "benchmarks"):
+        for node in nodes(path):
+            if isinstance(node, ast.ImportFrom) and exists((node.module or "").split(".")[0]):
+                names = {a.name for a in node.names if a.name.startswith("_")} - COMPILED
+                assert not names, f"{path}:{node.lineno}: {sorted(names)} of {node.module}"

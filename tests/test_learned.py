@@ -58,7 +58,7 @@ def same(a, b):
 def test_a_mask_is_learned_and_reported(mini):
     [found] = learn([run(profile="smoke")], mini)
     row = found.row
-    assert found.engine == ("train_step" if ls.backends.built("cpu") else "modules")
+    assert found.engine == ("train_step" if ls.ops.dispatch.built("cpu") else "modules")
     assert row["iterations"] == 440
     assert row["test_accuracy"] == sum(row["sample_accuracies"]) / 10 > 0.75
     assert len(row["sample_accuracies"]) == 10

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import lottery_sparse as ls
-from lottery_sparse import backends, formats, reference
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import lists
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.compact import lists
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
 
 N, K, SPARE = 48, 128, 3
 SHAPES = {"linear": (N, K), "conv2d": (N, K // 4, 2, 2), "grouped": (N, K // 8, 2, 2)}
@@ -63,7 +65,7 @@ def broken(kept, name, at, number):
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize(("name", "at", "number"), CASES)
 def test_compact_products_refuse_lists_that_do_not_fit(name, at, number, kind, networks, forced):
-    if forced and not backends.built("cpu"):
+    if forced and not dispatch.built("cpu"):
         pytest.skip("the native kernels are not built")
     x, values, kept, effective = problem(kind, networks)
     if name == "positions":
@@ -98,9 +100,9 @@ def refuses_or_reads_other_lists(step, name):
 @pytest.mark.parametrize("name", FAULTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_of_a_linear_layer_refuses_them(name, dtype):
-    if not backends.built("cpu"):
+    if not dispatch.built("cpu"):
         pytest.skip("the native kernels are not built")
-    backends.load("cpu")
+    dispatch.rules_of("cpu")
     native = torch.ops.lottery_sparse_native
     x, values, kept, _ = problem("linear")
     x, values = (t.detach().to(dtype) for t in (x, values))

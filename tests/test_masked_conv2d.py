@@ -24,8 +24,7 @@ from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import SignConstant, masked_conv2d, pack_mask
+from lottery_sparse.ops import SignConstant, dispatch, masked_conv2d, pack_mask
 
 OP = torch.ops.lottery_sparse.masked_conv2d.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_conv2d_backward.default
@@ -35,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
 ]
 
-AVAILABLE = backends.available("masked_conv2d", "cpu")
+AVAILABLE = dispatch.available("masked_conv2d", "cpu")
 
 # (channels in and out, kernel, image) and options
 CASES = {

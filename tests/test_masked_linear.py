@@ -21,14 +21,13 @@ from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import SignConstant, masked_linear, pack_mask
+from lottery_sparse.ops import SignConstant, dispatch, masked_linear, pack_mask
 
 pytestmark = pytest.mark.numeric
 
 OP = torch.ops.lottery_sparse.masked_linear.default
 OP_BACKWARD = torch.ops.lottery_sparse.masked_linear_backward.default
-AVAILABLE = backends.available("masked_linear", "cpu")
+AVAILABLE = dispatch.available("masked_linear", "cpu")
 
 # (N, K, B): one row, one column, no batch, around the 32 bits of a word, the 128 of a chunk, and
 # 16 and 64 lanes

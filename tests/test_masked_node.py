@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
-from lottery_sparse.ops import eager
+from lottery_sparse.ops.common.eager import has_node
 
 pytestmark = pytest.mark.numeric
 
-if not eager.has_node():
+if not has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 
 SPARSE, DENSE = "MaskedLinearBackward", "AddmmBackward0"

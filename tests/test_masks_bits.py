@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import pack_mask, unpack_mask
+from lottery_sparse.ops import dispatch, pack_mask, unpack_mask
 
-AVAILABLE = backends.available("pack_mask", "cpu")
+AVAILABLE = dispatch.available("pack_mask", "cpu")
 backend = pytest.mark.parametrize("backend", AVAILABLE)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import lottery_sparse as ls
-from lottery_sparse.names import keys_of, matched
+from lottery_sparse.pruning.names import keys_of, matched
 
 # ---- the rule ------------------------------------------------------------------------------------
 

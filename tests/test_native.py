@@ -12,12 +12,18 @@ import pytest
 import torch
 from tolerances import of_sum
 
-from lottery_sparse import reference
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.random import reference as random_reference
+from lottery_sparse.ops.selection import reference as selection_reference
 
 if importlib.util.find_spec("lottery_sparse._C") is None:
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
-from lottery_sparse import native
+from lottery_sparse.ops.bits import cpu as bits_cpu
+from lottery_sparse.ops.common import cpu as common_cpu
+from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.random import cpu as random_cpu
+from lottery_sparse.ops.selection import cpu as selection_cpu
 
 pytestmark = pytest.mark.numeric
 
@@ -74,29 +80,31 @@ KEYS = [(0, 0, 0), (-1, 2**32 - 1, 2**32 - 1), (2**63 - 1, 7, 11), (-(2**63), 1,
 @pytest.mark.parametrize("count", [0, 1, 5, 63, 64, 257])
 def test_laws_by_their_definition(key, count):
     words = words_of(count, *key)
-    assert (native.random_words(count, *key).numpy().view(np.uint32) == words).all()
+    assert (random_cpu.random_words(count, *key).numpy().view(np.uint32) == words).all()
     uniform = (words >> 8).astype(np.float64) * 2.0**-24
-    assert (native.random_uniform(count, *key).numpy() == uniform).all()
+    assert (random_cpu.random_uniform(count, *key).numpy() == uniform).all()
 
     bits = words_of(-(-count // 32), *key)
     signs = [1.0 if bits[i // 32] >> (i % 32) & 1 else -1.0 for i in range(count)]
-    assert native.random_signs(count, *key).tolist() == signs
+    assert random_cpu.random_signs(count, *key).tolist() == signs
 
     table = torch.arange(2**15, dtype=torch.int32) * 3 + 1
     halves = words_of(-(-count // 2), *key).view(np.uint16)[:count].astype(np.int64)
     value = ((halves & 0x7FFF) * 3 + 1) * 2.0**-20
     normal = np.where(halves & 0x8000, -value, value).astype(np.float32)
-    assert (native.random_normal(count, *key, table).numpy() == normal).all()
+    assert (random_cpu.random_normal(count, *key, table).numpy() == normal).all()
 
 
 @pytest.mark.parametrize("law", ["random_words", "random_signs", "random_uniform"])
 def test_long_draws_match_the_reference(law, threads):
     args = (3 * 2**13 + 17, 1234567, 5, 6)  # several parts and a ragged end
-    assert torch.equal(getattr(native, law)(*args), getattr(reference, law)(*args))
+    assert torch.equal(getattr(random_cpu, law)(*args), getattr(random_reference, law)(*args))
 
 
 def test_a_draw_is_a_prefix_of_a_longer_one(threads):
-    assert torch.equal(native.random_words(50, 1, 2, 3), native.random_words(20000, 1, 2, 3)[:50])
+    assert torch.equal(
+        random_cpu.random_words(50, 1, 2, 3), random_cpu.random_words(20000, 1, 2, 3)[:50]
+    )
 
 
 # ---- keep_top ------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ def keep_top_by_sorting(scores, masks, count, seed, streams):
     value = np.concatenate([s.numpy().ravel().astype(np.float64) for s in scores]) + 0.0
     word = np.concatenate(
         [
-            reference.random_words(s.numel(), seed, stream, 0).numpy().view(np.uint32)
+            random_reference.random_words(s.numel(), seed, stream, 0).numpy().view(np.uint32)
             for s, stream in zip(scores, streams, strict=True)
         ]
     ).astype(np.int64)
@@ -140,7 +148,7 @@ def check_selection(kind, sizes, density, fractions, seed):
     kept = sum(int(m.sum()) for m in masks)
     for fraction in fractions:
         args = (scores, masks, round(fraction * kept), seed, streams)
-        got, expected = native.keep_top(*args), keep_top_by_sorting(*args)
+        got, expected = selection_cpu.keep_top(*args), keep_top_by_sorting(*args)
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
             assert torch.equal(a, b), f"{kind}, tensor {i}, keep {args[2]} of {kept}"
 
@@ -167,14 +175,14 @@ def test_keep_top_with_few_kept_entries():
 def test_keep_top_of_other_dtypes(dtype):
     scores = torch.from_numpy(rng(1).normal(size=500) * 50).to(dtype)
     mask = torch.ones(500, dtype=torch.bool)
-    expected = reference.keep_top([scores], [mask], 100, 9, [4])
-    assert native.refuses("keep_top", [scores], [mask], 100, 9, [4]) is None
-    assert torch.equal(native.keep_top([scores], [mask], 100, 9, [4])[0], expected[0])
+    expected = selection_reference.keep_top([scores], [mask], 100, 9, [4])
+    assert common_cpu.refuses("keep_top", [scores], [mask], 100, 9, [4]) is None
+    assert torch.equal(selection_cpu.keep_top([scores], [mask], 100, 9, [4])[0], expected[0])
 
 
 def test_keep_top_refuses_what_float32_cannot_hold():
     scores = torch.zeros(3, dtype=torch.float64)
-    why = native.refuses("keep_top", [scores], [torch.ones(3, dtype=torch.bool)], 1, 0, [0])
+    why = common_cpu.refuses("keep_top", [scores], [torch.ones(3, dtype=torch.bool)], 1, 0, [0])
     assert why is not None
     assert "float64" in why
 
@@ -183,14 +191,14 @@ def test_keep_top_names_the_tensor_with_nan():
     scores = [torch.zeros(4), torch.tensor([1.0, float("nan"), -float("nan")])]
     masks = [torch.ones(4, dtype=torch.bool), torch.tensor([True, True, True])]
     with pytest.raises(ValueError, match=r"scores\[1\] holds NaN at 2 kept entries"):
-        native.keep_top(scores, masks, 2, 0, [0, 0])
+        selection_cpu.keep_top(scores, masks, 2, 0, [0, 0])
     masks[1][1:] = False  # what is pruned already may hold anything
-    assert sum(int(m.sum()) for m in native.keep_top(scores, masks, 2, 0, [0, 0])) == 2
+    assert sum(int(m.sum()) for m in selection_cpu.keep_top(scores, masks, 2, 0, [0, 0])) == 2
 
 
 def test_keep_top_of_more_than_there_are():
     with pytest.raises(ValueError, match="count is 5, but only 2 entries"):
-        native.keep_top([torch.zeros(3)], [torch.tensor([True, True, False])], 5, 0, [0])
+        selection_cpu.keep_top([torch.zeros(3)], [torch.tensor([True, True, False])], 5, 0, [0])
 
 
 # ---- masks as bits ---------------------------------------------------------------------------
@@ -200,22 +208,22 @@ def test_keep_top_of_more_than_there_are():
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (5,), (2, 65)], ids=str)
 def test_pack_mask_matches_the_reference(rows, columns, threads):
     mask = torch.from_numpy(rng(columns).random(rows + (columns,)) < 0.5)
-    bits = native.pack_mask(mask)
-    assert torch.equal(bits, reference.pack_mask(mask))
-    assert torch.equal(native.unpack_mask(bits, columns), mask)
-    assert native.count_kept(mask) == int(mask.sum())
+    bits = bits_cpu.pack_mask(mask)
+    assert torch.equal(bits, bits_reference.pack_mask(mask))
+    assert torch.equal(bits_cpu.unpack_mask(bits, columns), mask)
+    assert bits_cpu.count_kept(mask) == int(mask.sum())
 
 
 def test_any_nonzero_byte_is_kept():
     mask = torch.arange(256, dtype=torch.uint8).view(torch.bool)
     expected = torch.arange(256) > 0
-    assert native.count_kept(mask) == 255
-    assert torch.equal(native.unpack_mask(native.pack_mask(mask), 256), expected)
+    assert bits_cpu.count_kept(mask) == 255
+    assert torch.equal(bits_cpu.unpack_mask(bits_cpu.pack_mask(mask), 256), expected)
 
 
 def test_unpack_mask_checks_the_number_of_words():
     with pytest.raises(RuntimeError, match="129 columns take 8 words"):
-        native.unpack_mask(torch.zeros(2, 4, dtype=torch.int32), 129)
+        bits_cpu.unpack_mask(torch.zeros(2, 4, dtype=torch.int32), 129)
 
 
 # ---- masked_linear -----------------------------------------------------------------------------
@@ -257,9 +265,9 @@ def exact(x, weight, mask, bias, dy):
 
 
 def run_native(x, weight, mask, bias, dy):
-    y = native.masked_linear(x, weight, mask, bias, None, None)
+    y = masked_cpu.masked_linear(x, weight, mask, bias, None, None)
     backward = (dy, x, weight, mask, None, None, True, True)
-    return (y, *native.masked_linear_backward(*backward))
+    return (y, *masked_cpu.masked_linear_backward(*backward))
 
 
 def check_linear(*args):
@@ -346,17 +354,17 @@ def test_strided_inputs_and_packed_masks():
     expected = run_native(*args)
     strided = [a.repeat_interleave(2, -1)[..., ::2] for a in args]
     assert not strided[0].is_contiguous()
-    packed = [args[0], args[1], native.pack_mask(args[2]), *args[3:]]
+    packed = [args[0], args[1], bits_cpu.pack_mask(args[2]), *args[3:]]
     for variation in (strided, packed):
         assert all(torch.equal(a, b) for a, b in zip(run_native(*variation), expected, strict=True))
 
 
 def test_it_says_why_it_refuses():
     x, weight, mask, bias, _ = problem(3, 4, 2, 0.5)
-    assert native.refuses("masked_linear", x, weight, mask, bias, None, None) is None
-    assert "zero" in str(native.refuses("masked_linear", x, weight, mask, bias, weight, None))
+    assert common_cpu.refuses("masked_linear", x, weight, mask, bias, None, None) is None
+    assert "zero" in str(common_cpu.refuses("masked_linear", x, weight, mask, bias, weight, None))
     double = (x.double(), weight.double(), mask, None, None, None)
-    assert "float64" in str(native.refuses("masked_linear", *double))
+    assert "float64" in str(common_cpu.refuses("masked_linear", *double))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 _host = pytest.importorskip(
     "lottery_sparse._host", reason="_host is not built", exc_type=ImportError
@@ -92,8 +92,8 @@ def test_numerics_names_the_bits_of_a_variant(variant):
 
 
 def test_without_kernels_there_is_no_numerics(monkeypatch):
-    monkeypatch.setattr(backends, "built", lambda name: name != "cpu")
-    assert backends.numerics() == 0
+    monkeypatch.setattr(dispatch, "built", lambda name: name != "cpu")
+    assert dispatch.numerics() == 0
 
 
 def test_an_unknown_variant_is_refused():

@@ -15,16 +15,15 @@ from cuda_training import Rim
 from tolerances import close
 
 import lottery_sparse as ls
-from lottery_sparse import (
-    backends,
-    formats,
-    native_cuda_compact,
-    native_cuda_masks,
-    native_cuda_optim,
-    ops,
-    optim_plan,
-    reference,
-)
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import cuda as bits_cuda
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.compact import cuda as compact_cuda
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.packed import reference as packed_reference
+from lottery_sparse.ops.steps import cuda as steps_cuda
+from lottery_sparse.optim import calls
 
 CUDA = torch.device("cuda", 0)
 
@@ -35,8 +34,9 @@ def backend(monkeypatch):
     built = types.ModuleType("lottery_sparse._C_cuda")
     vars(built).update(architectures="8.0 9.0a 10.0+PTX", toolkit=13000)
     monkeypatch.setitem(sys.modules, "lottery_sparse._C_cuda", built)
-    monkeypatch.delitem(sys.modules, "lottery_sparse.native_cuda", raising=False)
-    module = importlib.import_module("lottery_sparse.native_cuda")
+    dispatch.module_of.cache_clear()
+    monkeypatch.delitem(sys.modules, "lottery_sparse.ops.packed.cuda", raising=False)
+    module = importlib.import_module("lottery_sparse.ops.packed.cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
         binary_linear=emulator.binary_linear,
         csr_linear=emulator.csr_linear,
@@ -46,7 +46,8 @@ def backend(monkeypatch):
         ),
     ))  # fmt: skip
     yield module
-    sys.modules.pop("lottery_sparse.native_cuda", None)
+    sys.modules.pop("lottery_sparse.ops.packed.cuda", None)
+    dispatch.module_of.cache_clear()
 
 
 def problem(density=0.3, n=70, k=90, batch=9, dtype=torch.bfloat16):
@@ -59,7 +60,7 @@ def arguments(op, x, weight, kept):
     values, starts, columns = formats.pack_csr(weight, kept)
     if op == "delta_linear":
         return x, *formats.pack_delta(weight, kept), torch.randn(len(weight), dtype=x.dtype)
-    where = columns if op == "csr_linear" else reference.pack_mask(kept)
+    where = columns if op == "csr_linear" else bits_reference.pack_mask(kept)
     return x, values, starts, where, torch.randn(len(weight), dtype=x.dtype)
 
 
@@ -67,7 +68,7 @@ def arguments(op, x, weight, kept):
 @pytest.mark.parametrize("op", ["csr_linear", "delta_linear", "bitmap_linear"])
 def test_sparse_products_are_those_of_the_reference(backend, op, density):
     args = arguments(op, *problem(density))
-    expected = getattr(reference, op)(*args)
+    expected = dispatch.function(op, "reference")(*args)
     close(getattr(backend, op)(*args), expected)
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
 
@@ -79,10 +80,10 @@ def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
     if op == "ternary_linear":
         args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
     elif op == "binary_linear":
-        args = reference.pack_mask(kept), torch.rand(1), torch.randn(70)
+        args = bits_reference.pack_mask(kept), torch.rand(1), torch.randn(70)
     else:
         args = arguments(op, x, weight, kept)[1:]
-    expected = getattr(reference, op)(x.float(), *args)
+    expected = dispatch.function(op, "reference")(x.float(), *args)
     y = getattr(backend, op)(x.float(), *args)
     close(y, expected)
 
@@ -90,7 +91,7 @@ def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
 def test_int8_rows_go_at_once(backend):
     x, weight, _ = problem(batch=16)
     args = x.float(), formats.pack_ternary(weight.sign()), torch.rand(70), torch.randn(70), 70, True
-    expected = reference.ternary_linear(*args)
+    expected = packed_reference.ternary_linear(*args)
     close(backend.ternary_linear(*args), expected)
 
 
@@ -99,7 +100,7 @@ def test_int8_rows_go_at_once(backend):
 @pytest.mark.parametrize("op", ["csr_linear", "delta_linear"])
 def test_few_rows_of_x_take_the_entries_as_they_are(backend, op, density, batch):
     args = arguments(op, *problem(density, batch=batch))
-    expected = getattr(reference, op)(*args)
+    expected = dispatch.function(op, "reference")(*args)
     close(getattr(backend, op)(*args), expected)
     assert (args[1] in backend._tiles) == (density > 0.12)
 
@@ -108,7 +109,7 @@ def test_ternary_products_are_those_of_the_reference(backend):
     x, weight, _ = problem()
     codes, scale = formats.pack_ternary(weight.sign()), torch.rand(70) + 0.5
     args = x, codes, scale, torch.randn(70), 70, False
-    expected = reference.ternary_linear(*args)
+    expected = packed_reference.ternary_linear(*args)
     close(backend.ternary_linear(*args), expected)
 
 
@@ -116,10 +117,10 @@ def test_products_of_bits_are_those_of_the_reference(backend):
     x, weight, kept = problem()
     scale, bias, key = torch.rand(70) + 0.5, torch.randn(70), torch.tensor([7, 8, 9])
     for op, args in {
-        "binary_linear": (x, reference.pack_mask(weight > 0), scale, bias),
-        "seeded_linear": (x, reference.pack_mask(kept), key, scale, bias),
+        "binary_linear": (x, bits_reference.pack_mask(weight > 0), scale, bias),
+        "seeded_linear": (x, bits_reference.pack_mask(kept), key, scale, bias),
     }.items():
-        expected = getattr(reference, op)(*args)
+        expected = dispatch.function(op, "reference")(*args)
         close(getattr(backend, op)(*args), expected)
         assert "CUDA devices, got cpu" in backend.refuses(op, *args)
         assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
@@ -133,7 +134,7 @@ def test_tiles_are_made_once_and_anew_after_a_write(backend):
     backend.csr_linear(*args)
     assert backend._tiles[args[1]] is first
     args[1].mul_(2)
-    expected = reference.csr_linear(*args)
+    expected = packed_reference.csr_linear(*args)
     close(backend.csr_linear(*args), expected)
     kept = len(backend._tiles)
     del args, first
@@ -200,12 +201,12 @@ def test_a_device_that_it_is_not_built_for_is_named(backend, monkeypatch):
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
     """Forward, backward, step and refresh of a layer, all forced, as they are on a GPU."""
-    here = backends.Backend("lottery_sparse.native_cuda", needs="torch", devices=("cpu",))
-    monkeypatch.setitem(backends.BACKENDS, "cuda", here)
+    here = dispatch.Backend("lottery_sparse.ops.packed.cuda", needs="torch", devices=("cpu",))
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", here)
     monkeypatch.setattr(backend, "_refuses_device_of", lambda x: None)
-    for module in (native_cuda_compact, native_cuda_masks, native_cuda_optim):
+    for module in (compact_cuda, bits_cuda, steps_cuda):
         monkeypatch.setattr(module, "_ops", Rim())
-    optim_plan.op_of.cache_clear()
+    calls.op_of.cache_clear()
     first = torch.nn.Sequential(torch.nn.Linear(40, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
     masks = {f"{i}.weight": torch.rand(first[i].weight.shape) < 0.2 for i in (0, 2)}
     models, x = [], torch.randn(9, 40)
@@ -226,7 +227,7 @@ def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
     for i in (0, 2):
         close(*(m[i].weight_effective for m in models))
         assert (models[0][i].weight_effective != 0).equal(masks[f"{i}.weight"])
-    optim_plan.op_of.cache_clear()
+    calls.op_of.cache_clear()
 
 
 def test_a_driver_of_an_older_major_version_is_named(backend, monkeypatch):
@@ -239,14 +240,14 @@ def test_a_driver_of_an_older_major_version_is_named(backend, monkeypatch):
 
 def test_forced_it_raises_and_else_it_is_left_out_and_said_once(backend, monkeypatch, caplog):
     gpu(monkeypatch, (7, 5))
-    monkeypatch.setattr(backends, "built", lambda name: name != "triton")
-    monkeypatch.setitem(backends.PREFERENCE["cuda"], "csr_linear", ("cuda", "reference"))
-    backends.fits.cache_clear()
+    monkeypatch.setattr(dispatch, "built", lambda name: name != "triton")
+    monkeypatch.setitem(dispatch.PREFERENCE["cuda"], "csr_linear", ("cuda", "reference"))
+    dispatch.fits.cache_clear()
     args = arguments("csr_linear", *problem())
     with ls.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend cuda: .* 7\.5"):
-        backends.kernel("csr_linear", CUDA, args)
+        dispatch.kernel("csr_linear", CUDA, args)
     for _ in range(2):
-        assert backends.kernel("csr_linear", CUDA, args) is reference.csr_linear
+        assert dispatch.kernel("csr_linear", CUDA, args) is packed_reference.csr_linear
     (record,) = caplog.records
     assert "does without its cuda kernels on cuda:0: it is built for" in record.getMessage()
-    backends.fits.cache_clear()
+    dispatch.fits.cache_clear()

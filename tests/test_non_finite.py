@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, formats
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops import compact_linear, masked_linear
-from lottery_sparse.ops.packed import bitmap_linear, csr_linear, delta_linear, ternary_linear
+from lottery_sparse.ops import compact_linear, dispatch, masked_linear
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.packed.op import bitmap_linear, csr_linear, delta_linear, ternary_linear
 
 BATCH, K, N = 37, 70, 33
 BAD = [float("nan"), float("inf"), -float("inf")]
-BACKENDS = ["reference", "dense", *(["cpu"] if backends.built("cpu") else [])]
+BACKENDS = ["reference", "dense", *(["cpu"] if dispatch.built("cpu") else [])]
 EMPTY, FULL, MIXED = 5, 6, 7  # columns that no row keeps, that all keep, that some keep
 
 
@@ -138,7 +138,7 @@ def test_packed(name, rows):
         assert torch.equal(pattern(y), wanted), kind
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 @pytest.mark.parametrize("density", [0.2, 0.9])
 @pytest.mark.parametrize("bad", BAD)
 def test_train_step(bad, density):
@@ -167,7 +167,7 @@ def test_train_step(bad, density):
         assert torch.equal(pattern(one.detach()), pattern(other.detach()))
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 def test_finite_rows_keep_their_bits():
     x, weight, mask, bias = problem()
     whole = x.isfinite().all(-1)
@@ -178,7 +178,7 @@ def test_finite_rows_keep_their_bits():
     assert torch.equal(y[whole], clean[whole])
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", [0, 1, 63, 64, 1000, BATCH * K - 1])
 @pytest.mark.parametrize("bad", BAD)

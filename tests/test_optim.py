@@ -23,7 +23,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lottery_sparse as ls
-from lottery_sparse import backends, optim_plan
+from lottery_sparse.ops import dispatch
+from lottery_sparse.optim import calls as optim_plan
 
 pytestmark = pytest.mark.numeric
 
@@ -251,7 +252,7 @@ def test_backends_can_be_forced():
 @needs_kernel
 def test_lists_that_do_not_fit_are_an_error():
     one = [torch.ones(3)]
-    for op in (optim_plan.op_of("sgd_step", "cpu"), backends.load("cpu").sgd_step):
+    for op in (optim_plan.op_of("sgd_step", "cpu"), dispatch.function("sgd_step", "cpu")):
         with pytest.raises(RuntimeError, match="do not fit each other"):
             op(one, [], [], [], [], [], [], 0.1, 0.0, 0.0, 0.0, False, False, False)
         with pytest.raises(RuntimeError, match="do not fit each other"):

@@ -11,7 +11,10 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends, compact, optim_plan
+from lottery_sparse.nn.compact import registry
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.optim import calls
 
 pytestmark = pytest.mark.numeric
 
@@ -78,7 +81,7 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
     for cls in (ls.CompactLinear,):
         monkeypatch.setattr(cls, "refresh_", lambda self: pytest.fail("refreshed"))
     model = compact_model("constant", shared=True)
-    assert len(compact.holders_of(model[2].weight)) == 2
+    assert len(registry.holders_of(model[2].weight)) == 2
     params = list(model.parameters())
     optimizer = PAIRS[name][0](params, lr=0.1)
     before = [layer.weight_effective._version for layer in compact_layers(model)]
@@ -149,12 +152,12 @@ def test_networks_side_by_side(name, networks, wide, monkeypatch):
     rows, columns = 5, 2**16 + 3 if wide else 4000
     mask = torch.rand(networks, rows, columns) < 0.2
     mask[-1] &= torch.rand(rows, columns) < (0.5 if networks == 1 else 0.0)
-    kept = compact.KeptLists.of(mask, int(mask.flatten(1).sum(1).max()) + 2)
+    kept = KeptLists.of(mask, int(mask.flatten(1).sum(1).max()) + 2)
     layer = Holder(kept, torch.full(mask.shape, 7.0))
     params = [layer.weight]
     train(PAIRS[name][0](params, lr=0.1), params, 3)
     used = torch.arange(kept.columns.shape[1]) < kept.kept.unsqueeze(1)
-    assert (layer.weight[~used] == 0).all() or not backends.built("cpu")
+    assert (layer.weight[~used] == 0).all() or not dispatch.built("cpu")
     expected = torch.full(mask.shape, 7.0).masked_scatter(mask, layer.weight.detach()[used])
     assert torch.equal(layer.weight_effective, expected)
     assert layer.weight[used].abs().sum() > 0 or not mask.any()
@@ -168,11 +171,13 @@ class Holder(nn.Module):
         self.weight = nn.Parameter(torch.zeros(kept.columns.shape))
         self.weight_effective = self._dense = effective
         self.kept, self.fresh_version, self.target = kept, 0, effective
-        compact.register(self)
+        registry.register(self)
 
     def written(self):
         kept = self.kept
-        ls.reference.scatter_kept_(self._dense, self.weight.detach(), kept.starts, kept.columns)
+        ls.ops.compact.reference.scatter_kept_(
+            self._dense, self.weight.detach(), kept.starts, kept.columns
+        )
         self.stepped()
 
     def fit_state(self, optimizer):
@@ -235,7 +240,7 @@ def test_the_stable_ops_give_the_same_bits(name, options, monkeypatch):
     """Those of _C, which _eager repeats for the torch that it was built with."""
     mine, theirs = compact_model(), compact_model()
     train_model(mine, PAIRS[name][0](mine.parameters(), **options), 3)
-    monkeypatch.setattr(optim_plan, "op_of", lambda op, name: getattr(backends.load(name), op))
+    monkeypatch.setattr(calls, "op_of", dispatch.function)
     train_model(theirs, PAIRS[name][0](theirs.parameters(), **options), 3)
     assert all(
         torch.equal(*pair) for pair in zip(mine.parameters(), theirs.parameters(), strict=True)

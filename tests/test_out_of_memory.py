@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lottery_sparse as ls
-from lottery_sparse import backends, ops
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -84,7 +85,7 @@ def snapshot(*tensors: Tensor) -> Callable[[], None]:
 
 
 def backends_of(op: str) -> list[tuple[str, str]]:
-    return [(name, device) for device in DEVICES for name in backends.available(op, device)]
+    return [(name, device) for device in DEVICES for name in dispatch.available(op, device)]
 
 
 @pytest.mark.parametrize(("backend", "device"), backends_of("masked_linear"))
@@ -147,7 +148,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_step(cls, options, steps_before, device, backend):
-    if device not in backends.BACKENDS[backend].devices or not backends.built(backend):
+    if device not in dispatch.BACKENDS[backend].devices or not dispatch.built(backend):
         pytest.skip(f"{backend} does not run on {device} here")
 
     def made() -> tuple[nn.Sequential, Any]:
@@ -173,7 +174,7 @@ def test_a_step(cls, options, steps_before, device, backend):
         assert torch.equal(model[i].weight_effective, same[i].weight_effective)
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
 def test_a_training_step(cls):
     x, y = torch.randn(6, 20), torch.randint(4, (6,))
@@ -234,7 +235,7 @@ for state in optimizer.state_dict()["state"].values():
 """
 
 
-@pytest.mark.skipif(not backends.built("cpu"), reason="the native kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the native kernels are not built")
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize(

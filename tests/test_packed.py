@@ -12,8 +12,8 @@ from tolerances import after, close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import packed
-from lottery_sparse.packed import FORMATS, choose_format
+from lottery_sparse.nn import packed
+from lottery_sparse.nn.packed import FORMATS, choose_format
 
 pytestmark = pytest.mark.numeric
 

@@ -11,7 +11,10 @@ import torch
 from tolerances import close, of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import backends, formats, ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.packed import formats
 
 # (N, K, B): one row, one column, no batch, K and N around blocks of 16 and sums of 512 columns,
 # batches of all tile widths
@@ -28,7 +31,7 @@ SHAPES = [
     (150, 60, 33),
 ]
 DENSITIES = [0.0, 0.05, 0.5, 1.0]
-BACKENDS = backends.available("ternary_linear", "cpu")
+BACKENDS = dispatch.available("ternary_linear", "cpu")
 KINDS = ("ternary", "ternary by row", "csr", "delta", "bitmap")
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:.*deterministic")]

@@ -13,14 +13,16 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import measuring
 from lottery_sparse.__main__ import main
-from lottery_sparse.compact_base import Compact
-from lottery_sparse.measuring import Cost
-from lottery_sparse.ops.eager import has_node
-from lottery_sparse.plan_table import Plan, Row
+from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.planning import measuring
+from lottery_sparse.planning.measuring import Cost
+from lottery_sparse.planning.table import Plan, Row
 
-plan = importlib.import_module("lottery_sparse.plan")  # as a name of the package, the function
+plan = importlib.import_module(
+    "lottery_sparse.planning.plan"
+)  # as a name of the package, the function
 
 
 @pytest.fixture(autouse=True)

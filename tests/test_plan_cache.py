@@ -13,7 +13,9 @@ from torch import nn
 
 import lottery_sparse as ls
 
-plan = importlib.import_module("lottery_sparse.plan")  # as a name of the package, the function
+plan = importlib.import_module(
+    "lottery_sparse.planning.plan"
+)  # as a name of the package, the function
 
 
 def measure():

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from experiments import machine, provenance
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 
 def test_a_record_says_what_computed():
@@ -16,8 +16,8 @@ def test_a_record_says_what_computed():
     here = found["machine"]
     assert here["cpu"]
     assert here["os"]
-    assert here["kernels"]["numerics"] == backends.numerics()
-    if backends.built("cpu"):
+    assert here["kernels"]["numerics"] == dispatch.numerics()
+    if dispatch.built("cpu"):
         assert here["kernels"]["variant"] in ("portable", "avx2", "avx512")
         assert here["kernels"]["compiler"]
     assert here["blas"]["library"]

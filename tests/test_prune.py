@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lottery_sparse as ls
-from lottery_sparse.prune import keep_count
+from lottery_sparse.pruning.prune import keep_count
 
 # LeNet 300-100 on MNIST: the weights of its layers, and the share that each round keeps
 FC = {"fc1.weight": (300, 784), "fc2.weight": (100, 300), "fc3.weight": (10, 100)}

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lottery_sparse as ls
-from lottery_sparse import backends, reference
-from lottery_sparse.random import TABLE_SCALE, TABLE_SIZE, TRUNCATED_STD
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.random import reference
+from lottery_sparse.ops.random.op import TABLE_SCALE, TABLE_SIZE, TRUNCATED_STD
 
-AVAILABLE = backends.available("random_words", "cpu")
+AVAILABLE = dispatch.available("random_words", "cpu")
 backend = pytest.mark.parametrize("backend", AVAILABLE)
 
 # Random123, kat_vectors: philox 4x32 10 rounds. counter, key, answer.

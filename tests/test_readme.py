@@ -70,7 +70,7 @@ def test_whatever_a_plan_finds_best_the_optimizer_goes_along(path, monkeypatch):
     def choice(costs, present, training, tied):
         return path if path in costs[0] else "masked"  # where no kernel is built
 
-    monkeypatch.setattr(sys.modules["lottery_sparse.plan"], "_choice", choice)
+    monkeypatch.setattr(sys.modules["lottery_sparse.planning.plan"], "_choice", choice)
     [block] = [block for block in BLOCKS if "ls.plan(" in block]
     names = given() | {"model": sparse()}
     for line in statements(block):

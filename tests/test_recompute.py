@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 import lottery_sparse as ls
-from lottery_sparse.recompute import Draws
+from lottery_sparse.nn.recompute import Draws
 
 FORWARD = functools.partial(checkpoint, use_reentrant=False)
 REENTRANT = functools.partial(checkpoint, use_reentrant=True)

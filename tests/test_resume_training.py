@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
 OPTIMIZERS = {
     "momentum": lambda kinds, p: kinds.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
@@ -203,7 +203,7 @@ def test_networks_side_by_side(name, kinds):
 
 
 @named
-@pytest.mark.skipif(not backends.built("cpu"), reason="the kernels are not built")
+@pytest.mark.skipif(not dispatch.built("cpu"), reason="the kernels are not built")
 def test_train_step(name):
     def make(parameters):
         return OPTIMIZERS[name](torch.optim, parameters)

@@ -12,8 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import sample_mask
+from lottery_sparse.ops import dispatch, sample_mask
 
 pytestmark = pytest.mark.numeric
 
@@ -41,7 +40,7 @@ def test_follows_its_definition(shape, dtype):
         assert torch.equal(mask, by_definition(score, seed, stream, step))
 
 
-@pytest.mark.parametrize("backend", backends.available("sample_mask", "cpu"))
+@pytest.mark.parametrize("backend", dispatch.available("sample_mask", "cpu"))
 def test_the_boundary_is_exact(backend):
     draws = (ls.random.words(2000, *KEY.tolist()).to(torch.int64) >> 8) & 0xFFFFFF
     low = draws < 2**20  # where a float32 score resolves halves of 2^-24

@@ -13,8 +13,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lottery_sparse as ls
-from lottery_sparse import backends, ops
-from lottery_sparse.ops import product
+from lottery_sparse import ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common import product
 
 CONV = ([1, 1], [0, 0], [1, 1], 1)
 SHAPES = {"masked_linear": ((8, 64), (32, 64)), "masked_conv2d": ((2, 8, 6, 6), (4, 8, 3, 3))}
@@ -53,7 +54,7 @@ def test_dense_products_on_a_gpu_are_seen(op, monkeypatch):
     with ls.use_backend("dense"):
         assert is_opaque(op)
     for name in (op, f"{op}_backward"):  # where a kernel of ours has won
-        monkeypatch.setitem(backends.PREFERENCE["cuda"], name, ("triton", "dense"))
+        monkeypatch.setitem(dispatch.PREFERENCE["cuda"], name, ("triton", "dense"))
     assert is_opaque(op)
 
 
@@ -62,7 +63,7 @@ def seen_on_the_cpu(monkeypatch):
     monkeypatch.setattr(product, "SEEN_INSIDE", {"cpu", "cuda"})
     for op in SHAPES:
         for name in (op, f"{op}_backward"):
-            monkeypatch.setitem(backends.PREFERENCE["cpu"], name, ("dense",))
+            monkeypatch.setitem(dispatch.PREFERENCE["cpu"], name, ("dense",))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -15,8 +15,16 @@ from tolerances import close
 from torch.library import opcheck
 
 import lottery_sparse as ls
-from lottery_sparse import backends, ops, reference
-from lottery_sparse.ops import sample_bits, sample_mask, supermask_conv2d, supermask_linear
+from lottery_sparse import ops
+from lottery_sparse.ops import (
+    dispatch,
+    sample_bits,
+    sample_mask,
+    supermask_conv2d,
+    supermask_linear,
+)
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.supermask import reference as supermask_reference
 
 pytestmark = pytest.mark.numeric
 
@@ -25,7 +33,7 @@ LINEAR = (9, 37), (5, 37)
 CONV = (4, 3, 3, 2), (2, 6, 7, 5)
 # steps as wide as the kernel: torch's float16 convolutions round where windows overlap
 GEOMETRY = {"stride": (3, 2), "padding": (1, 0), "groups": 2}
-AVAILABLE = backends.available("supermask_linear", "cpu")
+AVAILABLE = dispatch.available("supermask_linear", "cpu")
 
 networks = pytest.mark.parametrize("networks", NETWORKS)
 weights = pytest.mark.parametrize("weight", WEIGHTS)
@@ -45,7 +53,7 @@ def both(weight, rescale, networks="single", **options):
 # ---- sampling --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", backends.available("sample_bits", "cpu"))
+@pytest.mark.parametrize("backend", dispatch.available("sample_bits", "cpu"))
 def test_bits_are_those_of_sample_mask(backend):
     for shape in [(1, 1), (7, 33), (3, 128), (5, 784), (0, 5), (4, 0), (2, 7, 33), (0, 2, 3)]:
         for dtype in (*DTYPES, torch.float64):
@@ -56,7 +64,7 @@ def test_bits_are_those_of_sample_mask(backend):
             with ls.use_backend(backend):
                 bits, kept = sample_bits(score, key)
             mask = sample_mask(score, key).bool()
-            assert torch.equal(bits, reference.pack_mask(mask))
+            assert torch.equal(bits, bits_reference.pack_mask(mask))
             assert kept.dtype == torch.int64
             assert torch.equal(kept, mask.sum((-2, -1)))
 
@@ -70,12 +78,12 @@ def test_any_number_of_threads_draws_the_same(threads):
         bits, kept = sample_bits(score, KEY)
     finally:
         torch.set_num_threads(before)
-    expected = reference.sample_bits(score, KEY)
+    expected = supermask_reference.sample_bits(score, KEY)
     assert torch.equal(bits, expected[0])
     assert torch.equal(kept, expected[1])
 
 
-@pytest.mark.parametrize("backend", backends.available("sample_bits", "cpu"))
+@pytest.mark.parametrize("backend", dispatch.available("sample_bits", "cpu"))
 def test_extreme_scores(backend):
     score = torch.tensor([[math.inf, -math.inf, math.nan, 100.0, -110.0]]).repeat(200, 1)
     with ls.use_backend(backend):

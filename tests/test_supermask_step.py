@@ -13,12 +13,11 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse.ops import sample_mask
+from lottery_sparse.ops import dispatch, sample_mask
 
 pytestmark = pytest.mark.numeric
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
 MASKS = [{}, {"rescale": True}, {"weights": "signed_constant", "rescale": True}]

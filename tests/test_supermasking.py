@@ -11,8 +11,8 @@ from tolerances import after, close
 from torch import nn
 
 import lottery_sparse as ls
+from lottery_sparse.nn.supermask import FIRST_SAMPLE
 from lottery_sparse.ops import sample_mask
-from lottery_sparse.supermask import FIRST_SAMPLE
 
 pytestmark = pytest.mark.numeric
 

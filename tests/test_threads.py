@@ -13,13 +13,19 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import lottery_sparse as ls
-from lottery_sparse import backends, formats, reference
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.ops.eager import has_node
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.packed import formats
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse import native
+from lottery_sparse.ops.bits import cpu as bits_cpu
+from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.random import cpu as random_cpu
+from lottery_sparse.ops.selection import cpu as selection_cpu
+from lottery_sparse.ops.supermask import cpu as supermask_cpu
 
 OPS = torch.ops.lottery_sparse_native
 NETWORKS, BATCH, INPUTS, OUTPUTS = 4, 96, 320, 512
@@ -46,8 +52,8 @@ def masked_linear(dtype):
     mask, weight = matrix()
     x, dy = torch.randn(BATCH, INPUTS).to(dtype), torch.randn(BATCH, OUTPUTS).to(dtype)
     weight = weight.to(dtype)
-    yield lambda: native.masked_linear(x, weight, mask, None, None, None)
-    yield lambda: native.masked_linear_backward(dy, x, weight, mask, None, None, True, True)
+    yield lambda: masked_cpu.masked_linear(x, weight, mask, None, None, None)
+    yield lambda: masked_cpu.masked_linear_backward(dy, x, weight, mask, None, None, True, True)
 
 
 def compact_linear(dtype, density=0.3):
@@ -124,13 +130,13 @@ def masks():
     mask = torch.rand(1 << 20) < 0.5
     rows = mask.view(1 << 10, -1)
     key, table = ls.random.key(1, 2, 3), torch.arange(1 << 15, dtype=torch.int32)
-    yield lambda: native.keep_top([score], [mask], 1 << 18, 1, [2])
-    yield lambda: native.keep_top([score.round()], [mask], 1 << 18, 1, [2])
-    yield lambda: native.sample_mask(score, key)
-    yield lambda: native.random_normal(1 << 20, 1, 2, 3, table)
-    yield lambda: native.random_words(1 << 20, 1, 2, 3)
-    yield lambda: native.pack_mask(rows)
-    yield lambda: native.unpack_mask(reference.pack_mask(rows), rows.shape[1])
+    yield lambda: selection_cpu.keep_top([score], [mask], 1 << 18, 1, [2])
+    yield lambda: selection_cpu.keep_top([score.round()], [mask], 1 << 18, 1, [2])
+    yield lambda: supermask_cpu.sample_mask(score, key)
+    yield lambda: random_cpu.random_normal(1 << 20, 1, 2, 3, table)
+    yield lambda: random_cpu.random_words(1 << 20, 1, 2, 3)
+    yield lambda: bits_cpu.pack_mask(rows)
+    yield lambda: bits_cpu.unpack_mask(reference.pack_mask(rows), rows.shape[1])
 
 
 def model(density=0.3):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.prune import keep_count
+from lottery_sparse.pruning.prune import keep_count
 
 
 class Trainer:

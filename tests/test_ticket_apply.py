@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import lottery_sparse as ls
-from lottery_sparse.compact_base import Compact
+from lottery_sparse.nn.compact.base import Compact
 
 
 def net():

@@ -12,9 +12,9 @@ import torch
 from test_ticket_verify import SEEDED, TICKET, found, of_a_seed, rewritten, written_raw
 
 import lottery_sparse as ls
-from lottery_sparse import ticket_file
 from lottery_sparse.__main__ import main
-from lottery_sparse.masks import Masks
+from lottery_sparse.pruning.masks import Masks
+from lottery_sparse.tickets import file as ticket_file
 
 EVIL = "\x1b[31m1.weight\r\nverified: all of it\u202e"
 

@@ -26,10 +26,10 @@ from tolerances import close, of_sum
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
-from lottery_sparse import step as step_module
+from lottery_sparse.ops import dispatch
+from lottery_sparse.optim import train_step as step_module
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:.*layer collapse")]

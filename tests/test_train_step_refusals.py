@@ -11,9 +11,9 @@ from step_problems import OPTIMIZERS, WIDTHS, assert_same, batches, by_modules, 
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import backends
+from lottery_sparse.ops import dispatch
 
-if not backends.built("cpu"):
+if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
 

@@ -1,11 +1,11 @@
 """Functional ops. Each file is the contract of one op: check, schema, fake, gradient, vmap."""
 
-from lottery_sparse.ops.bits import pack_mask, unpack_mask
-from lottery_sparse.ops.checks import Drawn, SignConstant
-from lottery_sparse.ops.compact import compact_conv2d, compact_linear
-from lottery_sparse.ops.conv2d import masked_conv2d
-from lottery_sparse.ops.linear import masked_linear
-from lottery_sparse.ops.packed import (
+from lottery_sparse.ops.bits.op import pack_mask, unpack_mask
+from lottery_sparse.ops.common.checks import Drawn, SignConstant
+from lottery_sparse.ops.compact.op import compact_conv2d, compact_linear
+from lottery_sparse.ops.masked.conv2d import masked_conv2d
+from lottery_sparse.ops.masked.linear import masked_linear
+from lottery_sparse.ops.packed.op import (
     binary_linear,
     bitmap_linear,
     csr_linear,
@@ -13,10 +13,10 @@ from lottery_sparse.ops.packed import (
     seeded_linear,
     ternary_linear,
 )
-from lottery_sparse.ops.sampling import sample_mask
-from lottery_sparse.ops.selection import keep_top
-from lottery_sparse.ops.supermask import sample_bits, supermask_conv2d, supermask_linear
-from lottery_sparse.ops.supermask_sgd import supermask_linear_sgd
+from lottery_sparse.ops.selection.op import keep_top
+from lottery_sparse.ops.supermask.op import sample_bits, supermask_conv2d, supermask_linear
+from lottery_sparse.ops.supermask.sampling import sample_mask
+from lottery_sparse.ops.supermask.sgd import supermask_linear_sgd
 
 __all__ = [
     "Drawn",

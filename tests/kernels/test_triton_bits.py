@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops.bits import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(0,), (1,), (31,), (3, 33), (2, 5, 128), (4, 129), (0, 7), (3, 0), (2, 9000), (300, 1)]

@@ -10,9 +10,10 @@ from problems import DTYPES
 from tolerances import of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import kernels, ops
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels.compact_linear import sampled
+from lottery_sparse import ops
+from lottery_sparse.ops.compact import triton as compact_triton
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.compact.triton import sampled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["single", "networks", "shared x"]
@@ -106,7 +107,7 @@ def test_numbers_beyond_sixteen_bits():
     for m in (mask, mask[:, 3:]):
         lists, x, dy = KeptLists.of(m), torch.randn(2, m.shape[1]), torch.randn(2, 2)
         dense = (dy.mT @ x).to(DEVICE)
-        got = kernels.gather_kept(dense, lists.starts.to(DEVICE), lists.columns.to(DEVICE))
+        got = compact_triton.gather_kept(dense, lists.starts.to(DEVICE), lists.columns.to(DEVICE))
         torch.testing.assert_close(got.cpu(), dense.cpu()[m])
 
 
@@ -119,10 +120,10 @@ def test_gather_and_scatter(networks, density, dtype):
     lists = KeptLists.of(mask, slots)
     starts, columns = lists.starts.to(DEVICE), lists.columns.to(DEVICE)
     dense = torch.randn(mask.shape).to(DEVICE, dtype)
-    values = kernels.gather_kept(dense, starts, columns)
+    values = compact_triton.gather_kept(dense, starts, columns)
     assert torch.equal(values.cpu(), kept_entries(dense.cpu(), mask, slots))
     target = torch.full(mask.shape, 5.0).to(DEVICE, dtype)
-    kernels.scatter_kept_(target, values.float(), starts, columns)
+    compact_triton.scatter_kept_(target, values.float(), starts, columns)
     assert torch.equal(target.cpu(), torch.where(mask, dense.cpu(), 5.0))
 
 
@@ -132,10 +133,10 @@ def test_the_weight_of_a_convolution_in_either_layout():
     starts, columns = lists.starts.to(DEVICE), lists.columns.to(DEVICE)
     for layout in (torch.contiguous_format, torch.channels_last):
         dense = torch.randn(mask.shape).to(DEVICE, memory_format=layout)
-        values = kernels.gather_kept(dense, starts, columns)
+        values = compact_triton.gather_kept(dense, starts, columns)
         assert torch.equal(values.cpu(), dense.cpu()[mask])
         target = torch.full_like(dense, 5.0)
-        kernels.scatter_kept_(target, values, starts, columns)
+        compact_triton.scatter_kept_(target, values, starts, columns)
         assert torch.equal(target.cpu(), torch.where(mask, dense.cpu(), 5.0))
 
 

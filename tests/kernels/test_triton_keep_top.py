@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
+from lottery_sparse import ops
+from lottery_sparse.ops.selection import reference
 
-module = importlib.import_module("lottery_sparse.kernels.keep_top")
+module = importlib.import_module("lottery_sparse.ops.selection.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

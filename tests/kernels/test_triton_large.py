@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
-from lottery_sparse.kernels.tiles import finish
+from lottery_sparse import ops
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.triton.tiles import finish
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

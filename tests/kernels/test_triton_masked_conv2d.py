@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from problems import FROZEN, NETWORKS, SMALL, check, conv_case, conv_problem
 
 import lottery_sparse as ls
-from lottery_sparse import kernels
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels import conv_tiles, tiles
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.triton import conv_tiles, limits, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -144,7 +143,7 @@ def test_what_is_too_large_is_refused():
     def why(x, weight, stride=1, groups=1):
         x, weight = torch.empty(x, device="meta"), torch.empty(weight, device="meta")
         rest = None, None, None, None, [stride] * 2, [0, 0], [1, 1], groups
-        return kernels.refuses("masked_conv2d", x, weight, *rest)
+        return limits.refuses("masked_conv2d", x, weight, *rest)
 
     assert why((256, 128, 32, 32), (128, 128, 3, 3)) is None
     assert why((256, 64, 224, 224), (64, 64, 3, 3)) is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from problems import DENSITIES, DTYPES, FROZEN, NETWORKS, check, linear_problem
 
 import lottery_sparse as ls
-from lottery_sparse.kernels import tiles
+from lottery_sparse.ops.triton import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

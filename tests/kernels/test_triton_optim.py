@@ -12,9 +12,10 @@ from test_optim_compact import Holder, assert_fresh, compact_model
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse import step_tables
-from lottery_sparse.compact import KeptLists
-from lottery_sparse.kernels import masked_optim, step_kernels
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.steps import tables
+from lottery_sparse.ops.steps import triton as steps_triton
+from lottery_sparse.ops.steps import triton_kernels as steps_triton_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # none, one, chunks with and without a tail
@@ -60,7 +61,7 @@ def counts(request, monkeypatch):
     """Where Adam counts its steps. Without a GPU both places are the same."""
     if DEVICE == "cpu":
         beside = request.param == "beside"
-        monkeypatch.setattr(masked_optim, "on_device", lambda steps, params: beside)
+        monkeypatch.setattr(steps_triton, "on_device", lambda steps, params: beside)
         return {}
     return {"capturable": request.param == "beside"}
 
@@ -157,7 +158,7 @@ def test_compact_parameters(name, networks, columns, monkeypatch):
     layers = [Holder(kept, weight) for weight in dense]
     for layer in layers[1:]:
         layer.weight = layers[0].weight
-        ls.compact.register(layer)
+        ls.nn.compact.registry.register(layer)
     start = torch.randn(layers[0].weight.shape)
     used = (torch.arange(slots) < kept.kept.unsqueeze(-1).cpu()).view(start.shape)
     start[~used] = 0
@@ -219,7 +220,7 @@ def test_views_that_no_vector_fits():
         return p, g, m
 
     for offsets in ((1, 1, 1), (0, 1, 3), (3, 3, 3)):
-        p, _, m = run(offsets, masked_optim.sgd_step)
+        p, _, m = run(offsets, steps_triton.sgd_step)
         start = [t[o : o + 1200].double() for t, o in zip(held, offsets, strict=False)]
         buffer = 0.9 * start[2] + start[1] + 0.1 * start[0]
         assert_close([m], [buffer])
@@ -245,22 +246,22 @@ def test_what_the_kernel_does_not_take():
 def test_tables_are_held_until_something_moves():
     params = parameters()
     optimizer = ls.optim.Adam(params, lr=0.1)
-    step_tables._tables.clear()
+    tables._tables.clear()
     set_grads(params, 0)
     with ls.use_backend("triton"):
         optimizer.step()
         optimizer.step()
-        assert len(step_tables._tables) == 1
+        assert len(tables._tables) == 1
         held = params[3].grad  # so that the next is elsewhere
         params[3].grad = held.clone()
         optimizer.step()
-        assert len(step_tables._tables) == 2
+        assert len(tables._tables) == 2
 
 
 @triton.jit
 def _rows(starts, slots, out, rows, count):
     for i in range(count):
-        tl.store(out + i, step_kernels.row_of(starts, rows, tl.load(slots + i), 256))
+        tl.store(out + i, steps_triton_kernels.row_of(starts, rows, tl.load(slots + i), 256))
 
 
 @pytest.mark.parametrize("rows", [2, 255, 257, 70000])

@@ -8,8 +8,9 @@ from problems import DENSITIES, DTYPES
 from tolerances import of_sum
 
 import lottery_sparse as ls
-from lottery_sparse import ops, reference
-from lottery_sparse.formats import pack_csr, row_starts
+from lottery_sparse import ops
+from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.packed.formats import pack_csr, row_starts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 1, 1), (3, 33, 2), (9, 130, 5), (2, 1100, 1), (4, 7, 0), (0, 5, 3), (3, 0, 2)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lottery_sparse import kernels, reference
-from lottery_sparse.random import _normal_table, _truncated_normal_table
+from lottery_sparse.ops.random import reference, triton
+from lottery_sparse.ops.random.op import _normal_table, _truncated_normal_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNTS = [0, 1, 3, 4, 31, 33, 1023, 1025, 3000]
@@ -15,7 +15,7 @@ KEYS = [(0, 0, 0), (1, 1, 1), (-1, 2**32 - 1, 2**32 - 1), (-(2**63), 2**31, 2**3
 
 
 def same(law, *args):
-    got = getattr(kernels, law)(*args, DEVICE)
+    got = getattr(triton, law)(*args, DEVICE)
     expected = getattr(reference, law)(*args)
     assert got.dtype == expected.dtype
     assert torch.equal(got.cpu(), expected)

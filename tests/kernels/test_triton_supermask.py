@@ -10,7 +10,9 @@ from problems import DTYPES, NETWORKS
 from supermask_problems import WEIGHTS, check, supermask_problem
 
 import lottery_sparse as ls
-from lottery_sparse import reference
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.random import reference as random_reference
+from lottery_sparse.ops.supermask import reference as supermask_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,7 +43,7 @@ def test_bits_are_those_of_the_reference(shape):
         for seed, stream, step in [(2**64 - 1, 2**32 - 1, 2**32 - 1), (5, 6, 7)]:
             key = ls.random.key(seed, stream, step)
             bits, kept = sampled(score, key)
-            expected = reference.sample_bits(score, key)
+            expected = supermask_reference.sample_bits(score, key)
             assert torch.equal(bits, expected[0])
             assert torch.equal(kept, expected[1])
 
@@ -50,7 +52,7 @@ def test_a_key_for_each_network():
     score = torch.randn(3, 5, 36)
     keys = torch.stack([ls.random.key(-e, e, 1 - e % 2) for e in range(3)])
     bits, kept = sampled(score, keys)
-    expected = reference.sample_bits(score, keys)
+    expected = supermask_reference.sample_bits(score, keys)
     assert torch.equal(bits, expected[0])
     assert torch.equal(kept, expected[1])
 
@@ -58,13 +60,13 @@ def test_a_key_for_each_network():
 @pytest.mark.parametrize("columns", [40, 39])
 def test_the_boundary_is_exact(columns):
     shape, key = (50, columns), ls.random.key(5, 6, 7)
-    draws = (reference.random_words(50 * columns, 5, 6, 7).to(torch.int64) >> 8) & 0xFFFFFF
+    draws = (random_reference.random_words(50 * columns, 5, 6, 7).to(torch.int64) >> 8) & 0xFFFFFF
     low = (draws < 2**20).view(shape)  # there a float32 score resolves halves of 2^-24
     for beyond, expected in [(-0.5, False), (0.5, False), (1.5, True)]:  # floor(p 2^24) - draw
         score = torch.logit((draws.double() + beyond) * 2.0**-24).float().view(shape)
         bits, _ = sampled(score, key)
-        mask = reference.unpack_mask(bits, columns)
-        assert torch.equal(mask, reference.sample_mask(score, key) != 0)
+        mask = bits_reference.unpack_mask(bits, columns)
+        assert torch.equal(mask, supermask_reference.sample_mask(score, key) != 0)
         assert (mask[low] == expected).all()
     assert low.sum() > 50
 
@@ -74,7 +76,7 @@ def test_extreme_scores(columns):
     inf = float("inf")
     score = torch.tensor([inf, -inf, float("nan"), 110.0, -110.0])[:columns].repeat(20, 1)
     bits, _ = sampled(score, ls.random.key(1))
-    mask = reference.unpack_mask(bits, columns)
+    mask = bits_reference.unpack_mask(bits, columns)
     assert mask.unique(dim=0).tolist() == [[True, False, False, True, False][:columns]]
 
 

@@ -11,7 +11,6 @@ from test_supermask_sgd import steps
 
 from benchmarks import gpu_gate
 from benchmarks.gpu_timing import Device
-from lottery_sparse import backends, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,8 +40,8 @@ def test_scores_of_16_bits_take_the_step_in_float32(dtype):
     """lr is not rounded to the dtype, nor what it is multiplied by."""
     make, at = gpu_gate.small()["supermask_linear_sgd small"][1], (2, 3)  # score, velocity
     args = gpu_gate.cast(make(Device(DEVICE == "cpu")), dtype)
-    ours = gpu_gate.results("supermask_linear_sgd", backends.load("triton"), args)
+    ours = gpu_gate.results("supermask_linear_sgd", "triton", args)
     exact = gpu_gate.cast(args, torch.float64)
-    exact = gpu_gate.results("supermask_linear_sgd", reference, exact)
+    exact = gpu_gate.results("supermask_linear_sgd", "reference", exact)
     for a, b in zip(ours[-len(at) :], exact[-len(at) :], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=torch.finfo(dtype).eps * 2, atol=0.01)

@@ -11,9 +11,9 @@ from tolerances import of_sum
 
 import lottery_sparse as ls
 from lottery_sparse import ops
-from lottery_sparse.formats import pack_ternary
+from lottery_sparse.ops.packed.formats import pack_ternary
 
-kernel = importlib.import_module("lottery_sparse.kernels.ternary_linear")
+kernel = importlib.import_module("lottery_sparse.ops.packed.triton_ternary")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # (N, K, B): one of each, around a block of 16 and a tile, no batch, no rows, no columns

@@ -1,0 +1,1 @@
+"""Whole channels that a mask prunes, taken out of a model."""

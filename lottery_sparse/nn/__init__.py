@@ -1,0 +1,1 @@
+"""Layers: masked, compact, supermask and packed."""

@@ -1,0 +1,1 @@
+"""Compact layers: the Parameter holds kept weights only."""

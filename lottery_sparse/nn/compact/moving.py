@@ -1,0 +1,254 @@
+"""What masked layers become compact with, and what they ask of masks, weights and state."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse.nn.compact.registry import optimizers_of
+from lottery_sparse.nn.masked import Masked, normal, redraw_
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.compact.reference import gather_kept
+from lottery_sparse.ops.limits import kernels_take, may_lag
+from lottery_sparse.ops.masked.reference import effective_weight
+from lottery_sparse.pruning.mask_tensor import plain
+
+SLOTS = 16  # of a network's kept weights, compared to see writes
+
+
+class Shrunk(NamedTuple):
+    """What a masked layer needs to become compact: all of it that takes memory.
+
+    Made before the layer changes, so that it stays as it is where there is too little.
+    """
+
+    effective: Tensor  # a blank where no op reads it
+    kept: KeptLists
+    parameter: nn.Parameter
+    skips: bool
+
+    @classmethod
+    def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
+        """For so many slots, with the Parameter of a layer that shares it, if there is one."""
+        effective = effective_weight(
+            layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
+        )  # fmt: skip
+        effective = normal(effective.contiguous())
+        kept = KeptLists(
+            *map(normal, KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity))
+        )
+        if parameter is None:
+            values = normal(gather_kept(effective, kept.starts, kept.columns))
+            parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
+        skips = skips_pruned(effective, kept, layer.weight_frozen is None)
+        skips = skips and kernels_take(getattr(layer, "stride", ()))
+        return cls(
+            blank_of(effective, effective.shape) if skips else effective, kept, parameter, skips
+        )
+
+
+def skips_pruned(effective: Tensor, kept: KeptLists, zero: bool) -> bool:
+    """Whether the kernels for such a layer skip pruned weights."""
+    return (
+        effective.dtype == torch.float32
+        and (effective.is_contiguous() or is_blank(effective))
+        and dispatch.built("cpu")
+        and not effective.is_meta
+        and may_lag(effective, kept.starts, zero)
+    )
+
+
+def blank_of(like: Tensor, shape: torch.Size) -> Tensor:
+    """A zero in every place of a dense weight, in the memory of one."""
+    zero = torch.zeros(1, dtype=like.dtype, device=like.device)
+    return normal(zero).as_strided(shape, (0,) * len(shape))
+
+
+def is_blank(dense: Tensor) -> bool:
+    return not any(dense.stride())
+
+
+def zeros_of(blank: Tensor) -> Tensor:
+    """A blank's zeros, each with memory of its own."""
+    return torch.zeros(blank.shape, dtype=blank.dtype, device=blank.device)
+
+
+def has_readers(tensor: Tensor) -> bool:
+    """Whether other tensors share the memory of this one."""
+    uses: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
+    return uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
+
+
+def _in_place(tensor: Tensor, kind: str) -> np.ndarray:
+    """The numbers of a contiguous tensor on the CPU where they lie, which no one keeps there."""
+    size = tensor.numel() * tensor.element_size()
+    memory: Any = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, kind).reshape(tensor.shape)
+
+
+class Watch:
+    """What a Parameter held when a layer last read it, for writes that count no version.
+
+    Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
+    shared memory. One that replaces or changes the whole vector changes its address or one of the
+    numbers compared here, bit by bit: sixteen to thirty-one per network, spread over the kept
+    ones. On other devices than the CPU, where reading them would wait, it is the address alone.
+    """
+
+    __slots__ = ("address", "count", "seen", "slots")
+
+    def __init__(self, weight: Tensor, starts: Tensor):
+        plain = type(weight) in (Tensor, nn.Parameter)
+        self.address = weight.data_ptr() if plain else 0
+        self.count, self.slots, self.seen = weight.numel(), None, b""
+        if plain and weight.is_cpu and self.count and weight.is_contiguous():
+            # in place, which takes no memory: read only where the weight still lies there
+            kept = int(_in_place(starts, "i8")[..., -1].max())
+            numbers = _in_place(weight, f"V{weight.element_size()}")
+            self.slots = numbers[..., : max(kept, 1) : max(kept // SLOTS, 1)]
+            self.seen = self.slots.tobytes()
+
+    def notes(self, weight: Tensor) -> bool:
+        """Remember what the weight holds now; False: it lies elsewhere, which takes a new watch."""
+        if self._lies_elsewhere(weight):
+            return False
+        if self.slots is not None:
+            self.seen = self.slots.tobytes()
+        return True
+
+    def sees_a_write(self, weight: Tensor) -> bool:
+        if self._lies_elsewhere(weight):
+            return True
+        return self.slots is not None and self.slots.tobytes() != self.seen
+
+    def _lies_elsewhere(self, weight: Tensor) -> bool:
+        if not self.address:
+            return False
+        return weight.data_ptr() != self.address or weight.numel() != self.count
+
+
+def as_matrix(dense: Tensor, rank: int) -> Tensor:
+    """[..., O, I, kh, kw] as [..., O, I kh kw]."""
+    return dense.flatten(dense.dim() - rank + 1) if rank > 2 else dense
+
+
+def follow(tensor: Tensor, other: Tensor) -> Tensor:
+    """The tensor where the other one is: on its device, shared between processes if it is."""
+    tensor = tensor.to(other.device)
+    return tensor.share_memory_() if other.is_cpu and other.is_shared() else tensor
+
+
+def version_of(weight: Tensor) -> int:
+    return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
+
+
+def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
+    """Those of a layer's buffers; written out, since each forward asks."""
+    if frozen is None:
+        return (plain(mask)._version,)
+    return plain(mask)._version, frozen._version, 0 if signs is None else plain(signs)._version
+
+
+def most_kept(mask: Tensor, rank: int) -> int:
+    """Entries that the fullest network of a mask keeps."""
+    return int((mask != 0).flatten(-rank).sum(-1).max()) if mask.numel() else 0
+
+
+def elementwise(state: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    """The tensors of an optimizer's state that have an element per weight."""
+    return [
+        v
+        for v in state.values()
+        if isinstance(v, Tensor) and v.dim() and v.shape == parameter.shape
+    ]
+
+
+def check_capacity(name: str, mask: Tensor, rank: int, capacity: int) -> None:
+    """Raises ValueError for a mask that keeps more weights than there are slots."""
+    most = most_kept(mask, rank)
+    if most > capacity:
+        raise ValueError(
+            f"mask of {name} keeps {most} weights, but the compact layer has {capacity} "
+            "slots; call ls.expand_, set the mask, then ls.compact_."
+        )
+
+
+def check_optimizers(
+    name: str, weight: nn.Parameter, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Raises ValueError for optimizers' state that a new mask would misplace.
+
+    That of `optimizer` moves along, if it can.
+    """
+
+    def others() -> list[str]:
+        return [
+            type(o).__name__
+            for o in optimizers_of(weight)
+            if o is not optimizer
+            and (elementwise(o.state.get(weight, {}), weight) or is_immovable(o, weight))
+        ]
+
+    if optimizer is not None:
+        check_movable(name, weight, optimizer)
+    if others():
+        gc.collect()  # one that nobody uses any more may wait for it
+    for other in optimizers_of(weight):
+        if other is not optimizer:
+            check_movable(name, weight, other)
+    for kind in others():
+        raise ValueError(
+            f"{kind} holds state for the kept weights of {name}, which a new mask would "
+            "misplace; pass it: set_masks_(..., optimizer=optimizer)."
+        )
+
+
+def check_movable(name: str, weight: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state that cannot go with the weights to other places."""
+    if is_immovable(optimizer, weight):
+        kind = type(optimizer).__name__
+        raise ValueError(
+            f"{kind} keeps state for {name} in a form that cannot move with the weights; empty it "
+            f"first, optimizer.state.clear(), or build the {kind} anew afterwards."
+        )
+
+
+def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    """Whether the optimizer holds state of a weight that has not one number per element.
+
+    Such as a list (a history), or numbers per block, row or column. LBFGS keeps one history for
+    all of its parameters, in which each weight has its place, under the first of them.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return any(
+            weight is p and any(optimizer.state.values())
+            for group in optimizer.param_groups
+            for p in group["params"]
+        )
+    return any(
+        any(isinstance(t, Tensor) for t in v)
+        if isinstance(v, list | tuple)
+        else isinstance(v, Tensor) and v.numel() > 1 and v.shape != weight.shape
+        for v in optimizer.state.get(weight, {}).values()
+    )
+
+
+@torch.no_grad()
+def redraw_kept_(
+    weight: nn.Parameter,
+    bias: Tensor | None,
+    kept: KeptLists,
+    effective: Tensor,
+    dense_type: type[nn.Module],
+    rank: int,
+) -> None:
+    """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
+    dense = zeros_of(effective) if is_blank(effective) else torch.empty_like(effective)
+    redraw_(dense, bias, dense_type, rank)
+    weight.copy_(gather_kept(dense, kept.starts, kept.columns))

@@ -1,0 +1,229 @@
+"""Whole models: masked layers to compact ones and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.nn.compact.layers import COMPACT_TYPES
+from lottery_sparse.nn.compact.moving import Shrunk, check_movable, most_kept
+from lottery_sparse.nn.compact.registry import note_optimizer
+from lottery_sparse.nn.forms.convert import become, by_parameter, check_masked, check_tied
+from lottery_sparse.nn.masked import Masked, has_hooks
+from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
+
+
+def compact_(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, spare: int = 0
+) -> nn.Module:
+    """Turn masked layers into compact ones, in place: Parameters that hold kept weights only.
+
+    Parameter, gradient and optimizer state get the size of what is kept, [C] instead of [N, K].
+    The layers compute the same; their state_dict stays the same. Zeros that a mask keeps take slots
+    and train; `ls.Masks.of_nonzero` makes masks without them. The weights are new Parameters, so
+    compact before the optimizer is built, or pass it.
+
+    The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
+    A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
+    itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
+    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
+
+    Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
+    later `set_masks_`: average the masked form, or start the average anew then.
+
+    Rules that go by `p.dim()` (weight decay for two dimensions and more, Muon for matrices) take a
+    compact Parameter, a vector, for a bias. `ls.optim.param_groups` sorts by what a Parameter was,
+    and `ls.expand_` gives the matrices back to optimizers that need them.
+
+    Memory: besides the Parameter a layer holds its mask, a byte per weight of the dense layer;
+    lists of 8 bytes per slot (12 beyond 65,536 rows or columns); and a dense weight for the dense
+    library and for readers. Where most weights are kept, that is more than the dense layer. The
+    state_dict is that of the masked form, dense weights and a bool mask: 1.25 times the bytes of
+    the dense one in float32, 1.5 times in 16 bits, and the weights once more where frozen values
+    are a tensor. `ls.dense_state_dict` has no masks, `ls.Ticket` has them as bits, and the state
+    of `ls.pack_` is never larger than dense.
+
+    Args:
+        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are; they
+            give up dense weights that nothing reads any more.
+        optimizer: if given, its groups get the new Parameters, and per-element state moves along.
+        spare: slots of each layer (and network) beyond those that its mask needs.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: a layer is a subclass with behaviour of its own.
+        ValueError: there is no masked layer, one is on the meta device, layers share a weight under
+            two masks, `spare` is negative, or the optimizer holds state that cannot move, such as
+            the history of LBFGS.
+
+    Warns:
+        UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
+    """
+    if spare < 0:
+        raise ValueError(f"spare must be 0 or more, got {spare}.")
+    check_masked(model)
+    check_tied(model)
+    groups = []
+    for name, layers in by_parameter(model):
+        if not isinstance(layers[0], Compact):
+            groups.append((name, layers))
+        for layer in layers:
+            if isinstance(layer, Compact):
+                layer.release()
+    for name, layers in groups:
+        for layer in layers:
+            if type(layer) not in COMPACT_TYPES or "weight" not in layer._parameters:
+                raise TypeError(
+                    f"{name} belongs to a {type(layer).__name__} that computes its weight or adds "
+                    "behaviour of its own; it has no compact form."
+                )
+        if layers[0].weight_mask.is_meta:
+            raise ValueError(f"{name} is on the meta device, which holds no mask; load it first.")
+        if optimizer is not None:
+            _check_dense(name, layers[0], optimizer)
+            check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
+    for _, layers in groups:
+        first = layers[0]
+        old, size = first.weight, first.weight.shape[-first.rank :].numel()
+        capacity = min(most_kept(first.weight_mask, first.rank) + spare, size)
+        parts = [Shrunk.of(first, capacity)]
+        parameter, kept = parts[0].parameter, parts[0].kept
+        parts += [Shrunk.of(layer, capacity, parameter) for layer in layers[1:]]
+
+        def gather(dense: Tensor, kept: Any = kept) -> Tensor:
+            return gather_kept(dense, kept.starts, kept.columns)
+
+        replace = _replacement(optimizer, old, parameter, gather)
+        for layer, mine in zip(layers, parts, strict=True):
+            become(layer, COMPACT_TYPES[type(layer)])
+            assert isinstance(layer, Compact)
+            layer._shrink(mine)
+        replace()
+    return model
+
+
+def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Turn compact layers back into masked ones with dense Parameters, in place.
+
+    Args:
+        model: any model; other layers stay as they are.
+        optimizer: as in `compact_`; state of pruned weights becomes 0.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the optimizer holds state that cannot move.
+
+    Warns:
+        UserWarning: as `compact_`.
+    """
+    groups = [(name, group) for name, group in by_parameter(model) if isinstance(group[0], Compact)]
+    for name, layers in groups:
+        if optimizer is not None:
+            check_movable(name, layers[0].weight, optimizer)
+    _warn_of_hooks(groups)
+    for _, layers in groups:
+        first = layers[0]
+        assert isinstance(first, Compact)
+        old, kept, blank = first.weight, first.kept, torch.zeros_like(first.weight_effective)
+        parameter = first._dense_parameter()
+
+        def scatter(values: Tensor, blank: Tensor = blank, kept: Any = kept) -> Tensor:
+            return kept_weight(values, blank, kept.starts, kept.columns)
+
+        replace = _replacement(optimizer, old, parameter, scatter)
+        for layer in layers:
+            assert isinstance(layer, Compact)
+            layer._grow(parameter)
+            become(layer, layer.masked_type)
+        replace()
+    return model
+
+
+def refresh_(model: nn.Module) -> nn.Module:
+    """Make layers compute with what `weight` holds now; returns `model`.
+
+    Pruned entries of masked layers get their frozen values again, and kept weights of compact ones
+    are copied into the dense effective weight, where there is one.
+
+    To be called after a write that counts no version to *part* of a `weight` (`weight.data[3] = 0`,
+    or one of another process in shared memory). The next eager forward notices all others by
+    itself: those that count a version, and those that do not but replace or change the whole
+    tensor (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by its address and
+    some sixteen of its entries; on other devices than the CPU, whose numbers it cannot read without
+    waiting, by the address alone. A write during a forward is undefined.
+
+    A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
+    `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
+    rank 0, after wrapping the model.
+    """
+    for module in model.modules():
+        if isinstance(module, Compact):
+            module.refresh_()
+        elif isinstance(module, Masked):
+            module._put_back()
+    return model
+
+
+def _check_dense(name: str, layer: Masked, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for state of a compact checkpoint, which was loaded for a dense weight."""
+    least, state = most_kept(layer.weight_mask, layer.rank), optimizer.state.get(layer.weight, {})
+    networks = layer.weight.shape[: -layer.rank]
+    for key in ("momentum_buffer", "exp_avg"):
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dim() == len(networks) + 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds state of {value.shape[-1]} kept weights for "
+                f"{name}, which is dense and keeps {least}: that of a compact model; call "
+                "ls.compact_ first, then load the optimizer."
+            )
+
+
+def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
+    """Before the first change, as a warning may be an error."""
+    for name, layers in groups:
+        if has_hooks(layers[0].weight):
+            warnings.warn(
+                f"{name} becomes a new Parameter without the hooks on the gradient of the old one "
+                "(register_hook, register_post_accumulate_grad_hook); register them anew.",
+                stacklevel=3,
+            )
+
+
+def _replacement(
+    optimizer: torch.optim.Optimizer | None, old: Tensor, new: nn.Parameter, move: Any
+) -> Callable[[], None]:
+    """What gives an optimizer `new` for `old`, with the state and gradient moved.
+
+    They are moved here, which takes memory; what is returned takes none.
+    """
+    if optimizer is None:
+        return lambda: None
+    state = optimizer.state.get(old)
+    moved = state and {
+        key: move(v) if isinstance(v, Tensor) and v.dim() and v.shape == old.shape else v
+        for key, v in state.items()
+    }
+    gradient = None if old.grad is None else move(old.grad)
+
+    def replace() -> None:
+        for group in optimizer.param_groups:
+            # in place: LBFGS has the list, too
+            group["params"][:] = [new if p is old else p for p in group["params"]]
+        if state is not None:
+            del optimizer.state[old]
+            optimizer.state[new] = moved
+            note_optimizer(optimizer)
+        if gradient is not None:
+            new.grad = gradient
+
+    return replace

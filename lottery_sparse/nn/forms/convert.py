@@ -1,0 +1,394 @@
+"""Whole models: dense to masked and back, masks out and in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
+
+from lottery_sparse.nn.compact.registry import find_optimizers, holders_of
+from lottery_sparse.nn.forms.weight_types import none_to_mask
+from lottery_sparse.nn.frozen import Held, Source, hold, keyed
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.nn.supermask import Supermask
+from lottery_sparse.pruning.mask_tensor import plain
+from lottery_sparse.pruning.masks import Masks, as_mask
+from lottery_sparse.pruning.names import keys_of, matched, prefix_of
+from lottery_sparse.text import shown
+
+MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+}
+
+
+# Modules that read the weights of their children instead of calling them (some on a fast path),
+# and what to use in their place.
+READERS: dict[str, str] = {
+    "MultiheadAttention": "use an attention module that calls nn.Linear layers of its own "
+    "(F.scaled_dot_product_attention between them)",
+    "TransformerEncoderLayer": "use an encoder layer that calls them, as "
+    "nn.TransformerDecoderLayer does",
+    "LinearCrossEntropyLoss": "use nn.Linear, then nn.CrossEntropyLoss",  # torch 2.13
+}
+
+
+def sparsify_(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> nn.Module:
+    """Turn the nn.Linear and nn.Conv2d layers of a model into masked ones, in place.
+
+    Modules keep their identity, Parameters (so an optimizer built before stays valid), device,
+    dtype, hooks and training flag; every weight is kept until `set_masks_`. Biases and
+    normalisation layers are never masked.
+
+    A layer whose weight is read without its forward being called is skipped with a warning that
+    names it, since gradients would flow to pruned weights there: `out_proj` of
+    nn.MultiheadAttention, the two linear layers of nn.TransformerEncoderLayer (its fast path),
+    `linear` of nn.LinearCrossEntropyLoss, layers whose weight another kind of module shares,
+    parametrized layers, layers with a forward of their own, and other subclasses. Where nothing
+    can be masked, a warning names the types of modules that hold the weights.
+
+    Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
+    Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
+    pruned by it (`bias_orig`, `bias_mask`), as our masks are of weights; `ls.pack_` and
+    `ls.dense_state_dict` take what is left of it.
+
+    Args:
+        model: any module; a single nn.Linear or nn.Conv2d too.
+        filter_fn: (module, name) -> whether to mask that layer; None = all of them. A layer that
+            it leaves out is not warned about.
+
+    Returns:
+        `model`.
+    """
+    owners = owners_of(model)
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(MASKED_TYPES))
+        and not isinstance(module, Masked)
+        and (filter_fn is None or filter_fn(module, name))
+    }
+    pruned = {name: m for name, m in candidates.items() if hooks_of_prune(m)}
+    skipped = {
+        name: why
+        for name, m in candidates.items()
+        if (why := refusal_of(model, name, m, name in pruned))
+    }
+    for name, module in pruned.items():
+        if name not in skipped and len(owners[id(module._parameters["weight_orig"])]) > 1:
+            skipped[name] = "torch.nn.utils.prune masks its weight, which another layer shares"
+    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
+    for name, module in candidates.items():
+        if name in skipped:
+            continue
+        weight = module._parameters["weight_orig" if name in pruned else "weight"]
+        others = [
+            f"{owner_name} ({type(owner).__name__})"
+            for owner_name, owner in owners.get(id(weight), [])
+            if id(owner) not in swapped and not isinstance(owner, Masked)
+        ]
+        if others:
+            skipped[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
+    for name, why in skipped.items():
+        warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=2)
+    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
+    for name, module in candidates.items():
+        if name not in skipped:
+            mask = _take_from_prune(module) if name in pruned else None
+            become(module, MASKED_TYPES[type(module)])
+            cast(Masked, module)._add_mask()
+            if mask is not None:
+                cast(Masked, module).weight_mask.copy_(mask)
+                cast(Masked, module)._rests_here()
+    _match_tied_masks(model, swapped)
+    if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
+        warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=2)
+    return model
+
+
+def masks_of(model: nn.Module) -> Masks:
+    """A copy of the model's masks by parameter name ("0.weight"); tied weights come once.
+
+    Names are those that the model's state_dict has, wrapped or not.
+    Of a layer that learns its mask it is the one that evaluations are told to use
+    (`ls.use_masks_`), else the weights more probable than not.
+    """
+    found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, Supermask):
+            found[f"{prefix_of(name)}weight"] = module.weight_mask.clone()
+    return Masks(found)
+
+
+def set_masks_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    frozen: Source | Mapping[str, Source] = "zero",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Set masks, and what pruned weights hold, by parameter name; in place.
+
+    Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
+    out keep what they have. Nothing is changed if anything is wrong.
+
+    `layer.weight` holds the frozen values in its pruned entries from here on, and a weight that
+    becomes kept again goes on from what it held while it was pruned: zero, as in RigL and SET, or
+    its frozen value. To rewind it, write to `layer.weight` after this call.
+
+    Copies of a compact model that are kept slot by slot (torch.optim.swa_utils.AveragedModel, EMA,
+    Lookahead) do not follow: their slots stand for other weights afterwards. Average the masked
+    form, or start the average anew after this call.
+
+    Args:
+        model: a model with masked layers, see `sparsify_`.
+        masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept. Names of
+            the model wrapped otherwise will do (torch.compile, DistributedDataParallel, FSDP).
+        frozen: what pruned weights hold: "zero", a tensor, `ls.Constant(c)` (sign x constant, the
+            signs those of the current weight) or `ls.Seeded(law, seed)`; or a dict of them by
+            name (names left out: zero).
+        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; of
+            compact layers it moves with the kept weights. Required for a compact layer whose
+            weights an optimizer holds such state for.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError, TypeError: no masked layer, an unknown name, a wrong shape, a mask with other
+            values, or one that keeps more weights than a compact layer has slots; for a compact
+            layer, an optimizer with state that cannot move, such as the history of LBFGS.
+
+    Warns:
+        UserWarning: a layer keeps no weight at all.
+    """
+    check_masked(model)
+    parameters = dict(by_parameter(model))
+    checked = Masks(masks)
+    there, known = matched(checked, parameters, "masks"), ", ".join(parameters)
+    for name in checked:
+        if there[name] not in parameters:
+            raise ValueError(
+                f"masks names {shown(name)}, but masked parameters are: {shown(known, most=2000)}."
+            )
+    sources: Mapping[str, Source] = dict.fromkeys(there.values(), cast(Source, frozen))
+    if isinstance(frozen, Mapping):
+        here = matched(frozen, there.values(), "frozen")
+        for name in frozen:
+            if here[name] not in there.values():
+                raise ValueError(
+                    f"frozen names {shown(name)}, but masks only: "
+                    f"{shown(', '.join(checked), most=2000)}."
+                )
+        sources = {here[name]: source for name, source in frozen.items()}
+    checked = Masks({there[name]: mask for name, mask in checked.items()})
+    keys = keys_of(parameters)
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
+    held: dict[str, Held] = {}
+    kept_only = any(holders_of(layers[0].weight) for layers in parameters.values())
+    if kept_only and (optimizer is None or not optimizer.state):  # else it trains the model
+        find_optimizers()
+    for name, mask in checked.items():
+        layer = parameters[name][0]
+        if mask.shape != layer.weight_mask.shape:
+            raise ValueError(
+                f"mask of {name} has shape {tuple(mask.shape)}, but the weight has "
+                f"{tuple(layer.weight_mask.shape)}; they must be equal."
+            )
+        if layer.weight_mask.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which holds no mask; load weights or call "
+                "to_empty first."
+            )
+        layer._check_mask(name, mask, optimizer)
+        held[name] = hold(
+            name, keyed(sources.get(name), keys[name]), layer.effective_weight.detach()
+        )
+    for name, mask in checked.items():  # before the first write: a warning may be an error
+        if not mask.any():
+            warnings.warn(f"{name} keeps no weight at all: a layer collapse.", stacklevel=2)
+    for name, mask in checked.items():
+        layers = parameters[name]
+        for layer in layers:
+            layer._set_mask(mask, held[name], layers[0], optimizer)
+    return model
+
+
+LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
+
+
+def check_masked(model: nn.Module) -> None:
+    """Raises ValueError for a model without masked layers: `sparsify_` was forgotten or in vain."""
+    kinds = [m for m in model.modules() if isinstance(m, Masked | Supermask)]
+    if not kinds:
+        why = why_unmasked(model) or "call ls.sparsify_(model) first"
+        raise ValueError(f"the model has no masked layer; {why}.")
+    if not any(isinstance(m, Masked) for m in kinds):
+        raise ValueError(LEARNED)
+
+
+def why_unmasked(model: nn.Module) -> str | None:
+    """What keeps `sparsify_` from masking any layer of a dense model; None: nothing does."""
+    owners, refused = owners_of(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(MASKED_TYPES)):
+            continue
+        pruned = bool(hooks_of_prune(module))
+        weight = module._parameters.get("weight_orig" if pruned else "weight")
+        why = refusal_of(model, name, module, pruned)
+        for other, owner in owners.get(id(weight), []):
+            if owner is not module and (pruned or type(owner) not in MASKED_TYPES):
+                why = f"its weight is shared with {other} ({type(owner).__name__})"
+        if why is None:
+            return None
+        refused[name] = why
+    return none_to_mask(model, refused)
+
+
+def check_not_learned(model: nn.Module) -> None:
+    """Raises ValueError for a model of which any layer learns its mask."""
+    if any(isinstance(m, Supermask) for m in model.modules()):
+        raise ValueError(LEARNED)
+
+
+def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
+    """Raises TypeError where a tensor of the layer is computed, and not a Parameter of it."""
+    if tensor in layer._parameters:
+        return
+    undo = "torch.nn.utils.remove_weight_norm(layer), or what else undoes it,"
+    if parametrize.is_parametrized(layer, tensor):
+        undo = f'torch.nn.utils.parametrize.remove_parametrizations(layer, "{tensor}")'
+    raise TypeError(f"{prefix}{tensor} is computed, and no Parameter; call {undo} first.")
+
+
+def check_tied(model: nn.Module) -> None:
+    """Raises ValueError for layers that share a weight under two masks, or frozen sources.
+
+    Nothing here makes such layers; who writes to their buffers can.
+    """
+    names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
+    for name, (first, *others) in by_parameter(model):
+        for layer in others:
+            if not _alike(first, layer):
+                raise ValueError(
+                    f"{name} and {names[id(layer)]} are one weight under two masks, or two kinds "
+                    f"of frozen values; call ls.set_masks_(model, {{{name!r}: mask}}), which sets "
+                    "both, or give each layer a weight of its own first."
+                )
+
+
+def _alike(one: Masked, two: Masked) -> bool:
+    if one.weight_mask.is_meta:
+        return True
+    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Change the class in place: identity, Parameters, hooks and flags all stay."""
+    module.__class__ = kind
+
+
+def masked_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Masked]]:
+    """(prefix ending in a dot, layer) of every masked layer, each module once unless said.
+
+    Prefixes are those of the state_dict.
+    """
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, Masked):
+            yield prefix_of(name), module
+
+
+def by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
+    """(name of the weight, the layers that share it), the name as the state_dict has it."""
+    found: dict[int, tuple[str, list[Masked]]] = {}
+    for prefix, layer in masked_modules(model):
+        owner = layer._parameters.get("weight", layer)  # a parametrized weight is one layer's own
+        found.setdefault(id(owner), (f"{prefix}weight", []))[1].append(layer)
+    return list(found.values())
+
+
+def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
+    """Layers that share a weight share its mask's values: the one masked earlier is right."""
+    for _, layers in by_parameter(model):
+        right = next((layer for layer in layers if id(layer) not in new), layers[0])
+        for layer in layers:
+            if layer is not right:
+                layer.weight_mask.copy_(right.weight_mask)
+                layer._hold(right._held())
+                layer._rests_here()
+
+
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """id of a parameter -> (name, module) of all that hold it."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append((name, module))
+    return owners
+
+
+def hooks_of_prune(module: nn.Module, tensor: str = "weight") -> list[int]:
+    """Keys of the forward pre-hooks by which torch.nn.utils.prune computes the weight, or bias."""
+    return [
+        key
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, torch_prune.BasePruningMethod) and hook._tensor_name == tensor
+    ]
+
+
+def _take_from_prune(module: nn.Module) -> Tensor:
+    """Undo torch.nn.utils.prune, values under the mask included; the mask."""
+    for key in hooks_of_prune(module):
+        del module._forward_pre_hooks[key]
+    mask = module._buffers.pop("weight_mask")
+    assert mask is not None
+    module._non_persistent_buffers_set.discard("weight_mask")
+    del module.weight  # what the hook computed last
+    others = {name: p for name, p in module._parameters.items() if name != "weight_orig"}
+    module._parameters = {"weight": module._parameters["weight_orig"], **others}
+    return as_mask("weight", mask)
+
+
+def refusal_of(model: nn.Module, name: str, module: nn.Module, pruned: bool = False) -> str | None:
+    """Why this layer cannot be masked, or None."""
+    for parent in model.modules():  # by identity: a layer may be registered under other names too
+        kind = _reader(parent)
+        if kind and any(child is module for child in parent.children()):
+            return (
+                f"nn.{kind} reads its weight without calling it, so a mask would not hold; "
+                f"to mask it, {READERS[kind]}, or leave it out with filter_fn"
+            )
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter):
+        return "its weight has no shape yet; run one forward first"
+    if type(module) not in MASKED_TYPES:
+        return f"{type(module).__name__} is a subclass with behaviour of its own"
+    if pruned:
+        try:
+            as_mask(f"{name}.weight", cast(Tensor, module._buffers["weight_mask"]))
+        except ValueError as error:
+            return str(error).rstrip(".")
+    elif weight is None:
+        return "its weight is computed (weight_norm, torch.nn.utils.prune); remove that first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance and may use the raw weight"
+    return None
+
+
+def _reader(parent: nn.Module) -> str | None:
+    """The key of READERS that the module is an instance of."""
+    kinds = ((name, getattr(nn, name, None)) for name in READERS)  # one of them: since torch 2.13
+    return next((name for name, kind in kinds if kind and isinstance(parent, kind)), None)

@@ -1,0 +1,240 @@
+"""Whole models with learned masks: from dense, evaluated, and to masked layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse.nn.forms.convert import become, masks_of, owners_of, refusal_of, why_unmasked
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.nn.supermask import (
+    EVALUATIONS,
+    Supermask,
+    SupermaskConv2d,
+    SupermaskLinear,
+    check_options,
+)
+from lottery_sparse.ops.random.op import as_seed, stream_of
+from lottery_sparse.pruning.masks import Masks
+from lottery_sparse.pruning.names import keys_of, matched, prefix_of
+
+SUPERMASK_TYPES: dict[type[nn.Module], type[Supermask]] = {
+    nn.Linear: SupermaskLinear,
+    nn.Conv2d: SupermaskConv2d,
+}
+FIXED_TYPES: dict[type[nn.Module], type[Masked]] = {
+    SupermaskLinear: MaskedLinear,
+    SupermaskConv2d: MaskedConv2d,
+}
+
+
+def supermask_(
+    model: nn.Module,
+    weights: str = "init",
+    rescale: bool = False,
+    init_score: float = 0.0,
+    seed: int | torch.Generator | None = 0,
+    *,
+    round_mask: bool = False,
+    evaluation: str = "sample",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> nn.Module:
+    """Freeze a model and learn masks over the nn.Linear and nn.Conv2d layers of it, in place.
+
+    Modules keep their identity, weights, biases, device, dtype and hooks. Afterwards the scores are
+    the only Parameters with requires_grad: those of layers that `filter_fn` leaves out and of
+    other modules (normalisation, say) are frozen too; set requires_grad again where they should
+    train. Build the optimizer afterwards.
+
+    A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
+    the dense layer, and a byte a weight more after `ls.use_masks_` with a number or with masks.
+    `ls.supermask_ticket` saves the mask, a bit a weight, and the seed that gave the weights.
+
+    Args:
+        model: any module; a single layer too.
+        weights: "init": those the model holds; "signed_constant": their signs times the population
+            standard deviation of the layer.
+        rescale: a layer's weights are divided by the share of them that its mask keeps.
+        init_score: every score at the start: 0 uses a weight with probability 1/2.
+        seed: of the masks' draws; each layer draws in a stream of its name, without what wrappers
+            (torch.compile, DistributedDataParallel, FSDP) add to it.
+        round_mask, evaluation: see `ls.SupermaskLinear`.
+        filter_fn: (module, name) -> whether to learn a mask for that layer; None = all of them.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: a layer cannot learn a mask (its weight is shared, computed, or read by another
+            module); the message names it. Nothing is changed then.
+        ValueError: an option has no such value, or no layer is left.
+    """
+    check_options(weights, init_score, evaluation)
+    seed = as_seed(seed)
+    owners = owners_of(model)
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, tuple(SUPERMASK_TYPES))
+        and not isinstance(module, Masked | Supermask)
+        and (filter_fn is None or filter_fn(module, name))
+    }
+    if not chosen:
+        raise ValueError(f"model has no layer to learn a mask for; {_why_none(model)}.")
+    for name, module in chosen.items():
+        why = refusal_of(model, name, module)
+        if not why and len(owners[id(module.weight)]) > 1:
+            why = "its weight is shared with another layer"
+        if why:
+            raise TypeError(
+                f"{name or 'the model itself'} cannot learn a mask: {why}; "
+                "or leave it out with filter_fn."
+            )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    scores = {name: f"{prefix_of(name)}score" for name in chosen}
+    keys = keys_of(scores.values())
+    for name, module in chosen.items():
+        become(module, SUPERMASK_TYPES[type(module)])
+        assert isinstance(module, Supermask)
+        stream = stream_of(keys[scores[name]])
+        module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
+    return model
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(m, Masked | Supermask) for m in model.modules()):
+        return "its layers are masked already; ls.densify_ takes the masks away"
+    return why_unmasked(model) or "filter_fn left out every layer that could have one"
+
+
+def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:
+    """Choose the masks that supermask layers evaluate with (model.eval()), and `masks_of` gives.
+
+    Args:
+        masks: "sample": a fresh mask in every call; "threshold": the weights more probable than
+            not; a number i: evaluation sample i, the same whenever it is asked for; or masks by
+            parameter name, as from `masks_of`. Numbers and masks stay until the next choice.
+
+    The choice is part of the state_dict, so a loaded model evaluates as the saved one did.
+
+    Returns:
+        `model`. Training draws its masks as before.
+    """
+    layers = learned_layers(model)
+    if isinstance(masks, str):
+        if masks not in EVALUATIONS:
+            raise ValueError(
+                f"masks must be {' or '.join(EVALUATIONS)}, a number or masks by name; "
+                f"got {masks!r}."
+            )
+        for layer in layers.values():
+            layer.evaluation = masks
+            layer.evaluate_with(None)
+        return model
+    if isinstance(masks, Mapping):
+        there = matched(masks, layers, "masks")
+        given = Masks({there[name]: mask for name, mask in masks.items()})
+        for name, layer in layers.items():
+            if name not in given or given[name].shape != layer.score.shape:
+                got = tuple(given[name].shape) if name in given else "none"
+                raise ValueError(
+                    f"masks must hold {name} of shape {tuple(layer.score.shape)}, got {got}."
+                )
+        for name, layer in layers.items():
+            layer.evaluate_with(given[name])
+        return model
+    if isinstance(masks, bool) or not isinstance(masks, int) or masks < 0:
+        raise ValueError(f"a sample has a number, at least 0, got {masks!r}.")
+    for layer in layers.values():
+        layer.evaluate_with(layer.sample(masks))
+    return model
+
+
+def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
+    """Go through `samples` evaluation samples of the masks; each is yielded while it is in use.
+
+    >>> model.eval()
+    >>> accuracies = [accuracy(model, test) for masks in ls.sampled(model, 10)]
+
+    Samples are functions of the scores, the seed and their number. Afterwards the model evaluates
+    as before, and its training never notices.
+    """
+    layers = learned_layers(model).values()
+    before = [layer.held_mask for layer in layers]
+    try:
+        for number in range(samples):
+            use_masks_(model, number)
+            yield masks_of(model)
+    finally:
+        for layer, held in zip(layers, before, strict=True):
+            layer.held_mask = held
+
+
+@torch.no_grad()
+def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Turn supermask layers into masked ones with fixed masks, in place, ready to train.
+
+    A layer computes what it computed when evaluated with that mask: where it rescales, its weights
+    are multiplied by the factor. Weights and biases have requires_grad again, scores are gone. From
+    there `ls.densify_` and `ls.compact_` go on.
+
+    Args:
+        masks: as for `use_masks_`, except "sample", which is sample 0 here; None: what
+            `masks_of` gives now.
+
+    Returns:
+        `model`.
+    """
+    layers = learned_layers(model)
+    for name, layer in layers.items():
+        if type(layer) not in FIXED_TYPES:
+            raise TypeError(
+                f"{name} belongs to a {type(layer).__name__}, a subclass with behaviour of its "
+                "own, which a masked layer would lose."
+            )
+    if masks is not None:
+        use_masks_(model, 0 if isinstance(masks, str) and masks == "sample" else masks)
+    for layer in layers.values():
+        module: Any = layer
+        mask = layer.weight_mask.clone()
+        if layer.rescale:
+            own = tuple(range(-layer.rank, 0))
+            size = mask.shape[-layer.rank :].numel()
+            layer.weight.mul_(size / mask.sum(own, keepdim=True).clamp(min=1))
+        for name in ("key", "sample_key", "held_mask"):
+            del layer._buffers[name]
+        layer._non_persistent_buffers_set.discard("held_mask")
+        del layer._parameters["score"]
+        for name in (
+            "weights", "rescale", "round_mask", "evaluation", "init_score", "_seed", "_stream",
+        ):  # fmt: skip
+            del layer.__dict__[name]
+        become(module, FIXED_TYPES[type(layer)])
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(True)
+        module._add_mask()
+        module.weight_mask.copy_(mask)
+        module._rests_here()
+    return model
+
+
+def learned_layers(model: nn.Module) -> dict[str, Supermask]:
+    """Parameter name of the weight -> layer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {
+        f"{prefix_of(name)}weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, Supermask)
+    }
+    if not layers:
+        raise ValueError("model has no supermask layer; call ls.supermask_ first.")
+    return layers

@@ -1,0 +1,278 @@
+"""What pruned weights hold: zero, a tensor, sign x constant, or values drawn from a seed.
+
+A layer keeps a source as tensors the op understands, and a descriptor that its state_dict stores
+instead of them where the values can be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.ops import SignConstant
+from lottery_sparse.ops.random.op import LAWS, stream_of, whole_seed, word_of
+from lottery_sparse.text import shown
+
+FLOAT32 = torch.finfo(torch.float32).max
+
+
+def _magnitude(value: Any, what: str, most: float = float("inf")) -> float:
+    """A number of any kind, of NumPy or a tensor too, as a float that is a magnitude."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # many elements, or 10**400
+        number = float("nan")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{what}, a finite number, at least 0, got {shown(repr(value))}.")
+    if number > most:
+        raise ValueError(f"{what}, at most {most:.4g}, as float32 holds no more, got {number:g}.")
+    return number
+
+
+class _Value:
+    """Pickled as a call of the type, so that what a file holds goes through the type's checks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(vars(self).values())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        type(self).__init__(self, **state)  # of pickles that were written before
+
+
+@dataclass(frozen=True)
+class Constant(_Value):
+    """Frozen source sign x constant: each pruned weight keeps its sign at one magnitude.
+
+    Signs are those of the layer's weight when the mask is set (0 counts as plus).
+
+    Args:
+        constant: the magnitude, at least 0; None = population standard deviation of the layer's
+            weight.
+    """
+
+    constant: float | None = None
+
+    def __post_init__(self) -> None:
+        # a negative one would flip the signs that a state_dict reads back
+        if self.constant is not None:
+            object.__setattr__(
+                self, "constant", _magnitude(self.constant, "constant is a magnitude")
+            )
+
+
+@dataclass(frozen=True)
+class Seeded(_Value):
+    """Frozen source drawn from a seed: stored as the seed, the same on every machine.
+
+    Args:
+        law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
+        seed: 64-bit seed, a whole number of Python's or NumPy's.
+        std: standard deviation, at least 0 and finite in float32, in which values are drawn; None =
+            population standard deviation of the layer's weight.
+        stream: 32-bit stream; None = that of the parameter's name, `ls.random.stream_of(name)`,
+            without what wrappers such as torch.compile add to it.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these.
+    """
+
+    law: str
+    seed: int
+    std: float | None = None
+    stream: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.law, str) or self.law not in LAWS:
+            raise ValueError(f"law must be one of {', '.join(LAWS)}, got {self.law!r}.")
+        # written down as Python's numbers, which compare, and go into JSON, alike
+        object.__setattr__(self, "seed", whole_seed(self.seed))
+        if self.std is not None:
+            std = _magnitude(self.std, "std is a standard deviation", FLOAT32)
+            object.__setattr__(self, "std", std)
+        if self.stream is not None:
+            object.__setattr__(self, "stream", word_of(self.stream, "stream"))
+
+
+@dataclass(frozen=True)
+class SignOf(_Value):
+    """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
+    `Ticket` that needs no more room than a seed.
+
+    Args:
+        source: what is drawn.
+        constant: the magnitude, at least 0 and finite in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is none of these.
+    """
+
+    source: Seeded
+    constant: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Seeded):
+            raise TypeError(f"source must be ls.Seeded, got {type(self.source).__name__}.")
+        constant = _magnitude(self.constant, "constant is a magnitude", FLOAT32)
+        object.__setattr__(self, "constant", constant)
+
+
+# torch.load takes them out of a checkpoint with its default, weights_only=True
+torch.serialization.add_safe_globals([Constant, Seeded, SignOf])
+
+Source = str | Tensor | Constant | Seeded | None
+
+
+def keyed(source: Any, key: str) -> Any:
+    """The source; a seeded one without a stream with that of a parameter's key.
+
+    Args:
+        key: the name of the parameter as `names.keys_of` gives it.
+    """
+    if isinstance(source, SignOf):
+        return replace(source, source=keyed(source.source, key))
+    if isinstance(source, Seeded) and source.stream is None:
+        return replace(source, stream=stream_of(key))
+    return source
+
+
+def drawn(name: str, source: Seeded | SignOf, shape: torch.Size) -> Tensor:
+    """The float32 values of a seeded source for the parameter `name`.
+
+    Raises:
+        ValueError: it has no std, or values beyond float32; the message names `name`.
+    """
+    if isinstance(source, SignOf):
+        return drawn(name, source.source, shape).sign() * source.constant
+    if source.std is None:
+        raise ValueError(
+            f"the seeded start of {shown(name)} needs a std, as there is no weight to take it of."
+        )
+    stream = stream_of(name) if source.stream is None else source.stream
+    values = LAWS[source.law](shape, source.std, seed=source.seed, stream=stream)
+    return _finite(values, f"start of {shown(name)}", source)
+
+
+def _finite(values: Tensor, what: str, source: Constant | Seeded) -> Tensor:
+    if not values.is_meta and not values.isfinite().all():
+        raise ValueError(
+            f"the {what} is {source}, which has values that {values.dtype} cannot hold; give it a "
+            "smaller magnitude."
+        )
+    return values
+
+
+class Held(NamedTuple):
+    """A source made ready for one weight."""
+
+    frozen: Tensor | None = None  # None = zero; like the weight; [] = the constant of `signs`
+    signs: Tensor | None = None  # packed int32
+    descriptor: Constant | Seeded | None = None  # None: the state_dict stores `frozen` itself
+
+    def for_op(self) -> Tensor | SignConstant | None:
+        if self.signs is not None and self.frozen is not None:
+            return SignConstant(self.signs, self.frozen)
+        return self.frozen
+
+    def like(self, weight: Tensor) -> Held:
+        """On the device, and of the dtype, of a weight."""
+        return Held(
+            None if self.frozen is None else self.frozen.to(weight.device, weight.dtype),
+            None if self.signs is None else self.signs.to(weight.device),
+            self.descriptor,
+        )
+
+
+def hold(name: str, source: Source, weight: Tensor) -> Held:
+    """Make `source` ready for the parameter `name`, whose value is `weight`.
+
+    Raises:
+        ValueError, TypeError: the source is unknown or does not fit; the message names `name`.
+    """
+    if source is None or (isinstance(source, str) and source == "zero"):
+        return Held()
+    if isinstance(source, Tensor):
+        if source.shape != weight.shape or not source.is_floating_point():
+            raise ValueError(
+                f"frozen values of {name} must be a floating tensor of shape "
+                f"{tuple(weight.shape)}, got {source.dtype} {tuple(source.shape)}."
+            )
+        return Held(source.detach().to(weight.device, weight.dtype, copy=True))
+    if isinstance(source, Constant):
+        constant = std_of(weight) if source.constant is None else source.constant
+        rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
+        signs, value = SignConstant.of(weight.detach(), constant, rank)
+        held = Constant(constant)
+        return Held(_finite(value, f"frozen source of {name}", held), signs, held)
+    if isinstance(source, Seeded):
+        held = _hold_seeded(
+            Seeded(
+                source.law,
+                source.seed,
+                std_of(weight) if source.std is None else source.std,
+                stream_of(name) if source.stream is None else source.stream,
+            ),
+            weight,
+        )
+        assert held.frozen is not None
+        _finite(held.frozen, f"frozen source of {name}", source)
+        return held
+    raise TypeError(
+        f'frozen source of {name} must be "zero", a tensor, ls.Constant or ls.Seeded, '
+        f"got {shown(repr(source))}."
+    )
+
+
+def _hold_seeded(source: Seeded, weight: Tensor) -> Held:
+    values = LAWS[source.law](weight.shape, source.std, seed=source.seed, stream=source.stream)
+    return Held(values.to(weight.device, weight.dtype), None, source)
+
+
+def remake(held: Held, weight: Tensor) -> Held:
+    """The values of a descriptor at the dtype that `weight` has now."""
+    if isinstance(held.descriptor, Seeded) and not weight.is_meta:
+        return _hold_seeded(held.descriptor, weight)
+    if isinstance(held.descriptor, Constant) and held.frozen is not None:
+        magnitude = held.descriptor.constant
+        assert magnitude is not None  # `hold` writes down the number it took
+        return held._replace(frozen=torch.full_like(held.frozen, magnitude))
+    return held
+
+
+def std_of(weight: Tensor) -> float:
+    if weight.numel() == 0:
+        return 0.0  # nothing deviates; torch warns, and says NaN
+    return float(weight.detach().double().std(correction=0))
+
+
+# ---- as a state_dict entry: a tensor, or a 1-D uint8 tensor of JSON -------------------------
+
+
+def encode(held: Held) -> Tensor | None:
+    """The state_dict entry `weight_frozen`; None = zero, no entry."""
+    if held.descriptor is None:
+        return held.frozen
+    kind = "sign_constant" if isinstance(held.descriptor, Constant) else "seeded"
+    text = json.dumps({"source": kind, **asdict(held.descriptor)}, sort_keys=True)
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def decode(name: str, entry: Tensor | None, weight: Tensor) -> Held:
+    """The inverse of `encode`; `weight` is the effective weight, whose signs a constant takes."""
+    if entry is None or entry.dtype != torch.uint8:
+        return hold(name, entry, weight)
+    try:
+        fields: dict[str, Any] = json.loads(bytes(entry.tolist()).decode())
+        kind = {"sign_constant": Constant, "seeded": Seeded}[fields.pop("source")]
+        source = kind(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"frozen source of {name} is a descriptor this version cannot read: "
+            f"{shown(str(error)).rstrip('.')}."
+        ) from error
+    return hold(name, source, weight)

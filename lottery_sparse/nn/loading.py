@@ -1,0 +1,226 @@
+"""A load_state_dict as the masked layers in it see it: what it holds of them all.
+
+torch hands each layer its own entries and nothing else. But a weight that layers share has one
+mask, under whatever names it is saved, and masks that a checkpoint takes away are worth one warning
+and not one per layer. So the first masked layer of a load looks for the call that it is part of.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lottery_sparse.pruning.masks import as_mask
+from lottery_sparse.pruning.names import prefix_of
+
+_LOAD_STATE_DICT = nn.Module.load_state_dict.__code__
+_HELD_AS = "_lottery_sparse_load"  # by torch's own copy of the state_dict, which ends with the call
+
+
+class Entries(NamedTuple):
+    """What a state_dict holds of one layer under one name; None = nothing."""
+
+    weight: Tensor | None
+    mask: Tensor | None
+    frozen: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Any, state: Any, prefix: str) -> Entries:
+        weight = state.get(f"{prefix}weight")
+        if weight is None and _is_pruned(layer, state, prefix):
+            weight = state[f"{prefix}weight_orig"]
+        return cls(weight, state.get(f"{prefix}weight_mask"), state.get(f"{prefix}weight_frozen"))
+
+
+class Load:
+    """One load of a state_dict.
+
+    Attributes:
+        layers: (prefix in the state_dict, masked layer); a layer with two names comes twice.
+    """
+
+    def __init__(self, layers: list[tuple[str, Any]], state: Any):
+        self.layers, self.state = layers, state
+        self._names: dict[int, list[str]] = {}  # id of a layer -> all prefixes of its weight
+        shared: dict[int, list[str]] = {}
+        for prefix, layer in layers:
+            names = shared.setdefault(id(_owner(layer)), [])
+            names.append(prefix)
+            self._names[id(layer)] = names
+
+    @classmethod
+    def of(cls, layer: Any, kind: type[nn.Module], state: Any, prefix: str) -> Load:
+        """The load that a layer is part of; of the layer alone, if torch runs none.
+
+        Args:
+            kind: the type of masked layers.
+            state, prefix: what the layer is given.
+
+        Warns:
+            UserWarning: once in a load, what it takes away.
+        """
+        running = _running()
+        if running is not None:
+            root, whole = running
+            load = getattr(whole, _HELD_AS, None)
+            if load is None:
+                load = cls(list(_layers(root, kind, whole)), whole)
+                setattr(whole, _HELD_AS, load)
+                load._warn()
+            if id(layer) in load._names:
+                return load
+        load = cls([(prefix, layer)], state)
+        load._warn()
+        return load
+
+    def entries(self, layer: Any, own: Entries) -> Entries:
+        """What the load holds of a layer: `own`, and what is under other names of its weight.
+
+        Raises:
+            ValueError: it holds two masks for the weight, or two frozen sources.
+        """
+        found = {name: Entries.of(layer, self.state, name) for name in self._names[id(layer)]}
+        if len(found) == 1:
+            return own
+        masked = {name: entries for name, entries in found.items() if entries.mask is not None}
+        for name, entries in masked.items():
+            first, right = next(iter(masked.items()))
+            if not _same(f"{name}weight", entries, right):
+                raise ValueError(
+                    f"{first}weight and {name}weight are one weight in this model, but the "
+                    "checkpoint has two masks for it, or two kinds of frozen values; give both "
+                    "names the same, or each layer a weight of its own before the load."
+                )
+        weights = [e.weight for e in (own, *found.values()) if e.weight is not None]
+        _, mask, frozen = next(iter(masked.values()), own)
+        return Entries(next(iter(weights), None), mask, frozen)
+
+    def _warn(self) -> None:
+        """Before anything is written, as a warning may be an error."""
+        self._warn_of_masks()
+        for prefix, layer in self.layers:
+            mask = self.state.get(f"{prefix}bias_mask")
+            if _takes_bias(layer, self.state, prefix) and not bool((mask != 0).all()):
+                zero = int((mask == 0).sum())
+                _warn(
+                    f"{prefix}bias_mask prunes {zero} of {mask.numel()} biases, but the layer's "
+                    "masks are of weights: these biases are 0 now, and train on; prune them with "
+                    "torch.nn.utils.prune before the load to keep it so."
+                )
+
+    def _warn_of_masks(self) -> None:
+        before = after = total = 0
+        lost: list[str] = []
+        fits = True  # a compact layer may have no room for all, and refuses then
+        for prefix, layer in self.layers:
+            names = self._names[id(layer)]
+            if prefix != names[0] or layer.weight_mask.is_meta:  # a shared weight counts once
+                continue
+            entries = [Entries.of(layer, self.state, name) for name in names]
+            mask = next((e.mask for e in entries if e.mask is not None), None)
+            kept, size = int(layer.weight_mask.count_nonzero()), layer.weight_mask.numel()
+            before, total = before + kept, total + size
+            if all(e.weight is None for e in entries):
+                after += kept
+            elif isinstance(mask, Tensor):
+                after += int(mask.count_nonzero())
+            else:
+                after += size
+                lost += [f"{prefix}weight"] if kept < size else []
+                fits = fits and layer.weight.numel() == size
+        if lost and fits:
+            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            _warn(
+                f"the checkpoint holds no mask of {lost[0]}{others}, so that all of it is kept: "
+                f"the model kept {before / total:.1%} of {total:,} weights and now keeps "
+                f"{after / total:.1%}; to keep masks, take masks = ls.masks_of(model) before the "
+                "load, and call ls.set_masks_(model, masks) after it."
+            )
+
+
+def take_pruned(layer: Any, state: MutableMapping[str, Any], prefix: str) -> None:
+    """What torch.nn.utils.prune saves of a layer, as that of a masked one; in `state`, in place.
+
+    `weight_orig` and `weight_mask` become the weight, zero where pruned, and the mask; `bias_orig`
+    and `bias_mask` what is left of the bias.
+    """
+    if _is_pruned(layer, state, prefix):
+        original = state.pop(f"{prefix}weight_orig")
+        state[f"{prefix}weight"] = _left(original, state[f"{prefix}weight_mask"])
+    if _takes_bias(layer, state, prefix):
+        mask = state.pop(f"{prefix}bias_mask")
+        state[f"{prefix}bias"] = _left(state.pop(f"{prefix}bias_orig"), mask)
+
+
+def _is_pruned(layer: Any, state: Any, prefix: str) -> bool:
+    """Whether the weight was pruned by torch.nn.utils.prune, and is not computed in the layer."""
+    parts = f"{prefix}weight_orig", f"{prefix}weight_mask"
+    return (
+        "weight" in layer._parameters
+        and f"{prefix}weight" not in state
+        and all(isinstance(state.get(name), Tensor) for name in parts)
+    )
+
+
+def _takes_bias(layer: Any, state: Any, prefix: str) -> bool:
+    """Whether the bias was pruned by torch.nn.utils.prune, and is not in the layer."""
+    parts = f"{prefix}bias_orig", f"{prefix}bias_mask"
+    return layer._parameters.get("bias") is not None and all(
+        isinstance(state.get(name), Tensor) for name in parts
+    )
+
+
+def _left(original: Tensor, mask: Tensor) -> Tensor:
+    """What a mask leaves; a mask that does not fit is for the layer to refuse."""
+    if mask.shape != original.shape:
+        return original
+    return torch.where(mask.to(original.device) != 0, original, torch.zeros_like(original))
+
+
+def _owner(layer: Any) -> Any:
+    return layer._parameters.get("weight", layer)  # a computed weight is one layer's own
+
+
+def _same(name: str, one: Entries, two: Entries) -> bool:
+    if one is two:
+        return True
+    masks = [as_mask(name, entries.mask) for entries in (one, two)]  # pyright: ignore
+    return _equal(*masks) and _equal(one.frozen, two.frozen)
+
+
+def _equal(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None or one is two:
+        return one is two
+    return one.shape == two.shape and bool((one == two.to(one.device)).all())
+
+
+def _layers(root: nn.Module, kind: type[nn.Module], state: Any) -> Iterator[tuple[str, Any]]:
+    for name, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, kind):
+            named, raw = prefix_of(name), f"{name}." if name else ""
+            # wrappers that the state_dict does not name put theirs in as the load goes on
+            put_in = raw != named and any(key.startswith(raw) for key in state)
+            yield (raw if put_in else named), module
+
+
+def _running() -> tuple[nn.Module, Any] | None:
+    """The model and the state_dict of the load_state_dict that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _LOAD_STATE_DICT:
+            return frame.f_locals["self"], frame.f_locals["state_dict"]
+        frame = frame.f_back
+    return None
+
+
+def _warn(text: str) -> None:
+    """At the line that calls load_state_dict."""
+    frame, level = sys._getframe(0), 1
+    while frame is not None and frame.f_code is not _LOAD_STATE_DICT:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level + 1)

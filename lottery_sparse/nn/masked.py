@@ -1,0 +1,442 @@
+"""MaskedLinear and MaskedConv2d: drop-ins for nn.Linear and nn.Conv2d with a mask that holds."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+
+from lottery_sparse import ops
+from lottery_sparse.nn.frozen import Constant, Held, decode, encode, remake
+from lottery_sparse.nn.loading import Entries, Load, take_pruned
+from lottery_sparse.nn.rest import KeptGradient, Own, Rest, watch
+from lottery_sparse.ops import masked_conv2d, masked_linear
+from lottery_sparse.ops.common.autograd import is_plain_eager
+from lottery_sparse.ops.dispatch import overrides
+from lottery_sparse.ops.masked import conv2d, linear, reference
+from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
+from lottery_sparse.pruning.masks import as_mask
+
+
+def normal(tensor: Tensor) -> Tensor:
+    """The tensor; a copy outside inference mode if it was made inside.
+
+    Layers hold none of torch.inference_mode, which autograd cannot save and nobody may write to
+    later. What torch itself makes (Parameters, copies of them) is its own.
+    """
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody changes or watches the tensor's gradient."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def one_node(layer: nn.Module, input: Proxy) -> Any:
+    """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
+
+    The traced module then holds the layer itself: its masks, its state_dict, what it keeps fresh.
+
+    Raises:
+        TypeError: the layer is what is traced, and not a part of it.
+    """
+    path = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
+    if not path:
+        raise TypeError(
+            f"torch.fx cannot trace a {type(layer).__name__} by itself, only a model that calls "
+            "one; trace nn.Sequential(layer)."
+        )
+    return input.tracer.create_proxy("call_module", path, (input,), {})
+
+
+class Masked(nn.Module):
+    """What masked layers share: the mask, the frozen values, and a state_dict that stays dense.
+
+    `weight` is what the layer computes with: pruned entries hold their frozen values, and are given
+    them again after whatever can move them, see `rest`. The op does not depend on it: wherever
+    somebody may have written, it selects, where(mask, weight, frozen). The buffers:
+
+        weight_mask    bool, the weight's shape, True = kept
+        weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
+        weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
+
+    Mask and signs are of the type `MaskTensor`: averages of models keep them whole.
+
+    state_dict: `weight`, the tensor itself; `weight_mask`; and `weight_frozen` unless zero,
+    a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
+    missing `weight_mask` means all kept, so dense checkpoints load strictly, with a warning if that
+    takes masks away; a mask without its weight is reported as unexpected, and not taken. Layers
+    that share a weight take one mask, under whatever of their names it is, and refuse two. What
+    torch.nn.utils.prune saves (`weight_orig`, `weight_mask`) loads, too. Where something else
+    computes `weight` (torch.nn.utils.parametrizations), its parts are saved in place of `weight`,
+    and sign x constant values as a tensor, as there is no weight to take signs of.
+    """
+
+    dense_type: type[nn.Module]
+    rank: int  # dimensions of one weight; E networks side by side have one more
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_mask: Tensor
+    weight_frozen: Tensor | None
+    weight_signs: Tensor | None
+    _rest: Rest | None = None  # None: whatever tensors are here are the layer's own
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._add_mask()
+
+    def _add_mask(self) -> None:
+        # not persistent: saved and loaded by hand below
+        mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
+        self.register_buffer("weight_mask", MaskTensor.of(normal(mask)), persistent=False)
+        self._hold(Held())
+
+    # ---- at rest ---------------------------------------------------------------------------------
+
+    def _own(self) -> Own:
+        buffers: Any = self._buffers
+        weight = self._parameters.get("weight")
+        return Own(
+            weight, buffers["weight_mask"], buffers["weight_frozen"], buffers["weight_signs"]
+        )
+
+    def _come_to_rest(self, looks: bool = True) -> bool:
+        """Put the weight to rest where somebody may have written; whether it is at rest now.
+
+        It is not where its tensors are those of a functional call or a replica, where it is
+        computed, and in graphs: there the op selects. `looks`: whether pruned entries are looked
+        at, too, which a kernel that skips them can do without.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        rest, own = self._rest, self._own()
+        if rest is not None:
+            if not rest.is_of(own):
+                return False
+            if rest.versions and rest.holds(looks):
+                return True
+        return self._put_back()
+
+    def _put_back(self) -> bool:
+        """Write frozen values into pruned entries now; whether the weight is at rest."""
+        own, rest = self._own(), self._rest
+        if rest is None or not rest.is_of(own):
+            rest = Rest.of(own)
+        weight, mask, *_ = rest.tensors
+        if type(own.weight) is not nn.Parameter or weight.is_inference() or mask.is_meta:
+            return False
+        self._rest = rest.reached(self.rank)
+        if self._rest.prunes:
+            watch(self, own.weight)
+        return True
+
+    def _rests_here(self) -> None:
+        """The tensors that are here now are the layer's own."""
+        self._rest = None
+        self._put_back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rest": None}
+
+    # ---- becoming masked, and changes ------------------------------------------------------------
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse torch's pruning of the weight, whose mask would take the place of this one."""
+        # what it registers first; spectral_norm takes the same name, but removes `weight` before
+        if name == "weight_orig" and param is self._parameters.get("weight"):
+            raise TypeError(
+                f"torch.nn.utils.prune cannot prune the weight of a {type(self).__name__}, which "
+                "has a mask already; use ls.prune and ls.set_masks_, or ls.densify_ first."
+            )
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._rest = None  # a new one
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias anew as the dense layer does; the mask stays."""
+        redraw_(self.weight, self.bias, self.dense_type, self.rank)
+        if "_frozen_descriptor" in self.__dict__:  # else called by the constructor
+            self._come_to_rest()
+
+    def _hold(self, held: Held) -> None:
+        frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
+        self.register_buffer("weight_frozen", frozen, persistent=False)
+        signs = None if signs is None else MaskTensor.of(signs)
+        self.register_buffer("weight_signs", signs, persistent=False)
+        self._frozen_descriptor = held.descriptor
+        self._rest = None
+
+    def _hold_normal(self) -> None:
+        """What torch made of the buffers, a copy or another dtype, as normal tensors."""
+        for name, value in self._buffers.items():
+            if value is not None:
+                bits = name in ("weight_mask", "weight_signs")
+                self._buffers[name] = MaskTensor.of(normal(value)) if bits else normal(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold_normal()
+        self._rest = Rest.of(self._own())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # not the dtype of `weight`: a layer that shares it may have converted it already
+        was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
+        super()._apply(fn, recurse)
+        self._hold_normal()
+        if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
+            self.weight_mask.fill_(True)
+        if frozen is not None and self.weight.dtype != frozen.dtype:
+            # made again, not rounded: .half().float() loses nothing
+            self._hold(remake(self._held(), self.weight))
+        self._rests_here()
+        return self
+
+    def _held(self) -> Held:
+        signs = self.weight_signs
+        signs = None if signs is None else plain(signs)
+        return Held(self.weight_frozen, signs, self._frozen_descriptor)
+
+    def _frozen_source(self) -> Tensor | ops.SignConstant | None:
+        return self._held().for_op()
+
+    def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
+        """Whether the layer can take a mask of the right shape; raises ValueError."""
+
+    @torch.no_grad()
+    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+        """Set the mask, and zero the optimizer's state where pruned."""
+        mask = mask.to(self.weight_mask.device, torch.bool)
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        pruned = ~mask if state and leader is self else None
+        self._hold(held)
+        self.weight_mask.copy_(mask)
+        self._rests_here()
+        if pruned is not None:
+            for value in state.values():
+                if isinstance(value, Tensor) and value.shape == self.weight.shape:
+                    value.masked_fill_(pruned, 0)
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """where(mask, weight, frozen), what the layer computes with; differentiable.
+
+        The gradient is zero at pruned entries. Where none is asked for it is `weight`.
+        """
+        if self._come_to_rest():
+            return self._kept_gradient()
+        held = self._held()
+        return reference.effective_weight(
+            self.weight, plain(self.weight_mask), held.frozen, held.signs, self.rank
+        )
+
+    def _kept_gradient(self) -> Tensor:
+        """The weight, at rest, for the dense library: no gradient flows to pruned entries."""
+        rest: Any = self._rest
+        weight = rest.own.weight
+        if rest.prunes and weight.requires_grad and torch.is_grad_enabled():
+            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore[reportReturnType]
+        return weight
+
+    @property
+    def density(self) -> float:
+        """Kept share of the weight, in [0, 1]."""
+        return float(self.weight_mask.double().mean()) if self.weight.numel() else 1.0
+
+    def extra_repr(self) -> str:
+        density = "?" if self.weight_mask.is_meta else f"{self.density:.4g}"
+        return f"{super().extra_repr()}, density={density}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        at_rest = self._come_to_rest()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # a parametrized weight is saved by its parametrization
+        if "weight" in self._parameters and not at_rest:
+            weight = self.effective_weight
+            destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+        destination[prefix + "weight_mask"] = self.weight_mask
+        entry = encode(self._to_save())
+        if entry is not None:
+            destination[prefix + "weight_frozen"] = entry
+
+    def _to_save(self) -> Held:
+        """The source; as values if they are signs of a weight that the state_dict does not hold."""
+        held = self._held()
+        if "weight" in self._parameters or held.signs is None:
+            return held
+        blank = torch.zeros_like(self.weight, requires_grad=False)
+        pruned = torch.zeros_like(self.weight_mask)
+        return Held(
+            reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
+        try:  # check all of it before anything is written
+            entries = self._entries(state_dict, prefix)
+        except (TypeError, ValueError) as error:
+            if str(error) not in error_msgs:  # once, of layers that share a weight
+                error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if entries is None:
+            return
+        _, mask, held = entries
+        for name in names[1:]:
+            if name in unexpected_keys:
+                unexpected_keys.remove(name)
+        like = self.weight  # its device and dtype after the load, also with assign=True
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.weight_mask = MaskTensor.of(normal(mask))
+        else:
+            self.weight_mask.copy_(mask)
+        self._hold(held.like(like))
+        self._rests_here()
+
+    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+        """The weight, mask and source that a state_dict makes; None: it holds no weight.
+
+        What torch.nn.utils.prune saves becomes what a masked layer saves, in `state_dict`.
+        """
+        name, shape = f"{prefix}weight", self.weight_mask.shape
+        load = Load.of(self, Masked, state_dict, prefix)
+        take_pruned(self, state_dict, prefix)
+        weight, mask, frozen = load.entries(self, Entries.of(self, state_dict, prefix))
+        computed = weight is None and "weight" not in self._parameters
+        if computed and mask is not None and _has_parts(state_dict, prefix):
+            weight = self.effective_weight.detach()
+        if weight is None:
+            return None
+        if weight.shape != shape:
+            raise ValueError(
+                f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
+                f"the model {tuple(shape)}."
+            )
+        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else as_mask(name, mask)
+        if mask.shape != shape:
+            raise ValueError(
+                f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
+            )
+        held = decode(name, frozen, weight)
+        if computed and isinstance(held.descriptor, Constant):
+            raise ValueError(
+                f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
+                "give a tensor of them, as this version saves it."
+            )
+        return weight, mask, held
+
+
+def _has_parts(state_dict: Any, prefix: str) -> bool:
+    """Whether a state_dict holds what a weight is computed from (weight_norm): a layer's own."""
+    parts = f"{prefix}parametrizations.weight.", f"{prefix}weight_"
+    ours = f"{prefix}weight_mask", f"{prefix}weight_frozen"
+    return any(name.startswith(parts) and name not in ours for name in state_dict)
+
+
+@torch.no_grad()
+def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], rank: int) -> None:
+    """Draw a weight and bias by the `reset_parameters` of the dense layer.
+
+    Of E networks side by side one after another, as the law asks for the inputs of one network.
+    """
+    reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    if weight.dim() == rank:
+        reset(SimpleNamespace(weight=weight, bias=bias))
+        return
+    for e, one in enumerate(weight):
+        reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
+
+
+class MaskedLinear(Masked, nn.Linear):
+    """nn.Linear on kept weights and frozen values: y = x where(m, w, f)ᵀ + b.
+
+    Constructor, shapes and attributes are nn.Linear's. A new layer keeps every weight; set its
+    mask with `ls.set_masks_`. Gradients at pruned entries are exactly zero, and no optimizer,
+    decay or load can move the effective weight there. See `Masked` for buffers and state_dict.
+    """
+
+    dense_type, rank = nn.Linear, 2
+    __signature__ = inspect.signature(nn.Linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if rest is not None and rest.node is not None:
+            y = rest.node(input, rest, self._parameters, self._buffers)
+            if y is not None:  # nobody watches ops, or has written to the weight
+                return y
+        if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
+            rest = self._rest
+            way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
+            if way == "kernel" and self._come_to_rest(looks=False):
+                return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
+            if way == "dense" and self._come_to_rest():
+                return F.linear(input, self._kept_gradient(), self.bias)
+        mask = plain(self.weight_mask)
+        return masked_linear(input, self.weight, mask, self.bias, self._frozen_source())
+
+
+class MaskedConv2d(Masked, nn.Conv2d):
+    """nn.Conv2d on kept weights and frozen values.
+
+    Constructor, shapes and attributes are nn.Conv2d's, with every stride, padding, padding_mode,
+    dilation and groups. See `MaskedLinear`.
+    """
+
+    dense_type, rank = nn.Conv2d, 4
+    __signature__ = inspect.signature(nn.Conv2d)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if (
+            rest is not None
+            and rest.node is not None
+            and input.dim() in (3, 4)
+            and input.size(-3) == self.in_channels
+        ):
+            weight = rest.node(input, rest, self._parameters, self._buffers)
+            if weight is not None:  # nobody watches ops, or has written to the weight
+                return self._conv_forward(input, weight, self.bias)
+        if (
+            is_plain_eager(input)
+            and self._come_to_rest()
+            and conv2d.is_dense(input, self.weight, self.groups)
+        ):
+            return self._conv_forward(input, self._kept_gradient(), self.bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return masked_conv2d(
+            input,
+            self.weight,
+            plain(self.weight_mask),
+            self.bias,
+            self._frozen_source(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )

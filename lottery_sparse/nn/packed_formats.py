@@ -1,0 +1,319 @@
+"""The formats of a packed weight: what packs, unpacks, checks and multiplies. See `formats`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lottery_sparse.ops import (
+    binary_linear,
+    bitmap_linear,
+    csr_linear,
+    delta_linear,
+    pack_mask,
+    seeded_linear,
+    ternary_linear,
+)
+from lottery_sparse.ops.bits import reference as bits_reference
+from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.packed.reference import binary_weight, drawn_signs, seeded_weight
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to hold a weight [N, K]. `parts` are its tensors, in the order of `names`.
+
+    Attributes:
+        names: of the tensors, as a state_dict has them.
+        pack: (weight, key) -> parts; ValueError if the format cannot hold the weight. The key is
+            that of drawn signs.
+        unpack: (N, K, *parts) -> the weight.
+        fits: (N, K, *parts) -> whether tensors of a checkpoint are such a weight; kernels trust
+            them later.
+        multiply: (x, *parts, bias, rows=N, activations="exact" or "int8") -> x wᵀ + b.
+    """
+
+    names: tuple[str, ...]
+    pack: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    unpack: Callable[..., Tensor]
+    fits: Callable[..., bool]
+    multiply: Callable[..., Tensor]
+
+
+def format_of(names: Iterable[str]) -> str | None:
+    """The format whose tensors have these names, all of them and no others; None: no tensor of any.
+
+    Raises:
+        ValueError: they are a part of a format, or of several.
+    """
+    parts = {name for form in FORMATS.values() for name in form.names}.intersection(names)
+    if not parts:
+        return None
+    for format, form in FORMATS.items():
+        if parts == set(form.names):
+            return format
+    whole = "; ".join(f"{format}: {', '.join(form.names)}" for format, form in FORMATS.items())
+    raise ValueError(
+        f"{', '.join(sorted(parts))}: no whole packed weight, so none of it is loaded; give all "
+        f"tensors of one format, and none of another ({whole})."
+    )
+
+
+def check_tensor(name: str, part: Any) -> None:
+    """Raises ValueError for what has no numbers that could be looked at."""
+    if not isinstance(part, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(part).__name__}.")
+    if part.is_meta:
+        raise ValueError(f"{name} is on the meta device, which holds no numbers.")
+    if part.layout != torch.strided or part.is_quantized:
+        kind = "a quantized one" if part.is_quantized else str(part.layout)
+        raise ValueError(f"{name} must be an ordinary dense tensor, got {kind}.")
+
+
+def check_parts(format: str, parts: dict[str, Any], rows: int, columns: int) -> None:
+    """Whether tensors of a checkpoint are a packed weight [rows, columns].
+
+    Kernels trust them later.
+
+    Raises:
+        ValueError: they are not; the message begins with the name of the first.
+    """
+    names = FORMATS[format].names
+    for name in names:
+        check_tensor(name, parts[name])
+    if len({parts[name].device for name in names}) > 1:
+        raise ValueError(f"{', '.join(names)} must be on one device.")
+    if not FORMATS[format].fits(rows, columns, *(parts[name] for name in names)):
+        raise ValueError(f"{names[0]} is no {format} weight of {rows} x {columns}.")
+
+
+# ---- weights of one magnitude --------------------------------------------------------------------
+
+
+def scale_of(weight: Tensor) -> Tensor | None:
+    """The one magnitude of all weights but zeros, [1], or of each row, [N]; None if there are more.
+
+    A matrix, or row, of zeros has the magnitude 0.
+    """
+    magnitude = weight.abs()
+    for most in (magnitude.amax().view(1), magnitude.amax(1)):
+        if ((magnitude == 0) | (magnitude == most.unsqueeze(1))).all():
+            return most
+    return None
+
+
+def _scale(format: str, weight: Tensor) -> Tensor:
+    scale = scale_of(weight) if weight.numel() else weight.new_zeros(1)
+    if scale is None:
+        raise ValueError(
+            f'format "{format}" holds weights of one magnitude (per matrix or per row) and '
+            'zeros, but this weight has more; use "csr" or "bitmap".'
+        )
+    return scale
+
+
+def _pack_ternary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("ternary", weight)
+    return formats.pack_ternary(weight.sign()), scale
+
+
+def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Tensor:
+    return formats.ternary_weight(codes, scale, rows, columns)
+
+
+def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
+    blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
+    fits = codes.dtype == torch.int32 and codes.shape == blocks and _fits_scale(rows, scale)
+    # no code is 3, both of its bits: kernels would differ in what it stands for
+    return fits and not bool((codes & (codes >> 1) & 0x55555555).any())
+
+
+def _multiply_ternary(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, activations: str
+) -> Tensor:
+    return ternary_linear(x, codes, scale, rows, bias, activations)
+
+
+def _pack_binary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("binary", weight)
+    if (weight.abs() != scale.unsqueeze(1)).any():
+        raise ValueError(
+            'format "binary" holds no zeros between weights, but this weight has some; use '
+            '"ternary".'
+        )
+    return pack_mask(weight > 0), scale
+
+
+def _unpack_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> Tensor:
+    return binary_weight(signs, scale, columns)
+
+
+def _fits_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> bool:
+    return _fits_bits(rows, columns, signs) and _fits_scale(rows, scale)
+
+
+def _pack_seeded(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    scale = _scale("seeded", weight)
+    return pack_mask(weight != 0), _drawn(weight, key), scale
+
+
+def _drawn(weight: Tensor, key: Tensor | None) -> Tensor:
+    """The key, if it draws the signs of the weight."""
+    if key is None or key.dtype != torch.int64 or key.shape != (3,):
+        raise ValueError(
+            'format "seeded" needs key=ls.random.key(seed, stream, step), int64 [3], got '
+            f"{key if key is None else (key.dtype, tuple(key.shape))}."
+        )
+    other = int((weight.sign() * drawn_signs(key, weight) < 0).sum())
+    if other:
+        raise ValueError(
+            f"key draws other signs than {other} of the weights have; give the key that they were "
+            'drawn with, or use "ternary".'
+        )
+    return key.to(weight.device, copy=True)
+
+
+def _unpack_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+    return seeded_weight(mask, key, scale, columns)
+
+
+def _fits_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> bool:
+    fits = _fits_binary(rows, columns, mask, scale)
+    return fits and key.dtype == torch.int64 and key.shape == (3,)
+
+
+# ---- kept weights by row -------------------------------------------------------------------------
+
+
+def _pack_csr(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return formats.pack_csr(weight, weight != 0)
+
+
+def _unpack_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> Tensor:
+    return formats.unpack_csr(values, starts, numbers, columns)
+
+
+def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> bool:
+    fits = _fits_rows(rows, values, starts) and numbers.shape == values.shape
+    if not fits or numbers.dtype not in (torch.int16, torch.int32):
+        return False
+    return _fits_columns(formats.csr_columns(numbers), starts, columns)
+
+
+def _pack_delta(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return formats.pack_delta(weight, weight != 0)
+
+
+def _unpack_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> Tensor:
+    numbers = formats.delta_columns(starts, gaps).to(torch.int32)
+    return formats.unpack_csr(values, starts, numbers, columns)
+
+
+def _fits_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> bool:
+    fits = _fits_rows(rows, values, starts) and gaps.shape == values.shape
+    if not fits or gaps.dtype != torch.uint8:
+        return False
+    return _fits_columns(formats.delta_columns(starts, gaps), starts, columns)
+
+
+def _pack_bitmap(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    kept = weight != 0
+    return weight[kept], formats.row_starts(kept), pack_mask(kept)
+
+
+def _unpack_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> Tensor:
+    return formats.unpack_bitmap(values, bits_reference.unpack_mask(bits, columns))
+
+
+def _fits_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> bool:
+    if not (_fits_rows(rows, values, starts) and _fits_bits(rows, columns, bits)):
+        return False
+    return torch.equal(bits_reference.unpack_mask(bits, columns).sum(1), starts.diff())
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+def _pack_dense(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+    return (weight.clone(),)
+
+
+def _unpack_dense(rows: int, columns: int, weight: Tensor) -> Tensor:
+    return weight
+
+
+def _fits_dense(rows: int, columns: int, weight: Tensor) -> bool:
+    return weight.shape == (rows, columns) and weight.is_floating_point()
+
+
+# ---- what several share --------------------------------------------------------------------------
+
+
+def _exact(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An op (x, *parts, bias) that needs no number of rows and never rounds x, as `multiply`."""
+
+    def multiply(*args: Tensor | None, rows: int, activations: str) -> Tensor:
+        return op(*args)
+
+    return multiply
+
+
+def _fits_scale(rows: int, scale: Tensor) -> bool:
+    return scale.shape in ((1,), (rows,)) and scale.is_floating_point()
+
+
+def _fits_bits(rows: int, columns: int, bits: Tensor) -> bool:
+    if bits.dtype != torch.int32 or bits.shape != (rows, bits_reference.words_per_row(columns)):
+        return False
+    # spare bits are 0: a kernel that counts them would read beyond the values
+    return torch.equal(bits_reference.pack_mask(bits_reference.unpack_mask(bits, columns)), bits)
+
+
+def _fits_columns(numbers: Tensor, starts: Tensor, columns: int) -> bool:
+    """Whether int64 [C] ascend within each row, and are columns of the weight."""
+    if not len(numbers):
+        return True
+    first = torch.zeros_like(numbers, dtype=torch.bool)
+    first[starts[:-1][starts.diff() > 0]] = True
+    ascend = first[1:] | (numbers.diff() > 0)
+    return int(numbers.min()) >= 0 and int(numbers.max()) < columns and bool(ascend.all())
+
+
+def _fits_rows(rows: int, values: Tensor, starts: Tensor) -> bool:
+    """Whether `starts` are those of `rows` rows of the values."""
+    fits = starts.dtype == torch.int64 and starts.shape == (rows + 1,)
+    fits = fits and values.dim() == 1 and values.is_floating_point()
+    fits = fits and int(starts[0]) == 0 and int(starts[-1]) == len(values)
+    return fits and bool((starts.diff() >= 0).all())
+
+
+FORMATS: dict[str, Format] = {
+    "ternary": Format(
+        ("codes", "scale"), _pack_ternary, _unpack_ternary, _fits_ternary, _multiply_ternary
+    ),
+    "binary": Format(
+        ("signs", "scale"), _pack_binary, _unpack_binary, _fits_binary, _exact(binary_linear)
+    ),
+    "seeded": Format(
+        ("mask", "key", "scale"), _pack_seeded, _unpack_seeded, _fits_seeded, _exact(seeded_linear)
+    ),
+    "csr": Format(
+        ("values", "starts", "columns"), _pack_csr, _unpack_csr, _fits_csr, _exact(csr_linear)
+    ),
+    "delta": Format(
+        ("values", "starts", "gaps"), _pack_delta, _unpack_delta, _fits_delta, _exact(delta_linear)
+    ),
+    "bitmap": Format(
+        ("values", "starts", "bits"),
+        _pack_bitmap,
+        _unpack_bitmap,
+        _fits_bitmap,
+        _exact(bitmap_linear),
+    ),
+    "dense": Format(("weight",), _pack_dense, _unpack_dense, _fits_dense, _exact(F.linear)),
+}

@@ -1,0 +1,234 @@
+"""A masked layer at rest: its Parameter holds what the layer computes with.
+
+Pruned entries of `weight` hold their frozen values. Whatever can move them (an optimizer's step, a
+load, a write in place) is followed by writing the frozen values again, so `layer.weight`, the
+state_dict and the forward all see one weight.
+
+A step of any torch optimizer is followed by a hook. Other writes are seen at the next forward, or
+when the state_dict is asked for: by version counters, and where a write counts no version
+(`.data`, another process) by the address and by up to sixteen pruned entries. A write through
+`.data` to part of the weight may stay unseen until `ls.refresh_`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.eager import eager
+from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
+from lottery_sparse.pruning.mask_tensor import plain
+
+SPOTS = 16  # pruned entries that are looked at
+_TRIED = 256  # entries, spread over the weight, among which pruned ones are looked for
+
+
+class Own(NamedTuple):
+    """The tensors of a masked layer that its weight at rest is made of."""
+
+    weight: Tensor | None  # the Parameter
+    mask: Tensor  # these are its buffers
+    frozen: Tensor | None
+    signs: Tensor | None
+
+
+class Rest(NamedTuple):
+    """What was true when a layer's weight was last at rest.
+
+    csrc/eager_masked.h reads the fields in this order.
+    """
+
+    own: Own
+    tensors: tuple[Any, ...]  # the same; mask and signs of torch's own type, quicker to ask
+    versions: tuple[int, ...] = ()  # of these; empty: never at rest so far
+    address: int = 0  # of the weight
+    kept: int = -1  # entries that the mask keeps
+    spots: Tensor | None = None  # flat indices of some pruned entries
+    values: Tensor | None = None  # and what they hold; None: none is looked at
+    least_rows: tuple[int, int] = (0, 0)  # of x, for the sparse kernel in float32 and in bfloat16
+    node: Callable | None = None  # of `ops.eager`: the forward of a plain eager call
+
+    @classmethod
+    def of(cls, own: Own) -> Rest:
+        """Of tensors that may be in any state."""
+        weight, mask, frozen, signs = own
+        return cls(own, (weight, plain(mask), frozen, None if signs is None else plain(signs)))
+
+    def reached(self, rank: int) -> Rest:
+        """Put the weight to rest, in place; what is true then."""
+        weight, mask, frozen, signs = self.tensors
+        same = self.versions[1:] == versions_of(self.tensors)[1:]
+        kept = self.kept if same else int(mask.count_nonzero())
+        if kept < mask.numel():
+            put_back_(weight, mask, frozen, signs, rank)
+        now = self._replace(versions=versions_of(self.tensors), address=weight.data_ptr())
+        if same:
+            return now
+        spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
+        values = None if spots is None else torch.take(weight.detach(), spots)
+        return now._replace(
+            kept=kept,
+            spots=spots,
+            values=values,
+            least_rows=tuple(_least_rows(weight, kept, frozen, dtype) for dtype in _KERNEL_DTYPES),
+            node=_node(weight, rank),
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        return self.tensors[1]
+
+    @property
+    def prunes(self) -> bool:
+        return self.kept < self.tensors[1].numel()
+
+    def is_of(self, own: Own) -> bool:
+        """Whether these are the layer's own tensors, and not those of a functional call."""
+        a, b, c, d = own
+        mine = self.own
+        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3]
+
+    def holds(self, looks: bool) -> bool:
+        """Whether nobody has written to the tensors since, as far as can be seen.
+
+        looks: whether pruned entries are looked at, for writes that count no version.
+        """
+        weight = self.tensors[0]
+        if self.versions != versions_of(self.tensors) or self.address != weight.data_ptr():
+            return False
+        if self.values is None or self.spots is None or not looks:
+            return True
+        return torch.equal(torch.take(weight.detach(), self.spots), self.values)
+
+
+def _node(weight: Tensor, rank: int) -> Callable | None:
+    """What computes a plain eager forward of one network on the CPU; None: it is not built."""
+    module = eager() if weight.is_cpu and weight.dim() == rank else None
+    if module is None:
+        return None
+    return module.masked_linear if rank == 2 else module.kept_weight
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
+    """From so many rows of x on dispatch takes the sparse kernel of `masked_linear`."""
+    if not dispatch.built("cpu"):
+        return 0
+    cpu = dispatch.rules_of("cpu")
+    if frozen is not None:  # nothing to skip
+        return cpu.NEVER
+    return cpu.masked_linear_least_rows(dtype, kept, weight.numel())
+
+
+def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
+    """Of (weight, mask, frozen, signs); written out, since each forward asks."""
+    weight, mask, frozen, signs = tensors
+    if frozen is None:
+        return weight._version, mask._version
+    return weight._version, mask._version, frozen._version, 0 if signs is None else signs._version
+
+
+def _spots(mask: Tensor) -> Tensor | None:
+    """The flat indices of up to SPOTS pruned entries, spread over the weight; None: none found."""
+    count = mask.numel()
+    tried = torch.arange(min(_TRIED, count)) * count // min(_TRIED, count)
+    pruned = tried[~torch.take(mask, tried)]
+    return pruned[:: max(1, -(-len(pruned) // SPOTS))] if len(pruned) else None
+
+
+def put_back_(
+    weight: Tensor, mask: Tensor, frozen: Tensor | None, signs: Tensor | None, rank: int
+) -> None:
+    """Write the frozen values into the pruned entries of a weight, in place."""
+    weight = weight.detach()  # which counts versions with the Parameter, and has no gradient
+    by_kernel = signs is None and weight.is_cpu and dispatch.built("cpu")
+    if by_kernel and (flat := _flat(weight, mask, frozen)) is not None:
+        if dispatch.function("put_back_", "cpu")(*flat):
+            torch.autograd.graph.increment_version(weight)
+    elif frozen is None:
+        weight.view(INTEGERS[weight.element_size()]).bitwise_and_(ones(mask, weight))
+    else:
+        weight.copy_(effective_weight(weight, mask, frozen, signs, rank))
+
+
+def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
+    """The tensors as vectors, in the order in which they lie; None: it is not one of all."""
+    dense = weight.is_contiguous() or (
+        weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or any(t is not None and t.stride() != weight.stride() for t in others):
+        return None
+    return [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (weight, *others)]
+
+
+# ---- after the step of an optimizer --------------------------------------------------------------
+
+# Parameter -> layers, by id: torch swaps tensors that nobody holds weakly only. A layer that has
+# another Parameter by now is passed over.
+_layers: dict[int, WeakSet[Any]] = {}
+
+
+def watch(layer: nn.Module, weight: Tensor) -> None:
+    """Put the layer to rest after each step of an optimizer that has its weight."""
+    _watch_steps()
+    if id(weight) not in _layers:
+        for key in [key for key, layers in _layers.items() if not layers]:
+            del _layers[key]
+    _layers.setdefault(id(weight), WeakSet()).add(layer)
+
+
+@cache
+def _watch_steps() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
+        _outside_graph(optimizer)
+    else:
+        _put_to_rest(optimizer)
+
+
+def _put_to_rest(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for layer in _layers.get(id(parameter), ()):
+                if layer._parameters.get("weight") is parameter:
+                    # without a look at versions: torch's fused optimizers count none
+                    layer._put_back()
+
+
+_outside_graph: Any = torch._disable_dynamo(_put_to_rest)  # pyright: ignore
+
+
+# ---- the gradient --------------------------------------------------------------------------------
+
+
+class KeptGradient(torch.autograd.Function):
+    """The weight itself, with a gradient that is exactly zero at pruned entries."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        gradient = grads[0]
+        if torch.is_grad_enabled() or type(gradient) is not Tensor:  # gradients of gradients
+            return torch.where(mask, gradient, 0.0), None
+        if gradient.is_cpu and gradient.is_contiguous() and dispatch.built("cpu"):
+            return dispatch.function("select_kept", "cpu")(gradient, mask, None), None
+        return select(mask, gradient, None), None

@@ -1,0 +1,198 @@
+"""What every op asks of its tensors. A message names the argument, what came, what was wanted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.ops.bits.reference import pack_mask, words_per_row
+from lottery_sparse.ops.random.op import TABLE_SIZE, quantiles
+
+
+class SignConstant(NamedTuple):
+    """The source sign x constant: +constant where the sign bit is 1, else -constant.
+
+    signs: packed int32 like a packed mask, [..., N, W]. constant: [] or, per network, [E].
+    """
+
+    signs: Tensor
+    constant: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, constant: float | Tensor, rank: int | None = None) -> SignConstant:
+        """The signs of `weight` (0 counts as plus) with one constant.
+
+        rank: dimensions of one weight when `weight` is replicated; default: it is not.
+        """
+        networks = weight.dim() - (weight.dim() if rank is None else rank)
+        positive = (weight >= 0).flatten(networks + 1)
+        constant = torch.as_tensor(constant, dtype=weight.dtype, device=weight.device)
+        return cls(pack_mask(positive), constant)
+
+
+class Drawn(NamedTuple):
+    """The source drawn from a seed wherever it is needed, and never stored: values of `ls.random`.
+
+    Element i of a network is what `ls.random.normal` (…) gives for the key, rounded to the dtype of
+    `values`, bit for bit.
+
+    key: int64 [3] (`ls.random.key`), or [E, 3]; one key for E networks gives all the same values.
+    values: what the law draws from (`ls.random.quantiles`): [] or [E] for signs x constant, [32768]
+    or [E, 32768] for a normal law.
+    """
+
+    key: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(
+        cls, law: str, key: Tensor, std: float = 1.0, dtype: torch.dtype = torch.float32
+    ) -> Drawn:
+        """law: "sign", "normal" or "truncated_normal"; dtype: that of the weight."""
+        return cls(key, quantiles(law, std).to(key.device, dtype))
+
+
+Frozen = Tensor | SignConstant | Drawn | None
+
+# the devices on which autocast casts our ops, and its dispatch keys there
+AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def autocasts(device: str) -> bool:
+    return device in AUTOCAST_KEYS and torch.is_autocast_enabled(device)
+
+
+def as_constant(constant: float | Tensor, device: torch.device) -> Tensor:
+    """The constant of a SignConstant on a device: one number, which moves by itself."""
+    if isinstance(constant, Tensor) and constant.is_meta and device.type != "meta":
+        raise ValueError(f"constant is on meta, which holds no number, but x is on {device}.")
+    return torch.as_tensor(constant, device=device)
+
+
+def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """A source as the two tensors (frozen, signs) that the schemas take."""
+    if isinstance(frozen, SignConstant | Drawn):
+        return split_source(frozen, weight, weight.dtype, rank)
+    if frozen is not None and not isinstance(frozen, Tensor):
+        raise TypeError(
+            "frozen must be a tensor, a SignConstant, a Drawn or None (zero), "
+            f"got {type(frozen).__name__}."
+        )
+    return frozen, None
+
+
+def split_source(
+    source: SignConstant | Drawn, weight: Tensor, dtype: torch.dtype, rank: int
+) -> tuple[Tensor, Tensor]:
+    """(values, signs) of the networks of `weight`; what all share is expanded to each."""
+    networks = weight.shape[:-rank]
+    if isinstance(source, SignConstant):
+        values = as_constant(source.constant, weight.device).to(dtype)
+        return values.expand(networks) if values.dim() == 0 else values, source.signs
+    key, values = source.key, source.values.to(dtype)
+    if networks and key.dim() == 1:
+        key, values = key.expand(*networks, 3), values.expand(*networks, *values.shape)
+    return values, key
+
+
+def check_masked(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    rank: int,
+) -> None:
+    """Shapes, dtypes and devices of a masked product; rank 2 = linear, 4 = convolution."""
+    if weight.dim() not in (rank, rank + 1):
+        layout = "[N, K]" if rank == 2 else "[O, I, kh, kw]"
+        raise ValueError(
+            f"weight must be {layout} or have one more leading dimension for networks side by "
+            f"side, got shape {tuple(weight.shape)}."
+        )
+    networks = tuple(weight.shape[:-rank])
+    check_bits("mask", mask, weight, rank, "True = kept")
+    if bias is not None and bias.shape != networks + (weight.shape[-rank],):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but weight {tuple(weight.shape)} "
+            f"needs {networks + (weight.shape[-rank],)}."
+        )
+    if signs is not None and signs.dtype == torch.int64:
+        check_drawn(frozen, signs, weight, rank)
+    elif signs is not None:
+        check_bits("signs", signs, weight, rank, "1 = plus", packed_only=True)
+        if frozen is None or tuple(frozen.shape) != networks:
+            got = None if frozen is None else tuple(frozen.shape)
+            raise ValueError(
+                f"constant must be one number, or one per network of weight "
+                f"{tuple(weight.shape)}, got shape {got}."
+            )
+    elif frozen is not None and frozen.shape != weight.shape:
+        raise ValueError(
+            f"frozen has shape {tuple(frozen.shape)}, but weight has {tuple(weight.shape)}; "
+            "they must be equal (for sign x constant pass ops.SignConstant)."
+        )
+    if frozen is not None and frozen.requires_grad:
+        raise ValueError("frozen values are constants, got one that requires grad; detach it.")
+    for name, value in (("weight", weight), ("bias", bias), ("frozen", frozen)):
+        check_like_x(name, value, x)
+    for name, value in (("mask", mask), ("signs", signs)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+
+
+def check_drawn(values: Tensor | None, key: Tensor, weight: Tensor, rank: int) -> None:
+    networks = tuple(weight.shape[:-rank])
+    if tuple(key.shape) != (*networks, 3):
+        raise ValueError(
+            f"key of a Drawn must be int64 {[*networks, 3]} for weight {tuple(weight.shape)}, got "
+            f"{tuple(key.shape)}; use ls.random.key(seed, stream) per network."
+        )
+    if values is None or tuple(values.shape) not in (networks, (*networks, TABLE_SIZE)):
+        raise ValueError(
+            f"values of a Drawn must be {list(networks)} or {[*networks, TABLE_SIZE]} for weight "
+            f"{tuple(weight.shape)}, got {None if values is None else tuple(values.shape)}; "
+            "use ops.Drawn.of."
+        )
+    if key.device != values.device:
+        raise ValueError(f"key is on {key.device}, but values are on {values.device}; move one.")
+
+
+def check_bits(
+    name: str, bits: Tensor, weight: Tensor, rank: int, meaning: str, packed_only: bool = False
+) -> None:
+    rows = tuple(weight.shape[: weight.dim() - rank + 1])
+    packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
+    if bits.dtype == torch.int32:
+        if tuple(bits.shape) != packed:
+            raise ValueError(
+                f"packed {name} has shape {tuple(bits.shape)}, but weight "
+                f"{tuple(weight.shape)} needs {packed}; use ops.pack_mask."
+            )
+    elif bits.dtype != torch.bool or packed_only:
+        kinds = "packed int32" if packed_only else "bool or packed int32"
+        raise ValueError(
+            f"{name} must be {kinds} ({meaning}), got {bits.dtype}; "
+            "use .bool() if it holds only 0 and 1."
+        )
+    elif bits.shape != weight.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(bits.shape)}, but weight has {tuple(weight.shape)}; "
+            "they must be equal."
+        )
+
+
+def check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
+    if value is None:
+        return
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+    if value.dtype != x.dtype and not autocasts(x.device.type):
+        raise ValueError(
+            f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {value.dtype}.")

@@ -1,0 +1,1 @@
+"""Products with where(m, w, f)."""

@@ -1,0 +1,149 @@
+"""masked_linear: y = x where(m, w, f)ᵀ + b."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common import product
+from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    frozen: Frozen = None,
+) -> Tensor:
+    """Linear layer on the kept weights and frozen values: y = x where(m, w, f)ᵀ + b.
+
+    With one weight, [N, K], this is F.linear on the effective weight. A leading dimension E on
+    the weight (and mask, bias, frozen) computes E networks side by side.
+
+    Args:
+        x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
+        weight: [N, K] or [E, N, K], dtype and device of `x` (any floating dtype under autocast).
+        mask: bool like `weight`, True = kept; or packed int32, see `pack_mask`.
+        bias: [N] or [E, N], or None. Never masked.
+        frozen: what pruned weights hold: None = zero, a tensor like `weight`, a `SignConstant`
+            or a `Drawn`. Constants: no gradient flows to them.
+
+    Returns:
+        [..., N], or [E, B, N]; dtype of `x`.
+
+    Gradients: dx = dy where(m, w, f), dw = where(m, dyᵀ x, 0): exactly zero at pruned entries.
+    Selection, not multiplication: a NaN or Inf in a pruned entry reaches neither y nor dx. One in x
+    or dy goes where F.linear lets it: with a weight of zero it makes NaN.
+    Differentiable any number of times.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+
+    Source: Zhou et al. 2019, "Deconstructing Lottery Tickets", mask-0 actions.
+    """
+    constant, signs = split_frozen(frozen, weight, rank=2)
+    check_masked(x, weight, mask, bias, constant, signs, rank=2)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} "
+            f"needs [..., {weight.shape[-1]}]."
+        )
+    if weight.dim() == 3:
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != weight.shape[0]):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but {weight.shape[0]} networks side by side need "
+                f"[B, K], shared, or [{weight.shape[0]}, B, K]."
+            )
+        return _forward(x, weight, mask, bias, constant, signs)
+    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
+    y = _forward(rows, weight, mask, bias, constant, signs)
+    return y.view(x.shape[:-1] + (weight.shape[0],))
+
+
+def way_of(x: Tensor, weight: Tensor | None, kept: int, zero: bool) -> str:
+    """The shortest way to what `masked_linear` computes, for plain eager tensors at rest.
+
+    Args:
+        x, weight: as of `masked_linear`, one network; what does not fit is for the op to name.
+            None: the weight is computed.
+        kept: how many entries the mask keeps.
+        zero: whether pruned entries hold zero.
+
+    Returns:
+        "dense": dispatch takes the dense library, so F.linear does it; "kernel": it takes the CPU
+        kernel, so `by_kernel` does it; "op": anything else.
+    """
+    if weight is None:
+        return "op"
+    kind, dtype = weight.device.type, x.dtype
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[-1]
+    if not fits or x.device != weight.device or dispatch.forced() is not None:
+        return "op"
+    casts = torch.is_autocast_enabled(kind)
+    if casts:
+        dtype = torch.get_autocast_dtype(kind)
+    elif dtype != weight.dtype:
+        return "op"
+    if kind != "cpu":
+        return "dense" if dispatch.prefers_dense("masked_linear", kind) else "op"
+    if not (zero and dispatch.built("cpu") and dtype in (torch.float32, torch.bfloat16)):
+        return "dense"
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not dispatch.rules_of("cpu").masked_linear_wins(dtype, rows, kept, weight.numel()):
+        return "dense"
+    return "kernel"
+
+
+def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """`masked_linear` with zeros by the CPU kernel, past checks and dispatch: see `way_of`."""
+    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
+    if torch.is_autocast_enabled("cpu"):
+        rows, weight, _, bias = product.cast_all_of((rows, weight, mask, bias), "cpu")
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        y: Tensor = _ByKernel.apply(rows, weight, mask, bias)  # pyright: ignore
+    else:
+        y = dispatch.function("masked_linear", "cpu")(rows, weight, mask, bias, None, None)
+    return y if x.dim() == 2 else y.view(x.shape[:-1] + (weight.shape[0],))
+
+
+class _ByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        return dispatch.function("masked_linear", "cpu")(x, weight, mask, bias, None, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,), (x, weight, mask) = grads, ctx.saved_tensors
+        need_dx, need_dw, _, need_db = ctx.needs_input_grad
+        dx = dw = None
+        if need_dx or need_dw:
+            args = dy, x, weight, mask, None, None, need_dx, need_dw
+            if torch.is_grad_enabled() or type(dy) is not Tensor:  # gradients of gradients
+                dx, dw = torch.ops.lottery_sparse.masked_linear_backward(*args)
+            else:
+                dx, dw = dispatch.function("masked_linear_backward", "cpu")(*args)
+        return (
+            dx if need_dx else None,
+            dw if need_dw else None,
+            None,
+            dy.sum(0) if need_db else None,
+        )
+
+
+torch.library.define(
+    "lottery_sparse::masked_linear",
+    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? frozen, Tensor? signs) -> Tensor",
+)
+torch.library.define(
+    "lottery_sparse::masked_linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor mask, Tensor? frozen, Tensor? signs, "
+    "bool need_dx, bool need_dw) -> (Tensor, Tensor)",
+)
+_forward = product.register("masked_linear", rank=2, bias_dims=(-2,))

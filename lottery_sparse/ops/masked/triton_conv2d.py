@@ -1,0 +1,242 @@
+"""masked_conv2d as products of matrices, with no unfolded image in memory.
+
+Every tile of pixels reads the whole weight, a thousand tiles at 256 images of 32 x 32. So mask and
+frozen values are applied once, by a kernel that lays the weight out tap by tap, channels side by
+side as in an image that is channels last. Picked from the rows as they lie, entries of a tap would
+be loads of one number each, again for every tile.
+"""
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lottery_sparse.ops.triton.conv_products import (
+    conv_arrange,
+    conv_dw,
+    conv_dw_finish,
+    conv_product,
+)
+from lottery_sparse.ops.triton.conv_tiles import (
+    alignment,
+    by_channels,
+    depth_of,
+    is_channels_last,
+    output_shape,
+    pixel_tile,
+    strides,
+)
+from lottery_sparse.ops.triton.tiles import Parts, precision, source, tiles
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    geometry = stride, padding, dilation
+    rows, depth = weight.shape[-4] // groups, weight.shape[-3]
+    last = weight.dim() == 4 and (is_channels_last(x) or is_channels_last(weight))
+    y = torch.empty(
+        output_shape(x, weight, *geometry), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )  # fmt: skip
+    if y.numel() == 0:
+        return y
+    x = by_channels(x)
+    count, networks = y.shape[-4] * y.shape[-2:].numel(), _networks(weight)
+    size = pixel_tile(x.dtype, rows, count, networks * groups)
+    size["DEPTH"] = depth_of(size["DEPTH"], depth)
+    with torch.cuda.device_of(x):
+        w = _arranged(
+            weight, mask, frozen, signs, groups, _up(rows, size["ROWS"]), _up(depth, size["DEPTH"])
+        )
+        conv_product[(tiles(rows, count, size), 1, networks * groups)](
+            x, w, w if bias is None else bias.contiguous(), y, rows, depth, count,
+            down=y.shape[-2], across=y.shape[-1], skip_h=1, skip_w=1, networks=1,
+            w_group=w.stride(0), w_tap=w.stride(1), w_row=w.stride(2), w_depth=1,
+            BACK=False, SUM=False, BIAS=bias is not None, EDGE=depth % size["DEPTH"] != 0,
+            **_geometry(weight, *geometry, groups), **_images(x, y), y_h=y.shape[-2],
+            y_w=y.shape[-1], **_options(rows, depth, size, x.dtype),
+        )  # fmt: skip
+    return y
+
+
+def masked_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor]:
+    geometry = stride, padding, dilation
+    dx, dw = x.new_empty(0), x.new_empty(0)
+    read = by_channels(dy)
+    with torch.cuda.device_of(x):
+        if need_dx:
+            dx = torch.empty_like(x)
+            _fill_dx(dx, read, weight, mask, frozen, signs, *geometry, groups)
+        if need_dw:
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            _fill_dw(dw, read, by_channels(x), mask, *geometry, groups)
+    return dx, dw
+
+
+def _fill_dx(
+    dx: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    if dx.numel() == 0:
+        return
+    rows, depth = weight.shape[-3], weight.shape[-4] // groups
+    networks = _networks(weight)
+    together, outputs = (networks, 1) if dx.dim() == 4 else (1, networks)
+    down, across = (triton.cdiv(n, s) for n, s in zip(dx.shape[-2:], stride, strict=True))
+    count, remainders = dx.shape[-4] * down * across, stride[0] * stride[1]
+    size = pixel_tile(dx.dtype, rows, count, outputs * groups * remainders)
+    size["DEPTH"] = depth_of(size["DEPTH"], depth)
+    w = _arranged(
+        weight, mask, frozen, signs, groups, _up(depth, size["DEPTH"]), _up(rows, size["ROWS"])
+    )
+    skip_h, skip_w = (s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
+    conv_product[(tiles(rows, count, size), remainders, outputs * groups)](
+        dy, w, w, dx, rows, depth, count,
+        down=down, across=across, skip_h=skip_h, skip_w=skip_w, networks=together,
+        w_group=w.stride(0), w_tap=w.stride(1), w_row=1, w_depth=w.stride(2),
+        BACK=True, SUM=together != 1, BIAS=False, EDGE=depth % size["DEPTH"] != 0,
+        **_geometry(weight, stride, padding, dilation, groups), **_images(dy, dx),
+        y_h=dx.shape[-2], y_w=dx.shape[-1], **_options(rows, depth, size, dx.dtype),
+    )  # fmt: skip
+
+
+def _fill_dw(
+    dw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    if dw.numel() == 0:
+        return
+    rows, channels = dw.shape[-4] // groups, dw.shape[-3]
+    taps, held, copies = dw.shape[-2:].numel(), _up(channels, 16), _networks(dw) * groups
+    count = dy.shape[-4] * dy.shape[-2:].numel()
+    size = pixel_tile(x.dtype, rows, taps * held, copies * max(count // 256, 1))
+    steps = triton.cdiv(count, size["DEPTH"])
+    parts = Parts.of(rows, taps * held, steps, copies, size)
+    workspace = x.new_empty((parts.grid[1], copies * rows, taps, held), dtype=torch.float32)
+    conv_dw[parts.grid](
+        dy, x, workspace, rows, channels, held, count, down=dy.shape[-2], across=dy.shape[-1],
+        steps=parts.steps, part=workspace[0].numel(),
+        **_geometry(dw, stride, padding, dilation, groups), **_images(x, dy),
+        **_options(rows, channels, size, x.dtype),
+    )  # fmt: skip
+    grid = triton.cdiv(copies * rows, 8) * triton.cdiv(channels, 32), taps
+    conv_dw_finish[grid](
+        workspace, _bytes(mask), dw, parts.grid[1], workspace[0].numel(), copies * rows,
+        channels, held, taps, _mask_stride(mask, channels * taps),
+        PARTS=8, ROWS=8, CHANNELS=32, PACKED=mask.dtype == torch.int32,
+    )  # fmt: skip
+
+
+def _arranged(
+    weight: Tensor,
+    mask: Tensor,
+    frozen: Tensor | None,
+    signs: Tensor | None,
+    groups: int,
+    rows_held: int,
+    channels_held: int,
+) -> Tensor:
+    """The effective weight as [E groups, taps, rows held, channels held]."""
+    copies, rows = _networks(weight) * groups, weight.shape[-4] // groups
+    channels, taps = weight.shape[-3], weight.shape[-2:].numel()
+    out = weight.new_empty((copies, taps, rows_held, channels_held))
+    weight = weight.contiguous()
+    conv_arrange[(triton.cdiv(rows_held, 64) * triton.cdiv(channels_held, 32), taps, copies)](
+        weight, _bytes(mask), weight if frozen is None else frozen.contiguous(),
+        weight if signs is None else signs.contiguous(), out,
+        rows, channels, rows_held, channels_held, taps, groups,
+        _mask_stride(mask, channels * taps),
+        0 if signs is None else signs.shape[-1],
+        PACKED=mask.dtype == torch.int32, FROZEN=source(frozen, signs),
+        ROWS=64, CHANNELS=32,
+    )  # fmt: skip
+    return out
+
+
+def _geometry(
+    weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> dict[str, int]:
+    pairs = {"taps": weight.shape[-2:], "stride": stride, "pad": padding, "dilation": dilation}
+    by_axis = {
+        f"{name}_{axis}": n
+        for name, two in pairs.items()
+        for axis, n in zip("hw", two, strict=True)
+    }
+    return by_axis | {"groups": groups}
+
+
+def _images(x: Tensor, y: Tensor) -> dict[str, int]:
+    """What kernels are told of the images that they call x and y."""
+    return {
+        **strides("x", x),
+        **strides("y", y),
+        "x_h": x.shape[-2],
+        "x_w": x.shape[-1],
+        "X_BY": alignment(x),
+        "Y_BY": alignment(y),
+    }
+
+
+def _options(rows: int, depth: int, size: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    by = {"ROWS_BY": math.gcd(rows, 16), "DEPTH_BY": math.gcd(depth, 16)}
+    return {**by, **precision(dtype, conv=True), **size}
+
+
+def _networks(weight: Tensor) -> int:
+    return weight.shape[0] if weight.dim() == 5 else 1
+
+
+def _up(number: int, by: int) -> int:
+    return -(-number // by) * by
+
+
+def _mask_stride(mask: Tensor, columns: int) -> int:
+    return mask.shape[-1] if mask.dtype == torch.int32 else columns
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask

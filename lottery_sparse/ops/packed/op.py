@@ -1,0 +1,357 @@
+"""Products with packed weights, for inference: see `formats`.
+
+They have no gradients. Sums run in float32 (float64 for a float64 `x`) and are rounded once to the
+dtype of `x`, whatever that of the weight is. Under torch.autocast `x` is cast, and with it the
+result, as for F.linear; the weight is used as it was packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits.reference import words_per_row
+from lottery_sparse.ops.common.autograd import unwatched
+from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
+from lottery_sparse.ops.common.product import cast_one
+from lottery_sparse.ops.compact.lists import (
+    check_bitmap,
+    check_codes,
+    check_csr,
+    check_delta,
+    once,
+    readable,
+)
+from lottery_sparse.ops.packed.formats import BLOCK
+
+
+def ternary_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+    activations: str = "exact",
+) -> Tensor:
+    """Linear layer on weights of -c, 0 and +c: y = c · (x tᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        codes: int32 [ceil(N / 16), ceil(K / 16), 16], see `formats.pack_ternary`.
+        scale: c: [1], or one for each row, [N].
+        rows: N.
+        bias: [N], or None.
+        activations: "exact", or "int8": each row of x is rounded to 255 steps between plus and
+            minus its largest magnitude.
+
+    Returns:
+        [..., N], dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype, device, list or code does not fit; the message names the
+            argument.
+        RuntimeError: x requires grad while gradients are recorded.
+    """
+    if activations not in ("exact", "int8"):
+        raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
+    check_x(x)
+    expected = (-(-rows // BLOCK), -(-x.shape[-1] // BLOCK), BLOCK)
+    if codes.dtype != torch.int32 or tuple(codes.shape) != expected:
+        raise ValueError(
+            f"codes must be int32 {expected} for {rows} rows of {x.shape[-1]} columns, got "
+            f"{codes.dtype} {tuple(codes.shape)}; use formats.pack_ternary."
+        )
+    _check_scale(scale, rows)
+    _check_bias(bias, rows)
+    _check_devices(x, codes=codes, scale=scale, bias=bias)
+    once(check_codes, codes)
+    return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
+
+
+def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer on weights of -c and +c: y = c · (x sᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype. Where it is infinite, a result may be NaN.
+        bits: the signs, int32 [N, W], 1 = plus: `pack_mask(weight > 0)`.
+        scale: c: [1], or one for each row, [N].
+        bias: [N], or None.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    rows = _check_bits(bits, x.shape[-1])
+    _check_scale(scale, rows)
+    _check_bias(bias, rows)
+    _check_devices(x, bits=bits, scale=scale, bias=bias)
+    return _by_rows(_binary, x, rows, bits, scale, bias)
+
+
+def seeded_linear(
+    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on a mask of sign x constant weights that a seed draws: y = c · (x (m s)ᵀ) + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        bits: the mask m, int32 [N, W], see `pack_mask`.
+        key: int64 [3] from `ls.random.key(seed, stream, step)`: s is
+            `ls.random.signs((N, K), seed, stream, step)`.
+        scale: c: [1], or one for each row, [N].
+        bias: [N], or None.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    rows = _check_bits(bits, x.shape[-1])
+    if key.dtype != torch.int64 or tuple(key.shape) != (3,):
+        raise ValueError(
+            f"key must be int64 [3], got {key.dtype} of shape {tuple(key.shape)}; use "
+            "ls.random.key(seed, stream, step)."
+        )
+    _check_scale(scale, rows)
+    _check_bias(bias, rows)
+    _check_devices(x, bits=bits, key=key, scale=scale, bias=bias)
+    return _by_rows(_seeded, x, rows, bits, key, scale, bias)
+
+
+def csr_linear(
+    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with their columns: y = x wᵀ + b.
+
+    Args:
+        x: [..., K], any floating dtype.
+        values: [C], floating; bfloat16 values are read as such.
+        starts: int64 [N + 1]: row r has entries starts[r] … starts[r + 1] - 1. Ascending from 0
+            to at most C.
+        columns: [C], int32, or int16 holding the bits of uint16; below K.
+        bias: [N], or None.
+
+    A NaN or Inf in x goes where F.linear lets it: where no entry is stored for it, y is NaN.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    if columns.dtype not in (torch.int16, torch.int32) or columns.shape != values.shape:
+        raise ValueError(
+            f"columns must be int16 or int32 {tuple(values.shape)} like values, got "
+            f"{columns.dtype} {tuple(columns.shape)}."
+        )
+    rows = starts.shape[0] - 1
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
+    check = check_csr, columns, starts, x.shape[-1]
+    return _checked(check, _csr, x, rows, values, starts, columns, bias)
+
+
+def delta_linear(
+    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with the distances of their columns: y = x wᵀ + b.
+
+    Args:
+        x, values, starts, bias: as in `csr_linear`.
+        gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
+            see `formats.pack_delta`. Below K in sum over a row.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    if gaps.dtype != torch.uint8 or gaps.shape != values.shape:
+        raise ValueError(
+            f"gaps must be uint8 {tuple(values.shape)} like values, got {gaps.dtype} "
+            f"{tuple(gaps.shape)}; use formats.pack_delta."
+        )
+    rows = starts.shape[0] - 1
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
+    check = check_delta, gaps, starts, x.shape[-1]
+    return _checked(check, _delta, x, rows, values, starts, gaps, bias)
+
+
+def bitmap_linear(
+    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer on kept weights by row, with their mask as bits: y = x wᵀ + b.
+
+    Args:
+        x, values, starts, bias: as in `csr_linear`.
+        bits: the mask, int32 [N, W], see `pack_mask`; row r has starts[r + 1] - starts[r] ones.
+            On the CPU a row with more or fewer gives a wrong sum, and is refused only where it
+            asks for values that are not there.
+
+    Returns, raises: as `ternary_linear`.
+    """
+    check_x(x)
+    _check_entries(values, starts)
+    rows = starts.shape[0] - 1
+    if _check_bits(bits, x.shape[-1]) != rows:
+        raise ValueError(f"bits has {len(bits)} rows, but starts has {rows}.")
+    _check_bias(bias, rows)
+    _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
+    check = check_bitmap, bits, starts, len(values)
+    return _checked(check, _bitmap, x, rows, values, starts, bits, bias)
+
+
+def check_x(x: Tensor) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be a floating tensor [..., K], got {x.dtype} of shape {tuple(x.shape)}."
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "x requires grad, but packed layers are for inference and have no gradients; use "
+            "torch.inference_mode(), or train the model that was packed."
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            "x has a tangent (torch.func.jvp, forward_ad), but packed layers are for inference and "
+            "have no gradients; take the jvp of the model that was packed."
+        )
+
+
+def _check_entries(values: Tensor, starts: Tensor) -> None:
+    if values.dim() != 1 or not values.is_floating_point():
+        raise ValueError(f"values must be floating [C], got {values.dtype} {tuple(values.shape)}.")
+    if starts.dtype != torch.int64 or starts.dim() != 1 or starts.shape[0] == 0:
+        raise ValueError(f"starts must be int64 [N + 1], got {starts.dtype} {tuple(starts.shape)}.")
+
+
+def _check_bits(bits: Tensor, columns: int) -> int:
+    """How many rows they have."""
+    words = words_per_row(columns)
+    if bits.dtype != torch.int32 or bits.dim() != 2 or bits.shape[1] != words:
+        raise ValueError(
+            f"bits must be int32 [N, {words}] for {columns} columns, got {bits.dtype} "
+            f"{tuple(bits.shape)}; use ops.pack_mask."
+        )
+    return bits.shape[0]
+
+
+def _check_scale(scale: Tensor, rows: int) -> None:
+    if tuple(scale.shape) not in ((1,), (rows,)) or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be one floating number or one per row, [1] or [{rows}], got "
+            f"{scale.dtype} {tuple(scale.shape)}."
+        )
+
+
+def _check_bias(bias: Tensor | None, rows: int) -> None:
+    if bias is not None and (tuple(bias.shape) != (rows,) or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must be floating [{rows}], got {bias.dtype} of shape {tuple(bias.shape)}."
+        )
+
+
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    device = x.device
+    for name, value in tensors.items():
+        if value is not None and value.device != device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {device}; move one.")
+
+
+def _checked(check: tuple, op: Callable, x: Tensor, rows: int, *args: Any) -> Tensor:
+    """`_by_rows`; the CPU's kernels check lists as they read them, others' are checked before."""
+    if x.device.type != "cpu":
+        once(*check)
+    try:
+        return _by_rows(op, x, rows, *args)
+    except (RuntimeError, IndexError):
+        if readable(*check[1:]):
+            check[0](*check[1:])
+        raise
+
+
+def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:
+    """The op on [B, K], for x of any number of dimensions."""
+    if x.dim() == 2:
+        return op(x, *args)
+    flat = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+    return op(flat, *args).view(x.shape[:-1] + (rows,))
+
+
+SCHEMAS = {
+    "ternary_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, SymInt rows, "
+    "bool int8)",
+    "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
+    "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
+    "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
+    "delta_linear": "(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias)",
+    "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
+}
+
+
+def _register(name: str):
+    qualified = f"lottery_sparse::{name}"
+    torch.library.define(qualified, f"{SCHEMAS[name]} -> Tensor")
+
+    def run(*args) -> Tensor:
+        return dispatch.kernel(name, args[0].device, args)(*args)
+
+    def fake(x: Tensor, *args) -> Tensor:
+        return x.new_empty(x.shape[0], _rows(name, args))
+
+    torch.library.impl(qualified, "default", run)
+    torch.library.register_fake(qualified, fake)
+    op = getattr(torch.ops.lottery_sparse, name).default
+
+    def call(*args) -> Tensor:
+        """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
+        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
+            return op(*args)
+        return run(*_autocast(args, args[0].device.type))
+
+    torch.library.register_vmap(qualified, _vmap_rule(call))
+    for device, key in AUTOCAST_KEYS.items():
+
+        def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
+            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            args = _autocast(args, device)
+            with torch._C._ExcludeDispatchKeyGuard(below):
+                return op(*args)
+
+        torch.library.impl(qualified, key, cast)
+    return call
+
+
+def _rows(name: str, args: tuple) -> int:
+    """Rows of the weight, from the arguments after x."""
+    if name == "ternary_linear":
+        return args[3]
+    by_bits = name in ("binary_linear", "seeded_linear")
+    return args[0].shape[0] if by_bits else args[1].shape[0] - 1
+
+
+def _autocast(args: tuple, device: str) -> tuple:
+    if not autocasts(device):
+        return args
+    return cast_one(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
+
+
+def _vmap_rule(op: Callable) -> Callable:
+    """More inputs of one weight are a larger batch; other weights are a loop."""
+
+    def rule(info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
+        if all(d is None for d in in_dims[1:]):
+            x = x.movedim(in_dims[0], 0)
+            return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
+        pairs = list(zip((x, *args), in_dims, strict=True))
+        each = [
+            op(*(a if d is None else a.select(d, i) for a, d in pairs))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
+
+    return rule
+
+
+_ternary, _binary, _seeded, _csr, _delta, _bitmap = map(_register, SCHEMAS)

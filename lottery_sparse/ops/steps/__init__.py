@@ -1,0 +1,1 @@
+"""Steps of optimizers: many tensors in one call."""

@@ -1,0 +1,1 @@
+"""Learned masks: sampled bits, and products with them."""

@@ -1,0 +1,406 @@
+"""supermask_linear and supermask_conv2d: layers whose mask is learned, drawn anew each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits.op import pack_mask
+from lottery_sparse.ops.bits.reference import mask_as_bool, words_per_row
+from lottery_sparse.ops.common.autograd import differentiable, direct
+from lottery_sparse.ops.common.checks import (
+    Drawn,
+    SignConstant,
+    autocasts,
+    check_bits,
+    check_drawn,
+    check_like_x,
+    split_source,
+)
+from lottery_sparse.ops.common.product import (
+    cast_all_of,
+    register_autocast,
+    vmap_backward,
+    vmap_forward,
+)
+from lottery_sparse.ops.masked.conv2d import Pair, as_pair, resolve_padding
+from lottery_sparse.ops.supermask import reference
+
+
+def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask of `sample_mask` as bits, and its number of ones.
+
+    Args:
+        score: [N, K], any floating dtype; or [E, N, K] for E networks.
+        key: int64 [3], or [E, 3], as for `sample_mask`.
+
+    Returns:
+        bits: int32 [N, W] or [E, N, W], packed as by `pack_mask`.
+        kept: int64 [] or [E], the ones of each network. Neither has a gradient.
+
+    Raises:
+        ValueError: score or key has another dtype, shape or device.
+    """
+    if score.dim() not in (2, 3):
+        raise ValueError(
+            f"score must be [N, K], or [E, N, K] with a key each, got shape {tuple(score.shape)}; "
+            "flatten the kernels of a convolution to [O, I kh kw]."
+        )
+    _check_key(score, key, score.shape[:-2])
+    return _draw(score.detach(), key)
+
+
+def supermask_linear(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor | SignConstant | Drawn,
+    key: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    rescale: bool = False,
+) -> Tensor:
+    """Linear layer under a mask drawn from its scores: y = x (w m r)ᵀ + b.
+
+    m ~ Bernoulli(p), p = sigmoid(score), one draw per call; r = 1, or with `rescale` the number
+    of weights over the number of ones. A leading dimension E on the score (and weight, key, bias)
+    computes E networks side by side.
+
+    Args:
+        x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
+        score: [N, K] or [E, N, K], any floating dtype, which autocast leaves as it is.
+        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`
+            or a `Drawn`, which has no gradient.
+        key: int64 [3] or [E, 3] from which m is drawn exactly as `sample_mask` does; add 1 to its
+            last element for the next step.
+        bias: [N] or [E, N], or None. Never masked.
+        mask: instead of `key` a given m: bool like `score`, or packed int32 (`sample_bits`,
+            `pack_mask`), for one draw used twice, or `pack_mask(score > 0)` to evaluate.
+        rescale: dynamic weight rescaling. A mask without ones counts as one with a single one.
+
+    Returns:
+        [..., N], or [E, B, N]; dtype of `x`.
+
+    Gradients: straight through to the probability, dm = dW w r with dW that of the effective
+    weight w m r, dscore = dm p (1 − p). r depends on m, so with `rescale` every entry of dm gets
+    −⟨dW, w m⟩ r / ones as well. dx and dbias as usual; dw = where(m, dW r, 0) if the weight
+    requires it. m is kept as bits, so forward and backward agree.
+    Differentiable once.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or not exactly one of key and mask is
+            given; the message names the argument.
+
+    Source: Zhou et al. 2019, "Deconstructing Lottery Tickets", section 4 and its dynamic weight
+    rescaling, whose factor is not detached in their code either.
+    """
+    values, signs = split_weight(x, score, weight, rank=2)
+    check_supermask(x, score, values, key, mask, bias, signs, rank=2)
+    if x.dim() == 0 or x.shape[-1] != score.shape[-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} "
+            f"needs [..., {score.shape[-1]}]."
+        )
+    bits, kept = bits_and_kept(score, key, mask, rescale, rank=2)
+    if score.dim() == 3:
+        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != score.shape[0]):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but {score.shape[0]} networks side by side need "
+                f"[B, K], shared, or [{score.shape[0]}, B, K]."
+            )
+        return _linear(x, score, values, bits, kept, bias, signs)
+    rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
+    y = _linear(rows, score, values, bits, kept, bias, signs)
+    return y.view(x.shape[:-1] + (score.shape[0],))
+
+
+def supermask_conv2d(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor | SignConstant | Drawn,
+    key: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    *,
+    mask: Tensor | None = None,
+    rescale: bool = False,
+) -> Tensor:
+    """2-D convolution under a mask drawn from its scores: F.conv2d with w m r.
+
+    Args:
+        x: [B, C, H, W] or [C, H, W], any floating dtype; for E networks [B, C, H, W], shared by
+            all, or [E, B, C, H, W].
+        score: [O, C / groups, kh, kw] or [E, O, C / groups, kh, kw], any floating dtype.
+        weight, key, bias, mask, rescale: as in `supermask_linear`; a packed mask is [O, W], its
+            columns the flattened [C / groups, kh, kw].
+        stride, padding, dilation, groups: as in F.conv2d; padding also "same" or "valid".
+
+    Returns:
+        [B, O, H', W'], [O, H', W'] or [E, B, O, H', W']; dtype of `x`.
+
+    Gradients: as in `supermask_linear`.
+
+    Raises:
+        ValueError: as in `supermask_linear`.
+    """
+    values, signs = split_weight(x, score, weight, rank=4)
+    check_supermask(x, score, values, key, mask, bias, signs, rank=4)
+    if groups < 1 or score.shape[-4] % groups:
+        raise ValueError(f"groups={groups} must divide the {score.shape[-4]} output channels.")
+    single = score.dim() == 4
+    allowed = (3, 4) if single else (4, 5)
+    channels = score.shape[-3] * groups
+    if x.dim() not in allowed or x.shape[-3] != channels:
+        layout = "[B, C, H, W]" if single else "[B, C, H, W], shared, or [E, B, C, H, W]"
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} with groups={groups} "
+            f"needs {layout} with C = {channels}."
+        )
+    if x.dim() == 5 and x.shape[0] != score.shape[0]:
+        raise ValueError(f"x holds {x.shape[0]} networks, but score {score.shape[0]}.")
+    stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
+    x, padding = resolve_padding(x, padding, stride, dilation, list(score.shape[-2:]))
+    bits, kept = bits_and_kept(score, key, mask, rescale, rank=4)
+    batched = x.unsqueeze(0) if x.dim() == 3 else x
+    geometry = stride, padding, dilation, groups
+    y = _conv2d(batched, score, values, bits, kept, bias, signs, *geometry)
+    return y.squeeze(0) if x.dim() == 3 else y
+
+
+# ---- check ---------------------------------------------------------------------------------------
+
+
+def split_weight(
+    x: Tensor, score: Tensor, weight: Tensor | SignConstant | Drawn, rank: int
+) -> tuple[Tensor, Tensor | None]:
+    """The source as the two tensors (weight, signs) that the schemas take."""
+    if isinstance(weight, Tensor):
+        return weight, None
+    values, signs = split_source(weight, score, x.dtype, rank)
+    if values.requires_grad:
+        raise ValueError(f"the values of a {type(weight).__name__} require grad; detach them.")
+    return values, signs
+
+
+def _check_key(score: Tensor, key: Tensor, networks: torch.Size) -> None:
+    if not score.is_floating_point():
+        raise ValueError(f"score must be of a floating dtype, got {score.dtype}.")
+    if key.dtype != torch.int64 or tuple(key.shape) != (*networks, 3):
+        raise ValueError(
+            f"key must be int64 {[*networks, 3]} for score {tuple(score.shape)}, got {key.dtype} "
+            f"of shape {tuple(key.shape)}; use ls.random.key(seed, stream, step) per network."
+        )
+    if key.device != score.device:
+        raise ValueError(f"key is on {key.device}, but score is on {score.device}; move one.")
+
+
+def check_supermask(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    key: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+    rank: int,
+) -> None:
+    """Shapes, dtypes and devices; rank 2 = linear, 4 = convolution."""
+    if score.dim() not in (rank, rank + 1):
+        layout = "[N, K]" if rank == 2 else "[O, I, kh, kw]"
+        raise ValueError(
+            f"score must be {layout} or have one more leading dimension for networks side by "
+            f"side, got shape {tuple(score.shape)}."
+        )
+    networks = score.shape[:-rank]
+    if (key is None) == (mask is None):
+        got = "neither" if key is None else "both"
+        raise ValueError(f"exactly one of key and mask must be given, got {got}.")
+    if key is not None:
+        _check_key(score, key, networks)
+    if mask is not None:
+        check_bits("mask", mask, score, rank, "True = kept")
+    if signs is not None and signs.dtype == torch.int64:
+        check_drawn(weight, signs, score, rank)
+    elif signs is not None:
+        check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
+        if weight.shape != networks:
+            raise ValueError(
+                f"constant must be one number, or one per network of score "
+                f"{tuple(score.shape)}, got shape {tuple(weight.shape)}."
+            )
+    elif weight.shape != score.shape:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but score has {tuple(score.shape)}; "
+            "they must be equal (for sign x constant pass ops.SignConstant)."
+        )
+    if bias is not None and bias.shape != networks + (score.shape[-rank],):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but score {tuple(score.shape)} "
+            f"needs {tuple(networks) + (score.shape[-rank],)}."
+        )
+    if not score.is_floating_point():
+        raise ValueError(f"score must be of a floating dtype, got {score.dtype}.")
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_like_x(name, value, x)
+    for name, value in (("score", score), ("mask", mask), ("signs", signs)):
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+
+
+def bits_and_kept(
+    score: Tensor, key: Tensor | None, mask: Tensor | None, rescale: bool, rank: int
+) -> tuple[Tensor, Tensor | None]:
+    """The bits to use, drawn or given, and what rescales."""
+    if key is not None:
+        flat = score.detach().flatten(1 - rank) if rank > 2 else score.detach()
+        bits, kept = _draw(flat, key)
+        return bits, kept if rescale else None
+    assert mask is not None
+    bits = pack_mask(mask.flatten(1 - rank)) if mask.dtype == torch.bool else mask
+    if not rescale:
+        return bits, None
+    return bits, mask_as_bool(mask, score, rank).flatten(-rank).sum(-1)
+
+
+# ---- sample_bits ---------------------------------------------------------------------------------
+
+torch.library.define(
+    "lottery_sparse::sample_bits", "(Tensor score, Tensor key) -> (Tensor, Tensor)"
+)
+_sample = torch.ops.lottery_sparse.sample_bits.default
+
+
+def _run_sample(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    return dispatch.kernel("sample_bits", score.device, (score, key))(score, key)
+
+
+torch.library.impl("lottery_sparse::sample_bits", "default", _run_sample)
+_draw = direct(_sample, _run_sample)
+
+
+@torch.library.register_fake("lottery_sparse::sample_bits")
+def _fake_sample(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    words = words_per_row(score.shape[-1])
+    bits = score.new_empty(score.shape[:-1] + (words,), dtype=torch.int32)
+    return bits, score.new_empty(score.shape[:-2], dtype=torch.int64)
+
+
+@torch.library.register_vmap("lottery_sparse::sample_bits")
+def _vmap_sample(
+    info: Any, in_dims: tuple, score: Tensor, key: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple]:
+    """Each vmapped element draws with its own key, or all with the same one: a pure function."""
+    score, key = (
+        value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+        for value, dim in zip((score, key), in_dims, strict=True)
+    )
+    if key.dim() == 2:
+        return _draw(score, key), (0, 0)
+    drawn = _draw(score.flatten(0, 1), key.flatten(0, 1))
+    bits, kept = (part.unflatten(0, key.shape[:2]) for part in drawn)
+    return (bits, kept), (0, 0)
+
+
+# ---- the products --------------------------------------------------------------------------------
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
+
+def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = "") -> Callable:
+    """Everything of the product `stem` but its check; returns its differentiable function.
+
+    forward   (x, score, weight, bits, kept, bias, signs, *geometry) -> y
+    backward  (dy, x, score, weight, bits, kept, signs, *geometry, need_dx, need_dw, need_dscore)
+              -> (dx, dw, dscore), where what is not needed is empty, [0]
+    """
+    name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
+    rest = f", {geometry}" if geometry else ""
+    torch.library.define(
+        name,
+        "(Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, Tensor? bias, "
+        f"Tensor? signs{rest}) -> Tensor",
+    )
+    torch.library.define(
+        name_backward,
+        "(Tensor dy, Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, "
+        f"Tensor? signs{rest}, bool need_dx, bool need_dw, bool need_dscore) "
+        "-> (Tensor, Tensor, Tensor)",
+    )
+    op = getattr(torch.ops.lottery_sparse, stem).default
+    op_backward = getattr(torch.ops.lottery_sparse, f"{stem}_backward").default
+
+    def run(*args: Any) -> Tensor:
+        return dispatch.kernel(stem, args[0].device, args)(*args)
+
+    def run_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args)
+
+    torch.library.impl(name, "default", run)
+    torch.library.impl(name_backward, "default", run_backward)
+    torch.library.register_fake(name, getattr(reference, stem))
+    torch.library.register_fake(name_backward, getattr(reference, f"{stem}_backward"))
+
+    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, score, weight, bits, kept, _, signs, *ctx.rest = inputs
+        ctx.save_for_backward(x, score, weight, bits, kept, signs)
+
+    def gradients(ctx: Any, dy: Tensor) -> tuple:
+        need_dx, need_dscore, need_dw, _, _, need_db, *_ = ctx.needs_input_grad
+        needs = need_dx, need_dw, need_dscore
+        dx = dw = dscore = None
+        if any(needs):
+            dx, dw, dscore = backward(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+        return (
+            dx if need_dx else None,
+            dscore if need_dscore else None,
+            dw if need_dw else None,
+            None,
+            None,
+            dy.sum(bias_dims) if need_db else None,
+            *(None for _ in ("signs", *ctx.rest)),
+        )
+
+    def save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    def no_second_gradients(ctx: Any, *grads: Tensor) -> tuple:
+        raise NotImplementedError(
+            f"{stem} is differentiable once; for second derivatives multiply the weight by "
+            "ops.sample_mask(score, key) and call torch.nn.functional."
+        )
+
+    forward = differentiable(name, op, run, save, gradients, partial(vmap_forward, rank, 7))
+    backward = differentiable(
+        name_backward,
+        op_backward,
+        run_backward,
+        save_nothing,
+        no_second_gradients,
+        partial(vmap_backward, rank, 7),
+    )
+    register_autocast(name, op, _autocast_all_but_score)
+
+    def forward_autocast(*args: Any) -> Tensor:
+        # cast before torch.func saves anything, or dy and x would differ in dtype
+        device = args[0].device.type
+        return forward(*(_autocast_all_but_score(args, device) if autocasts(device) else args))
+
+    return forward_autocast
+
+
+def _autocast_all_but_score(args: tuple, device: str) -> tuple:
+    """A score takes steps that the lower precisions do not resolve."""
+    x, _, *others = cast_all_of(args, device)
+    return x, args[1], *others
+
+
+_linear = _register("supermask_linear", rank=2, bias_dims=(-2,))
+_conv2d = _register("supermask_conv2d", rank=4, bias_dims=(-4, -2, -1), geometry=_GEOMETRY)

@@ -1,0 +1,203 @@
+"""Learned masks: products under drawn bits, and dscore straight out of dyᵀ x.
+
+Signs enter the products as 1, -1 and 0, exact in every dtype; constants and the rescaling factor
+multiply the sums.
+"""
+# pyright: reportArgumentType=false
+# ... since a launch takes plain numbers for constexpr
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lottery_sparse.ops.supermask.triton_sampling import one_and_exp
+from lottery_sparse.ops.triton.linear_products import Effective, backward, dw_tile, forward
+from lottery_sparse.ops.triton.sources import load_key, start
+from lottery_sparse.ops.triton.tiles import (
+    aligned,
+    draw_tile,
+    in_order,
+    load_plus,
+    precision,
+    scale_of,
+    spread,
+)
+
+# Tiles of dscore: bytes rule, so several programs share a multiprocessor.
+_GRADIENT = {
+    "half": {"ROWS": 128, "BATCH": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 3},
+    "tf32": {"ROWS": 128, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
+    "ieee": {"ROWS": 64, "BATCH": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 3},
+}
+
+
+@triton.jit
+def through_r(products, kept, e, count, RESCALE: tl.constexpr):
+    """⟨dyᵀ x, w m⟩ / ones of network e, its parts added in order; 0 without rescaling."""
+    if RESCALE:
+        sum = tl.zeros((256,), tl.float32)
+        for first in range(0, count, 256):
+            i = first + tl.arange(0, 256)
+            sum += tl.load(products + e * count + i, mask=i < count, other=0.0)
+        return tl.sum(sum, 0) / tl.maximum(tl.load(kept + e), 1).to(tl.float32)
+    return 0.0
+
+
+@triton.jit
+def gradient_of_score(dm, score):
+    """dm p (1 − p)"""
+    p = 1.0 / one_and_exp(score)
+    return dm * p * (1.0 - p)
+
+
+@triton.jit(do_not_specialize=["B", "count"])
+def _dscore(
+    dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore, velocity,
+    B, N, K, x_network, stride, signs_stride, size, count, lr, momentum,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
+    WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr,
+    DW: tl.constexpr, DSCORE: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr,
+    N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """From d = dyᵀ x: dw = scale d where kept, else 0; dscore = scale (d w − through r) p (1 − p).
+
+    Nothing else of the size of the weight is written. BATCH: columns, those of the product. STEP:
+    dscore is not written, but takes its step of SGD, in place of score and velocity.
+    """
+    N, K = aligned(N, N_BY), aligned(K, K_BY)
+    row_tile, column_tile = in_order(N, K, ROWS, BATCH)
+    n0, k0 = row_tile * ROWS, column_tile * BATCH
+    e = tl.program_id(2).to(tl.int64)
+    sum = dw_tile(
+        dy + e * B * N, x + e * x_network, B, N, K, n0, k0, tl.zeros((), tl.int32), B,
+        ROWS, BATCH, DEPTH, EDGE, PRECISION, WIDEN,
+    )  # fmt: skip
+    sum *= scale_of(weight, kept, e, size, WEIGHT, RESCALE)
+    n, k = tl.arange(0, ROWS), tl.arange(0, BATCH)
+    at = (n * K)[:, None] + k[None, :]
+    inside = (n < N - n0)[:, None] & (k < K - k0)[None, :]
+    first = (e * N + n0) * K + k0
+    word = tl.arange(0, BATCH // 32)
+    listed = (n < N - n0)[:, None] & (word < stride - (k0 >> 5))[None, :]
+    first_word = (e * N + n0) * stride + (k0 >> 5)
+    at_word = (n * stride)[:, None] + word[None, :]
+    shift = tl.load(shift + tl.arange(0, 32))
+    if DW:
+        mask = spread(tl.load(bits + first_word + at_word, mask=listed, other=0), shift)
+        value = tl.where(mask, sum, 0.0).to(dw.dtype.element_ty)
+        tl.store(dw + first + at, value, mask=inside)
+    if DSCORE:
+        draw = load_key(signs, e, WEIGHT, 0)
+        index = n0.to(tl.int64) * K + k0
+        if WEIGHT == 1:
+            dm = sum * tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
+        elif WEIGHT == 4:
+            values = weight + start(first, e, WEIGHT)
+            w = draw_tile(values, n, draw, index, K, BATCH, False, WHOLE, x.dtype.element_ty)
+            dm = sum * w.to(tl.float32)
+        else:
+            plus = load_plus(
+                signs + (e * N + n0) * signs_stride + (k0 >> 5), tl.minimum(n, N - 1 - n0),
+                signs_stride, shift, draw, index, K, BATCH, WEIGHT, False, WHOLE,
+            )  # fmt: skip
+            dm = tl.where(plus, sum, -sum)
+        if RESCALE:
+            scale = scale_of(weight, kept, e, size, WEIGHT, RESCALE)
+            dm -= scale * through_r(products, kept, e, count, RESCALE)
+        s = tl.load(score + first + at, mask=inside, other=0.0).to(tl.float32)
+        value = gradient_of_score(dm, s).to(dscore.dtype.element_ty)
+        if STEP:
+            v = tl.load(velocity + first + at, mask=inside, other=0.0).to(tl.float32)
+            v = (momentum * v + value).to(dscore.dtype.element_ty)
+            tl.store(velocity + first + at, v, mask=inside)
+            value = (s - lr * v.to(tl.float32)).to(dscore.dtype.element_ty)
+        tl.store(dscore + first + at, value, mask=inside)
+
+
+def supermask_linear(
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    bias: Tensor | None,
+    signs: Tensor | None,
+) -> Tensor:
+    return forward(x, Effective(score.shape, weight, bits, None, signs, kept), bias)
+
+
+def supermask_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+    need_dx: bool,
+    need_dw: bool,
+    need_dscore: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    w = Effective(score.shape, weight, bits, None, signs, kept)
+    dx, products = backward(dy, x, w, need_dx, need_dscore and kept is not None)
+    dw = torch.empty_like(score, dtype=x.dtype) if need_dw else weight.new_empty(0)
+    dscore = torch.empty_like(score) if need_dscore else score.new_empty(0)
+    _fill(dy, x, score, w, products, dw, dscore)
+    return dx, dw, dscore
+
+
+def supermask_linear_sgd(
+    dy: Tensor,
+    x: Tensor,
+    score: Tensor,
+    velocity: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    kept: Tensor | None,
+    signs: Tensor | None,
+    lr: float,
+    momentum: float,
+    need_dx: bool,
+) -> Tensor:
+    w = Effective(score.shape, weight, bits, None, signs, kept)
+    dx, products = backward(dy, x, w, need_dx, kept is not None)
+    _fill(dy, x, score, w, products, x.new_empty(0), score, velocity, lr, momentum)
+    return dx
+
+
+def _fill(
+    dy: Tensor,
+    x: Tensor,
+    score: Tensor,
+    w: Effective,
+    products: Tensor,
+    dw: Tensor,
+    dscore: Tensor,
+    velocity: Tensor | None = None,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+) -> None:
+    """dw and dscore, where not empty; with a velocity, its step instead, dscore being the score."""
+    if not dw.numel() and not dscore.numel():
+        return
+    dy, x, score = dy.contiguous(), x.contiguous(), score.contiguous()
+    weight, bits, _, signs, kept, shift = w.tensors()
+    kinds = {name: kind for name, kind in w.kinds().items() if name != "FROZEN"}
+    (rows, columns), batch = w.shape[-2:], x.shape[-2]
+    options = precision(x.dtype)
+    shape = _GRADIENT[options["PRECISION"] if x.dtype == torch.float32 else "half"]
+    if velocity is not None:
+        shape = shape | {"ROWS": 64}  # the step needs registers
+    across, down = triton.cdiv(columns, shape["BATCH"]), triton.cdiv(rows, shape["ROWS"])
+    ragged = rows % shape["ROWS"] or columns % shape["BATCH"] or batch % shape["DEPTH"]
+    with torch.cuda.device_of(x):
+        _dscore[across * down, 1, w.networks](
+            dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
+            dscore if velocity is None else velocity, batch, rows, columns,
+            0 if x.dim() == 2 else batch * columns, *w.strides(), products.shape[1],
+            float(lr), float(momentum), DW=dw.numel() > 0, DSCORE=dscore.numel() > 0,
+            STEP=velocity is not None, EDGE=bool(ragged), **kinds, **options, **shape,
+        )  # fmt: skip

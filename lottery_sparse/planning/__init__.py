@@ -1,0 +1,1 @@
+"""Which form is the fastest, layer by layer, by measurement."""

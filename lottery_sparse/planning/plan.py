@@ -1,0 +1,353 @@
+"""ls.plan: measure every form of every masked layer on this machine, and apply the best."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lottery_sparse
+from lottery_sparse.files import write_whole
+from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.nn.compact.moving import check_movable
+from lottery_sparse.nn.forms.compacting import compact_, expand_
+from lottery_sparse.nn.forms.convert import by_parameter, check_masked, masked_modules
+from lottery_sparse.nn.forms.densify import densify_
+from lottery_sparse.nn.forms.pack import pack_
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.ops import dispatch
+from lottery_sparse.planning.example import call_of, inputs_of
+from lottery_sparse.planning.measuring import (
+    COMPACT_FORMS,
+    FORMS,
+    Cost,
+    candidates,
+    form_of,
+    format_of,
+    measured,
+)
+from lottery_sparse.planning.table import Plan, Row
+
+# A gain in time of less counts as none.
+_LEAST_GAIN = 0.05
+# Measurements are kept for so many days.
+_DAYS = 14
+# what holds the dense libraries to an instruction set
+_LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+# densities that share a cache entry: thirds of an octave
+_BUCKETS_PER_OCTAVE = 3
+
+
+def plan(
+    model: nn.Module,
+    *inputs: Any,
+    training: bool = True,
+    optimizer: torch.optim.Optimizer | None = None,
+    apply: bool = True,
+    cache: bool = True,
+    report: Callable[[str], object] | None = print,
+    **kwargs: Any,
+) -> Plan:
+    """Time every form of every masked layer at the shapes of an example; apply the best.
+
+    Forms in a training (forward and backward): masked; compact, on kernels as dispatch takes them;
+    compact with all products over kept weights ("sparse product"), or all on the dense library
+    ("dense product"). The dense layer is measured too, and never applied, since it has no mask. For
+    inference (forward only) dense may be applied, by `ls.densify_`, and so may packed, by
+    `ls.pack_`: such layers have no mask any more, and compute the same.
+
+    A layer changes its form only for one that is not slower; one that holds more memory must be a
+    twentieth faster; of forms that close to the fastest, the smallest is taken. Forms whose
+    repetitions do not agree, after three tries, are not taken, and a layer whose own do not keeps
+    its form. Layers that share a weight get one form, the best for all of them that the example
+    reaches. Of zeros among the weights that a mask keeps the table says what prunes them; the
+    packed form leaves them out by itself.
+
+    Args:
+        model: a model with masked or compact layers.
+        inputs, kwargs: what the model is called with, model(*inputs, **kwargs). One tuple is all
+            positional arguments, one mapping all keyword arguments if the model's forward has such
+            names, else an argument like any other. An argument of the model that has a name of
+            those below goes into such a mapping.
+        training: time forward and backward; False: forward only.
+        optimizer: of the model, if it exists already: `compact_` gives it the new Parameters.
+        apply: give each layer the form that was best for it, in place.
+        cache: read and write what was measured before on this machine, with these versions and
+            threads, at the same shape and nearly the same density. LS_CACHE_DIR says where. What
+            is older than two weeks is measured anew, and what was not reliable is not written.
+        report: called with the table, once the forms are applied; None = silence.
+
+    Returns:
+        the plan; as text it is the table.
+
+    Raises:
+        ValueError: the model has no masked layer, the inputs reach none of them or do not fit the
+            model, or the optimizer holds state that cannot move.
+        TypeError: an input of a layer is no tensor.
+    """
+    check_masked(model)
+    layers = {prefix[:-1] or "(model)": layer for prefix, layer in masked_modules(model)}
+    reached = inputs_of(model, layers, *call_of(model, inputs, kwargs))
+    if not reached:
+        raise ValueError("the inputs reach no masked layer; is the model called differently?")
+    store = _Store() if cache else None
+    costs = {name: _measured(layers[name], x, training, store) for name, x in reached.items()}
+    rows, groups = [], []
+    for parameter, group in by_parameter(model):
+        names = [name for name in reached if any(layers[name] is layer for layer in group)]
+        if not names:
+            continue
+        present = form_of(group[0])
+        choice = _choice([costs[name] for name in names], present, training, len(group) > 1)
+        groups.append((parameter, group, present, choice))
+        rows += [_row(name, layers[name], reached[name], costs[name], choice) for name in names]
+    order = list(reached)
+    rows.sort(key=lambda row: order.index(row.name))
+    if apply:
+        _apply([g for g in groups if g[2] != g[3]], optimizer)
+    found = Plan(rows, training, torch.get_num_threads(), apply)
+    if report is not None:
+        report(str(found))
+    return found
+
+
+def _row(name: str, layer: Masked, x: Tensor, costs: dict[str, Cost], choice: str) -> Row:
+    return Row(
+        name,
+        _kind(layer),
+        tuple(x.shape),
+        layer.density,
+        _nonzero(layer, layer.weight_mask),
+        costs,
+        form_of(layer),
+        choice,
+    )
+
+
+def _choice(costs: list[dict[str, Cost]], present: str, training: bool, tied: bool) -> str:
+    """The form for layers that share a weight, of which `costs` are; see `plan`."""
+    # a dense layer has no mask; tied packed layers would hold the weight once each
+    barred = {"dense"} if training else {"packed"} if tied else set()
+    names = [
+        name
+        for name in costs[0]
+        if name not in barred and all(name in cost and cost[name].reliable for cost in costs)
+    ]
+    if present not in names:
+        return present
+    ms = {name: sum(cost[name].ms for cost in costs) for name in names}
+    size = {name: sum(cost[name].bytes for cost in costs) for name in names}
+    fit = [
+        name
+        for name in names
+        if ms[name] <= ms[present]
+        and (size[name] <= size[present] or ms[name] <= (1 - _LEAST_GAIN) * ms[present])
+    ]
+    fastest = min(ms[name] for name in fit)
+    near = [name for name in fit if (1 - _LEAST_GAIN) * ms[name] <= fastest]
+    return min(near, key=lambda name: (size[name], name != present, FORMS.index(name)))
+
+
+def _apply(
+    groups: list[tuple[str, list[Masked], str, str]], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Give each group of layers that share a weight its form."""
+    if optimizer is not None:
+        for name, group, _, _ in groups:  # all of it before the first write
+            check_movable(name, group[0].weight, optimizer)
+    for _, group, _, choice in groups:
+        together = nn.ModuleList(group)  # at once, so that they go on sharing their weight
+        if choice == "packed":
+            pack_(together, report=None)
+        elif choice == "dense":
+            densify_(together, optimizer)
+        elif choice == "masked":
+            expand_(together, optimizer)
+        else:
+            compact_(together, optimizer)
+            [products] = [p for p, name in COMPACT_FORMS.items() if name == choice]
+            for layer in group:
+                assert isinstance(layer, Compact)
+                layer.products = products
+
+
+# ---- measuring, or what was measured before ------------------------------------------------------
+
+
+def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) -> dict[str, Cost]:
+    """What each form takes: times of now, or of before; memory as it is."""
+    key, forms = _key(layer, x, training), candidates(layer, training)
+    before = store.get(key) if store else None
+    if before is not None and before.keys() != forms.keys():
+        before = None
+    found = measured(forms, x, training, before)
+    if store and before is None and all(cost.reliable for cost in found.values()):
+        store.put(key, found)
+    return found
+
+
+def _nonzero(layer: Masked, kept: Tensor | None = None) -> float:
+    """Share of the weights that are not zero, and kept if a mask is given."""
+    weight = layer.effective_weight.detach()
+    found = weight != 0 if kept is None else (weight != 0) & kept
+    return int(found.count_nonzero()) / weight.numel() if weight.numel() else 1.0
+
+
+def _kind(layer: Masked) -> str:
+    shape = layer.weight_mask.shape[-layer.rank :]
+    if layer.rank == 2:
+        return f"Linear {shape[1]} -> {shape[0]}"
+    return f"Conv2d {shape[2]}x{shape[3]}, {shape[1]} -> {shape[0]}"
+
+
+# ---- what was measured before --------------------------------------------------------------------
+
+
+def _key(layer: Masked, x: Tensor, training: bool) -> str:
+    """Everything that a time depends on, but the exact density."""
+    parts = {
+        "machine": platform.node() + " " + _processor(),
+        "threads": torch.get_num_threads(),
+        "backend": [os.environ.get("LS_CPU", ""), dispatch.built("cpu"), dispatch.forced()],
+        "libraries": [os.environ.get(name, "") for name in _LIMITS],
+        "precision": [torch.get_float32_matmul_precision(), _autocast(x.device.type)],
+        "type": _type(layer),
+        "layer": _kind(layer),
+        "rest": [getattr(layer, n, None) for n in ("stride", "padding", "dilation", "groups")],
+        "bias": layer.bias is not None,
+        "zero": layer.weight_frozen is None,
+        "networks": layer.weight_mask.dim() - layer.rank and layer.weight_mask.shape[0],
+        "input": list(x.shape),
+        "channels_last": x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last),
+        "dtype": [str(x.dtype), str(layer.weight.dtype)],
+        "device": str(x.device),
+        "density": _octaves(layer.density),
+        "packed": [format_of(layer, training), None if training else _octaves(_nonzero(layer))],
+        "training": training,
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def _octaves(share: float) -> int | str:
+    return round(_BUCKETS_PER_OCTAVE * math.log2(share)) if share else "empty"
+
+
+def _autocast(device: str) -> str:
+    on = torch.is_autocast_enabled(device)
+    return str(torch.get_autocast_dtype(device)) if on else ""
+
+
+def _type(layer: Masked) -> str:
+    """Of the masked layer that it is, or would be."""
+    kind = layer.masked_type if isinstance(layer, Compact) else type(layer)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name"), "")
+
+
+def cache_path() -> Path:
+    """The file with earlier measurements: in LS_CACHE_DIR, else in the user's cache folder.
+
+    Where the user has no home (a bare uid in a container), nothing is kept.
+    """
+    folder = os.environ.get("LS_CACHE_DIR")
+    if folder:
+        return Path(folder) / "plan.json"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return Path(os.devnull)
+    return Path(base) / "lottery_sparse" / "plan.json"
+
+
+class _Store:
+    """Measurements by key in one JSON file; a file that cannot be read counts as empty."""
+
+    def __init__(self) -> None:
+        self.path = cache_path()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            entries = json.loads(self.path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return entries if isinstance(entries, dict) else {}
+
+    def get(self, key: str) -> dict[str, Cost] | None:
+        try:
+            return _costs(self._read()[key])
+        except (KeyError, TypeError, AttributeError):
+            return None
+
+    def put(self, key: str, paths: dict[str, Cost]) -> None:
+        entries = {name: entry for name, entry in self._read().items() if _is_young(entry)}
+        entries[key] = _stamp() | {
+            "time": time.time(),
+            "cpu": _processor(),
+            "threads": torch.get_num_threads(),
+            "paths": {name: asdict(path) for name, path in paths.items()},
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, json.dumps(entries, indent=1, sort_keys=True).encode())
+        except (OSError, RecursionError):
+            pass  # a cache that cannot be written costs time, nothing else
+
+
+def _costs(entry: Any) -> dict[str, Cost] | None:
+    """What an entry says, if it is whole, of these versions, and of the last days."""
+    same = _is_young(entry) and all(entry.get(name) == value for name, value in _stamp().items())
+    if not same:
+        return None
+    try:
+        found = {
+            name: Cost(float(cost["ms"]), int(cost["bytes"]), float(cost["spread"]))
+            for name, cost in entry["paths"].items()
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        return None
+    return found if all(0 < cost.ms < math.inf for cost in found.values()) else None
+
+
+def _is_young(entry: Any) -> bool:
+    made = entry.get("time") if isinstance(entry, dict) else None
+    return isinstance(made, int | float) and 0 <= time.time() - made <= _DAYS * 24 * 3600
+
+
+def _stamp() -> dict[str, Any]:
+    """What makes a measurement void as it changes; the rest that counts is in the key."""
+    return {
+        "torch": torch.__version__,
+        "lottery_sparse": lottery_sparse.__version__,
+        "kernels": _kernels(),
+    }
+
+
+@functools.cache
+def _kernels() -> str:
+    """Variant of the CPU kernels, and when they were built."""
+    try:
+        variant = importlib.import_module("lottery_sparse._host").cpu_variant()
+        found = importlib.util.find_spec("lottery_sparse._C")
+        built = os.stat(found.origin).st_mtime_ns if found and found.origin else 0
+    except (ImportError, RuntimeError, OSError):
+        return ""
+    return f"{variant} {built}"

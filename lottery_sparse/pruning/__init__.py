@@ -1,0 +1,1 @@
+"""Masks, and the ideas of the paper: criteria, actions, pruning."""

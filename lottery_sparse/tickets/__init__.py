@@ -1,0 +1,1 @@
+"""Tickets: masks and what their weights start from, found, stored and applied."""

@@ -1,0 +1,1 @@
+"""What `python -m lottery_sparse doctor` runs."""

@@ -7,7 +7,7 @@ Contenders, all float32 and without bias, x requiring grad:
     prune                   torch.nn.utils.prune on nn.Conv2d, contiguous
     sparseprop batch, sparseprop width   the peer's two ways to vectorise, see peers.py
     ls kernels, ls kernels channels_last   our two kernel calls, no module, no autograd
-    ls compact, ls compact channels_last   ls.CompactConv2d, as it dispatches by itself
+    ls compact, ls compact channels_last   ls.nn.CompactConv2d, as it dispatches by itself
 """
 
 from __future__ import annotations

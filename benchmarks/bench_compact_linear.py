@@ -8,7 +8,7 @@ Contenders, without bias, x requiring grad, all float32 but the last:
     prune              torch.nn.utils.prune on nn.Linear
     sparseprop, sparselab   peers, see peers.py
     ls kernels         our two kernel calls, no module, no autograd, at every density
-    ls compact         ls.CompactLinear, as it dispatches by itself
+    ls compact         ls.nn.CompactLinear, as it dispatches by itself
     ls compact frozen  … with nonzero frozen values: forward and dx stay dense
     F.linear forward, CSR forward, ls forward   forward only, no autograd
     F.linear bf16, ls kernels bf16, ls compact bf16   everything in bfloat16, at two layers
@@ -100,7 +100,7 @@ def compact_step(p: Problem) -> Callable:
 
 
 def frozen_step(p: Problem) -> Callable:
-    layer = compact(p, ls.Constant())
+    layer = compact(p, ls.frozen.Constant())
     return steps.of_layer(layer, layer.weight, p)
 
 

@@ -13,7 +13,7 @@ and 45 networks on two threads:
 
     torch, torch fused       dense, one after another
     … processes              dense, in two processes of one thread
-    ls together              ls.replicate, compact, ls.optim.Adam
+    ls together              ls.ensemble.replicate, compact, ls.optim.Adam
     ls.train_step            … as one call
 
 and the same 45 through a chain of pruning, one step in each of its 20 rounds, 100% to 1.4% kept.

@@ -51,7 +51,9 @@ def group(
     """One model of all networks, trained through modules and autograd, in a CUDA graph."""
 
     def work() -> Work:
-        model: Any = ls.replicate(ls.sparsify_(lenet.lenet()), networks, list(range(networks)))
+        model: Any = ls.ensemble.replicate(
+            ls.sparsify_(lenet.lenet()), networks, list(range(networks))
+        )
         ls.set_masks_(model, lenet.masks_of(model, density))
         model = (ls.compact_(model) if compact else model).to(d.name)
         optimizer = adam(d, model.parameters(), kind)

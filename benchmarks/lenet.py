@@ -106,7 +106,7 @@ def one_by_one(density: float, networks: int, **options: bool) -> Callable:
 
 def replicated(density: float, networks: int) -> tuple[nn.Module, Any]:
     """A compact model of `networks` networks with masks of their own, and its optimizer."""
-    model = ls.replicate(ls.sparsify_(lenet()), networks, list(range(networks)))
+    model = ls.ensemble.replicate(ls.sparsify_(lenet()), networks, list(range(networks)))
     ls.set_masks_(model, masks_of(model, density))
     model = ls.compact_(model)
     return model, ls.optim.Adam(model.parameters(), RATE)

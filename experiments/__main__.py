@@ -226,9 +226,9 @@ def list_all(options: argparse.Namespace) -> None:
     for name, text in data.DATASETS.items():
         print(f"  {name:<12}{text}")
     for title, table in (
-        ("mask criteria", ls.CRITERIA),
-        ("mask-1 actions, on kept weights", ls.MASK1_ACTIONS),
-        ("mask-0 actions, on pruned weights", ls.MASK0_ACTIONS),
+        ("mask criteria", ls.pruning.CRITERIA),
+        ("mask-1 actions, on kept weights", ls.pruning.MASK1_ACTIONS),
+        ("mask-0 actions, on pruned weights", ls.pruning.MASK0_ACTIONS),
     ):
         print(title)
         for name, function in table.items():

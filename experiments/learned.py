@@ -111,7 +111,7 @@ def _learn(
 ) -> Iterator[Learned]:
     network = company[0].net
     models = [initial(run, dataset.train.images.device) for run in company]
-    model = models[0] if len(models) == 1 else ls.replicate(models)
+    model = models[0] if len(models) == 1 else ls.ensemble.replicate(models)
     scores = [p for p in model.parameters() if p.requires_grad]
     optimizer = ls.optim.SGD(scores, lr=network.score_lr, momentum=MOMENTUM)
     done = 0
@@ -133,7 +133,7 @@ def _learn(
         for run in company:
             on_step(run, done)
     for e, run in enumerate(company):
-        one = model if len(company) == 1 else ls.select(model, e)
+        one = model if len(company) == 1 else ls.ensemble.select(model, e)
         row, ticket = evaluated(run, one, dataset)
         row = {"round": 1, "iterations": iterations, **row, **backend_of(one)}
         if run.trained:
@@ -203,13 +203,13 @@ def evaluated(run: Run, model: nn.Module, dataset: Dataset) -> tuple[dict[str, A
     """What a row says of the masks, and sample 0, which density and sizes are those of."""
     model.eval()
     accuracies, losses = [], []
-    for _ in ls.sampled(model, SAMPLES):
+    for _ in ls.learning.sampled(model, SAMPLES):
         accuracies.append(evaluation(model, dataset.test)[1])
         losses.append(evaluation(model, dataset.val)[0])
-    ls.use_masks_(model, "threshold")
+    ls.learning.use_masks_(model, "threshold")
     threshold = evaluation(model, dataset.test)[1]
-    ls.use_masks_(model, 0)
-    ticket = ls.supermask_ticket(model, sources(run, model))
+    ls.learning.use_masks_(model, 0)
+    ticket = ls.Ticket.of(model, sources(run, model))
     expected = sum(float(m.score.detach().double().sigmoid().sum()) for _, m in layers(model))
     return {
         "density": ticket.masks.density,
@@ -224,14 +224,14 @@ def evaluated(run: Run, model: nn.Module, dataset: Dataset) -> tuple[dict[str, A
     }, ticket
 
 
-def sources(run: Run, model: nn.Module) -> dict[str, ls.Seeded | ls.SignOf]:
+def sources(run: Run, model: nn.Module) -> dict[str, ls.frozen.Seeded | ls.frozen.SignOf]:
     """How each weight is made of the run's seed."""
-    found: dict[str, ls.Seeded | ls.SignOf] = {}
+    found: dict[str, ls.frozen.Seeded | ls.frozen.SignOf] = {}
     for name, layer in layers(model):
         weight = f"{name}.weight"
-        source = ls.Seeded("truncated_normal", run.seed, glorot_std(layer.weight.shape))
+        source = ls.frozen.Seeded("truncated_normal", run.seed, glorot_std(layer.weight.shape))
         constant = float(layer.weight.abs().max())
-        found[weight] = source if run.weights == "init" else ls.SignOf(source, constant)
+        found[weight] = source if run.weights == "init" else ls.frozen.SignOf(source, constant)
     return found
 
 
@@ -246,7 +246,7 @@ def backend_of(model: nn.Module) -> dict[str, Any]:
 
 def train_weights(run: Run, model: nn.Module, masks: ls.Masks, dataset: Dataset) -> Result:
     """Train the weights that the masks keep by the network's protocol; in place."""
-    ls.masked_(model, masks)
+    ls.sparsify_(model, learned=masks)
     model.train()
     ls.compact_(model)
     return train(

@@ -45,9 +45,9 @@ class Lottery:
     train_accuracy: bool = True  # evaluated at the end of each round
 
     def __post_init__(self) -> None:
-        _check("criterion", self.criterion, ls.CRITERIA)
-        _check("mask1", self.mask1, ls.MASK1_ACTIONS)
-        _check("mask0", self.mask0, ls.MASK0_ACTIONS)
+        _check("criterion", self.criterion, ls.pruning.CRITERIA)
+        _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
+        _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
         _check("scope", self.scope, ("layer", "global"))
         if self.rounds < 0:
             raise ValueError(f"rounds must be 0 (dense only) or more, got {self.rounds}.")
@@ -170,12 +170,12 @@ def train_rounds(
     """
     device = dataset.train.images.device
     models = [model_of(run.network, start, device) for run, start in zip(runs, starts, strict=True)]
-    model = models[0] if len(models) == 1 else ls.replicate(models)
+    model = models[0] if len(models) == 1 else ls.ensemble.replicate(models)
     [first] = {run.rewind_to for run in runs}
     results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step, first)
     rounds = []
     for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
-        one = model if len(models) == 1 else ls.select(model, e)
+        one = model if len(models) == 1 else ls.ensemble.select(model, e)
         row = row_of(run, number, one, start, result)
         rounds.append(Round(number, row, start, weights_of(one), result.seconds))
     return rounds
@@ -227,9 +227,9 @@ def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Star
     masked = True
     for name, mask in masks.items():
         gen = ls.random.Stream(ls.random.derive(run.seed, "mask-1", number), name)
-        weights[name] = ls.MASK1_ACTIONS[run.mask1](base[name], mask, rewind.std[name], gen)
+        weights[name] = ls.pruning.MASK1_ACTIONS[run.mask1](base[name], mask, rewind.std[name], gen)
         gen = ls.random.Stream(ls.random.derive(run.seed, "mask-0", number), name)
-        action = ls.MASK0_ACTIONS[run.mask0](
+        action = ls.pruning.MASK0_ACTIONS[run.mask0](
             last.effective(name), w_final[name], mask, last.masks[name], last.frozen[name], gen
         )
         frozen[name], masked = action.frozen, not action.released
@@ -363,7 +363,9 @@ def untrained(
     constants = dict(dense.weights)
     for name, w in w_init.items():
         std = w.std(unbiased=False).item()
-        constants[name] = ls.MASK1_ACTIONS["signed_constant"](w, dense.masks[name], std, seed)
+        constants[name] = ls.pruning.MASK1_ACTIONS["signed_constant"](
+            w, dense.masks[name], std, seed
+        )
     weights = {"init": dense.weights, "signed_constant": constants}
     for criterion, kind in curves:
         for number in rounds:

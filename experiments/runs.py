@@ -114,9 +114,9 @@ class Run:
         schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
             network is pruned at once to what each number of rounds leaves. "learned": a mask is
             learned by gradient descent on scores.
-        criterion: one of ls.CRITERIA; "none": the dense network, or a learned mask.
-        mask1: what kept weights restart from, of ls.MASK1_ACTIONS.
-        mask0: what pruned weights hold, of ls.MASK0_ACTIONS.
+        criterion: one of ls.pruning.CRITERIA; "none": the dense network, or a learned mask.
+        mask1: what kept weights restart from, of ls.pruning.MASK1_ACTIONS.
+        mask0: what pruned weights hold, of ls.pruning.MASK0_ACTIONS.
         weights: what a network that is not trained computes with, "init" or "signed_constant".
         trained: whether the weights are trained under the mask.
         rewind_to: iteration of the dense run whose weights a ticket starts from.
@@ -160,9 +160,9 @@ class Run:
         _check("network", self.network, NETWORKS)
         _check("profile", self.profile, PROFILES)
         _check("schedule", self.schedule, get_args(Schedule))
-        _check("criterion", self.criterion, (*ls.CRITERIA, DENSE))
-        _check("mask1", self.mask1, ls.MASK1_ACTIONS)
-        _check("mask0", self.mask0, ls.MASK0_ACTIONS)
+        _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
+        _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
+        _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
         _check("weights", self.weights, get_args(Weights))
         _check("permuted", self.permuted, get_args(Permuted))
         for name, values in LITERALS.items():

@@ -71,8 +71,8 @@ def train_together(
     """Train `model` in place and leave it with its final weights.
 
     Args:
-        model: one network, or with more seeds as many side by side (`ls.replicate`). Each trains
-            as it would alone: on the CPU with the same bits.
+        model: one network, or with more seeds as many side by side (`ls.ensemble.replicate`). Each
+            trains as it would alone: on the CPU with the same bits.
         seeds: of each network; with the epoch it decides the order of the batches, nothing else.
         iterations, first: training goes from iteration `first` to `iterations`; what is reported
             counts alike. The batches are those that follow there.

@@ -67,6 +67,6 @@ def tune(
 
 def _look(model: nn.Module, dataset: Dataset) -> tuple[float, float]:
     model.eval()
-    found = [evaluation(model, dataset.val) for _ in ls.sampled(model, DRAWS)]
+    found = [evaluation(model, dataset.val) for _ in ls.learning.sampled(model, DRAWS)]
     model.train()
     return sum(loss for loss, _ in found) / DRAWS, sum(right for _, right in found) / DRAWS

@@ -119,24 +119,24 @@ def package(folder: Path) -> None:
             ls.set_masks_(model, {
                 name: torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
                 for name, mask in ls.masks_of(model).items()
-            }, frozen=dict.fromkeys(ls.masks_of(model), ls.Constant(0.5)))  # fmt: skip
+            }, frozen=dict.fromkeys(ls.masks_of(model), ls.frozen.Constant(0.5)))  # fmt: skip
             models.append(ls.compact_(model))
-        both = ls.replicate(models)
+        both = ls.ensemble.replicate(models)
         close(both(x), torch.stack([m(x) for m in models]))
         for model in (*models, both):
             optimizer = ls.optim.Adam(model.parameters(), fused=True)
             model(x).square().sum().backward()
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())
-        ls.refresh_(ls.select(both, 1))
+        ls.nn.refresh_(ls.ensemble.select(both, 1))
         model = ls.sparsify_(small(conv))
         model.load_state_dict({k: v.cpu() for k, v in models[0].state_dict().items()})
         close(model(x), models[0](x))
         ls.pack_(models[0], report=None)(x)
-        ls.drop_channels(ls.sparsify_(small(conv)), x)
+        ls.channels.drop_channels(ls.sparsify_(small(conv)), x)
         model = ls.supermask_(small(conv), seed=3)
         model(x).sum().backward()
-        ticket = ls.supermask_ticket(ls.use_masks_(model, 0))
+        ticket = ls.Ticket.of(ls.learning.use_masks_(model, 0))
         ticket.save(folder / "ticket")
         again = ls.Ticket.load(folder / "ticket").apply_(small(conv))
         assert next(again.parameters()).device == CUDA

@@ -12,8 +12,8 @@ import lottery_sparse as ls
 SOURCES = {
     "zero": "zero",
     "tensor": lambda weight: torch.randn_like(weight),
-    "constant": ls.Constant(0.25),
-    "seeded": ls.Seeded("normal", seed=3),
+    "constant": ls.frozen.Constant(0.25),
+    "seeded": ls.frozen.Seeded("normal", seed=3),
 }
 
 

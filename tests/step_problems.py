@@ -31,7 +31,11 @@ OPTIMIZERS = {
 }
 
 
-FROZEN = {"tensor": None, "constant": ls.Constant(), "seeded": ls.Seeded("normal", seed=3)}
+FROZEN = {
+    "tensor": None,
+    "constant": ls.frozen.Constant(),
+    "seeded": ls.frozen.Seeded("normal", seed=3),
+}
 
 
 def network(
@@ -81,7 +85,7 @@ def by_modules(model, optimizer, x, y):
 
 def twin(model, kind, options):
     """The same network in float64, as masked layers, with torch's optimizer."""
-    other = ls.expand_(copy.deepcopy(model)).double()
+    other = ls.sparsify_(copy.deepcopy(model)).double()
     kind = getattr(torch.optim, kind.__name__)
     return other, kind(other.parameters(), **options)
 
@@ -92,7 +96,7 @@ def assert_same(model, other):
         wanted = expected[name]
         close(value, wanted.to(value.dtype), ROUNDINGS, msg=name)
     for layer in model:
-        if isinstance(layer, ls.CompactLinear):
+        if isinstance(layer, ls.nn.CompactLinear):
             stale = layer.weight_effective.clone()
             layer.refresh_()
             assert torch.equal(stale, layer.weight_effective), "effective weights were written"

@@ -38,7 +38,9 @@ def learning(seed=0, scatter=True, **changes):
 
 
 def layers(model):
-    return [m for m in model.modules() if isinstance(m, ls.SupermaskLinear | ls.SupermaskConv2d)]
+    return [
+        m for m in model.modules() if isinstance(m, ls.nn.SupermaskLinear | ls.nn.SupermaskConv2d)
+    ]
 
 
 def images(seed=0, batch=6):

@@ -28,7 +28,7 @@ def act(name: str, seed: int = 0, w=None, mask=None) -> tuple[Tensor, Tensor, Te
     default = start_and_mask()
     w, mask = default[0] if w is None else w, default[1] if mask is None else mask
     before = w.clone()
-    started = ls.MASK1_ACTIONS[name](w, mask, STD, seed)
+    started = ls.pruning.MASK1_ACTIONS[name](w, mask, STD, seed)
     assert torch.equal(w, before), "the argument stays what it was"
     assert started.shape == w.shape
     assert started.dtype == w.dtype
@@ -40,20 +40,20 @@ def multiset(values: Tensor) -> Tensor:
     return values.flatten().sort().values
 
 
-SIGNED = [name for name in ls.MASK1_ACTIONS if name.startswith("signed_")]
-RANDOM = [n for n in ls.MASK1_ACTIONS if any(w in n for w in ("reinit", "reshuffle"))] + [
+SIGNED = [name for name in ls.pruning.MASK1_ACTIONS if name.startswith("signed_")]
+RANDOM = [n for n in ls.pruning.MASK1_ACTIONS if any(w in n for w in ("reinit", "reshuffle"))] + [
     "constant",
     "constant_rescaling",
 ]
 
 
 def test_names_are_the_papers():
-    assert set(ls.MASK1_ACTIONS) == {
+    assert set(ls.pruning.MASK1_ACTIONS) == {
         "rewind", "reinit", "signed_reinit", "reinit_permute", "signed_reinit_permute",
         "reshuffle", "signed_reshuffle", "constant", "signed_constant", "reinit_rescaling",
         "signed_reinit_rescaling", "constant_rescaling", "signed_constant_rescaling", "mask_init",
     }  # fmt: skip
-    assert all(inspect.getdoc(action) for action in ls.MASK1_ACTIONS.values())
+    assert all(inspect.getdoc(action) for action in ls.pruning.MASK1_ACTIONS.values())
 
 
 def test_rewind():
@@ -135,7 +135,7 @@ def test_mask_init():
     assert torch.equal(started, torch.where(mask, w, 0))
 
 
-@pytest.mark.parametrize("name", ls.MASK1_ACTIONS)
+@pytest.mark.parametrize("name", ls.pruning.MASK1_ACTIONS)
 def test_other_dtypes_and_shapes(name):
     w = torch.randn(4, 3, 2, 2, dtype=torch.float64)
     act(name, w=w, mask=w > 0)
@@ -155,17 +155,17 @@ HELD = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0.7]])  # what earlier rounds froze
 
 
 def freeze(name: str, held: Tensor | None = HELD, seed: int = 0) -> Mask0:
-    decision = ls.MASK0_ACTIONS[name](W_INIT, W_FINAL, MASK, BEFORE, held, seed)
+    decision = ls.pruning.MASK0_ACTIONS[name](W_INIT, W_FINAL, MASK, BEFORE, held, seed)
     assert isinstance(decision, Mask0)
     return decision
 
 
 def test_mask0_names_are_the_papers():
-    assert set(ls.MASK0_ACTIONS) == {
+    assert set(ls.pruning.MASK0_ACTIONS) == {
         "zero", "freeze_init", "freeze_init_zero_mask", "freeze_init_zero_all",
         "freeze_init_zero_reshuffle", "freeze_init_zero_rev", "freeze_reinit", "original",
     }  # fmt: skip
-    assert all(inspect.getdoc(action) for action in ls.MASK0_ACTIONS.values())
+    assert all(inspect.getdoc(action) for action in ls.pruning.MASK0_ACTIONS.values())
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_frozen_values(name, frozen):
 def test_zero_and_original():
     assert freeze("zero") == (None, None, False)
     assert freeze("original") == (None, None, True)
-    for name in set(ls.MASK0_ACTIONS) - {"original"}:
+    for name in set(ls.pruning.MASK0_ACTIONS) - {"original"}:
         assert not freeze(name).released
 
 
@@ -194,7 +194,7 @@ def test_variant_2_alone_starts_kept_weights_at_zero():
     assert freeze("freeze_init_zero_all").start_at_zero.tolist() == [
         [False, False, False, False, True, False, False]
     ]
-    for name in set(ls.MASK0_ACTIONS) - {"freeze_init_zero_all"}:
+    for name in set(ls.pruning.MASK0_ACTIONS) - {"freeze_init_zero_all"}:
         assert freeze(name).start_at_zero is None
 
 
@@ -202,7 +202,7 @@ def test_variant_2_accumulates():
     """A weight that starts at 0 can only have grown: it starts at 0 for good."""
     w_init = torch.tensor([2.0, 1.0, 2.0])
     everything = torch.ones(3, dtype=torch.bool)
-    action = ls.MASK0_ACTIONS["freeze_init_zero_all"]
+    action = ls.pruning.MASK0_ACTIONS["freeze_init_zero_all"]
     first = action(w_init, torch.tensor([1.0, 2.0, 3.0]), everything, everything, None)
     assert first.start_at_zero.tolist() == [True, False, False]
     start = w_init.masked_fill(first.start_at_zero, 0)
@@ -220,22 +220,22 @@ def test_reshuffled_zeros_are_as_many_and_elsewhere():
     mask = before & (torch.rand(500) < 0.4)
     held = torch.where(before, 0.0, 9.0)
     arguments = (w_init, w_final, mask, before, held)
-    variant_1 = ls.MASK0_ACTIONS["freeze_init_zero_mask"](*arguments).frozen
-    control = ls.MASK0_ACTIONS["freeze_init_zero_reshuffle"](*arguments, 0).frozen
+    variant_1 = ls.pruning.MASK0_ACTIONS["freeze_init_zero_mask"](*arguments).frozen
+    control = ls.pruning.MASK0_ACTIONS["freeze_init_zero_reshuffle"](*arguments, 0).frozen
     now = before & ~mask
     assert (control[now] == 0).sum() == (variant_1[now] == 0).sum()
     assert (control[now] == 0).ne(variant_1[now] == 0).any()
     assert ((control == 0) | (control == w_init))[now].all()
     assert (control[~before] == 9).all(), "places are among those pruned now"
     assert (control[mask] == 0).all()
-    other = ls.MASK0_ACTIONS["freeze_init_zero_reshuffle"](*arguments, 1).frozen
+    other = ls.pruning.MASK0_ACTIONS["freeze_init_zero_reshuffle"](*arguments, 1).frozen
     assert (control != other).any()
 
 
 def test_freeze_reinit_draws_anew():
     w_init = torch.randn(40, 50) * 0.3
     everything = torch.ones(40, 50, dtype=torch.bool)
-    action = ls.MASK0_ACTIONS["freeze_reinit"]
+    action = ls.pruning.MASK0_ACTIONS["freeze_reinit"]
     frozen = action(w_init, w_init, ~everything, everything, None, 5).frozen
     assert abs(frozen.std() / w_init.std() - 1) < 0.05
     assert not torch.isin(frozen, w_init).any()
@@ -244,7 +244,7 @@ def test_freeze_reinit_draws_anew():
     assert (kept == 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(ls.MASK0_ACTIONS) - {"zero", "original"}))
+@pytest.mark.parametrize("name", sorted(set(ls.pruning.MASK0_ACTIONS) - {"zero", "original"}))
 def test_frozen_values_stay_for_good(name):
     """Three rounds: what a round froze is what later rounds hold."""
     w_init = torch.randn(300)
@@ -253,7 +253,7 @@ def test_frozen_values_stay_for_good(name):
     for r in range(3):
         previous, mask = mask, mask & (torch.rand(300) < 0.6)
         w_final = torch.where(previous, torch.randn(300), w_init)
-        frozen = ls.MASK0_ACTIONS[name](w_init, w_final, mask, previous, frozen, r).frozen
+        frozen = ls.pruning.MASK0_ACTIONS[name](w_init, w_final, mask, previous, frozen, r).frozen
         history.append((~mask, frozen))
         for pruned, then in history:
             assert torch.equal(frozen[pruned], then[pruned])

@@ -110,12 +110,12 @@ def weight_of(kind, by_row=False):
 def test_a_layer_holds_its_weight(kind, by_row):
     weight, bias = weight_of(kind, by_row), torch.randn(20)
     key = ls.random.key(SEED, STREAM, STEP) if kind == "seeded" else None
-    layer = ls.PackedLinear(weight, bias, format=kind, key=key)
+    layer = ls.nn.PackedLinear(weight, bias, format=kind, key=key)
     assert torch.equal(layer.effective_weight, weight)
     x = torch.randn(2, 5, 30)
     close(layer(x), torch.nn.functional.linear(x, weight, bias))
     assert set(layer.state_dict()) == {*FORMATS[kind].names, "bias"}
-    other = ls.PackedLinear(torch.randn(20, 30), torch.zeros(20))
+    other = ls.nn.PackedLinear(torch.randn(20, 30), torch.zeros(20))
     other.load_state_dict(layer.state_dict())
     assert other.format == kind
     assert torch.equal(other(x), layer(x))
@@ -126,14 +126,14 @@ def test_a_layer_holds_its_weight(kind, by_row):
 def test_weights_that_a_format_cannot_hold():
     key = ls.random.key(SEED, STREAM, STEP)
     with pytest.raises(ValueError, match='"binary" holds no zeros between weights'):
-        ls.PackedLinear(weight_of("seeded"), format="binary")
+        ls.nn.PackedLinear(weight_of("seeded"), format="binary")
     with pytest.raises(ValueError, match='"seeded" holds weights of one magnitude'):
-        ls.PackedLinear(torch.randn(3, 4), format="seeded", key=key)
+        ls.nn.PackedLinear(torch.randn(3, 4), format="seeded", key=key)
     with pytest.raises(ValueError, match=r'"seeded" needs key=ls.random.key.*got None'):
-        ls.PackedLinear(weight_of("seeded"), format="seeded")
+        ls.nn.PackedLinear(weight_of("seeded"), format="seeded")
     with pytest.raises(ValueError, match="key draws other signs than 600 of the weights have"):
-        ls.PackedLinear(-weight_of("binary"), format="seeded", key=key)
-    state = ls.PackedLinear(weight_of("seeded"), format="seeded", key=key).state_dict()
+        ls.nn.PackedLinear(-weight_of("binary"), format="seeded", key=key)
+    state = ls.nn.PackedLinear(weight_of("seeded"), format="seeded", key=key).state_dict()
     state["key"] = state["key"][:2]
     with pytest.raises(RuntimeError, match="mask is no seeded weight of 20 x 30"):
-        ls.PackedLinear(torch.randn(20, 30)).load_state_dict(state)
+        ls.nn.PackedLinear(torch.randn(20, 30)).load_state_dict(state)

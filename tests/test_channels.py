@@ -37,7 +37,7 @@ CASES = [(name, "mixed") for name in MODELS] + [
 def check_training(model, x, optimizer="momentum", clip=None):
     """The narrow model trains as the model, and goes back into what the model was; -> channels."""
     before = copy.deepcopy(model)
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     close(evaluated(narrow, x), evaluated(model, x))
     check_history(train(narrow, optimizer, x, clip), train(model, optimizer, x, clip), channels)
     close(evaluated(narrow, x), evaluated(model, x))
@@ -187,14 +187,14 @@ def test_a_kept_weight_of_0_is_kept_in_training():
     assert model[0].weight[1].any()  # it has learnt
     with torch.no_grad():
         model[0].weight[1] = 0.0
-    assert ls.drop_channels(model, x, training=False)[1].outputs["0"].tolist() == [0]
+    assert ls.channels.drop_channels(model, x, training=False)[1].outputs["0"].tolist() == [0]
 
 
 def test_a_norm_of_the_input_and_a_layer_of_no_channels():
     model = nn.Sequential(nn.BatchNorm2d(2), *behind(norm(), nn.ReLU()))
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
     before = copy.deepcopy(model.double().state_dict())
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     assert (narrow[0].num_features, narrow[2].num_features) == (2, 1)
     assert channels.outputs["1"].tolist() == [0]
     train(narrow, "momentum", x)
@@ -203,7 +203,7 @@ def test_a_norm_of_the_input_and_a_layer_of_no_channels():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "a no-op"
         empty = nn.Sequential(nn.Linear(3, 0), nn.ReLU(), nn.Linear(0, 2))
-    narrow, _ = ls.drop_channels(empty, torch.ones(1, 3))
+    narrow, _ = ls.channels.drop_channels(empty, torch.ones(1, 3))
     assert torch.equal(narrow(torch.ones(1, 3)), empty(torch.ones(1, 3)))
 
 
@@ -220,7 +220,7 @@ def test_of_channels_that_all_could_go_the_cheapest_stays():
     with torch.no_grad():
         model[0].bias.fill_(0.3)
         model[2].weight.fill_(0.5)
-    narrow, channels = ls.drop_channels(model.eval(), x, training=False)
+    narrow, channels = ls.channels.drop_channels(model.eval(), x, training=False)
     assert channels.outputs["0"].tolist() == [0]
     close(narrow(x), model(x))
 
@@ -235,9 +235,9 @@ def test_dropout_keeps_constants_that_it_would_change(dropout):
         ((dropout, nn.Sigmoid()), -800.0, [0, 1, 2]),  # of -800 it is 0, of 0 it is not
     ]:
         model = behind(*modules, bias=bias, trains=bias != -800.0)
-        narrow, channels = ls.drop_channels(model, x)
+        narrow, channels = ls.channels.drop_channels(model, x)
         assert channels.outputs["0"].tolist() == stay
-        narrow, channels = ls.drop_channels(model.eval(), x, training=False)
+        narrow, channels = ls.channels.drop_channels(model.eval(), x, training=False)
         assert channels.outputs["0"].tolist() == [0]
         close(narrow(x), model(x))
 
@@ -249,11 +249,11 @@ def test_for_inference_constants_fold(name, density):
     train(model, "momentum", batch())  # running statistics of their own
     model.eval()
     x = batch()
-    narrow, channels = ls.drop_channels(model, x, training=False)
-    _, trainable = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x, training=False)
+    _, trainable = ls.channels.drop_channels(model, x)
     close(narrow(x), model(x))
     assert channels.flop <= trainable.flop
-    dense, again = ls.drop_channels(ls.densify_(copy.deepcopy(model)), x, training=False)
+    dense, again = ls.channels.drop_channels(ls.densify_(copy.deepcopy(model)), x, training=False)
     close(dense(x), model(x))
     assert again.flop == channels.flop
     with pytest.raises(ValueError, match="training=True"):
@@ -285,7 +285,7 @@ def test_which_channels_go():
         ({"padding": "valid", "bias": False}, False, [0]),
     ]:
         model = two_convolutions(**options)
-        narrow, channels = ls.drop_channels(model, x, training)
+        narrow, channels = ls.channels.drop_channels(model, x, training)
         assert channels.outputs["0"].tolist() == channels.inputs["2"].tolist() == stay, options
         assert channels.inputs["0"].tolist() == [0, 1]
         assert channels.outputs["2"].tolist() == [0, 1, 2]
@@ -294,14 +294,14 @@ def test_which_channels_go():
 
 def test_a_bias_that_trains_stays_and_trains():
     model, x = two_convolutions(), torch.randn(2, 2, 7, 7, dtype=torch.float64)
-    narrow, _ = ls.drop_channels(model, x)
+    narrow, _ = ls.channels.drop_channels(model, x)
     narrow(x).sum().backward()
     model(x).sum().backward()
     close(narrow[0].bias.grad, model[0].bias.grad[[0, 3]])
     assert model[0].bias.grad[3] != 0
     assert model[0].bias.grad[[1, 2]].tolist() == [0, 0]
     model[0].bias.requires_grad_(False)
-    assert ls.drop_channels(model, x)[1].outputs["0"].tolist() == [0, 3]  # 0.5 is no 0
+    assert ls.channels.drop_channels(model, x)[1].outputs["0"].tolist() == [0, 3]  # 0.5 is no 0
 
 
 def test_channels_go_transitively():
@@ -316,7 +316,7 @@ def test_channels_go_transitively():
         model[1].bias.zero_()
         model[3].bias.fill_(-1.0)
     ls.set_masks_(model, masks)
-    narrow, channels = ls.drop_channels(model, batch())
+    narrow, channels = ls.channels.drop_channels(model, batch())
     assert [m.weight.shape for m in narrow if hasattr(m, "weight")] == [(1, 432), (1, 1), (5, 1)]
     assert channels.flop_before == 2 * (432 * 40 + 40 * 30 + 30 * 5)
     assert channels.flop == 2 * (432 + 1 + 5)
@@ -325,7 +325,7 @@ def test_channels_go_transitively():
 
 def test_flop_of_convolutions_counts_positions():
     model, x = two_convolutions(stride=2), torch.zeros(2, 2, 7, 9)
-    _, channels = ls.drop_channels(model, x)
+    _, channels = ls.channels.drop_channels(model, x)
     first, second = 9 * 5 * 7, 9 * 2 * 3
     assert channels.flop_before == 2 * (2 * 4 * first + 4 * 3 * second)
     assert channels.flop == 2 * (2 * 2 * first + 2 * 3 * second)

@@ -16,7 +16,7 @@ import lottery_sparse as ls
 def test_without_masks_nothing_goes_and_nothing_is_shared():
     model, x = small_conv().double(), batch()
     before = copy.deepcopy(model.state_dict())
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     assert channels.flop_ratio == 1
     assert torch.equal(narrow(x), model(x))
     train(narrow, "sgd", x)
@@ -28,7 +28,7 @@ def test_without_masks_nothing_goes_and_nothing_is_shared():
 
 def test_masks_and_rounds_go_back():
     model, x = masked("conv", 0.02), batch()
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     kept = {name: mask.clone() for name, mask in ls.masks_of(narrow).items()}
     for mask in kept.values():
         mask[mask.nonzero()[::2].unbind(1)] = False
@@ -43,11 +43,11 @@ def test_masks_and_rounds_go_back():
 
 def test_narrow_twice_and_back_from_another_dtype():
     model, x = masked("conv", 0.05), batch()
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     kept = {
         name: mask & (torch.rand(mask.shape) < 0.3) for name, mask in ls.masks_of(narrow).items()
     }
-    narrower, more = ls.drop_channels(set_masks_(narrow, kept), x)
+    narrower, more = ls.channels.drop_channels(set_masks_(narrow, kept), x)
     assert more.flop_before == channels.flop > more.flop
     train(narrower, "adam", x)
     more.restore_(narrow, narrower)
@@ -62,7 +62,7 @@ def test_narrow_twice_and_back_from_another_dtype():
 def test_all_of_it_in_inference_mode_and_channels_last():
     with torch.inference_mode():
         model = masked("conv", 0.02).to(memory_format=torch.channels_last)
-        narrow, _ = ls.drop_channels(model, batch())
+        narrow, _ = ls.channels.drop_channels(model, batch())
     assert narrow[2].weight.is_contiguous(memory_format=torch.channels_last)
     assert not narrow[2].weight.is_contiguous()
     assert all(not t.is_inference() for t in [*narrow.parameters(), *narrow.buffers()])
@@ -74,12 +74,12 @@ def test_compact_layers_stay_compact():
     model = masked("conv", 0.02).float()
     compact, x = ls.compact_(copy.deepcopy(model)), batch().float()
     compact[8].products = "dense"  # as ls.plan may set for a layer of that size
-    narrow, channels = ls.drop_channels(compact, x)
+    narrow, channels = ls.channels.drop_channels(compact, x)
     assert {type(m) for m in narrow if hasattr(m, "weight")} == {
-        ls.CompactConv2d,
-        ls.CompactLinear,
+        ls.nn.CompactConv2d,
+        ls.nn.CompactLinear,
     }
-    plain, other = ls.drop_channels(model, x)
+    plain, other = ls.channels.drop_channels(model, x)
     assert channels.flop == other.flop
     assert all(
         torch.equal(a, b)
@@ -97,10 +97,10 @@ def test_compact_layers_stay_compact():
 
 def test_a_single_layer_and_one_activation_used_twice():
     layer = ls.sparsify_(nn.Linear(3, 2))
-    assert torch.equal(ls.drop_channels(layer, torch.ones(1, 3))[0].weight, layer.weight)
+    assert torch.equal(ls.channels.drop_channels(layer, torch.ones(1, 3))[0].weight, layer.weight)
     relu = nn.ReLU()
     model = nn.Sequential(nn.Linear(3, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
-    narrow, _ = ls.drop_channels(model, torch.ones(1, 3))
+    narrow, _ = ls.channels.drop_channels(model, torch.ones(1, 3))
     assert torch.equal(narrow(torch.ones(1, 3)), model(torch.ones(1, 3)))
 
 
@@ -156,7 +156,7 @@ def patched():
 def frozen():
     model = ls.sparsify_(nn.Sequential(nn.Linear(3, 3)))
     masks = {"0.weight": torch.eye(3, dtype=torch.bool)}
-    return ls.set_masks_(model, masks, ls.Constant(0.1))
+    return ls.set_masks_(model, masks, ls.frozen.Constant(0.1))
 
 
 IMAGE, ROW = torch.ones(1, 4, 5, 5), torch.ones(1, 3)
@@ -181,8 +181,18 @@ IMAGE, ROW = torch.ones(1, 4, 5, 5), torch.ones(1, 3)
         (patched, ROW, TypeError, "0 has a hook or a forward"),
         (lambda: nn.Sequential(nn.MaxPool2d(2)), ROW, ValueError, r"gets \[B, 3\]"),
         (shared_statistics, IMAGE, TypeError, "2 shares its running_mean with 0"),
-        (lambda: ls.replicate(linear_only(), 2), torch.ones(1, 3, 12, 12), ValueError, "ls.select"),
-        (lambda: ls.replicate(ls.sparsify_(linear_only()), 2), IMAGE, ValueError, "ls.select"),
+        (
+            lambda: ls.ensemble.replicate(linear_only(), 2),
+            torch.ones(1, 3, 12, 12),
+            ValueError,
+            "ls.ensemble.select",
+        ),
+        (
+            lambda: ls.ensemble.replicate(ls.sparsify_(linear_only()), 2),
+            IMAGE,
+            ValueError,
+            "ls.ensemble.select",
+        ),
         (frozen, ROW, ValueError, "0 holds frozen values"),
         (lambda: nn.Linear(3, 3), torch.ones(1, 4), ValueError, r"\[B, 3\].*gets \[B, 4\]"),
         (lambda: nn.Linear(5, 3), IMAGE, ValueError, "needs"),
@@ -199,12 +209,12 @@ IMAGE, ROW = torch.ones(1, 4, 5, 5), torch.ones(1, 3)
 )
 def test_refusals(make, x, error, words):
     with pytest.raises(error, match=words):
-        ls.drop_channels(make(), x)
+        ls.channels.drop_channels(make(), x)
 
 
 def test_the_way_back_refuses_other_models():
     model, x = masked("conv", 0.02), batch()
-    narrow, channels = ls.drop_channels(model, x)
+    narrow, channels = ls.channels.drop_channels(model, x)
     with pytest.raises(ValueError, match="shape"):
         channels.restore_(model, model)
     with pytest.raises(ValueError, match=r"only one has 0\.weight_mask"):

@@ -25,7 +25,7 @@ def test_an_exported_layer_computes_with_the_weights_it_is_given(kind, frozen, d
     layer = nn.Conv2d(2, 6, 3) if kind == "conv" else nn.Linear(20, 6)
     plain, compact = pair(layer, frozen, density)
     if kind == "networks":
-        compact = ls.compact_(ls.replicate(plain, 2))
+        compact = ls.compact_(ls.ensemble.replicate(plain, 2))
     x = torch.randn(3, 2, 5, 5) if kind == "conv" else torch.randn(3, 20)
     exported = torch.export.export(compact, (x,), strict=strict).module()
     state = exported.state_dict()

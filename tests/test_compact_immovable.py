@@ -67,7 +67,7 @@ def test_new_masks(kind, loaded):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compact_and_expand(kind):
-    for i, change in enumerate((ls.compact_, ls.expand_)):
+    for i, change in enumerate((ls.compact_, ls.sparsify_)):
         model = pair_of_networks(spare=0)[i]
         optimizer = KINDS[kind](model)
         steps(model, optimizer)

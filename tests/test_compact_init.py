@@ -79,7 +79,7 @@ def test_what_is_done_to_layers_and_parameters_is_done_to_them():
     assert compact[2].weight.dim() == 1
     compact.apply(each(lambda layer: layer.float()))
     before = [layer.effective_weight for layer in compact[::2]]
-    compact.apply(each(ls.expand_))
+    compact.apply(each(ls.sparsify_))
     assert all(torch.equal(a.weight, b) for a, b in zip(compact[::2], before, strict=True))
 
 

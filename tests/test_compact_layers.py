@@ -84,7 +84,7 @@ def assert_same_step(compact, plain, x, roundings=None, layout=True):
 def test_linear_equals_the_masked_layer(shape, frozen):
     for density in (1.0, 0.5, 0.2):
         plain, compact = pair(nn.Linear(7, 6, bias=shape != (5, 7)), frozen, density)
-        assert type(compact) is ls.CompactLinear
+        assert type(compact) is ls.nn.CompactLinear
         assert compact.weight.shape == (min(int(plain.weight_mask.sum()) + 3, 42),)
         assert_same_step(compact, plain, torch.randn(shape))
         same_weights(compact, plain)
@@ -163,7 +163,7 @@ def test_reset_parameters_draws_what_the_masked_layer_draws(frozen, convolution)
 
 def test_reset_parameters_reaches_layers_that_share_a_weight_and_compiled_calls():
     model = ls.compact_(tied())
-    first, other = [m for m in model.modules() if isinstance(m, ls.CompactLinear)][:2]
+    first, other = [m for m in model.modules() if isinstance(m, ls.nn.CompactLinear)][:2]
     assert first.weight is other.weight
     first.reset_parameters()
     assert not other.lags, "what a compiled call reads, which checks no version"
@@ -173,19 +173,19 @@ def test_reset_parameters_reaches_layers_that_share_a_weight_and_compiled_calls(
 @pytest.mark.parametrize("form", [ls.compact_, lambda model: model])
 def test_reset_parameters_of_networks_side_by_side_draws_each_in_order(form):
     plain, _ = pair(nn.Linear(7, 6))
-    networks = form(ls.replicate(plain, 3))
+    networks = form(ls.ensemble.replicate(plain, 3))
     torch.manual_seed(5)
     networks.reset_parameters()
     torch.manual_seed(5)
     for e in range(3):
         plain.reset_parameters()
-        same_weights(ls.select(networks, e), plain)
+        same_weights(ls.ensemble.select(networks, e), plain)
 
 
 def test_constructors_and_repr():
     for kind, dense, arguments in (
-        (ls.CompactLinear, nn.Linear, (3, 4)),
-        (ls.CompactConv2d, nn.Conv2d, (3, 4, 3)),
+        (ls.nn.CompactLinear, nn.Linear, (3, 4)),
+        (ls.nn.CompactConv2d, nn.Conv2d, (3, 4, 3)),
     ):
         torch.manual_seed(0)
         new = kind(*arguments, bias=False, dtype=torch.float64)
@@ -238,7 +238,7 @@ def train(model, optimizer, steps=20, scheduler=None, clip=None, seed=1):
     return model
 
 
-@pytest.mark.parametrize("source", ["zero", ls.Constant(0.2)], ids=["zero", "constant"])
+@pytest.mark.parametrize("source", ["zero", ls.frozen.Constant(0.2)], ids=["zero", "constant"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trains_as_the_masked_model(name, source):
     kind, arguments = OPTIMIZERS[name]
@@ -270,7 +270,7 @@ def test_schedulers_clipping_and_groups():
 
 
 def test_clip_grad_norm_measures_kept_gradients():
-    plain, compact = pair_of_networks(ls.Constant(0.1))
+    plain, compact = pair_of_networks(ls.frozen.Constant(0.1))
     x = torch.randn(4, 1, 4, 4)
     for model in (plain, compact):
         model(x).square().sum().backward()
@@ -312,7 +312,7 @@ def test_a_mask_between_forward_and_backward_raises():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
-    _, compact = pair_of_networks(ls.Constant(0.1))
+    _, compact = pair_of_networks(ls.frozen.Constant(0.1))
     x = torch.randn(4, 1, 4, 4, requires_grad=True)
     compact(x).square().sum().backward()
     expected = [p.grad.clone() for p in compact.parameters()]
@@ -327,7 +327,7 @@ def tied():
     model[2].weight = model[0].weight
     ls.sparsify_(model)
     masks = {"0.weight": torch.rand(6, 6) < 0.4, "4.weight": torch.rand(2, 6) < 0.5}
-    return ls.set_masks_(model, masks, ls.Seeded("normal", 1))
+    return ls.set_masks_(model, masks, ls.frozen.Seeded("normal", 1))
 
 
 def test_layers_that_share_a_weight():
@@ -351,12 +351,12 @@ def test_layers_that_share_a_weight():
     steps()
     masks = {"0.weight": ls.masks_of(plain)["0.weight"].roll(1, 0)}
     for model, optimizer in zip((plain, compact), optimizers, strict=True):
-        ls.set_masks_(model, masks, ls.Constant(0.1), optimizer)
+        ls.set_masks_(model, masks, ls.frozen.Constant(0.1), optimizer)
     assert torch.equal(compact[0].weight_effective, compact[2].weight_effective)
     # where the mask regrows, the plain layer takes up its raw weight, the compact one what it held
     for model in (plain, compact):
         model.load_state_dict(copy.deepcopy(compact.state_dict()))
     steps()
-    ls.expand_(compact, optimizers[1])
+    ls.sparsify_(compact, optimizers[1])
     assert compact[0].weight is compact[2].weight
     steps()

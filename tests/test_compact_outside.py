@@ -53,7 +53,7 @@ def test_save_model_and_load_model(tmp_path, density, frozen):
         assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
     save_model(model, tmp_path / "a")
     save_file(model.state_dict(), tmp_path / "b")
-    for other in (ls.expand_(model_of()), ls.compact_(ls.expand_(model_of()), spare=64)):
+    for other in (ls.sparsify_(model_of()), ls.compact_(ls.sparsify_(model_of()), spare=64)):
         load_model(other, tmp_path / "a")
         torch.testing.assert_close(other(x), model(x), **CLOSE)
 

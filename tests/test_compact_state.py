@@ -73,7 +73,7 @@ def test_dense_checkpoints_that_fit_and_that_do_not(assign):
     close(roomy(x), dense(x))
     _, tight = pair(nn.Linear(7, 6), "constant", spare=0)
     before = copy_of(tight.state_dict())
-    with pytest.raises(RuntimeError, match=r"mask of weight keeps 42 weights.*ls\.expand_"):
+    with pytest.raises(RuntimeError, match=r"mask of weight keeps 42 weights.*ls\.sparsify_"):
         tight.load_state_dict(dense.state_dict(), assign=assign)
     assert all(torch.equal(before[n], v) for n, v in tight.state_dict().items())
 
@@ -171,7 +171,9 @@ def test_dtypes(dtype, frozen):
     assert is_fresh(compact)
 
 
-@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [ls.frozen.Seeded("normal", 1), ls.frozen.Constant(0.1)], ids=repr
+)
 def test_values_of_a_descriptor_survive_a_trip_through_half(source):
     model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
     model[1].weight = model[0].weight
@@ -224,10 +226,10 @@ def test_writes_are_noticed():
 
 @pytest.mark.parametrize("decay", [0.9, 0.9999])
 def test_averaged_models(decay):
-    _, compact = pair_of_networks(ls.Constant(0.1))
+    _, compact = pair_of_networks(ls.frozen.Constant(0.1))
     average = AveragedModel(compact, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     plain = AveragedModel(
-        ls.expand_(copy.deepcopy(compact)), multi_avg_fn=get_ema_multi_avg_fn(decay)
+        ls.sparsify_(copy.deepcopy(compact)), multi_avg_fn=get_ema_multi_avg_fn(decay)
     )
     optimizer = torch.optim.SGD(compact.parameters(), lr=0.1)
     x = torch.randn(4, 1, 4, 4)
@@ -236,7 +238,7 @@ def test_averaged_models(decay):
         compact(x).square().mean().backward()
         optimizer.step()
         average.update_parameters(compact)
-        plain.update_parameters(ls.expand_(copy.deepcopy(compact)))
+        plain.update_parameters(ls.sparsify_(copy.deepcopy(compact)))
     same(average.module, plain.module, 10 * USUAL)
     close(average(x), plain(x))
     for layer, original in zip(average.module, compact, strict=True):
@@ -290,11 +292,11 @@ def test_functional_calls_leave_the_layer_alone():
 
 
 def test_ensembles_and_per_sample_gradients():
-    _, first = pair_of_networks(ls.Constant(0.1))
+    _, first = pair_of_networks(ls.frozen.Constant(0.1))
     models = [copy.deepcopy(first) for _ in range(3)]
     for i, model in enumerate(models[1:], 1):
         masks = {n: m.roll(i, 0) for n, m in ls.masks_of(model).items()}
-        ls.set_masks_(model, masks, ls.Constant(0.1))
+        ls.set_masks_(model, masks, ls.frozen.Constant(0.1))
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.randn(5, 1, 4, 4)
 

@@ -34,7 +34,7 @@ def input_of(layer, batch=7):
 def assert_computes(layer, weight):
     """The layer computes with this dense weight, by every way and with every gradient."""
     x = input_of(layer)
-    dense = ls.densify_(ls.expand_(copy.deepcopy(layer)))
+    dense = ls.densify_(ls.sparsify_(copy.deepcopy(layer)))
     with torch.no_grad():
         dense.weight.copy_(weight)
     xs = [x.clone().requires_grad_() for _ in range(2)]
@@ -122,13 +122,13 @@ def test_a_write_to_a_few_slots_needs_refresh():
     weight = layer.weight.data
     weight[1 : kept // 16] += 1  # between the first two slots that are looked at
     expected = with_values(layer, layer.weight.detach()).clone()
-    ls.refresh_(layer)
+    ls.nn.refresh_(layer)
     assert_computes(layer, expected)
 
 
 def test_networks_side_by_side_and_spare_slots_are_looked_at():
     layers = [masked(nn.Linear(30, 40), "zero", density) for density in (0.9, 0.3)]
-    both = ls.compact_(ls.replicate(layers), spare=2000)
+    both = ls.compact_(ls.ensemble.replicate(layers), spare=2000)
     x = torch.randn(5, 30)
     both(x)
     kept = both.kept.kept.tolist()
@@ -161,7 +161,7 @@ def test_a_compiled_forward_sees_them_after_refresh():
     run = torch.compile(layer, backend="aot_eager")
     run(x)
     layer.weight.data.mul_(2)
-    ls.refresh_(layer)
+    ls.nn.refresh_(layer)
     torch.testing.assert_close(run(x), layer(x), **CLOSE)
 
 

@@ -33,7 +33,7 @@ def by_position(layer, slots):
 
 
 def compact_layers(model):
-    return [m for m in model.modules() if isinstance(m, ls.CompactLinear | ls.CompactConv2d)]
+    return [m for m in model.modules() if isinstance(m, ls.nn.CompactLinear | ls.nn.CompactConv2d)]
 
 
 def snapshot(model, optimizer=None):
@@ -51,7 +51,9 @@ def unchanged(before, after):
 # ---- compact_ and expand_ -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["zero", ls.Constant(0.2), ls.Seeded("sign", 4)], ids=str)
+@pytest.mark.parametrize(
+    "source", ["zero", ls.frozen.Constant(0.2), ls.frozen.Seeded("sign", 4)], ids=str
+)
 def test_there_and_back(source):
     plain, _ = pair_of_networks(source)
     model = copy.deepcopy(plain)
@@ -66,34 +68,34 @@ def test_there_and_back(source):
     assert list(model.parameters()) == parameters, "compact layers stay as they are"
     x = torch.randn(3, 1, 4, 4)
     close(model(x), plain(x))
-    assert ls.expand_(model) is model
+    assert ls.sparsify_(model) is model
     assert [type(m) for m in model] == [type(m) for m in plain]
     assert all(m._buffers.keys() == n._buffers.keys() for m, n in zip(model, plain, strict=True))
     assert all(vars(m).keys() == vars(n).keys() for m, n in zip(model, plain, strict=True))
     same_weights(model, plain)
     assert torch.equal(model(x), plain(x))
-    ls.expand_(model)
+    ls.sparsify_(model)
     ls.set_masks_(model, rolled(model))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_compacting_and_expanding_in_the_middle_of_a_training(kind):
     arguments = ADAM if kind is torch.optim.Adam else {"lr": 0.02, "momentum": 0.9}
-    plain, _ = pair_of_networks(ls.Constant(0.1))
+    plain, _ = pair_of_networks(ls.frozen.Constant(0.1))
     model = copy.deepcopy(plain)
     groups = [{"params": [m.weight for m in (model[0], model[3])]}, {"params": []}]
     groups[1]["params"] = [
         p for p in model.parameters() if all(p is not q for q in groups[0]["params"])
     ]
     optimizer, other = kind(groups, **arguments), kind(plain.parameters(), **arguments)
-    for i, change in enumerate((ls.compact_, ls.expand_, ls.compact_, None)):
+    for i, change in enumerate((ls.compact_, ls.sparsify_, ls.compact_, None)):
         train(model, optimizer, 5, seed=i)
         train(plain, other, 5, seed=i)
         same_weights(model, plain, 20 * USUAL)
         if change is None:
             break
         grads = [p.grad for p in model.parameters()]
-        change(model, optimizer)
+        change(model, optimizer=optimizer)
         held = [p for group in optimizer.param_groups for p in group["params"]]
         assert {id(p) for p in held} == {id(p) for p in model.parameters()}
         assert {id(p) for p in optimizer.state} == {id(p) for p in held}
@@ -113,33 +115,33 @@ def test_frozen_parameters_stay_frozen():
     plain[3].weight.requires_grad_(False)
     ls.compact_(plain)
     assert [m.weight.requires_grad for m in compact_layers(plain)] == [True, False, True]
-    assert [m.weight.requires_grad for m in ls.expand_(plain)[3:]] == [False, True]
+    assert [m.weight.requires_grad for m in ls.sparsify_(plain)[3:]] == [False, True]
 
 
 def test_what_cannot_be_compacted_is_named_and_nothing_changed():
-    class Scaled(ls.MaskedLinear):
+    class Scaled(ls.nn.MaskedLinear):
         pass
 
-    model = nn.Sequential(ls.MaskedLinear(3, 4), Scaled(4, 2))
+    model = nn.Sequential(ls.nn.MaskedLinear(3, 4), Scaled(4, 2))
     with pytest.raises(TypeError, match=r"1\.weight belongs to a Scaled"):
         ls.compact_(model)
-    assert type(model[0]) is ls.MaskedLinear
-    nn.utils.parametrizations.weight_norm(layer := ls.MaskedLinear(3, 4))
+    assert type(model[0]) is ls.nn.MaskedLinear
+    nn.utils.parametrizations.weight_norm(layer := ls.nn.MaskedLinear(3, 4))
     with pytest.raises(TypeError, match="computes its weight"):
         ls.compact_(layer)
     with pytest.raises(ValueError, match="spare must be 0 or more, got -1"):
         ls.compact_(model[0], spare=-1)
     with pytest.raises(ValueError, match=r"0\.weight is on the meta device"):
-        ls.compact_(nn.Sequential(ls.MaskedLinear(3, 4, device="meta")))
+        ls.compact_(nn.Sequential(ls.nn.MaskedLinear(3, 4, device="meta")))
     with pytest.raises(ValueError, match="meta device"):
-        ls.CompactLinear(3, 4, device="meta")
-    compact = nn.utils.parametrizations.weight_norm(ls.CompactLinear(3, 4))
-    with pytest.raises(RuntimeError, match=r"cannot be computed.*ls\.expand_"):
+        ls.nn.CompactLinear(3, 4, device="meta")
+    compact = nn.utils.parametrizations.weight_norm(ls.nn.CompactLinear(3, 4))
+    with pytest.raises(RuntimeError, match=r"cannot be computed.*ls\.sparsify_"):
         compact(torch.randn(2, 3))
 
 
 @pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
-@pytest.mark.parametrize("change", [ls.compact_, ls.expand_])
+@pytest.mark.parametrize("change", [ls.compact_, ls.sparsify_])
 def test_hooks_on_a_gradient_do_not_go_unnoticed(change, method):
     plain, compact = pair_of_networks()
     model = plain if change is ls.compact_ else compact
@@ -156,16 +158,18 @@ def test_hooks_on_a_gradient_do_not_go_unnoticed(change, method):
 
 
 def test_no_more_slots_than_weights():
-    model = ls.compact_(ls.MaskedLinear(3, 4), spare=100)
+    model = ls.compact_(ls.nn.MaskedLinear(3, 4), spare=100)
     assert model.capacity == 12
 
 
 # ---- a new mask ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["zero", ls.Constant(0.2), ls.Seeded("normal", 4)], ids=str)
+@pytest.mark.parametrize(
+    "source", ["zero", ls.frozen.Constant(0.2), ls.frozen.Seeded("normal", 4)], ids=str
+)
 def test_values_gradients_and_state_move_with_the_weights(source):
-    _, model = pair_of_networks(ls.Constant(0.3))
+    _, model = pair_of_networks(ls.frozen.Constant(0.3))
     optimizer = torch.optim.Adam(model.parameters(), **ADAM)
     train(model, optimizer, 3)
     layers = compact_layers(model)
@@ -202,7 +206,7 @@ def test_values_gradients_and_state_move_with_the_weights(source):
         kept = int(layer.kept.kept)
         assert kept == int(mask.sum())
         assert not layer.weight[kept:].any()
-    other = ls.expand_(copy.deepcopy(model))
+    other = ls.sparsify_(copy.deepcopy(model))
     x = torch.randn(3, 1, 4, 4)
     close(other(x), model(x))
     if source == "zero":
@@ -219,19 +223,19 @@ def test_training_goes_on_as_the_plain_model_after_a_new_mask():
         # subsets: a plain layer's regrown weights would take up what the raw weight holds
         masks = {n: m & (torch.rand(m.shape) < 0.8) for n, m in ls.masks_of(plain).items()}
         for each, optimizer in zip((plain, model), optimizers, strict=True):
-            ls.set_masks_(each, masks, ls.Constant(0.1), optimizer)
+            ls.set_masks_(each, masks, ls.frozen.Constant(0.1), optimizer)
         same_weights(model, plain, 20 * USUAL)
 
 
 def test_more_weights_than_slots_are_refused_and_nothing_changed():
-    _, model = pair_of_networks(ls.Constant(0.2), spare=1)
+    _, model = pair_of_networks(ls.frozen.Constant(0.2), spare=1)
     optimizer = torch.optim.Adam(model.parameters(), **ADAM)
     train(model, optimizer, 2)
     before = snapshot(model, optimizer)
     masks = rolled(model)
     full = masks | {"4.weight": torch.ones(3, 6)}
     with pytest.raises(
-        ValueError, match=r"4\.weight keeps 18 weights, but.* slots; call ls\.expand_"
+        ValueError, match=r"4\.weight keeps 18 weights, but.* slots; call ls\.sparsify_"
     ):
         ls.set_masks_(model, full, "zero", optimizer)
     assert unchanged(before, snapshot(model, optimizer))
@@ -243,7 +247,7 @@ def test_more_weights_than_slots_are_refused_and_nothing_changed():
 
 @pytest.mark.parametrize("given", ["stepped", "by compact_", "loaded"])
 def test_state_that_would_be_misplaced_is_refused(given):
-    plain, model = pair_of_networks(ls.Constant(0.2))
+    plain, model = pair_of_networks(ls.frozen.Constant(0.2))
     model = plain if given == "by compact_" else model
     optimizer = torch.optim.Adam(model.parameters(), **ADAM)
     train(model, optimizer, 2)
@@ -257,7 +261,7 @@ def test_state_that_would_be_misplaced_is_refused(given):
     for other in (None, torch.optim.SGD(model.parameters())):
         with pytest.raises(ValueError, match=r"Adam holds state for.* 0\.weight.*optimizer=optim"):
             ls.set_masks_(model, rolled(model), "zero", other)
-    state = ls.expand_(copy.deepcopy(model)).state_dict()
+    state = ls.sparsify_(copy.deepcopy(model)).state_dict()
     with pytest.raises(RuntimeError, match=r"Adam holds state for the kept weights of 0\.weight"):
         model.load_state_dict(state | {"0.weight_mask": state["0.weight_mask"].roll(1, 0)})
     assert unchanged(before, snapshot(model, optimizer))
@@ -290,7 +294,7 @@ def test_the_registry_forgets():
     assert {id(h) for h in holders_of(weight)} == {id(model[0]), id(model[2])}
     assert [h.weight_effective.shape for h in holders_of(weight)] == [(6, 6), (6, 6)]
     assert holders_of(model[0].bias) == []
-    ls.expand_(model)
+    ls.sparsify_(model)
     assert holders_of(weight) == []
     assert holders_of(model[0].weight) == []
 
@@ -298,7 +302,9 @@ def test_the_registry_forgets():
 # ---- one graph for ten masks -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["zero", ls.Constant(0.1), ls.Seeded("sign", 1)], ids=str)
+@pytest.mark.parametrize(
+    "source", ["zero", ls.frozen.Constant(0.1), ls.frozen.Seeded("sign", 1)], ids=str
+)
 def test_one_compiled_graph_across_ten_mask_changes(source):
     _, model = pair_of_networks(source)
     eager = copy.deepcopy(model)
@@ -331,11 +337,11 @@ def test_one_compiled_graph_across_ten_mask_changes(source):
 
 
 def test_sparsify_masks_of_dense_state_dict_and_densify():
-    plain, model = pair_of_networks(ls.Constant(0.1))
+    plain, model = pair_of_networks(ls.frozen.Constant(0.1))
     model.append(nn.Linear(3, 2))
     ls.sparsify_(model)
     assert [type(m).__name__ for m in model if hasattr(m, "weight_mask")] == [
-        "CompactConv2d", "CompactLinear", "CompactLinear", "MaskedLinear",
+        "MaskedConv2d", "MaskedLinear", "MaskedLinear", "MaskedLinear",
     ]  # fmt: skip
     masks = dict(ls.masks_of(model))
     del masks["5.weight"]
@@ -381,4 +387,4 @@ def test_a_ticket_goes_into_a_compact_network_with_its_masks():
     roomy = ls.compact_(plain, spare=10**6)
     assert ls.masks_of(ticket.apply_(roomy)) == ticket.masks
     x = torch.randn(2, 1, 4, 4)
-    close(roomy(x), ticket.apply_(ls.expand_(compact))(x))
+    close(roomy(x), ticket.apply_(ls.sparsify_(compact))(x))

@@ -55,7 +55,7 @@ def test_sparsify_changes_the_class_and_nothing_else():
     assert ls.sparsify_(model) is model
     assert list(map(id, model.modules())) == list(map(id, modules))
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    assert (type(model[0]), type(model[4])) == (ls.MaskedConv2d, ls.MaskedLinear)
+    assert (type(model[0]), type(model[4])) == (ls.nn.MaskedConv2d, ls.nn.MaskedLinear)
     assert not any(module.training for module in model.modules())
     assert not model[0].weight.requires_grad
     assert model[4].note == "mine"
@@ -111,7 +111,7 @@ def test_the_model_may_be_one_layer(layer):
 
 def test_sparsify_twice_keeps_masks():
     model = ls.sparsify_(network())
-    ls.set_masks_(model, half(model), ls.Constant())
+    ls.set_masks_(model, half(model), ls.frozen.Constant())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ls.sparsify_(model)
     same(model.state_dict(), before)
@@ -135,7 +135,7 @@ def test_tied_linears_share_one_mask():
     model = ls.sparsify_(Tied())
     masks = half(model)
     assert list(masks) == ["a.weight"]
-    ls.set_masks_(model, masks, ls.Constant(0.5))
+    ls.set_masks_(model, masks, ls.frozen.Constant(0.5))
     assert model.a.weight is model.b.weight
     for layer in (model.a, model.b):
         assert torch.equal(layer.weight_mask, masks["a.weight"])
@@ -155,7 +155,7 @@ def test_tied_linears_share_one_mask():
 def test_a_mask_that_is_set_reaches_a_layer_tied_later(masked_first):
     model = ls.sparsify_(Tied())
     masks = half(model)
-    ls.set_masks_(model, masks, ls.Constant(0.5))
+    ls.set_masks_(model, masks, ls.frozen.Constant(0.5))
     other = {"a": "b", "b": "a"}[masked_first]
     setattr(model, other, nn.Linear(6, 6))
     getattr(model, other).weight = getattr(model, masked_first).weight
@@ -202,7 +202,7 @@ def test_two_masks_for_one_weight_are_refused(verb, buffer):
     setattr(model.b, buffer, torch.zeros_like(getattr(model.b, buffer)))  # nothing of ours does
     with pytest.raises(ValueError, match=r"a\.weight and b\.weight are one weight under two masks"):
         verb(model)
-    assert type(model.a) is ls.MaskedLinear
+    assert type(model.a) is ls.nn.MaskedLinear
     verb(ls.set_masks_(model, masks))
 
 

@@ -88,7 +88,7 @@ def kept_count(mask, keep):
 
 
 def test_every_criterion_is_checked_here():
-    assert set(ls.CRITERIA) == {*ONE_LINE, *TWO_AXES, "random"}
+    assert set(ls.pruning.CRITERIA) == {*ONE_LINE, *TWO_AXES, "random"}
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.8, 1.0])
@@ -200,14 +200,14 @@ def test_zero_is_never_the_same_sign(w_init, w_final, is_same):
     size, grown = abs(w_final), abs(w_final) - abs(w_init)
 
     def score(name):
-        return ls.CRITERIA[name](wi, wf).item()
+        return ls.pruning.CRITERIA[name](wi, wf).item()
 
     assert score("large_final_same_sign") == (size if is_same else 0)
     assert score("large_final_diff_sign") == (0 if is_same else size)
     assert score("magnitude_increase_same_sign") == (grown if is_same else 0)
     assert score("magnitude_increase_diff_sign") == (0 if is_same else grown)
-    assert ls.SIGN_MASKS["large_final_same_sign_single"](wi, wf).item() is is_same
-    assert ls.SIGN_MASKS["large_final_diff_sign_single"](wi, wf).item() is not is_same
+    assert ls.pruning.SIGN_MASKS["large_final_same_sign_single"](wi, wf).item() is is_same
+    assert ls.pruning.SIGN_MASKS["large_final_diff_sign_single"](wi, wf).item() is not is_same
 
 
 def test_sign_products_of_tiny_weights_do_not_underflow():
@@ -221,7 +221,7 @@ def test_same_sign_that_shrank_ranks_below_changed_sign():
 
 
 # those that look at w_final; the others never see it
-SEES_FINAL = sorted(set(ls.CRITERIA) - {"large_init", "small_init", "random"})
+SEES_FINAL = sorted(set(ls.pruning.CRITERIA) - {"large_init", "small_init", "random"})
 
 
 @pytest.mark.parametrize("at", [(0, 0), (1, 1)], ids=["same sign", "changed sign"])
@@ -239,13 +239,15 @@ def test_nan_is_an_error_that_names_the_layer(criterion, at):
 
 def test_random_is_uniform_fresh_and_seeded():
     w = torch.randn(50, 40)
-    a, b = (ls.CRITERIA["random"](w, w, seed) for seed in (0, 1))
-    assert torch.equal(a, ls.CRITERIA["random"](w, w, 0))
+    a, b = (ls.pruning.CRITERIA["random"](w, w, seed) for seed in (0, 1))
+    assert torch.equal(a, ls.pruning.CRITERIA["random"](w, w, 0))
     assert (a != b).float().mean() > 0.99
     assert abs(a.mean() - 0.5) < 0.02
     assert abs(np.corrcoef(a.flatten(), w.abs().flatten())[0, 1]) < 0.08
     stream = ls.random.Stream(0, "x")
-    assert (ls.CRITERIA["random"](w, w, stream) != ls.CRITERIA["random"](w, w, stream)).any()
+    assert (
+        ls.pruning.CRITERIA["random"](w, w, stream) != ls.pruning.CRITERIA["random"](w, w, stream)
+    ).any()
 
 
 def test_random_prunes_each_layer_on_its_own():

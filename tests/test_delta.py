@@ -51,9 +51,9 @@ def test_bytes_of_a_kept_weight():
 def test_a_layer_holds_its_weight():
     weight, kept = problem(20, 900, 0.01)
     del kept
-    layer = ls.PackedLinear(weight, torch.randn(20), format="delta")
+    layer = ls.nn.PackedLinear(weight, torch.randn(20), format="delta")
     assert torch.equal(layer.effective_weight, weight)
-    other = ls.PackedLinear(torch.randn(20, 900), torch.zeros(20))
+    other = ls.nn.PackedLinear(torch.randn(20, 900), torch.zeros(20))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 900)
     assert other.format == "delta"

@@ -14,7 +14,9 @@ import lottery_sparse as ls
 from lottery_sparse.nn.packed_formats import FORMATS
 
 
-@pytest.mark.parametrize("frozen", ["zero", ls.Constant(0.3), ls.Seeded("normal", 1)], ids=str)
+@pytest.mark.parametrize(
+    "frozen", ["zero", ls.frozen.Constant(0.3), ls.frozen.Seeded("normal", 1)], ids=str
+)
 def test_densify(frozen):
     model = ls.sparsify_(network()).eval()
     ls.set_masks_(model, half(model), frozen)
@@ -34,25 +36,24 @@ def test_densify(frozen):
 
 def test_dense_state_dict_loads_strictly_into_the_dense_model():
     model = ls.sparsify_(network()).eval()
-    ls.set_masks_(model, half(model), ls.Constant())
+    ls.set_masks_(model, half(model), ls.frozen.Constant())
     dense = network().eval()
     dense.load_state_dict(ls.dense_state_dict(model))
     x = torch.randn(3, 1, 4, 4)
     close(dense(x), model(x))
 
 
-@pytest.mark.parametrize("call", [ls.densify_, ls.dense_state_dict])
 @pytest.mark.parametrize("some", [False, True], ids=["all layers", "one of two"])
-def test_models_that_learn_their_masks_have_no_dense_form_yet(call, some):
+def test_models_that_learn_their_masks_have_no_dense_state_yet(some):
     model = network()
     ls.supermask_(model, filter_fn=(lambda m, name: name == "0") if some else None)
     if some:
         ls.sparsify_(model, lambda m, name: name == "4")
-    with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.masked_\(model\)"):
-        call(model)
-    assert type(model[0]) is ls.SupermaskConv2d
-    assert type(model[4]) is (ls.MaskedLinear if some else ls.SupermaskLinear)
-    ls.masked_(model)
+    with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.sparsify_"):
+        ls.dense_state_dict(model)
+    assert type(model[0]) is ls.nn.SupermaskConv2d
+    assert type(model[4]) is (ls.nn.MaskedLinear if some else ls.nn.SupermaskLinear)
+    ls.sparsify_(model)
     network().load_state_dict(ls.dense_state_dict(model))
     assert type(ls.densify_(model)[0]) is nn.Conv2d
 
@@ -67,7 +68,7 @@ def normed(by, source="zero"):
     return model, x, model(x).detach()
 
 
-@pytest.mark.parametrize("source", ["zero", ls.Constant(0.3)], ids=str)
+@pytest.mark.parametrize("source", ["zero", ls.frozen.Constant(0.3)], ids=str)
 def test_what_a_parametrization_computes_is_dense_as_one_tensor(source):
     model, x, y = normed(nn.utils.parametrizations.weight_norm, source)
     nn.utils.parametrize.register_parametrization(model[2], "bias", nn.Tanh())
@@ -88,7 +89,7 @@ def test_densify_names_what_computes_a_weight_and_how_to_undo_it():
         TypeError, match=r"^0\.weight is computed.*remove_parametrizations\(layer, "
     ):
         ls.densify_(model)
-    assert type(model[2]) is ls.MaskedLinear
+    assert type(model[2]) is ls.nn.MaskedLinear
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
     with pytest.raises(TypeError, match=r'^0\.bias is computed.*remove_param.*\(layer, "bias"\)'):
@@ -103,7 +104,7 @@ def test_hooks_that_compute_a_weight_are_refused(call):
     model, x, y = normed(nn.utils.weight_norm)
     with pytest.raises(TypeError, match=r"^0\.weight is computed.*remove_weight_norm\(layer\)"):
         call(model)
-    assert type(model[2]) is ls.MaskedLinear
+    assert type(model[2]) is ls.nn.MaskedLinear
     nn.utils.remove_weight_norm(model[0])
     dense = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
     dense.load_state_dict(ls.dense_state_dict(model))
@@ -113,22 +114,22 @@ def test_hooks_that_compute_a_weight_are_refused(call):
 @pytest.mark.parametrize("form", [lambda model: model, ls.compact_], ids=["masked", "compact"])
 def test_networks_side_by_side_have_no_dense_layer(form):
     one = form(ls.sparsify_(nn.Sequential(nn.Linear(4, 3))))
-    model = ls.replicate(one, 2)
-    with pytest.raises(TypeError, match=r"^0 holds several networks .*ls\.select\(model, e\)"):
+    model = ls.ensemble.replicate(one, 2)
+    with pytest.raises(TypeError, match=r"^0 holds several networks .*ensemble\.select\("):
         ls.densify_(model)
     assert type(model[0]) is type(one[0])
-    assert type(ls.densify_(ls.select(model, 1))[0]) is nn.Linear
+    assert type(ls.densify_(ls.ensemble.select(model, 1))[0]) is nn.Linear
 
 
 def test_densify_refuses_a_subclass_before_it_changes_anything():
-    class Twice(ls.MaskedLinear):
+    class Twice(ls.nn.MaskedLinear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = nn.Sequential(ls.MaskedLinear(3, 3), Twice(3, 3))
+    model = nn.Sequential(ls.nn.MaskedLinear(3, 3), Twice(3, 3))
     with pytest.raises(TypeError, match=r"1 is a Twice, which has no dense form"):
         ls.densify_(model)
-    assert type(model[0]) is ls.MaskedLinear
+    assert type(model[0]) is ls.nn.MaskedLinear
 
 
 # ---- packed and mixed ----------------------------------------------------------------------------
@@ -158,12 +159,12 @@ def test_a_packed_layer_becomes_the_linear_layer_of_its_weight(format, bias, dty
     weight = weight_for(format, dtype)
     b = torch.randn(9, dtype=dtype) if bias else None
     key = KEY if format == "seeded" else None
-    model = nn.Sequential(ls.PackedLinear(weight, b, format=format, key=key))
+    model = nn.Sequential(ls.nn.PackedLinear(weight, b, format=format, key=key))
     layer, buffers = model[0], list(model.buffers())
     dense = nn.Sequential(nn.Linear(12, 9, bias=bias, dtype=dtype))
     dense.load_state_dict(ls.dense_state_dict(model), strict=True)
     assert torch.equal(dense[0].weight, weight)
-    assert isinstance(model[0], ls.PackedLinear), "asking changes nothing"
+    assert isinstance(model[0], ls.nn.PackedLinear), "asking changes nothing"
 
     assert ls.densify_(model) is model
     assert model[0] is layer
@@ -181,7 +182,7 @@ def test_a_packed_layer_becomes_the_linear_layer_of_its_weight(format, bias, dty
 
 def test_int8_activations_leave_the_weights_as_they_are():
     weight = weight_for("ternary", torch.float32)
-    layer = ls.PackedLinear(weight, activations="int8")
+    layer = ls.nn.PackedLinear(weight, activations="int8")
     assert torch.equal(ls.dense_state_dict(layer)["weight"], weight)
     assert torch.equal(ls.densify_(layer).weight, weight)
 
@@ -191,7 +192,11 @@ def mixed():
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3), nn.Flatten(), *(nn.Linear(16, 16) for _ in range(4))]
     model = ls.sparsify_(nn.Sequential(*layers), lambda m, name: name != "5")
-    ls.set_masks_(model, half(model), {"2.weight": ls.Constant(0.3), "3.weight": ls.Constant(0.2)})
+    ls.set_masks_(
+        model,
+        half(model),
+        {"2.weight": ls.frozen.Constant(0.3), "3.weight": ls.frozen.Constant(0.2)},
+    )
     ls.compact_(nn.ModuleList([model[0], model[3]]))
     ls.pack_(model[4], report=None)
     return model
@@ -235,14 +240,14 @@ def test_layers_that_shared_a_weight_have_one_each_after_packing():
     torch.testing.assert_close(tied(x), y)
     torch.testing.assert_close(ls.densify_(model)(x), y)
     assert model[0].weight is not model[2].weight
-    for form in (ls.expand_, ls.compact_):
+    for form in (ls.sparsify_, ls.compact_):
         again = ls.densify_(form(copy.deepcopy(together)))
         assert again[0].weight is again[2].weight
         torch.testing.assert_close(again(x), y)
 
 
 def test_a_packed_layer_in_two_places_has_two_names_and_stays_one():
-    layer = ls.PackedLinear(weight_for("csr", torch.float32)[:, :9], format="csr")
+    layer = ls.nn.PackedLinear(weight_for("csr", torch.float32)[:, :9], format="csr")
     model = nn.Sequential(layer, nn.ReLU(), layer)
     dense = nn.Linear(9, 9, bias=False)
     nn.Sequential(dense, nn.ReLU(), dense).load_state_dict(ls.dense_state_dict(model))
@@ -253,13 +258,13 @@ def test_a_packed_layer_in_two_places_has_two_names_and_stays_one():
 
 
 def test_a_subclass_of_a_packed_layer_is_refused_before_anything_changes():
-    class Twice(ls.PackedLinear):
+    class Twice(ls.nn.PackedLinear):
         pass
 
-    model = nn.Sequential(ls.MaskedLinear(12, 9), Twice(torch.randn(3, 9)))
+    model = nn.Sequential(ls.nn.MaskedLinear(12, 9), Twice(torch.randn(3, 9)))
     with pytest.raises(TypeError, match=r"^1 is a Twice, which has no dense form"):
         ls.densify_(model)
-    assert type(model[0]) is ls.MaskedLinear
+    assert type(model[0]) is ls.nn.MaskedLinear
     shapes = {name: tuple(value.shape) for name, value in ls.dense_state_dict(model).items()}
     assert shapes == {"0.weight": (9, 12), "0.bias": (9,), "1.weight": (3, 9)}
 

@@ -358,7 +358,13 @@ def test_quickstart_prints_without_matplotlib(brief, tmp_path, capsys, monkeypat
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    for name in (*NETWORKS, *data.DATASETS, *ls.CRITERIA, *ls.MASK1_ACTIONS, *ls.MASK0_ACTIONS):
+    for name in (
+        *NETWORKS,
+        *data.DATASETS,
+        *ls.pruning.CRITERIA,
+        *ls.pruning.MASK1_ACTIONS,
+        *ls.pruning.MASK0_ACTIONS,
+    ):
         assert name in said
 
 

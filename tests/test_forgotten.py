@@ -54,7 +54,7 @@ def test_learned_masks_have_another_way_in(call):
         call(model)
     assert model.training
     assert model[0].score.requires_grad
-    call(ls.masked_(model))
+    call(ls.sparsify_(model))
 
 
 @pytest.mark.parametrize(

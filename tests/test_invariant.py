@@ -59,9 +59,9 @@ def network(convolution: bool = True) -> tuple[nn.Sequential, dict[str, torch.Te
         model,
         masks,
         frozen={
-            "0.weight": ls.Seeded("normal", seed=7, std=0.5),
+            "0.weight": ls.frozen.Seeded("normal", seed=7, std=0.5),
             "2.weight": tensor,
-            "4.weight": ls.Constant(0.25),
+            "4.weight": ls.frozen.Constant(0.25),
         },
     )
     stream = ls.random.stream_of("0.weight")

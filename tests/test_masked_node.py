@@ -24,7 +24,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(110, 70), (9, 110)),
     "conv": (lambda: nn.Conv2d(6, 8, 3, padding=1), (3, 6, 7, 5)),
 }
-FROZEN = {"zero": "zero", "values": ls.Seeded("uniform", 3, std=0.5)}
+FROZEN = {"zero": "zero", "values": ls.frozen.Seeded("uniform", 3, std=0.5)}
 
 
 def layer(kind="linear", density=0.1, frozen="zero"):

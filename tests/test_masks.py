@@ -214,10 +214,10 @@ def test_a_pickle_of_masks_that_were_no_dict():
 
 VALUES = {
     "masks": some_masks(),
-    "constant": ls.Constant(0.5),
-    "unset": ls.Constant(),
-    "seeded": ls.Seeded("normal", 2**63 + 1, 0.1, 7),
-    "sign of": ls.SignOf(ls.Seeded("sign", 3, 1.0), 0.5),
+    "constant": ls.frozen.Constant(0.5),
+    "unset": ls.frozen.Constant(),
+    "seeded": ls.frozen.Seeded("normal", 2**63 + 1, 0.1, 7),
+    "sign of": ls.frozen.SignOf(ls.frozen.Seeded("sign", 3, 1.0), 0.5),
 }
 
 
@@ -238,7 +238,7 @@ def test_values_in_a_checkpoint_of_torch_save(name):
 
 
 def test_a_ticket_in_a_checkpoint_of_torch_save(tmp_path):
-    start = {"w": torch.zeros(3, 5), "v": ls.Seeded("normal", 1, 1.0)}
+    start = {"w": torch.zeros(3, 5), "v": ls.frozen.Seeded("normal", 1, 1.0)}
     ticket = ls.Ticket(ls.Masks({"w": torch.ones(3, 5)}), start, {"w": torch.ones(3, 5)})
     for each in (ticket, saved_and_loaded(ticket, tmp_path / "t")):
         back = through_torch({"ticket": each})["ticket"].verify()
@@ -258,8 +258,8 @@ def saved_and_loaded(ticket, path):
     [
         (lambda: _Forged(ls.Masks, ({"w": torch.full((2,), 0.5)},)), "must hold only 0 and 1"),
         (lambda: _Forged(ls.Masks, ({"w": 1},)), "mask of w must be a tensor"),
-        (lambda: _Forged(ls.Seeded, ("moon", 1)), "law must be one of"),
-        (lambda: _Forged(ls.Constant, (-1.0,)), "constant is a magnitude"),
+        (lambda: _Forged(ls.frozen.Seeded, ("moon", 1)), "law must be one of"),
+        (lambda: _Forged(ls.frozen.Constant, (-1.0,)), "constant is a magnitude"),
     ],
 )
 def test_a_forged_checkpoint_goes_through_the_checks(forged, message):
@@ -298,7 +298,7 @@ def test_names_of_a_file_are_one_printable_line():
         lambda: ls.Masks({evil: torch.full((2,), 0.5)}),
         lambda: ls.Masks({evil: torch.ones(2)}) & ls.Masks({}),
         lambda: ls.Masks.from_bits({evil: torch.zeros(1, dtype=torch.uint8)}, {evil: (9,)}),
-        lambda: ls.set_masks_(ls.MaskedLinear(2, 2), {evil: torch.ones(2)}),
+        lambda: ls.set_masks_(ls.nn.MaskedLinear(2, 2), {evil: torch.ones(2)}),
         lambda: ls.prune({}, {}, {evil: torch.ones(2)}, "random", 0.5),
     ):
         with pytest.raises(ValueError) as caught:

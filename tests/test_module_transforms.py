@@ -42,7 +42,7 @@ def test_functional_call_and_ensembles_under_vmap():
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.ReLU(), nn.Linear(8, 4))
         ls.sparsify_(model)
         masks = {n: torch.rand(m.shape) < 0.5 for n, m in ls.masks_of(model).items()}
-        models.append(ls.set_masks_(model, masks, ls.Constant(0.25)))
+        models.append(ls.set_masks_(model, masks, ls.frozen.Constant(0.25)))
     parameters, buffers = torch.func.stack_module_state(models)
     assert buffers["0.weight_mask"].shape == (3, 2, 1, 3, 3)
     x = torch.randn(5, 1, 4, 4)
@@ -114,7 +114,11 @@ def test_one_compiled_graph_across_ten_mask_changes(frozen):
         nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 6), nn.Linear(6, 3)
     )
     ls.sparsify_(model)
-    source = {"zero": "zero", "constant": ls.Constant(), "seeded": ls.Seeded("sign", 1)}[frozen]
+    source = {
+        "zero": "zero",
+        "constant": ls.frozen.Constant(),
+        "seeded": ls.frozen.Seeded("sign", 1),
+    }[frozen]
     ls.set_masks_(model, new_masks(model, 10), source)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -80,8 +80,8 @@ def test_conv2d_without_a_batch():
 @pytest.mark.parametrize(
     ("kind", "dense", "arguments"),
     [
-        (ls.MaskedLinear, nn.Linear, (3, 4)),
-        (ls.MaskedConv2d, nn.Conv2d, (3, 4, 3)),
+        (ls.nn.MaskedLinear, nn.Linear, (3, 4)),
+        (ls.nn.MaskedConv2d, nn.Conv2d, (3, 4, 3)),
     ],
 )
 def test_constructors_are_the_dense_ones(kind, dense, arguments):
@@ -117,7 +117,7 @@ def through_torch_save(layer):
 def test_copies(copied, frozen):
     layer = masked(nn.Linear(7, 6), frozen)
     other = copied(layer)
-    assert type(other) is ls.MaskedLinear
+    assert type(other) is ls.nn.MaskedLinear
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     for name, value in other.state_dict().items():
         assert torch.equal(value, before[name])
@@ -148,7 +148,7 @@ def test_to_a_device_and_a_memory_format():
 def test_meta_layers_load_with_assign(frozen):
     state = masked(nn.Linear(7, 6), frozen).state_dict()
     with torch.device("meta"):
-        layer = ls.MaskedLinear(7, 6)
+        layer = ls.nn.MaskedLinear(7, 6)
     assert layer.weight_mask.is_meta
     assert "density=?" in repr(layer)
     assert layer(torch.randn(3, 7, device="meta")).shape == (3, 6)
@@ -172,7 +172,7 @@ def test_meta_layers_come_to_life_with_every_weight_kept():
 # ---- subclasses and parametrizations ------------------------------------------------------------
 
 
-class Scaled(ls.MaskedLinear):
+class Scaled(ls.nn.MaskedLinear):
     def __init__(self, in_features, out_features, scale):
         super().__init__(in_features, out_features)
         self.scale = nn.Parameter(torch.tensor(scale))
@@ -190,7 +190,7 @@ def test_subclasses_work_like_the_layer():
     x = torch.randn(3, 7)
     expected = 2 * nn.functional.linear(x, model[0].weight * mask, model[0].bias)
     close(model[0](x), expected)
-    other = nn.Sequential(Scaled(7, 6, 1.0), ls.MaskedLinear(6, 3))
+    other = nn.Sequential(Scaled(7, 6, 1.0), ls.nn.MaskedLinear(6, 3))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
 
@@ -202,14 +202,16 @@ def test_a_masked_layer_can_be_parametrized():
     x = torch.randn(3, 7)
     close(layer(x), nn.functional.linear(x, layer.weight * mask, layer.bias))
     state = {name: value.clone() for name, value in layer.state_dict().items()}
-    other = nn.utils.parametrizations.weight_norm(ls.MaskedLinear(7, 6))
+    other = nn.utils.parametrizations.weight_norm(ls.nn.MaskedLinear(7, 6))
     other.load_state_dict(state)
     close(other(x), layer(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("by", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
-@pytest.mark.parametrize("source", [ls.Constant(0.5), ls.Seeded("normal", 1)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [ls.frozen.Constant(0.5), ls.frozen.Seeded("normal", 1)], ids=repr
+)
 def test_frozen_values_of_a_parametrized_layer_are_saved(by, source):
     def layer(seed):
         torch.manual_seed(seed)
@@ -228,7 +230,7 @@ def test_frozen_values_of_a_parametrized_layer_are_saved(by, source):
 
 def test_signs_of_a_weight_that_a_checkpoint_does_not_hold_are_refused():
     old = masked(nn.Linear(7, 6))
-    ls.set_masks_(old, ls.masks_of(old), ls.Constant(0.5))
+    ls.set_masks_(old, ls.masks_of(old), ls.frozen.Constant(0.5))
     source = old.state_dict()["weight_frozen"]
     nn.utils.parametrizations.weight_norm(old)
     before = old.effective_weight.detach()
@@ -239,24 +241,28 @@ def test_signs_of_a_weight_that_a_checkpoint_does_not_hold_are_refused():
 
 def test_an_input_that_does_not_fit_names_it():
     with pytest.raises(ValueError, match=r"x has shape \(3, 6\), but weight \(6, 7\) needs"):
-        ls.MaskedLinear(7, 6)(torch.randn(3, 6))
+        ls.nn.MaskedLinear(7, 6)(torch.randn(3, 6))
     with pytest.raises(ValueError, match=r"weight is torch\.float32, but x is torch\.float64"):
-        ls.MaskedConv2d(4, 8, 3)(torch.randn(1, 4, 5, 5).double())
+        ls.nn.MaskedConv2d(4, 8, 3)(torch.randn(1, 4, 5, 5).double())
 
 
-@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [ls.frozen.Seeded("normal", 1), ls.frozen.Constant(0.1)], ids=repr
+)
 def test_values_of_a_descriptor_survive_a_trip_through_half(source):
     layer = ls.sparsify_(nn.Linear(8, 6))
     ls.set_masks_(layer, {"weight": torch.rand(6, 8) < 0.5}, frozen=source)
     before = layer.effective_weight.detach()[~layer.weight_mask]
     layer.half().float()
     assert torch.equal(layer.effective_weight[~layer.weight_mask], before)
-    other = ls.MaskedLinear(8, 6)
+    other = ls.nn.MaskedLinear(8, 6)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.effective_weight, layer.effective_weight)
 
 
-@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant(0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [ls.frozen.Seeded("normal", 1), ls.frozen.Constant(0.1)], ids=repr
+)
 def test_frozen_values_of_tied_layers_survive_a_trip_through_half(source):
     model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
     model[1].weight = model[0].weight
@@ -272,12 +278,12 @@ def test_frozen_values_of_tied_layers_survive_a_trip_through_half(source):
 
 def test_fx_traces_a_masked_layer_as_one_node():
     model = ls.sparsify_(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 5)))
-    ls.set_masks_(model, {"2.weight": torch.rand(5, 48) < 0.3}, frozen=ls.Constant(0.1))
+    ls.set_masks_(model, {"2.weight": torch.rand(5, 48) < 0.3}, frozen=ls.frozen.Constant(0.1))
     x = torch.randn(2, 2, 6, 6)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 def test_skip_init_accepts_masked_layers():
-    layer = nn.utils.skip_init(ls.MaskedConv2d, 2, 3, kernel_size=3)
+    layer = nn.utils.skip_init(ls.nn.MaskedConv2d, 2, 3, kernel_size=3)
     assert layer.weight.shape == (3, 2, 3, 3)
     assert layer.weight_mask.all()

@@ -116,7 +116,7 @@ def test_masks_go_from_plain_to_wrapped_and_back(wrap):
     plain, other = ls.sparsify_(network()), ls.sparsify_(wrap(network()))
     masks, theirs = pruned(plain), pruned(other)
     assert theirs.keys() <= other.state_dict().keys()
-    frozen = {name: ls.Seeded("normal", seed=3) for name in masks}
+    frozen = {name: ls.frozen.Seeded("normal", seed=3) for name in masks}
     ls.set_masks_(other, masks, frozen)
     assert values(ls.masks_of(other)) == values(masks)
     ls.set_masks_(plain, theirs, dict(zip(theirs, frozen.values(), strict=True)))
@@ -164,17 +164,17 @@ def test_learned_masks_and_their_tickets(wrap):
         ls.supermask_(model, seed=3)
     x = torch.randn(5, 12)
     assert torch.equal(plain(x), other(x))
-    names = list(ls.masks_of(ls.use_masks_(plain.eval(), 2)))
-    ls.use_masks_(other.eval(), ls.masks_of(plain))
+    names = list(ls.masks_of(ls.learning.use_masks_(plain.eval(), 2)))
+    ls.learning.use_masks_(other.eval(), ls.masks_of(plain))
     assert torch.equal(plain(x), other(x))
-    ticket = ls.supermask_ticket(other)
+    ticket = ls.Ticket.of(other)
     assert list(ticket.named_as(plain).masks) == names
     torch.testing.assert_close(ticket.apply_(network())(x), plain(x))
 
 
 def test_the_draws_of_a_ticket_stay_those_of_its_weights(tmp_path):
     """A seeded start without a stream draws by the name, which is another one when wrapped."""
-    source = ls.Seeded("normal", seed=4, std=0.2)
+    source = ls.frozen.Seeded("normal", seed=4, std=0.2)
     keep = {name: torch.rand(shape) < 0.5 for name, shape in SHAPES.items()}
     start = {**dict.fromkeys(SHAPES, source), "0.bias": "zero", "2.0.bias": "zero"}
     ticket = ls.Ticket(ls.Masks(keep), start)

@@ -219,7 +219,7 @@ def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
                 optimizer.zero_grad()
                 model(x).square().mean().backward()
                 optimizer.step()
-            ls.refresh_(model)
+            ls.nn.refresh_(model)
             mask = masks["0.weight"]
             assert torch.equal(ops.unpack_mask(ops.pack_mask(mask), 40), mask)
     for p, q in zip(*(m.parameters() for m in models), strict=True):

@@ -30,13 +30,13 @@ def compact_model(frozen="zero", networks=None, shared=False):
     names = [n for n, p in model.named_parameters() if p.dim() == 2]
     masks = {n: torch.rand(dict(model.named_parameters())[n].shape) < 0.3 for n in names}
     masks["0.weight"][5] = False  # an empty row
-    held = ls.Constant(0.25) if frozen == "constant" else "zero"
+    held = ls.frozen.Constant(0.25) if frozen == "constant" else "zero"
     ls.set_masks_(model, ls.Masks(masks), frozen=held)
     return ls.compact_(model, spare=3)
 
 
 def compact_layers(model):
-    return [m for m in model.modules() if isinstance(m, ls.CompactLinear)]
+    return [m for m in model.modules() if isinstance(m, ls.nn.CompactLinear)]
 
 
 def assert_fresh(model):
@@ -78,7 +78,7 @@ def test_compact_layers(name, options, frozen):
 def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
     """Without a gradient that flows, a hook or a refresh: also for a weight two layers share."""
     by_kernel(monkeypatch)
-    for cls in (ls.CompactLinear,):
+    for cls in (ls.nn.CompactLinear,):
         monkeypatch.setattr(cls, "refresh_", lambda self: pytest.fail("refreshed"))
     model = compact_model("constant", shared=True)
     assert len(registry.holders_of(model[2].weight)) == 2
@@ -190,7 +190,7 @@ class Holder(nn.Module):
 @needs_kernel
 def test_compact_and_expand_under_a_running_optimizer(monkeypatch):
     by_kernel(monkeypatch)
-    model = ls.expand_(compact_model())
+    model = ls.sparsify_(compact_model())
     optimizer = ls.optim.Adam(model.parameters(), lr=0.01)
     train_model(model, optimizer, 2)
     ls.compact_(model, optimizer, spare=2)
@@ -204,7 +204,7 @@ def test_compact_and_expand_under_a_running_optimizer(monkeypatch):
     other = torch.rand(17, 30) < 0.2
     with pytest.raises(ValueError, match="pass it: set_masks_"):
         ls.set_masks_(model, ls.Masks(smaller | {"0.weight": other}))
-    ls.expand_(model, optimizer)
+    ls.sparsify_(model, optimizer=optimizer)
     train_model(model, optimizer, 2)
 
 

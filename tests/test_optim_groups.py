@@ -55,7 +55,7 @@ FORMS = {
     "masked": masked,
     "compact": lambda model: ls.compact_(masked(model)),
     "compact, of a copy": lambda model: copy.deepcopy(ls.compact_(masked(model))),
-    "expanded": lambda model: ls.expand_(ls.compact_(masked(model))),
+    "expanded": lambda model: ls.sparsify_(ls.compact_(masked(model))),
 }
 
 
@@ -117,7 +117,7 @@ def test_scores_are_matrices_and_what_is_frozen_is_left_out():
 
 @pytest.mark.parametrize("form", [lambda m: m, ls.compact_], ids=["masked", "compact"])
 def test_biases_of_networks_side_by_side_are_no_matrices(form):
-    model = ls.replicate(form(ls.sparsify_(nn.Sequential(nn.Linear(3, 4)))), 2)
+    model = ls.ensemble.replicate(form(ls.sparsify_(nn.Sequential(nn.Linear(3, 4)))), 2)
     assert model[0].bias.shape == (2, 4)
     assert names_of(ls.optim.param_groups(model, 1)) == [({"0.weight"}, 1.0), ({"0.bias"}, 0.0)]
 

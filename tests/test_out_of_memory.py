@@ -294,7 +294,7 @@ def state_of(model: nn.Module, optimizer: Any) -> list[Any]:
     ]
 
 
-FROZEN = ["zero", ls.Constant(0.5)]
+FROZEN = ["zero", ls.frozen.Constant(0.5)]
 
 
 def check_conversion(device: str, frozen: Any, convert: Callable, compact: bool) -> None:
@@ -323,7 +323,7 @@ def test_compact_(device, frozen):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 def test_expand_(device, frozen):
-    check_conversion(device, frozen, ls.expand_, compact=True)
+    check_conversion(device, frozen, ls.sparsify_, compact=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -54,7 +54,7 @@ def net():
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_computes_what_its_weight_says(format, bias):
     weight, b = WEIGHTS[format](), torch.randn(20) if bias else None
-    layer = ls.PackedLinear(weight, b)
+    layer = ls.nn.PackedLinear(weight, b)
     assert layer.format == format
     assert torch.equal(layer.effective_weight, weight)
     x = torch.randn(2, 5, 30)
@@ -67,7 +67,7 @@ def test_a_layer_computes_what_its_weight_says(format, bias):
 @pytest.mark.parametrize("format", WEIGHTS)
 def test_a_forced_format_holds_the_weight(format):
     weight = WEIGHTS["ternary"]()
-    layer = ls.PackedLinear(weight, format=format)
+    layer = ls.nn.PackedLinear(weight, format=format)
     assert layer.format == format
     assert torch.equal(layer.effective_weight, weight)
 
@@ -90,7 +90,7 @@ def test_a_forced_format_holds_the_weight(format):
 )
 def test_the_format_is_chosen_by_what_the_weight_holds(weight, format):
     assert choose_format(weight) == format
-    layer = ls.PackedLinear(weight)
+    layer = ls.nn.PackedLinear(weight)
     close(layer.effective_weight, weight, equal_nan=True)
     assert layer(torch.ones(2, weight.shape[1], dtype=weight.dtype)).shape == (2, len(weight))
 
@@ -109,7 +109,7 @@ def weights_of_many_kinds(dtype):
 def test_no_format_that_is_chosen_takes_more_than_dense(dtype):
     chosen = set()
     for weight in weights_of_many_kinds(dtype):
-        layer = ls.PackedLinear(weight)
+        layer = ls.nn.PackedLinear(weight)
         assert torch.equal(layer.effective_weight, weight)
         assert (layer.bytes < layer.dense_bytes) == (layer.format != "dense")
         assert sum(t.nbytes for t in layer.state_dict().values()) == layer.bytes
@@ -120,7 +120,7 @@ def test_no_format_that_is_chosen_takes_more_than_dense(dtype):
 
 
 def test_a_format_that_is_named_may_take_more_and_says_so():
-    layer = ls.PackedLinear(torch.randn(40, 1), format="csr")
+    layer = ls.nn.PackedLinear(torch.randn(40, 1), format="csr")
     assert layer.bytes > layer.dense_bytes == 160
 
 
@@ -164,12 +164,12 @@ def test_what_the_state_of_each_form_takes_is_as_documented(dtype, mask):
 )
 def test_bad_layers(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ls.PackedLinear(**{"weight": torch.randn(3, 4), **arguments})
+        ls.nn.PackedLinear(**{"weight": torch.randn(3, 4), **arguments})
 
 
 @pytest.mark.parametrize("format", WEIGHTS)
 def test_no_gradient_flows_and_it_is_said(format):
-    layer = ls.PackedLinear(WEIGHTS[format]())
+    layer = ls.nn.PackedLinear(WEIGHTS[format]())
     with pytest.raises(RuntimeError, match="packed layers are for inference"):
         layer(torch.randn(2, 30, requires_grad=True))
     with pytest.raises(ValueError, match=r"x has shape \(2, 29\), but the layer needs"):
@@ -179,7 +179,7 @@ def test_no_gradient_flows_and_it_is_said(format):
 @pytest.mark.parametrize("before", WEIGHTS)
 @pytest.mark.parametrize("after", WEIGHTS)
 def test_a_state_brings_its_format(before, after):
-    a, b = (ls.PackedLinear(WEIGHTS[f](), torch.randn(20)) for f in (before, after))
+    a, b = (ls.nn.PackedLinear(WEIGHTS[f](), torch.randn(20)) for f in (before, after))
     file = io.BytesIO()
     torch.save(a.state_dict(), file)
     file.seek(0)
@@ -203,7 +203,7 @@ def test_a_state_brings_its_format(before, after):
     ],
 )
 def test_a_state_that_kernels_could_not_trust_is_refused(format, name, change):
-    layer = ls.PackedLinear(WEIGHTS[format]())
+    layer = ls.nn.PackedLinear(WEIGHTS[format]())
     state = layer.state_dict()
     state[name] = change(state[name])
     x = torch.randn(3, 30)
@@ -222,7 +222,7 @@ FORCED = {
 
 def forced(format, bias=True):
     torch.manual_seed(0)
-    return ls.PackedLinear(FORCED[format](), torch.randn(20) if bias else None, format=format)
+    return ls.nn.PackedLinear(FORCED[format](), torch.randn(20) if bias else None, format=format)
 
 
 def frozen_state(layer):
@@ -391,14 +391,14 @@ def test_assigned_tensors_are_taken_as_they_are(format):
 
 
 def test_activation_error():
-    layer = ls.PackedLinear(WEIGHTS["ternary"](), torch.full((20,), 1e6), activations="int8")
+    layer = ls.nn.PackedLinear(WEIGHTS["ternary"](), torch.full((20,), 1e6), activations="int8")
     error = layer.activation_error(torch.randn(8, 30))
     assert 1e-4 < error < 0.05
     assert torch.equal(layer.bias, torch.full((20,), 1e6))
     x = torch.tensor([127.0, -5.0, 3.0] * 10)
     # whole numbers up to 127 stay what they are
     assert layer.activation_error(x) <= 2 * after(30, torch.float32)
-    assert ls.PackedLinear(WEIGHTS["csr"]()).activation_error(torch.randn(8, 30)) == 0.0
+    assert ls.nn.PackedLinear(WEIGHTS["csr"]()).activation_error(torch.randn(8, 30)) == 0.0
 
 
 # ---- models ------------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_pack_keeps_what_a_model_computes(compact):
     close(model(x), y)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert [type(m) for m in model[::2]] == [nn.Conv2d, ls.PackedLinear, ls.PackedLinear]
+    assert [type(m) for m in model[::2]] == [nn.Conv2d, ls.nn.PackedLinear, ls.nn.PackedLinear]
     assert len(list(model.parameters())) == 2  # those of the convolution
     (text,) = lines
     words = [line.split() for line in text.splitlines()]
@@ -436,7 +436,7 @@ def test_signed_constants_with_their_frozen_values_become_ternary():
     layer = ls.sparsify_(nn.Linear(50, 20))
     with torch.no_grad():
         layer.weight.copy_(0.1 * layer.weight.sign())
-    for frozen in ("zero", ls.Constant(0.1)):
+    for frozen in ("zero", ls.frozen.Constant(0.1)):
         copied = copy.deepcopy(layer)
         ls.set_masks_(copied, {"weight": torch.rand(20, 50) < 0.3}, frozen)
         x = torch.randn(4, 50)
@@ -503,16 +503,16 @@ def test_half_precision_layers_keep_their_dtype():
     close(layer(x), y)
 
 
-class Louder(ls.MaskedLinear):
+class Louder(ls.nn.MaskedLinear):
     def forward(self, input):
         return 2 * super().forward(input)
 
 
 def test_what_cannot_be_packed_is_named_and_nothing_changes():
-    model = nn.Sequential(ls.MaskedLinear(3, 3), Louder(3, 3))
+    model = nn.Sequential(ls.nn.MaskedLinear(3, 3), Louder(3, 3))
     with pytest.raises(TypeError, match="1 is a Louder, which has no packed form"):
         ls.pack_(model)
-    assert type(model[0]) is ls.MaskedLinear
+    assert type(model[0]) is ls.nn.MaskedLinear
     with pytest.raises(ValueError, match="activations must be"):
         ls.pack_(model[0], activations="int4")
 
@@ -526,7 +526,7 @@ def test_a_packed_model_compiles_whole():
 
 
 def test_copies_and_pickles():
-    layer, x = ls.PackedLinear(WEIGHTS["csr"](), torch.randn(20)), torch.randn(2, 30)
+    layer, x = ls.nn.PackedLinear(WEIGHTS["csr"](), torch.randn(20)), torch.randn(2, 30)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     moved = copy.deepcopy(layer).to(torch.bfloat16)
     assert moved(x.bfloat16()).dtype == torch.bfloat16

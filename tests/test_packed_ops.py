@@ -250,7 +250,7 @@ def test_vmap_is_a_larger_batch(kind, capfd):
 
 
 def test_vmap_over_weights():
-    layers = [ls.PackedLinear(torch.randn(6, 9).sign(), torch.randn(6)) for _ in range(3)]
+    layers = [ls.nn.PackedLinear(torch.randn(6, 9).sign(), torch.randn(6)) for _ in range(3)]
     assert layers[0].format == "ternary"
     buffers = {
         n: torch.stack([b, *(m.get_buffer(n) for m in layers[1:])])
@@ -263,7 +263,7 @@ def test_vmap_over_weights():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own import
 def test_forward_mode_gradients_are_an_error():
-    layer = ls.PackedLinear(torch.randn(6, 9).sign(), None)
+    layer = ls.nn.PackedLinear(torch.randn(6, 9).sign(), None)
     x = torch.randn(4, 9)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"x has a tangent .*was packed"):
         torch.func.jvp(layer, (x,), (x,))
@@ -306,7 +306,8 @@ def test_bad_arguments(name):
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native kernels are not built")
 def test_int8_gives_the_same_bits_in_every_cpu_variant():
     code = (
-        "import torch, hashlib; from lottery_sparse import formats, ops\n"
+        "import torch, hashlib; from lottery_sparse import ops\n"
+        "from lottery_sparse.ops.packed import formats\n"
         "g = torch.Generator().manual_seed(1); h = hashlib.sha256()\n"
         "for n, k, b in ((33, 31, 3), (130, 700, 21), (5, 64, 1), (64, 100, 8)):\n"
         "    codes = formats.pack_ternary(torch.randint(-1, 2, (n, k), generator=g))\n"

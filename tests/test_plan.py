@@ -69,10 +69,10 @@ FORMS_OF_LINEAR = {"dense", "masked", "compact"} | (
 
 
 def form_now(layer):
-    kinds = ls.MaskedLinear, ls.MaskedConv2d, ls.CompactLinear, ls.CompactConv2d
+    kinds = ls.nn.MaskedLinear, ls.nn.MaskedConv2d, ls.nn.CompactLinear, ls.nn.CompactConv2d
     if isinstance(layer, kinds):
         return measuring.form_of(layer)
-    return "packed" if isinstance(layer, ls.PackedLinear) else "dense"
+    return "packed" if isinstance(layer, ls.nn.PackedLinear) else "dense"
 
 
 # ---- what is measured, said and done -------------------------------------------------------------
@@ -181,16 +181,16 @@ def test_an_optimizer_whose_state_cannot_move_is_refused_before_the_first_change
     optimizer.state[model[1].weight]["history"] = [torch.zeros(3)]
     with pytest.raises(ValueError, match=r"SGD keeps state for 1\.weight in a form that cannot"):
         ls.plan(model, x, optimizer=optimizer)
-    assert [type(layer) for layer in model] == [ls.MaskedLinear, ls.MaskedLinear]
+    assert [type(layer) for layer in model] == [ls.nn.MaskedLinear, ls.nn.MaskedLinear]
 
 
-class Louder(ls.MaskedLinear):
+class Louder(ls.nn.MaskedLinear):
     def forward(self, input):
         return 2 * super().forward(input)
 
 
 def test_a_layer_without_other_forms_stays_as_it_is():
-    model = nn.Sequential(Louder(6, 6), ls.MaskedLinear(6, 6))
+    model = nn.Sequential(Louder(6, 6), ls.nn.MaskedLinear(6, 6))
     nn.utils.parametrizations.weight_norm(model[1])
     found = ls.plan(model, torch.randn(2, 6), training=False)
     assert [list(row.paths) for row in found.rows] == [["masked"], ["masked"]]
@@ -201,7 +201,7 @@ def test_a_layer_without_other_forms_stays_as_it_is():
 @pytest.mark.parametrize("x", [torch.randn(4, 6), torch.randn(2, 4, 6)], ids=["shared", "own"])
 @pytest.mark.parametrize("training", [True, False])
 def test_networks_side_by_side_have_forms_without_a_dense_one(training, x):
-    model = ls.replicate(ls.sparsify_(nn.Sequential(nn.Linear(6, 5), nn.ReLU())), 2)
+    model = ls.ensemble.replicate(ls.sparsify_(nn.Sequential(nn.Linear(6, 5), nn.ReLU())), 2)
     y = model(x).detach()
     [row] = ls.plan(model, x, training=training).rows
     assert set(row.paths) == FORMS_OF_LINEAR - {"dense"}
@@ -259,7 +259,7 @@ def test_zeros_that_a_mask_keeps_are_seen_and_stay_trainable():
     assert (found.rows[0].density, found.rows[0].nonzero) == (1, 0.1)
     assert "0: 0.9 of the weights that its mask keeps are zero; ls.set_masks_(mod" in str(found)
     assert ls.masks_of(model).density == 1
-    ls.set_masks_(ls.expand_(model), ls.Masks.of_nonzero(model))  # as it says
+    ls.set_masks_(ls.sparsify_(model), ls.Masks.of_nonzero(model))  # as it says
     pruned = ls.plan(model, x)
     assert (pruned.rows[0].density, pruned.rows[0].nonzero) == (0.1, 0.1)
     assert "not zero" not in str(pruned)
@@ -489,7 +489,7 @@ class Two(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = ls.MaskedLinear(6, 4), ls.MaskedLinear(5, 4)
+        self.first, self.second = ls.nn.MaskedLinear(6, 4), ls.nn.MaskedLinear(5, 4)
 
     def forward(self, x, y=None, *, scale=1.0, training=False):
         self.called = {"scale": scale, "training": training}
@@ -500,7 +500,7 @@ class Two(nn.Module):
 class TakesOneDict(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = ls.MaskedLinear(6, 4)
+        self.layer = ls.nn.MaskedLinear(6, 4)
 
     def forward(self, batch):
         return self.layer(batch["x"])
@@ -577,7 +577,7 @@ def test_a_layer_that_is_not_reached_is_refused():
     class Unused(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = ls.MaskedLinear(2, 3)
+            self.layer = ls.nn.MaskedLinear(2, 3)
 
         def forward(self, x):
             return x

@@ -93,7 +93,7 @@ def test_masks_are_taken_over(prune):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ls.sparsify_(ours)
-    assert (type(ours[0]), type(ours[3])) == (ls.MaskedConv2d, ls.MaskedLinear)
+    assert (type(ours[0]), type(ours[3])) == (ls.nn.MaskedConv2d, ls.nn.MaskedLinear)
     assert ls.masks_of(ours) == masks
     assert 0 < masks.density < 1
     assert ours[0].weight is originals[0]
@@ -142,12 +142,12 @@ def with_stale_biases():
 FORMS = {
     "masked": lambda model: model,
     "compact": ls.compact_,
-    "expanded": lambda model: ls.expand_(ls.compact_(model)),
+    "expanded": lambda model: ls.sparsify_(ls.compact_(model)),
     "dense": ls.densify_,
     "packed": lambda model: ls.pack_(model, report=None),
     "packed from compact": lambda model: ls.pack_(ls.compact_(model), report=None),
     "planned": lambda model: ls.plan(model, X, training=False, cache=False) and model,
-    "one of two": lambda model: ls.select(ls.replicate([model, model]), 1),
+    "one of two": lambda model: ls.ensemble.select(ls.ensemble.replicate([model, model]), 1),
 }
 
 
@@ -190,7 +190,7 @@ def test_a_pruned_weight_that_is_shared_is_left_to_torch():
     assert len(said) == 2
     assert "skipped 0: torch.nn.utils.prune masks its weight, which another layer shares" in said[0]
     assert "skipped 1: its weight is shared with 0 (Linear), which has no mask" in said[1]
-    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, ls.MaskedLinear]
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear, ls.nn.MaskedLinear]
     model(torch.randn(2, 3))
 
 

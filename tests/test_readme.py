@@ -94,5 +94,5 @@ def test_counts_are_those_of_the_tables():
     said = r"(\d+) mask criteria, (\d+) actions on kept weights, (\d+) on\s+pruned"
     found = re.search(said, README)
     assert found is not None
-    tables = ls.CRITERIA, ls.MASK1_ACTIONS, ls.MASK0_ACTIONS
+    tables = ls.pruning.CRITERIA, ls.pruning.MASK1_ACTIONS, ls.pruning.MASK0_ACTIONS
     assert [int(number) for number in found.groups()] == [len(table) for table in tables]

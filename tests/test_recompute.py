@@ -102,7 +102,7 @@ def same(one, two):
 
 
 def keys(model):
-    return [m.key.tolist() for m in model.modules() if isinstance(m, ls.SupermaskLinear)]
+    return [m.key.tolist() for m in model.modules() if isinstance(m, ls.nn.SupermaskLinear)]
 
 
 # of a reentrant one in another, where no input requires a gradient at first
@@ -165,7 +165,7 @@ def test_sequential_segments_and_networks_side_by_side(kind):
             torch.manual_seed(seed)
             stack = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.Linear(20, 3))
             models.append(ls.supermask_(stack, seed=seed))
-        both = ls.replicate(models)
+        both = ls.ensemble.replicate(models)
         how(both, x).square().mean().backward()
         one = models[0]
         reentrant = kind is REENTRANT
@@ -238,7 +238,7 @@ def test_a_recomputation_of_somebodys_own_is_refused():
         y.sum().backward()
     assert keys(model) == before
     # masks that are not drawn are the same in any case
-    ls.use_masks_(model.eval(), "threshold")
+    ls.learning.use_masks_(model.eval(), "threshold")
     Again.apply(model, x).sum().backward()
 
 

@@ -238,7 +238,7 @@ def test_a_write_to_a_part_that_counts_no_version_needs_a_word():
     layer = model[2]
     where = (~layer.weight_mask).nonzero()[-1]
     layer.weight.data[tuple(where)] = float("nan")
-    ls.refresh_(model)
+    ls.nn.refresh_(model)
     assert layer.weight[tuple(where)] == 0
     assert torch.equal(model(X), y)
 
@@ -319,7 +319,7 @@ def test_averages_follow_a_mask_that_changes(way, buffers, frozen):
     model = ls.sparsify_(dense_model())
     source = source_of(model, frozen)
     if frozen == "seeded":  # else the values are others once the weights deviate otherwise
-        source = ls.Seeded("normal", seed=3, std=0.2)
+        source = ls.frozen.Seeded("normal", seed=3, std=0.2)
     ls.set_masks_(model, masks_at(model, 0.6), source)
     average = AveragedModel(model, use_buffers=buffers, **AVERAGES[way])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -91,7 +91,7 @@ def test_a_ticket_goes_into_a_compact_model(mask0):
     half = {n: torch.arange(m.numel()).view(m.shape) % 2 for n, m in ls.masks_of(compact).items()}
     ls.compact_(ls.set_masks_(compact, half))
     assert ticket.apply_(compact) is compact
-    assert type(compact[0]) is ls.CompactLinear
+    assert type(compact[0]) is ls.nn.CompactLinear
     same(copy_of(compact.state_dict()), copy_of(plain.state_dict()))
     x = torch.randn(5, 6)
     close(compact(x), plain(x))

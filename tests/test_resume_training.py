@@ -134,7 +134,7 @@ def test_masked(name, kinds, pruned):
     def make(parameters):
         return OPTIMIZERS[name](kinds, parameters)
 
-    for frozen in ("zero", ls.Constant(0.1)):
+    for frozen in ("zero", ls.frozen.Constant(0.1)):
         model = ls.set_masks_(ls.sparsify_(dense()), masks(0.3, 1), frozen)
         check(model, make(model.parameters()), lambda state: stays_masked(make, state), pruned)
 
@@ -147,7 +147,7 @@ def test_compact(name, kinds, order, spare, its_spare):
     def make(parameters):
         return OPTIMIZERS[name](kinds, parameters)
 
-    for frozen, pruned in (("zero", True), (ls.Constant(0.1), False)):
+    for frozen, pruned in (("zero", True), (ls.frozen.Constant(0.1), False)):
         model = ls.set_masks_(ls.sparsify_(dense()), masks(0.3, 1), frozen)
         ls.compact_(model, spare=spare)
         optimizer = make(model.parameters())
@@ -177,10 +177,10 @@ def test_networks_side_by_side(name, kinds):
         return ls.set_masks_(ls.sparsify_(dense()), masks(0.1 + seed / 5, seed))
 
     def pair():
-        return ls.compact_(ls.replicate([network(1), network(3)]))
+        return ls.compact_(ls.ensemble.replicate([network(1), network(3)]))
 
     def resume(state):
-        model = ls.compact_(ls.replicate([network(3), network(3)]), spare=9)
+        model = ls.compact_(ls.ensemble.replicate([network(3), network(3)]), spare=9)
         model.load_state_dict(state["model"])
         optimizer = OPTIMIZERS[name](kinds, model.parameters())
         optimizer.load_state_dict(state["optimizer"])

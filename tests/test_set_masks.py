@@ -56,7 +56,7 @@ def test_numeric_masks(dtype):
 def test_names_left_out_keep_what_they_have():
     model = ls.sparsify_(network())
     masks = half(model)
-    ls.set_masks_(model, masks, ls.Constant(0.5))
+    ls.set_masks_(model, masks, ls.frozen.Constant(0.5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ls.set_masks_(model, {"4.weight": torch.ones(5, 16)})
     after = model.state_dict()
@@ -78,7 +78,7 @@ def test_one_frozen_source_or_one_per_name():
     tensor.zero_()
     assert (model[4].effective_weight != 0).all(), "a copy"
 
-    ls.set_masks_(model, masks, ls.Seeded("sign", seed=3, std=0.5))
+    ls.set_masks_(model, masks, ls.frozen.Seeded("sign", seed=3, std=0.5))
     for name, layer in (("0.weight", model[0]), ("4.weight", model[4])):
         stream = ls.random.stream_of(name)
         drawn = ls.random.signs(w[name].shape, seed=3, stream=stream) * 0.5
@@ -90,7 +90,7 @@ def test_seeded_laws_take_the_std_of_the_layer(law):
     model = ls.sparsify_(nn.Linear(60, 50))
     std = model.weight.detach().double().std(correction=0)
     with pytest.warns(UserWarning, match="layer collapse"):
-        ls.set_masks_(model, {"weight": torch.zeros(50, 60)}, ls.Seeded(law, 1))
+        ls.set_masks_(model, {"weight": torch.zeros(50, 60)}, ls.frozen.Seeded(law, 1))
     drawn = model.effective_weight.detach() / std
     assert abs(drawn.std() - 1) < 0.05
     assert abs(drawn.mean()) < 0.05
@@ -100,7 +100,7 @@ def test_constant_takes_std_and_signs_of_the_weight():
     model = ls.sparsify_(nn.Linear(6, 5))
     w = model.weight.detach().clone()
     mask = torch.rand(5, 6) < 0.5
-    ls.set_masks_(model, {"weight": mask}, ls.Constant())
+    ls.set_masks_(model, {"weight": mask}, ls.frozen.Constant())
     expected = torch.where(mask, w, w.sign() * w.double().std(correction=0).float())
     assert torch.equal(model.effective_weight, expected)
 
@@ -155,7 +155,7 @@ def test_optimizer_state_is_zeroed_where_pruned():
 )
 def test_nothing_is_half_written(arguments, error, message):
     model = ls.sparsify_(network())
-    ls.set_masks_(model, half(model, 1), ls.Constant(0.5))
+    ls.set_masks_(model, half(model, 1), ls.frozen.Constant(0.5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     masks = half(model, 2) | arguments.get("masks", {})  # the first layer's mask is right
     with pytest.raises(error, match=message):
@@ -165,7 +165,7 @@ def test_nothing_is_half_written(arguments, error, message):
 
 def test_masks_must_map_names():
     with pytest.raises(TypeError, match="masks must map names to tensors, got list"):
-        ls.set_masks_(ls.MaskedLinear(3, 3), [torch.eye(3)])
+        ls.set_masks_(ls.nn.MaskedLinear(3, 3), [torch.eye(3)])
 
 
 def test_a_collapsed_layer_is_allowed_and_warned_about():
@@ -195,25 +195,53 @@ def test_a_dense_model_says_what_to_do():
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (lambda: ls.Seeded("gauss", 1), ValueError, "law must be one of"),
-        (lambda: ls.Seeded("normal", 1.5), TypeError, "seed must be a whole number, got 1.5"),
-        (lambda: ls.Seeded("normal", None), TypeError, "seed must be a whole number, got None"),
-        (lambda: ls.Seeded("normal", True), TypeError, "seed must be a whole number, got True"),
-        (lambda: ls.Seeded("normal", 2**64), ValueError, "seed must fit 64 bits"),
-        (lambda: ls.Seeded("normal", 1, -1.0), ValueError, "std is a standard .* got -1.0"),
-        (lambda: ls.Seeded("normal", 1, math.nan), ValueError, "std .* finite .* got nan"),
-        (lambda: ls.Seeded("normal", 1, math.inf), ValueError, "std .* finite .* got inf"),
-        (lambda: ls.Seeded("normal", 1, 10**400), ValueError, "std .* finite .* got 1000"),
-        (lambda: ls.Seeded("normal", 1, torch.ones(2)), ValueError, "std .* got tensor"),
-        (lambda: ls.Seeded("normal", 1, "0.1"), TypeError, "std .* got '0.1'"),
-        (lambda: ls.Seeded("normal", 1, 0.1, -1), ValueError, r"stream must be in \[0, 2\*\*32"),
-        (lambda: ls.Seeded("normal", 1, 0.1, "a"), TypeError, "stream must be a whole number"),
-        (lambda: ls.Seeded(["normal"], 1), ValueError, "law must be one of"),
-        (lambda: ls.SignOf("zero", 1), TypeError, "source must be ls.Seeded, got str"),
-        (lambda: ls.SignOf(ls.Seeded("sign", 1), -1), ValueError, "constant .* at least 0, got -1"),
-        (lambda: ls.Constant(-0.5), ValueError, "constant .* at least 0, got -0.5"),
-        (lambda: ls.Constant("1"), TypeError, "constant is a magnitude"),
-        (lambda: ls.Constant(float("nan")), ValueError, "constant is a magnitude"),
+        (lambda: ls.frozen.Seeded("gauss", 1), ValueError, "law must be one of"),
+        (
+            lambda: ls.frozen.Seeded("normal", 1.5),
+            TypeError,
+            "seed must be a whole number, got 1.5",
+        ),
+        (
+            lambda: ls.frozen.Seeded("normal", None),
+            TypeError,
+            "seed must be a whole number, got None",
+        ),
+        (
+            lambda: ls.frozen.Seeded("normal", True),
+            TypeError,
+            "seed must be a whole number, got True",
+        ),
+        (lambda: ls.frozen.Seeded("normal", 2**64), ValueError, "seed must fit 64 bits"),
+        (lambda: ls.frozen.Seeded("normal", 1, -1.0), ValueError, "std is a standard .* got -1.0"),
+        (lambda: ls.frozen.Seeded("normal", 1, math.nan), ValueError, "std .* finite .* got nan"),
+        (lambda: ls.frozen.Seeded("normal", 1, math.inf), ValueError, "std .* finite .* got inf"),
+        (lambda: ls.frozen.Seeded("normal", 1, 10**400), ValueError, "std .* finite .* got 1000"),
+        (lambda: ls.frozen.Seeded("normal", 1, torch.ones(2)), ValueError, "std .* got tensor"),
+        (lambda: ls.frozen.Seeded("normal", 1, "0.1"), TypeError, "std .* got '0.1'"),
+        (
+            lambda: ls.frozen.Seeded("normal", 1, 0.1, -1),
+            ValueError,
+            r"stream must be in \[0, 2\*\*32",
+        ),
+        (
+            lambda: ls.frozen.Seeded("normal", 1, 0.1, "a"),
+            TypeError,
+            "stream must be a whole number",
+        ),
+        (lambda: ls.frozen.Seeded(["normal"], 1), ValueError, "law must be one of"),
+        (
+            lambda: ls.frozen.SignOf("zero", 1),
+            TypeError,
+            "source must be ls.frozen.Seeded, got str",
+        ),
+        (
+            lambda: ls.frozen.SignOf(ls.frozen.Seeded("sign", 1), -1),
+            ValueError,
+            "constant .* at least 0, got -1",
+        ),
+        (lambda: ls.frozen.Constant(-0.5), ValueError, "constant .* at least 0, got -0.5"),
+        (lambda: ls.frozen.Constant("1"), TypeError, "constant is a magnitude"),
+        (lambda: ls.frozen.Constant(float("nan")), ValueError, "constant is a magnitude"),
     ],
 )
 def test_sources_that_make_no_sense(source, error, message):
@@ -222,11 +250,11 @@ def test_sources_that_make_no_sense(source, error, message):
 
 
 def test_numbers_of_numpy_are_numbers():
-    plain = ls.Seeded("normal", seed=2**63 + 5, std=0.5, stream=7)
-    fancy = ls.Seeded("normal", np.uint64(2**63 + 5), np.float32(0.5), np.int64(7))
+    plain = ls.frozen.Seeded("normal", seed=2**63 + 5, std=0.5, stream=7)
+    fancy = ls.frozen.Seeded("normal", np.uint64(2**63 + 5), np.float32(0.5), np.int64(7))
     assert fancy == plain
     assert [type(v) for v in (fancy.seed, fancy.std, fancy.stream)] == [int, float, int]
-    assert ls.Constant(torch.tensor(0.25)) == ls.Constant(0.25)
+    assert ls.frozen.Constant(torch.tensor(0.25)) == ls.frozen.Constant(0.25)
     model = ls.set_masks_(ls.sparsify_(nn.Linear(6, 5)), {"weight": torch.ones(5, 6)}, fancy)
     again = ls.sparsify_(nn.Linear(6, 5))
     again.load_state_dict(model.state_dict())  # through JSON
@@ -239,7 +267,7 @@ def test_seeds_of_numpy_draw_what_ints_draw(seed):
     assert torch.equal(ls.random.key(seed, np.int64(4)), ls.random.key(int(seed), 4))
 
 
-@pytest.mark.parametrize("source", [ls.Seeded("normal", 1), ls.Constant()], ids=repr)
+@pytest.mark.parametrize("source", [ls.frozen.Seeded("normal", 1), ls.frozen.Constant()], ids=repr)
 def test_an_empty_layer_has_no_deviation(source):
     with pytest.warns(UserWarning, match="zero-element"):
         model = ls.sparsify_(nn.Linear(0, 5))
@@ -248,7 +276,7 @@ def test_an_empty_layer_has_no_deviation(source):
     assert model(torch.ones(2, 0)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("frozen", ["zero", ls.Constant(0.3)], ids=str)
+@pytest.mark.parametrize("frozen", ["zero", ls.frozen.Constant(0.3)], ids=str)
 def test_regrown_weights_start_from_what_they_held(frozen):
     """The same in every form, and after a state_dict was loaded."""
 

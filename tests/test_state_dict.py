@@ -18,16 +18,16 @@ import lottery_sparse as ls
 SOURCES = {
     "zero": "zero",
     "tensor": torch.linspace(-1, 1, 42).view(6, 7),
-    "constant": ls.Constant(0.25),
-    "constant of the layer": ls.Constant(),
-    "normal": ls.Seeded("normal", seed=3),
-    "sign": ls.Seeded("sign", seed=2**64 - 1, std=0.1, stream=7),
+    "constant": ls.frozen.Constant(0.25),
+    "constant of the layer": ls.frozen.Constant(),
+    "normal": ls.frozen.Seeded("normal", seed=3),
+    "sign": ls.frozen.Seeded("sign", seed=2**64 - 1, std=0.1, stream=7),
 }
 
 
 def layer(frozen="zero", seed=0):
     torch.manual_seed(seed)
-    new = ls.MaskedLinear(7, 6)
+    new = ls.nn.MaskedLinear(7, 6)
     return ls.set_masks_(new, {"weight": torch.rand(6, 7) < 0.5}, SOURCES[frozen])
 
 
@@ -103,7 +103,7 @@ def test_descriptors_are_json_bytes(frozen, descriptor):
 
 def test_other_dtypes_convert_on_load():
     old = layer("tensor")
-    new = ls.MaskedLinear(7, 6, dtype=torch.float64)
+    new = ls.nn.MaskedLinear(7, 6, dtype=torch.float64)
     new.load_state_dict(old.state_dict())
     assert new.weight_frozen.dtype == torch.float64
     assert torch.equal(new.effective_weight, old.effective_weight.double())
@@ -113,7 +113,7 @@ def test_other_dtypes_convert_on_load():
 
 def test_numeric_masks_load():
     state = layer().state_dict()
-    new = ls.MaskedLinear(7, 6)
+    new = ls.nn.MaskedLinear(7, 6)
     new.load_state_dict(state | {"weight_mask": state["weight_mask"].float()}, assign=True)
     assert new.weight_mask.dtype == torch.bool
     assert torch.equal(new.weight_mask, state["weight_mask"])
@@ -402,7 +402,7 @@ def test_two_masks_for_one_weight_are_refused(form, changes):
 def test_the_mask_of_a_weight_comes_under_any_of_its_names(form, left_out):
     """Tools save a shared tensor once: safetensors drops names, transformers whole keys."""
     old, new = tied(seed=1), tied(form)
-    ls.set_masks_(old, {"0.weight": MASK}, ls.Constant(0.5))
+    ls.set_masks_(old, {"0.weight": MASK}, ls.frozen.Constant(0.5))
     state = {n: v for n, v in old.state_dict().items() if n != left_out}
     if left_out.endswith("."):
         state = {n: v for n, v in state.items() if not n.startswith(f"{left_out}weight")}

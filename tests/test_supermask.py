@@ -38,8 +38,8 @@ def straight_through(layer, score, key):
 @options
 def test_a_step_is_the_expression_of_the_paper(options, round_mask):
     for kind, shape, x in [
-        (ls.SupermaskLinear, (13, 9), torch.randn(6, 13)),
-        (ls.SupermaskConv2d, (4, 6, 3, 2, 1), torch.randn(3, 4, 7, 7)),
+        (ls.nn.SupermaskLinear, (13, 9), torch.randn(6, 13)),
+        (ls.nn.SupermaskConv2d, (4, 6, 3, 2, 1), torch.randn(3, 4, 7, 7)),
     ]:
         layer = kind(*shape, round_mask=round_mask, seed=3, stream=5, **options)
         with torch.no_grad():
@@ -51,8 +51,8 @@ def test_a_step_is_the_expression_of_the_paper(options, round_mask):
             score, xx = layer.score.detach().double(), x.double().requires_grad_()
             w = straight_through(layer, score.requires_grad_(), key)
             bias = layer.bias.double()
-            args = () if kind is ls.SupermaskLinear else (2, 1)
-            y = (F.linear if kind is ls.SupermaskLinear else F.conv2d)(xx, w, bias, *args)
+            args = () if kind is ls.nn.SupermaskLinear else (2, 1)
+            y = (F.linear if kind is ls.nn.SupermaskLinear else F.conv2d)(xx, w, bias, *args)
             ours = x.clone().requires_grad_()
             got = layer(ours)
             dy = torch.randn(got.shape)
@@ -63,7 +63,7 @@ def test_a_step_is_the_expression_of_the_paper(options, round_mask):
 
 
 def test_the_gradient_of_a_rounded_weight_is_zero_where_the_coin_says_so():
-    layer = ls.SupermaskLinear(30, 20, round_mask=True)
+    layer = ls.nn.SupermaskLinear(30, 20, round_mask=True)
     layer(torch.randn(4, 30)).sum().backward()
     coin = sample_mask(torch.zeros(20, 30), ls.random.key(0, 0, 0)) != 0
     assert torch.equal(layer.score.grad == 0, coin)
@@ -83,7 +83,7 @@ def test_only_scores_train():
 
 def test_a_layer_learns_which_weights_help():
     torch.manual_seed(0)
-    layer = ls.SupermaskLinear(20, 3, bias=False)
+    layer = ls.nn.SupermaskLinear(20, 3, bias=False)
     x, useful = torch.randn(256, 20), torch.rand(3, 20) < 0.5
     target = F.linear(x, torch.where(useful, layer.weight, 0.0))
     optimizer = torch.optim.SGD([layer.score], lr=300.0, momentum=0.9)
@@ -99,18 +99,18 @@ def test_a_layer_learns_which_weights_help():
 
 
 def test_constructors_are_those_of_torch_with_options_by_name():
-    for kind, plain in [(ls.SupermaskLinear, nn.Linear), (ls.SupermaskConv2d, nn.Conv2d)]:
+    for kind, plain in [(ls.nn.SupermaskLinear, nn.Linear), (ls.nn.SupermaskConv2d, nn.Conv2d)]:
         ours, theirs = inspect.signature(kind).parameters, inspect.signature(plain).parameters
         assert list(ours)[: len(theirs)] == list(theirs)
         assert all(p.kind is p.KEYWORD_ONLY for p in list(ours.values())[len(theirs) :])
     torch.manual_seed(0)
-    layer = ls.SupermaskLinear(5, 3, init_score=-1.5, dtype=torch.float64)
+    layer = ls.nn.SupermaskLinear(5, 3, init_score=-1.5, dtype=torch.float64)
     torch.manual_seed(0)
     assert torch.equal(layer.weight, nn.Linear(5, 3, dtype=torch.float64).weight)
     assert (layer.bias == 0).all()
     assert layer.score.dtype == torch.float64
     assert (layer.score == -1.5).all()
-    assert ls.SupermaskConv2d(2, 3, 3, bias=False).bias is None
+    assert ls.nn.SupermaskConv2d(2, 3, 3, bias=False).bias is None
     assert "weights=init, expected_density=0.1824" in repr(layer)
 
 
@@ -198,7 +198,7 @@ def test_compiled_steps_are_the_eager_ones(round_mask):
 
 def by_state_dict(model):
     other = learning(seed=5).eval()
-    ls.use_masks_(other, 2)  # whatever it evaluated with before
+    ls.learning.use_masks_(other, 2)  # whatever it evaluated with before
     other.load_state_dict(model.state_dict(), strict=True)
     return other
 
@@ -230,7 +230,7 @@ ROUND_TRIPS = [by_state_dict, by_assignment, by_safetensors, by_file, copy.deepc
 def test_the_choice_of_masks_is_saved(choice, round_trip):
     model = learning().eval()
     masks = {n: torch.rand(m.shape) < 0.3 for n, m in ls.masks_of(model).items()}
-    ls.use_masks_(model, masks if choice == "masks" else choice)
+    ls.learning.use_masks_(model, masks if choice == "masks" else choice)
     other, x = round_trip(model), images()
     assert ls.masks_of(other) == ls.masks_of(model)
     assert torch.equal(other(x), model(x))
@@ -245,7 +245,7 @@ def test_a_state_dict_without_the_choice_loads_and_leaves_it():
     """Those of versions before it was saved."""
     state = {n: v for n, v in learning(seed=1).state_dict().items() if "evaluates_with" not in n}
     for choice in ("threshold", 3):
-        model = ls.use_masks_(learning(), choice)
+        model = ls.learning.use_masks_(learning(), choice)
         held = [layer.held_mask for layer in layers(model)]
         assert model.load_state_dict(state, strict=True)
         for layer, mask in zip(layers(model), held, strict=True):
@@ -254,7 +254,7 @@ def test_a_state_dict_without_the_choice_loads_and_leaves_it():
 
 
 def test_the_state_dict_of_a_choice_runs_functionally():
-    model, x = ls.use_masks_(learning().eval(), 3), images()
+    model, x = ls.learning.use_masks_(learning().eval(), 3), images()
     y = torch.func.functional_call(learning().eval(), model.state_dict(), x)
     assert torch.equal(y, model(x))
 
@@ -270,9 +270,9 @@ def test_the_state_dict_of_a_choice_runs_functionally():
     ],
 )  # fmt: skip
 def test_a_choice_that_cannot_be_is_refused_and_changes_nothing(name, value, message):
-    model = ls.use_masks_(learning(), 3)
+    model = ls.learning.use_masks_(learning(), 3)
     before = copy.deepcopy(model.state_dict())
-    state = ls.use_masks_(learning(seed=1), 4).state_dict()
+    state = ls.learning.use_masks_(learning(seed=1), 4).state_dict()
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state | {name: value})
     for entry, kept in model.state_dict().items():
@@ -281,7 +281,7 @@ def test_a_choice_that_cannot_be_is_refused_and_changes_nothing(name, value, mes
 
 
 def test_to_empty_holds_no_mask():
-    model = ls.use_masks_(learning(), 3).to("meta").to_empty(device="cpu")
+    model = ls.learning.use_masks_(learning(), 3).to("meta").to_empty(device="cpu")
     assert all(layer.held_mask is None for layer in layers(model))
 
 
@@ -290,4 +290,4 @@ def test_to_empty_holds_no_mask():
 )
 def test_networks_that_differ_in_how_they_use_masks_do_not_go_side_by_side(change):
     with pytest.raises(ValueError, match=f"differ in {next(iter(change))}"):
-        ls.replicate([learning(), learning(**change)])
+        ls.ensemble.replicate([learning(), learning(**change)])

@@ -13,6 +13,7 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
+from lottery_sparse.nn.forms.compacting import expand_layers_
 from lottery_sparse.ops import dispatch, sample_mask
 
 pytestmark = pytest.mark.numeric
@@ -117,7 +118,7 @@ def test_masks_are_those_that_modules_draw():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(threads, options):
     models = [network(seed=e, **options) for e in range(3)]
-    many = ls.replicate(models)
+    many = ls.ensemble.replicate(models)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -132,7 +133,7 @@ def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(threads, op
     finally:
         torch.set_num_threads(before)
     for e, model in enumerate(models):
-        one = ls.select(many, e).state_dict()
+        one = ls.ensemble.select(many, e).state_dict()
         for name, value in model.state_dict().items():
             assert torch.equal(one[name], value), name
 
@@ -178,11 +179,11 @@ def test_learned_masks_beside_other_layers():
         )
         ls.sparsify_(model, lambda m, name: name == "2")
         ls.set_masks_(model, {"2.weight": torch.rand(31, 33) < 0.3})
-        ls.supermask_(model, filter_fn=lambda m, name: name == "0")
         ls.compact_(model)
+        ls.supermask_(model, filter_fn=lambda m, name: name == "0")
     for name, p in model.named_parameters():
         p.requires_grad_(name not in ("0.weight", "0.bias"))
-    other = ls.expand_(copy.deepcopy(model)).double()
+    other = expand_layers_(copy.deepcopy(model)).double()
     kind, rates = OPTIMIZERS["adam"]
     step = ls.train_step(model, kind(trained(model), **rates))
     theirs = kind(trained(other), **rates)

@@ -24,7 +24,7 @@ def seeded(seed=3):
                 p.zero_()
                 continue
             std = sum(p.shape) ** -0.5
-            sources[name] = ls.Seeded(LAW, seed, std)
+            sources[name] = ls.frozen.Seeded(LAW, seed, std)
             stream = ls.random.stream_of(name)
             p.copy_(ls.random.truncated_normal(p.shape, std, seed=seed, stream=stream))
     return model, sources
@@ -40,9 +40,9 @@ def learned(weights="init", rescale=False):
                 p.copy_(ls.random.normal(p.shape, seed=0, stream=stream))
     if weights == "signed_constant":
         constants = {name: float(model.get_parameter(name).abs().max()) for name in sources}
-        sources = {name: ls.SignOf(s, constants[name]) for name, s in sources.items()}
+        sources = {name: ls.frozen.SignOf(s, constants[name]) for name, s in sources.items()}
     model.eval()
-    return ls.use_masks_(model, "threshold"), sources
+    return ls.learning.use_masks_(model, "threshold"), sources
 
 
 @pytest.mark.parametrize("rescale", [False, True])
@@ -52,7 +52,7 @@ def test_it_computes_what_was_evaluated(tmp_path, weights, rescale, described):
     model, sources = learned(weights, rescale)
     x = torch.randn(8, 40)
     expected = model(x)
-    ticket = ls.supermask_ticket(model, sources if described else None)
+    ticket = ls.Ticket.of(model, sources if described else None)
     ticket.save(tmp_path / "ticket.safetensors")
     again = ls.Ticket.load(tmp_path / "ticket.safetensors")
     assert again.masks == ticket.masks == ls.masks_of(model)
@@ -86,12 +86,12 @@ def test_any_ticket_comes_back(tmp_path):
 def test_what_cannot_be_stored_is_said(tmp_path):
     model, sources = learned()
     with pytest.raises(ValueError, match=r"source of 1.weight gives other weights .*1200 of 1200"):
-        ls.supermask_ticket(model, {"1.weight": ls.Seeded(LAW, 4, 1.0)})
+        ls.Ticket.of(model, {"1.weight": ls.frozen.Seeded(LAW, 4, 1.0)})
     with pytest.raises(ValueError, match=r"sources names 2.weight, but weights are: 1.weight, 3"):
-        ls.supermask_ticket(model, {"2.weight": sources["1.weight"]})
+        ls.Ticket.of(model, {"2.weight": sources["1.weight"]})
     with pytest.raises(ValueError, match="needs a std"):
-        ls.supermask_ticket(model, {"1.weight": ls.Seeded(LAW, 3)})
-    ticket = ls.supermask_ticket(model)
+        ls.Ticket.of(model, {"1.weight": ls.frozen.Seeded(LAW, 3)})
+    ticket = ls.Ticket.of(model)
     ticket.start["1.bias"] = object()
     with pytest.raises(TypeError, match=r"start of 1.bias must be a tensor.*got object"):
         ticket.save(tmp_path / "x")
@@ -107,7 +107,7 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no ticket of this package"):
         ls.Ticket.load(path)
-    ticket = ls.supermask_ticket(*learned())
+    ticket = ls.Ticket.of(*learned())
     ticket.save(path)
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])

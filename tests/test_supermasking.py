@@ -66,17 +66,17 @@ def test_training_draws_anew_and_evaluation_leaves_it_alone():
 def test_evaluation_modes():
     model, x = learning(), images()
     model.eval()
-    ls.use_masks_(model, "threshold")
+    ls.learning.use_masks_(model, "threshold")
     assert torch.equal(model(x), model(x))
     assert ls.masks_of(model) == ls.Masks(
         {n.replace("score", "weight"): s > 0 for n, s in model.named_parameters() if "score" in n}
     )
-    ls.use_masks_(model, 5)
+    ls.learning.use_masks_(model, 5)
     fifth, masks = model(x), ls.masks_of(model)
-    ls.use_masks_(model, "sample")
+    ls.learning.use_masks_(model, "sample")
     samples = [model(x) for _ in range(6)]
     assert torch.equal(samples[5], fifth)
-    ls.use_masks_(model, masks)
+    ls.learning.use_masks_(model, masks)
     assert torch.equal(model(x), fifth)
     key = layers(model)[0].key.clone()
     key[2] = FIRST_SAMPLE + 5
@@ -91,23 +91,23 @@ def test_a_probability_of_one_half_is_not_used_by_the_threshold():
 def test_sampled_goes_through_samples_and_restores():
     model, x = learning(), images()
     model.eval()
-    ls.use_masks_(model, "threshold")
+    ls.learning.use_masks_(model, "threshold")
     before = model(x)
-    outputs = [(masks, model(x)) for masks in ls.sampled(model, 4)]
+    outputs = [(masks, model(x)) for masks in ls.learning.sampled(model, 4)]
     assert torch.equal(model(x), before)
     assert len({tuple(y.flatten().tolist()) for _, y in outputs}) == 4
     for i, (masks, y) in enumerate(outputs):
-        ls.use_masks_(model, i)
+        ls.learning.use_masks_(model, i)
         assert torch.equal(model(x), y)
         assert ls.masks_of(model) == masks
-    ls.use_masks_(model, "threshold")
-    for _ in ls.sampled(model, 4):
+    ls.learning.use_masks_(model, "threshold")
+    for _ in ls.learning.sampled(model, 4):
         break
     assert torch.equal(model(x), before)
 
 
 def test_densities():
-    layer = ls.SupermaskLinear(300, 200, init_score=-1.0)
+    layer = ls.nn.SupermaskLinear(300, 200, init_score=-1.0)
     p = 1 / (1 + math.e)
     # of a sigmoid, of the sum of all and of the division
     assert layer.expected_density == pytest.approx(p, rel=after(300 * 200, torch.float32))
@@ -123,13 +123,13 @@ def test_densities():
 def test_masked_layers_compute_what_was_evaluated(options, masks):
     model, x = learning(**options), images()
     model.eval()
-    ls.use_masks_(model, {"sample": 0, None: "threshold"}.get(masks, masks))
+    ls.learning.use_masks_(model, {"sample": 0, None: "threshold"}.get(masks, masks))
     expected, chosen = model(x), ls.masks_of(model)
-    assert ls.masked_(model, masks) is model
+    assert ls.sparsify_(model, learned=masks) is model
     close(model(x), expected)
     assert ls.masks_of(model) == chosen
     assert all(p.requires_grad for p in model.parameters())
-    assert type(model[0]) is ls.MaskedConv2d
+    assert type(model[0]) is ls.nn.MaskedConv2d
     fresh = ls.sparsify_(dense())
     fresh.load_state_dict(model.state_dict(), strict=True)
     model.train()
@@ -144,7 +144,7 @@ def test_masked_layers_compute_what_was_evaluated(options, masks):
 @options
 def test_networks_side_by_side_are_each_alone(options, round_mask):
     models = [learning(seed=e, round_mask=round_mask, **options) for e in range(3)]
-    many = ls.replicate(models)
+    many = ls.ensemble.replicate(models)
     assert [tuple(layer.key.shape) for layer in layers(many)] == [(3, 3)] * 3
     optimizers = [
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=2.0, momentum=0.9)
@@ -162,12 +162,12 @@ def test_networks_side_by_side_are_each_alone(options, round_mask):
             optimizer.step()
             optimizer.zero_grad()
     many.eval()
-    ls.use_masks_(many, 1)
+    ls.learning.use_masks_(many, 1)
     x = images(9)
     y = many(x)
     for e, model in enumerate(models):
-        one = ls.select(many, e)
-        ls.use_masks_(model, 1)
+        one = ls.ensemble.select(many, e)
+        ls.learning.use_masks_(model, 1)
         for (name, a), (_, b) in zip(
             one.state_dict().items(), model.state_dict().items(), strict=True
         ):
@@ -177,9 +177,9 @@ def test_networks_side_by_side_are_each_alone(options, round_mask):
 
 
 def test_replicate_by_seeds():
-    many = ls.replicate(learning(weights="signed_constant", init_score=0.3), seeds=[7, 8])
+    many = ls.ensemble.replicate(learning(weights="signed_constant", init_score=0.3), seeds=[7, 8])
     for e, seed in enumerate((7, 8)):
-        layer = layers(ls.select(many, e))[1]
+        layer = layers(ls.ensemble.select(many, e))[1]
         assert layer.key[0] == seed
         assert layer.key[2] == 0
         assert (layer.score == torch.tensor(0.3)).all()
@@ -197,12 +197,12 @@ def test_replicate_by_seeds():
         (lambda: ls.supermask_(dense(), evaluation="mean"), ValueError, "evaluation must be one"),
         (lambda: ls.supermask_(dense(), init_score=float("nan")), ValueError, "a finite number"),
         (lambda: ls.supermask_(nn.ReLU()), ValueError, "no layer to learn a mask"),
-        (lambda: ls.SupermaskLinear(3, 4, weights="x"), ValueError, "weights must be one of"),
-        (lambda: ls.use_masks_(dense(), "sample"), ValueError, "no supermask layer; call ls.super"),
-        (lambda: ls.use_masks_(learning(), "mean"), ValueError, "masks must be sample or thresh"),
-        (lambda: ls.use_masks_(learning(), -1), ValueError, "a sample has a number, at least 0"),
-        (lambda: ls.use_masks_(learning(), {}), ValueError, "masks must hold 0.weight of shape"),
-        (lambda: ls.masked_(dense()), ValueError, "no supermask layer"),
+        (lambda: ls.nn.SupermaskLinear(3, 4, weights="x"), ValueError, "weights must be one of"),
+        (lambda: ls.learning.use_masks_(dense(), "sample"), ValueError, "no supermask layer"),
+        (lambda: ls.learning.use_masks_(learning(), "mean"), ValueError, "masks must be sample"),
+        (lambda: ls.learning.use_masks_(learning(), -1), ValueError, "a sample has a number"),
+        (lambda: ls.learning.use_masks_(learning(), {}), ValueError, "masks must hold 0.weight"),
+        (lambda: ls.sparsify_(dense(), learned=1), ValueError, "the model has none"),
         (lambda: ls.supermask_(nn.MultiheadAttention(4, 2)), TypeError, "out_proj cannot learn"),
     ],
 )  # fmt: skip

@@ -166,7 +166,7 @@ def optimizer(cls):
 def training():
     def run():
         torch.manual_seed(0)
-        many = ls.replicate([model() for _ in range(NETWORKS)])
+        many = ls.ensemble.replicate([model() for _ in range(NETWORKS)])
         step = ls.train_step(many, torch.optim.SGD(many.parameters(), lr=0.1))
         x, y = torch.randn(BATCH, INPUTS), torch.randint(5, (BATCH,))
         return lambda: (step(x, y), list(many.state_dict().values()))

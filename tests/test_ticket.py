@@ -139,7 +139,7 @@ def test_global_scope_and_functions_of_ones_own():
         network(), train, 1, 0.5,
         criterion=lambda w_init, w_final, generator: w_final,
         mask1=lambda w_start, mask, std, generator: w_start * 2,
-        mask0=lambda w_init, w_final, mask, before, held, generator: ls.MASK0_ACTIONS[
+        mask0=lambda w_init, w_final, mask, before, held, generator: ls.pruning.MASK0_ACTIONS[
             "freeze_init"
         ](w_init, w_final, mask, before, held),
         scope="global",
@@ -160,7 +160,7 @@ def stds_of(init):
     return {n: float(init[n].double().std(correction=0)) for n in WEIGHTS}
 
 
-@pytest.mark.parametrize("mask1", ls.MASK1_ACTIONS)
+@pytest.mark.parametrize("mask1", ls.pruning.MASK1_ACTIONS)
 def test_every_mask1_action_starts_from_the_dense_init(mask1):
     train = Trainer()
     ls.find_ticket(network(), train, rounds=2, keep=0.6, mask1=mask1, generator=9)
@@ -169,7 +169,7 @@ def test_every_mask1_action_starts_from_the_dense_init(mask1):
         for name in WEIGHTS:
             mask = train.masks[r][name]
             stream = ls.random.Stream(ls.random.derive(9, "mask-1", r), name)
-            kept = ls.MASK1_ACTIONS[mask1](init[name], mask, stds_of(init)[name], stream)
+            kept = ls.pruning.MASK1_ACTIONS[mask1](init[name], mask, stds_of(init)[name], stream)
             assert torch.equal(train.starts[r][name], torch.where(mask, kept, 0))
 
 
@@ -183,12 +183,12 @@ def test_compounding_acts_on_what_the_last_round_was_given():
         for name in WEIGHTS:
             mask = train.masks[r][name]
             stream = ls.random.Stream(ls.random.derive(9, "mask-1", r), name)
-            given[name] = ls.MASK1_ACTIONS["reinit_permute"](given[name], mask, 0.0, stream)
+            given[name] = ls.pruning.MASK1_ACTIONS["reinit_permute"](given[name], mask, 0.0, stream)
             assert torch.equal(train.starts[r][name], torch.where(mask, given[name], 0))
             assert (train.starts[r][name][mask] != 0).all(), "zeros of pruned places stay there"
 
 
-@pytest.mark.parametrize("mask0", sorted(set(ls.MASK0_ACTIONS) - {"original"}))
+@pytest.mark.parametrize("mask0", sorted(set(ls.pruning.MASK0_ACTIONS) - {"original"}))
 def test_every_mask0_action_holds(mask0):
     train = Trainer()
     ticket = ls.find_ticket(network(), train, 3, 0.6, "random", mask0=mask0, generator=9)
@@ -196,7 +196,7 @@ def test_every_mask0_action_holds(mask0):
         frozen = None
         for r in (1, 2, 3):
             before, mask = train.masks[r - 1][name], train.masks[r][name]
-            decision = ls.MASK0_ACTIONS[mask0](
+            decision = ls.pruning.MASK0_ACTIONS[mask0](
                 train.starts[r - 1][name], train.finals[r - 1][name], mask, before, frozen,
                 ls.random.Stream(ls.random.derive(9, "mask-0", r), name),
             )  # fmt: skip
@@ -324,7 +324,7 @@ def test_apply_masks_only_what_the_ticket_masks():
     ticket = ls.find_ticket(model, Trainer(), 1, 0.5)
     new = ticket.apply_(network())
     assert type(new[0]) is nn.Linear
-    assert type(new[3]) is ls.MaskedLinear
+    assert type(new[3]) is ls.nn.MaskedLinear
 
 
 def test_the_ticket_is_its_own():

@@ -128,8 +128,8 @@ REFUSALS = {
     ),
     "no start": (masked, lambda: without_start(), "mask of 3.weight, but no start for it"),
     # starts
-    "no std": (net, lambda: ticket({W: ls.Seeded("normal", 1)}), "start of 3.weight needs a std"),
-    "beyond": (net, lambda: ticket({W: ls.Seeded("normal", 1, 3.4e38)}), "float32 cannot hold"),
+    "no std": (net, lambda: ticket({W: ls.frozen.Seeded("normal", 1)}), "3.weight needs a std"),
+    "beyond": (net, lambda: ticket({W: ls.frozen.Seeded("normal", 1, 3.4e38)}), "float32 cannot"),
     "a word": (net, lambda: ticket({W: "one"}), "start of 3.weight must be a tensor.*, got 'one'"),
     "None": (net, lambda: ticket({W: None}), "start of 3.weight must be a tensor.*, got None"),
     "complex start": (
@@ -157,7 +157,7 @@ REFUSALS = {
     "frozen source": (net, lambda: ticket(frozen={W: 0.5}), "frozen source of 3.weight must be"),
     "frozen beyond": (
         net,
-        lambda: ticket(frozen={W: ls.Constant(1e39)}),
+        lambda: ticket(frozen={W: ls.frozen.Constant(1e39)}),
         "torch.float32 cannot hold",
     ),
     "frozen on meta": (masked, lambda: ticket(frozen={W: META}), "frozen values .* on the meta"),
@@ -288,12 +288,12 @@ def test_a_lazy_layer_that_is_not_masked_takes_its_start():
 def test_a_start_that_is_a_whole_state_dict_brings_no_masks_of_its_own():
     """Masks are the ticket's: what the start says of a layer that is not among them is left out."""
     other = masked()
-    ls.set_masks_(other, {"0.weight": torch.eye(4, 5), W: torch.eye(2, 4)}, ls.Constant(0.5))
+    ls.set_masks_(other, {"0.weight": torch.eye(4, 5), W: torch.eye(2, 4)}, ls.frozen.Constant(0.5))
     start = {name: value.clone() for name, value in other.state_dict().items()}
     found = ls.Ticket(ls.Masks({W: torch.eye(2, 4)}), start)
     for model in (net(), masked(), compact()):
         if isinstance(model[0], Compact):
-            ls.expand_(model[0])
+            ls.sparsify_(model[0])
         found.apply_(model)
         assert torch.equal(ls.dense_state_dict(model)["0.weight"], start["0.weight"])
         assert torch.equal(model[3].weight_mask, torch.eye(2, 4).bool())
@@ -323,8 +323,8 @@ def test_a_ticket_without_masks_is_a_start():
 
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 def test_other_precisions_and_frozen_sources_are_taken(make):
-    frozen = {"0.weight": ls.Constant(0.5), W: torch.full((2, 4), 0.25, dtype=torch.float64)}
-    found = ticket({W: ls.Seeded("sign", 1, 0.5), "0.bias": "zero"}, frozen)
+    frozen = {"0.weight": ls.frozen.Constant(0.5), W: torch.full((2, 4), 0.25, dtype=torch.float64)}
+    found = ticket({W: ls.frozen.Seeded("sign", 1, 0.5), "0.bias": "zero"}, frozen)
     found.start["0.weight"] = found.start["0.weight"].bfloat16()
     model = found.apply_(make())
     state = ls.dense_state_dict(model)

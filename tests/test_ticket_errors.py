@@ -44,10 +44,10 @@ def test_models_that_learn_their_masks_are_refused_before_anything_changes(some)
     before, train = {n: v.clone() for n, v in model.state_dict().items()}, Trainer()
     ticket = ls.Ticket(ls.masks_of(ls.sparsify_(network())), network().state_dict())
     for call in (lambda: ls.find_ticket(model, train, 1, 0.5), lambda: ticket.apply_(model)):
-        with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.masked_\(model\)"):
+        with pytest.raises(ValueError, match=r"masks are learned ones; call ls\.sparsify_"):
             call()
     assert train.stops == []
-    assert type(model[0]) is (nn.Linear if some else ls.SupermaskLinear)
+    assert type(model[0]) is (nn.Linear if some else ls.nn.SupermaskLinear)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -97,7 +97,7 @@ def test_a_model_that_a_ticket_does_not_fit_stays_as_it_is(model, message):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(isinstance(m, ls.MaskedLinear) for m in model.modules())
+    assert not any(isinstance(m, ls.nn.MaskedLinear) for m in model.modules())
 
 
 def test_metrics_become_numbers_that_a_file_can_hold(tmp_path):

@@ -56,7 +56,7 @@ def is_plain(text):
 def test_the_command_prints_no_escapes_and_no_faked_lines(tmp_path, capsys):
     path = tmp_path / "t.safetensors"
     masks = Masks({EVIL: torch.ones(2, 3), "w" * 5000: torch.ones(2)})
-    starts = {EVIL: torch.zeros(2, 3), "w" * 5000: ls.Seeded("normal", 1, 1.0)}
+    starts = {EVIL: torch.zeros(2, 3), "w" * 5000: ls.frozen.Seeded("normal", 1, 1.0)}
     history = [{"round": 0, EVIL: EVIL, "density": 1.0, "metrics": ["x" * 5000]}]
     ls.Ticket(masks, starts, history=history).save(path)
     assert main(["ticket", str(path)]) == 0
@@ -184,7 +184,9 @@ def test_frozen_values_are_floating_when_saved_loaded_and_verified(dtype, tmp_pa
 
 
 def test_frozen_values_that_are_no_tensor_are_not_saved(tmp_path):
-    ticket = ls.Ticket(Masks({"w": torch.ones(2)}), {"w": torch.ones(2)}, {"w": ls.Constant(1.0)})
+    ticket = ls.Ticket(
+        Masks({"w": torch.ones(2)}), {"w": torch.ones(2)}, {"w": ls.frozen.Constant(1.0)}
+    )
     with pytest.raises(TypeError, match="frozen values of w must be a floating tensor, got Const"):
         ticket.save(tmp_path / "t.safetensors")
     assert os.listdir(tmp_path) == []
@@ -200,7 +202,7 @@ def test_a_source_beyond_float32_is_refused(field, tmp_path):
 
 
 def test_a_std_whose_draws_leave_float32_is_refused_with_the_name():
-    ticket = ls.Ticket(Masks({"w": torch.ones(300)}), {"w": ls.Seeded("normal", 1, 3e38)})
+    ticket = ls.Ticket(Masks({"w": torch.ones(300)}), {"w": ls.frozen.Seeded("normal", 1, 3e38)})
     with pytest.raises(ValueError, match=r"the start of w is Seeded.* torch.float32 cannot hold"):
         ticket.verify()
 

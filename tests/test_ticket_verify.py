@@ -17,7 +17,7 @@ from lottery_sparse.__main__ import main
 
 
 def of_a_seed():
-    return ls.supermask_ticket(*learned("signed_constant", rescale=True))
+    return ls.Ticket.of(*learned("signed_constant", rescale=True))
 
 
 def found():
@@ -183,7 +183,7 @@ def first_format(path, digests: bool):
 @pytest.mark.parametrize("digests", [True, False])
 def test_a_ticket_of_the_first_format_still_loads(digests, tmp_path):
     path = tmp_path / "t.safetensors"
-    sources = {"1.weight": ls.SignOf(ls.Seeded("sign", 3, 1), 0.5)}
+    sources = {"1.weight": ls.frozen.SignOf(ls.frozen.Seeded("sign", 3, 1), 0.5)}
     ls.Ticket(ls.Masks({"1.weight": torch.ones(30, 40)}), sources).save(path)
     ticket = ls.Ticket.load(first_format(path, digests)).verify()
     assert (ticket.saved is not None) == digests
@@ -302,7 +302,7 @@ def test_what_does_not_go_together_is_named(change, message):
 
 def test_a_source_without_a_std_is_named():
     ticket = of_a_seed()
-    ticket.start["1.weight"] = ls.Seeded(LAW, 3)
+    ticket.start["1.weight"] = ls.frozen.Seeded(LAW, 3)
     with pytest.raises(ValueError, match=r"seeded start of 1\.weight needs a std"):
         ticket.verify()
 
@@ -350,7 +350,7 @@ def test_the_command_says_what_is_wrong_with_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("digests", [True, False])
 def test_the_command_says_whether_an_old_file_has_digests(digests, tmp_path, capsys):
     path = tmp_path / "t.safetensors"
-    starts = {"1.weight": ls.SignOf(ls.Seeded("sign", 3, 1), 0.5)}
+    starts = {"1.weight": ls.frozen.SignOf(ls.frozen.Seeded("sign", 3, 1), 0.5)}
     ls.Ticket(ls.Masks({"1.weight": torch.ones(30, 40)}), starts).save(path)
     first_format(path, digests)
     assert main(["ticket", str(path)]) == 0

@@ -72,12 +72,12 @@ def test_fx_keeps_the_layers(kind):
 
 
 def test_fx_of_packed_layers():
-    model = nn.Sequential(ls.PackedLinear(torch.randn(4, 5).sign()), nn.ReLU())
+    model = nn.Sequential(ls.nn.PackedLinear(torch.randn(4, 5).sign()), nn.ReLU())
     x = torch.randn(2, 5)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
-@pytest.mark.parametrize("layer", [ls.MaskedLinear(3, 4), ls.CompactConv2d(1, 2, 3)], ids=str)
+@pytest.mark.parametrize("layer", [ls.nn.MaskedLinear(3, 4), ls.nn.CompactConv2d(1, 2, 3)], ids=str)
 def test_fx_of_a_layer_by_itself_says_what_to_do(layer):
     with pytest.raises(TypeError, match=rf"cannot trace a {type(layer).__name__} by itself.*Seq"):
         torch.fx.symbolic_trace(layer)
@@ -159,7 +159,7 @@ def test_a_model_is_another_one_once_all_its_tensors_are_copied(kind, frozen):
             close(same[i].effective_weight, model[i].effective_weight)
     masks = moved(model)
     for same in (model, other):
-        ls.set_masks_(same, masks, ls.Constant(0.1))
+        ls.set_masks_(same, masks, ls.frozen.Constant(0.1))
     close(other(x), model(x))
 
 
@@ -227,13 +227,13 @@ def use_everything(model, x, train=True):
     """Everything that a layer does, one after the other."""
     model(x)
     optimizer = step(model, x) if train else None
-    ls.set_masks_(model, moved(model), ls.Constant(0.1), optimizer)
+    ls.set_masks_(model, moved(model), ls.frozen.Constant(0.1), optimizer)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
     y = model(x)
     close(copy.deepcopy(model)(x), y)
-    close(ls.refresh_(ls.compact_(ls.expand_(model)))(x), y)
-    ls.densify_(ls.expand_(model))
+    close(ls.nn.refresh_(ls.compact_(ls.sparsify_(model)))(x), y)
+    ls.densify_(ls.sparsify_(model))
     close(model(x), y)
     close(model.double()(x.double()).float(), y)
 
@@ -252,7 +252,7 @@ def test_layers_made_under_inference_mode_train_afterwards(kind, frozen):
     with torch.inference_mode():
         model = convert(model, kind, frozen)
         model(x)
-        ls.set_masks_(model, moved(model), ls.Constant(0.1))
+        ls.set_masks_(model, moved(model), ls.frozen.Constant(0.1))
         model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
         model(x)
     assert not any(b.is_inference() for b in model.buffers())
@@ -278,9 +278,11 @@ def test_copies_made_under_inference_mode(kind):
         assert torch.equal(model(x), y)
         twice = other(x)
         assert torch.equal(copy.deepcopy(other)(x), twice)
-    networks = ls.replicate([ls.sparsify_(nn.Sequential(nn.Linear(3, 4))) for _ in range(2)])
+    networks = ls.ensemble.replicate(
+        [ls.sparsify_(nn.Sequential(nn.Linear(3, 4))) for _ in range(2)]
+    )
     with torch.inference_mode():
-        side = ls.replicate([ls.select(networks, e) for e in (1, 0)])
+        side = ls.ensemble.replicate([ls.ensemble.select(networks, e) for e in (1, 0)])
     assert not any(b.is_inference() for b in side.buffers())
 
 
@@ -310,7 +312,7 @@ def test_averages_hold_frozen_values(kind, frozen):
         held = average.module[i].effective_weight
         assert torch.equal(held[pruned], model[i].effective_weight[pruned])
     average(x)
-    ls.set_masks_(model, moved(model), ls.Constant(0.1) if frozen == "constant" else "zero")
+    ls.set_masks_(model, moved(model), ls.frozen.Constant(0.1) if frozen == "constant" else "zero")
     if frozen in ("constant", "zero"):  # the same buffers as before
         average.update_parameters(model)
         average(x)

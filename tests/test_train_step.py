@@ -105,7 +105,7 @@ def test_plain_layers(plain, name):
     model = network(plain=plain)
     check(model, *OPTIMIZERS[name], batches(WIDTHS[0], 33, 6))
     models = [network(plain=plain, density=d, seed=e) for e, d in enumerate((0.1, 0.7))]
-    check(ls.replicate(models), *OPTIMIZERS[name], batches(WIDTHS[0], 33, 4, (2,)))
+    check(ls.ensemble.replicate(models), *OPTIMIZERS[name], batches(WIDTHS[0], 33, 4, (2,)))
 
 
 @every_product
@@ -124,7 +124,7 @@ def test_networks_side_by_side(own_x, own_y, name):
     data = [
         (x if own_x else x[0], y if own_y else y[0]) for x, y in batches(WIDTHS[0], 35, 6, (3,))
     ]
-    check(ls.replicate(models), *OPTIMIZERS[name], data)
+    check(ls.ensemble.replicate(models), *OPTIMIZERS[name], data)
 
 
 @pytest.mark.parametrize("name", ["adam", "momentum"])
@@ -138,7 +138,7 @@ def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name, optio
     results = []
     data = list(batches(WIDTHS[0], 35, 3))
     for threads in (1, 2, 3, 7):
-        many = ls.replicate(models)
+        many = ls.ensemble.replicate(models)
         step = ls.train_step(many, kind(many.parameters(), **options))
         torch.set_num_threads(threads)
         losses = [step(x, y) for x, y in data]
@@ -151,7 +151,7 @@ def test_the_same_bits_alone_and_in_company_and_for_any_thread_count(name, optio
     for e, model in enumerate(models):
         step = ls.train_step(model, kind(model.parameters(), **options))
         assert torch.equal(torch.stack([step(x, y) for x, y in data]), losses[:, e])
-        state = ls.select(first, e).state_dict()
+        state = ls.ensemble.select(first, e).state_dict()
         for key, value in model.state_dict().items():
             assert torch.equal(value, state[key]), key
 
@@ -229,7 +229,7 @@ def test_options_are_read_in_every_call():
 
 def test_groups_with_options_of_their_own():
     model = network()
-    other = ls.expand_(copy.deepcopy(model)).double()
+    other = ls.sparsify_(copy.deepcopy(model)).double()
 
     def groups(m):
         layers = [layer for layer in m if isinstance(layer, nn.Linear)]

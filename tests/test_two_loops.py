@@ -43,7 +43,7 @@ class AsInTheStudies:
             iterations=stop_at or SHORT.iterations, lr=SHORT.lr,
             batch_size=SHORT.batch_size, train_accuracy=False,
         )  # fmt: skip
-        ls.sparsify_(ls.expand_(model))
+        ls.sparsify_(ls.sparsify_(model))
         if stop_at is None:
             self.finals.append({n: v.clone() for n, v in ls.dense_state_dict(model).items()})
 

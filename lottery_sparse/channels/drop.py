@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lottery_sparse.channels.reads import NORMS, WEIGHTED, layers_of, staying
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.nn.forms.compacting import compact_
+from lottery_sparse.nn.forms.compacting import shrink_layers_
 from lottery_sparse.nn.forms.replicate import (
     ELEMENTWISE,
     PER_IMAGE,
@@ -61,7 +61,7 @@ class Channels:
         if not self.training:
             raise ValueError(
                 "these channels are those of a model for inference, whose biases hold folded "
-                "constants; train one of ls.drop_channels(model, input, training=True)."
+                "constants; train one of ls.channels.drop_channels(model, input, training=True)."
             )
         state = {key: value.detach().clone() for key, value in model.state_dict().items()}
         small = narrow.state_dict()
@@ -146,7 +146,9 @@ def drop_channels(
     """
     modules = list(_walk(model))
     if any(networks_of(module) is not None for _, module in modules):
-        raise ValueError("model holds networks side by side (ls.replicate); ls.select one first.")
+        raise ValueError(
+            "model holds networks side by side; take one first: ls.ensemble.select(model, e)."
+        )
     owners: dict[int, str] = {}
     for name, module in modules:
         _check(name, module, owners)
@@ -169,7 +171,7 @@ def drop_channels(
             _add_to_bias(new, layer.constant(layer.settled & ~columns)[outputs[name]])
         if isinstance(module, Compact):
             vars(new).pop("products", None)  # what was quicker at another size
-            compact_(new)
+            shrink_layers_(new)
         return new
 
     return map_modules(model, narrowed), Channels(

@@ -20,6 +20,9 @@ from lottery_sparse.text import shown
 FLOAT32 = torch.finfo(torch.float32).max
 
 
+__all__ = ["Constant", "Seeded", "SignOf"]  # the namespace ls.frozen
+
+
 def _magnitude(value: Any, what: str, most: float = float("inf")) -> float:
     """A number of any kind, of NumPy or a tensor too, as a float that is a magnitude."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
@@ -117,7 +120,7 @@ class SignOf(_Value):
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Seeded):
-            raise TypeError(f"source must be ls.Seeded, got {type(self.source).__name__}.")
+            raise TypeError(f"source must be ls.frozen.Seeded, got {type(self.source).__name__}.")
         constant = _magnitude(self.constant, "constant is a magnitude", FLOAT32)
         object.__setattr__(self, "constant", constant)
 
@@ -223,8 +226,8 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
         _finite(held.frozen, f"frozen source of {name}", source)
         return held
     raise TypeError(
-        f'frozen source of {name} must be "zero", a tensor, ls.Constant or ls.Seeded, '
-        f"got {shown(repr(source))}."
+        f'frozen source of {name} must be "zero", a tensor, ls.frozen.Constant or '
+        f"ls.frozen.Seeded, got {shown(repr(source))}."
     )
 
 

@@ -7,7 +7,7 @@ state_dict and the forward all see one weight.
 A step of any torch optimizer is followed by a hook. Other writes are seen at the next forward, or
 when the state_dict is asked for: by version counters, and where a write counts no version
 (`.data`, another process) by the address and by up to sixteen pruned entries. A write through
-`.data` to part of the weight may stay unseen until `ls.refresh_`.
+`.data` to part of the weight may stay unseen until `ls.nn.refresh_`.
 """
 
 from __future__ import annotations

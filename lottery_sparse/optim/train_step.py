@@ -40,9 +40,9 @@ def train_step(
 
     in training mode within float32 rounding: parameters, optimizer state, effective weights and the
     keys of learned masks (which are the same ones) are updated in place.
-    For E networks side by side (`ls.replicate`) it is E such steps; a network gets the same bits
-    alone, in company, and with any number of threads. At small sizes most of a step by modules is
-    the time of their calls, which this does without.
+    For E networks side by side (`ls.ensemble.replicate`) it is E such steps; a network gets the
+    same bits alone, in company, and with any number of threads. At small sizes most of a step by
+    modules is the time of their calls, which this does without.
 
     Args:
         model: the network; forward hooks are not run.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.nn.forms.compacting import compact_, expand_
-from lottery_sparse.nn.forms.densify import densify_, settle_bias
-from lottery_sparse.nn.forms.pack import pack_
+from lottery_sparse.nn.forms.compacting import expand_layers_
+from lottery_sparse.nn.forms.densify import settle_bias
+from lottery_sparse.nn.forms.verbs import compact_, densify_, pack_
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.packed import choose_format
 from lottery_sparse.ops.common.eager import has_node
@@ -89,7 +89,7 @@ def candidates(layer: Masked, training: bool) -> dict[str, Candidate]:
         plain._backward_pre_hooks,
     ):  # fmt: skip
         hooks.clear()  # the user's hooks are not what is measured
-    expand_(plain)
+    expand_layers_(plain)
     found = {"masked": Candidate(plain)}
     dense = _made(densify_, plain)
     if dense is not None:

@@ -22,10 +22,8 @@ import lottery_sparse
 from lottery_sparse.files import write_whole
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.moving import check_movable
-from lottery_sparse.nn.forms.compacting import compact_, expand_
 from lottery_sparse.nn.forms.convert import by_parameter, check_masked, masked_modules
-from lottery_sparse.nn.forms.densify import densify_
-from lottery_sparse.nn.forms.pack import pack_
+from lottery_sparse.nn.forms.verbs import compact_, densify_, pack_, sparsify_
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.ops import dispatch
 from lottery_sparse.planning.example import call_of, inputs_of
@@ -174,7 +172,7 @@ def _apply(
         elif choice == "dense":
             densify_(together, optimizer)
         elif choice == "masked":
-            expand_(together, optimizer)
+            sparsify_(together, optimizer=optimizer)
         else:
             compact_(together, optimizer)
             [products] = [p for p, name in COMPACT_FORMS.items() if name == choice]

@@ -322,7 +322,7 @@ def _as_json(name: str, value: Any) -> Any:
     if isinstance(value, Seeded):
         return asdict(value)
     raise TypeError(
-        f'the start of {name} must be a tensor, ls.Seeded, ls.SignOf or "zero", '
+        f'the start of {name} must be a tensor, ls.frozen.Seeded, ls.frozen.SignOf or "zero", '
         f"got {type(value).__name__}."
     )
 

@@ -1,4 +1,4 @@
-"""The ticket of a learned mask."""
+"""What a ticket takes from a model with learned masks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ from torch import nn
 from lottery_sparse.nn.forms.convert import masks_of
 from lottery_sparse.nn.forms.learning import learned_layers
 from lottery_sparse.nn.frozen import Seeded, SignOf, drawn, keyed
+from lottery_sparse.pruning.masks import Masks
 from lottery_sparse.pruning.names import keys_of, matched
-from lottery_sparse.tickets.ticket import Ticket
 
 
 @torch.no_grad()
-def supermask_ticket(
-    model: nn.Module, sources: Mapping[str, Seeded | SignOf] | None = None
-) -> Ticket:
-    """The masks that `masks_of` gives now, and where their weights come from, as a ticket.
+def masks_and_start(
+    model: nn.Module, sources: Mapping[str, Seeded | SignOf] | None
+) -> tuple[Masks, dict[str, Any], bool]:
+    """The masks that `masks_of` gives now, where the weights come from, and whether they rescale.
 
-    Args:
-        model: a model with supermask layers.
-        sources: parameter name -> what its weight was drawn from, of all or some weights: then the
-            ticket stores the seed instead of the weight, and is a mask and a seed. Biases at 0
-            are stored as "zero" in any case.
-
-    Raises:
-        ValueError: a source gives other weights than the layer's, or names none.
+    See `Ticket.of`.
     """
     layers, sources = learned_layers(model), sources or {}
     there = matched(sources, layers, "sources")
@@ -64,4 +57,4 @@ def supermask_ticket(
             start[name] = "zero"
         else:
             start[name] = value.clone()
-    return Ticket(masks, start, rescale=rescales.pop())
+    return masks, start, rescales.pop()

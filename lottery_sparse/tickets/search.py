@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lottery_sparse.nn.forms.convert import (
     check_not_learned,
     check_own,
+    mask_layers_,
     masked_modules,
     masks_of,
-    sparsify_,
     why_unmasked,
 )
 from lottery_sparse.nn.forms.densify import state_without_masks
@@ -114,7 +114,7 @@ def find_ticket(
     if not any(isinstance(m, Masked) for m in model.modules()):
         if why := why_unmasked(model):
             raise ValueError(f"model has no layer that can have a mask; {why}.")
-        sparsify_(model)
+        mask_layers_(model)
     masks = masks_of(model)
     check_keep(keep, scope, masks)
     if resume is not None:

@@ -16,17 +16,22 @@ from torch.nn.parameter import is_lazy
 from lottery_sparse.nn.compact.registry import find_optimizers, holders_of
 from lottery_sparse.nn.forms.convert import (
     by_parameter,
+    check_masked,
     check_not_learned,
+    mask_layers_,
     masked_modules,
+    masks_of,
     set_masks_,
-    sparsify_,
 )
-from lottery_sparse.nn.forms.densify import densify_, state_without_masks
+from lottery_sparse.nn.forms.densify import densify_layers_, state_without_masks
 from lottery_sparse.nn.frozen import Seeded, SignOf, drawn, hold, keyed
+from lottery_sparse.nn.supermask import Supermask
+from lottery_sparse.pruning.mask_tensor import plain
 from lottery_sparse.pruning.masks import Masks
 from lottery_sparse.pruning.names import in_state, keys_of, matched
 from lottery_sparse.text import shown
 from lottery_sparse.tickets import file as ticket_file
+from lottery_sparse.tickets import learned
 
 
 @dataclass
@@ -36,9 +41,9 @@ class Ticket:
     `start` is a state_dict of the whole model (biases and buffers too), `frozen` has no entry
     where pruned weights are zero, `history` one dict per round: round, density, metrics.
 
-    A start may also be a source instead of a tensor: `ls.Seeded` or `ls.SignOf` (with `rescale`,
-    drawn weights are multiplied by weights / kept), or "zero". With such starts a ticket is a mask
-    and a seed.
+    A start may also be a source instead of a tensor: `ls.frozen.Seeded` or `ls.frozen.SignOf` (with
+    `rescale`, drawn weights are multiplied by weights / kept), or "zero". With such starts a ticket
+    is a mask and a seed.
     """
 
     masks: Masks
@@ -60,6 +65,38 @@ class Ticket:
             "seeds": 64 * len(seeds),
             "tensors": sum(8 * v.nbytes for v in tensors if isinstance(v, Tensor)),
         }
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, sources: Mapping[str, Seeded | SignOf] | None = None) -> Ticket:
+        """The ticket that a model holds now: its masks, frozen values, and what it computes with.
+
+        >>> ls.Ticket.of(model).save("ticket.safetensors")
+
+        Args:
+            model: a model with masked, compact or supermask layers. Of the latter the masks are
+                those that `masks_of` gives, and biases at 0 are stored as "zero".
+            sources: for supermask layers, parameter name -> what its weight was drawn from, of all
+                or some weights: then the ticket stores the seed instead of the weight, and is a
+                mask and a seed.
+
+        Raises:
+            ValueError: the model has no such layer; a source gives other weights than the layer's,
+                or names none; or some layers rescale and others do not.
+        """
+        if any(isinstance(module, Supermask) for module in model.modules()):
+            masks, start, rescale = learned.masks_and_start(model, sources)
+            return cls(masks, start, rescale=rescale)
+        check_masked(model)
+        if sources:
+            raise ValueError("sources are those of supermask layers, and the model has none.")
+        frozen = {
+            name: torch.where(plain(layers[0].weight_mask), 0.0, layers[0].effective_weight)
+            for name, layers in by_parameter(model)
+            if layers[0].weight_frozen is not None
+        }
+        start = {name: value.clone() for name, value in state_without_masks(model).items()}
+        return cls(masks_of(model), start, frozen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ticket as safetensors, masks packed, sources as JSON; whole or not at all.
@@ -169,7 +206,7 @@ class Ticket:
                 return restart(model, start, masks, ticket.frozen)
         except BaseException:
             for layer in new:
-                densify_(layer)
+                densify_layers_(layer)
             if before is not None:
                 model.load_state_dict(before)
             raise
@@ -187,12 +224,12 @@ class Ticket:
             if in_state(name) in self.masks
         }
         if weights:
-            sparsify_(model, lambda module, _: id(module.weight) in weights)
+            mask_layers_(model, lambda module, _: id(module.weight) in weights)
         new: list[nn.Module] = [m for _, m in masked_modules(model) if id(m) not in before]
         names = {name for name, _ in by_parameter(model)}
         if unmasked := [name for name in self.masks if name not in names]:
             for layer in new:
-                densify_(layer)  # whose weights are all kept: as it was
+                densify_layers_(layer)  # whose weights are all kept: as it was
             raise ValueError(
                 f"the ticket has a mask of {shown(unmasked[0])}, which is no weight of an "
                 "nn.Linear or nn.Conv2d that can be masked in this model; give one of the same "
@@ -282,7 +319,7 @@ class Ticket:
                     value *= mask.numel() / max(1, int(mask.sum()))
             if not isinstance(value, Tensor):
                 raise ValueError(
-                    f'{said} must be a tensor, ls.Seeded, ls.SignOf or "zero", got '
+                    f'{said} must be a tensor, ls.frozen.Seeded, ls.frozen.SignOf or "zero", got '
                     f"{shown(repr(value), most=60)}."
                 )
             if like.is_meta or value.is_meta:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lottery_sparse.nn.forms.compacting import compact_
-from lottery_sparse.nn.forms.convert import set_masks_, sparsify_
+from lottery_sparse.nn.forms.convert import set_masks_
 from lottery_sparse.nn.forms.densify import dense_state_dict
+from lottery_sparse.nn.forms.verbs import compact_, sparsify_
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.random.reference import random_uniform
 from lottery_sparse.optim import optimizers

@@ -142,7 +142,7 @@ def test_the_weight_of_a_convolution_in_either_layout():
 
 def test_a_layer_with_another_mask():
     torch.manual_seed(0)
-    masked = ls.MaskedLinear(40, 6).to(DEVICE)
+    masked = ls.nn.MaskedLinear(40, 6).to(DEVICE)
     ls.set_masks_(masked, {"weight": torch.rand(6, 40) < 0.4})
     layer = ls.compact_(copy.deepcopy(masked), spare=5)
     for mask in (None, torch.rand(6, 40) < 0.3):

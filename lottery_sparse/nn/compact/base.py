@@ -58,7 +58,7 @@ class Compact(Effective):
     nn.utils.vector_to_parameters, another process in shared memory) that forward notices those
     that replace or change the whole vector, by its address and some sixteen of its slots; on other
     devices than the CPU, whose numbers it cannot read without waiting, by the address alone. After
-    one that changes less call `ls.refresh_`. A write during a forward is undefined.
+    one that changes less call `ls.nn.refresh_`. A write during a forward is undefined.
 
     state_dict and loading are those of `Masked`: the effective weight, the mask, the source. The
     weight that state_dict() gives is that of the layer, as for a dense one: it goes on to follow

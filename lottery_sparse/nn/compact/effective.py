@@ -172,7 +172,7 @@ class Effective(Masked):
         if weight is None:
             raise RuntimeError(
                 "the weight of a compact layer cannot be computed (parametrizations, weight_norm); "
-                "call ls.expand_ and parametrize the masked layer."
+                "call ls.sparsify_ and parametrize the masked layer."
             )
         compiling = torch.compiler.is_compiling()
         if not compiling:

@@ -175,7 +175,7 @@ def check_capacity(name: str, mask: Tensor, rank: int, capacity: int) -> None:
     if most > capacity:
         raise ValueError(
             f"mask of {name} keeps {most} weights, but the compact layer has {capacity} "
-            "slots; call ls.expand_, set the mask, then ls.compact_."
+            "slots; call ls.sparsify_, set the mask, then ls.compact_."
         )
 
 

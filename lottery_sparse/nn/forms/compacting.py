@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,53 +18,12 @@ from lottery_sparse.nn.masked import Masked, has_hooks
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
 
 
-def compact_(
+def shrink_layers_(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, spare: int = 0
 ) -> nn.Module:
-    """Turn masked layers into compact ones, in place: Parameters that hold kept weights only.
+    """Masked layers to compact ones: `ls.compact_`, which see.
 
-    Parameter, gradient and optimizer state get the size of what is kept, [C] instead of [N, K].
-    The layers compute the same; their state_dict stays the same. Zeros that a mask keeps take slots
-    and train; `ls.Masks.of_nonzero` makes masks without them. The weights are new Parameters, so
-    compact before the optimizer is built, or pass it.
-
-    The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
-    A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
-    itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
-    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
-
-    Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
-    later `set_masks_`: average the masked form, or start the average anew then.
-
-    Rules that go by `p.dim()` (weight decay for two dimensions and more, Muon for matrices) take a
-    compact Parameter, a vector, for a bias. `ls.optim.param_groups` sorts by what a Parameter was,
-    and `ls.expand_` gives the matrices back to optimizers that need them.
-
-    Memory: besides the Parameter a layer holds its mask, a byte per weight of the dense layer;
-    lists of 8 bytes per slot (12 beyond 65,536 rows or columns); and a dense weight for the dense
-    library and for readers. Where most weights are kept, that is more than the dense layer. The
-    state_dict is that of the masked form, dense weights and a bool mask: 1.25 times the bytes of
-    the dense one in float32, 1.5 times in 16 bits, and the weights once more where frozen values
-    are a tensor. `ls.dense_state_dict` has no masks, `ls.Ticket` has them as bits, and the state
-    of `ls.pack_` is never larger than dense.
-
-    Args:
-        model: a model with masked layers, see `sparsify_`. Compact layers stay as they are; they
-            give up dense weights that nothing reads any more.
-        optimizer: if given, its groups get the new Parameters, and per-element state moves along.
-        spare: slots of each layer (and network) beyond those that its mask needs.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: a layer is a subclass with behaviour of its own.
-        ValueError: there is no masked layer, one is on the meta device, layers share a weight under
-            two masks, `spare` is negative, or the optimizer holds state that cannot move, such as
-            the history of LBFGS.
-
-    Warns:
-        UserWarning: hooks on the gradient of a Parameter that is replaced, which stay behind.
+    Compact layers stay compact, and give up dense weights that nothing reads any more.
     """
     if spare < 0:
         raise ValueError(f"spare must be 0 or more, got {spare}.")
@@ -110,23 +69,20 @@ def compact_(
     return model
 
 
-def expand_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Turn compact layers back into masked ones with dense Parameters, in place.
+def expand_layers_(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    leaves: Collection[int] = (),
+) -> nn.Module:
+    """Compact layers to masked ones, whose pruned weights have a state of 0; others stay.
 
-    Args:
-        model: any model; other layers stay as they are.
-        optimizer: as in `compact_`; state of pruned weights becomes 0.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: the optimizer holds state that cannot move.
-
-    Warns:
-        UserWarning: as `compact_`.
+    leaves: ids of layers that stay as they are.
     """
-    groups = [(name, group) for name, group in by_parameter(model) if isinstance(group[0], Compact)]
+    groups = [
+        (name, group)
+        for name, group in by_parameter(model)
+        if isinstance(group[0], Compact) and not all(id(layer) in leaves for layer in group)
+    ]
     for name, layers in groups:
         if optimizer is not None:
             check_movable(name, layers[0].weight, optimizer)

@@ -1,4 +1,4 @@
-"""Whole models: dense to masked and back, masks out and in."""
+"""Whole models: dense layers to masked ones, masks out and in."""
 
 from __future__ import annotations
 
@@ -39,35 +39,10 @@ READERS: dict[str, str] = {
 }
 
 
-def sparsify_(
+def mask_layers_(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> nn.Module:
-    """Turn the nn.Linear and nn.Conv2d layers of a model into masked ones, in place.
-
-    Modules keep their identity, Parameters (so an optimizer built before stays valid), device,
-    dtype, hooks and training flag; every weight is kept until `set_masks_`. Biases and
-    normalisation layers are never masked.
-
-    A layer whose weight is read without its forward being called is skipped with a warning that
-    names it, since gradients would flow to pruned weights there: `out_proj` of
-    nn.MultiheadAttention, the two linear layers of nn.TransformerEncoderLayer (its fast path),
-    `linear` of nn.LinearCrossEntropyLoss, layers whose weight another kind of module shares,
-    parametrized layers, layers with a forward of their own, and other subclasses. Where nothing
-    can be masked, a warning names the types of modules that hold the weights.
-
-    Of layers pruned by `torch.nn.utils.prune` the mask is taken over and its hook goes: the
-    Parameter `weight_orig`, the same object, is `weight` again. A bias that it prunes goes on being
-    pruned by it (`bias_orig`, `bias_mask`), as our masks are of weights; `ls.pack_` and
-    `ls.dense_state_dict` take what is left of it.
-
-    Args:
-        model: any module; a single nn.Linear or nn.Conv2d too.
-        filter_fn: (module, name) -> whether to mask that layer; None = all of them. A layer that
-            it leaves out is not warned about.
-
-    Returns:
-        `model`.
-    """
+    """Dense layers to masked ones: `ls.sparsify_`, which see. Other forms stay as they are."""
     owners = owners_of(model)
     candidates = {
         name: module
@@ -120,7 +95,7 @@ def masks_of(model: nn.Module) -> Masks:
 
     Names are those that the model's state_dict has, wrapped or not.
     Of a layer that learns its mask it is the one that evaluations are told to use
-    (`ls.use_masks_`), else the weights more probable than not.
+    (`ls.learning.use_masks_`), else the weights more probable than not.
     """
     found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
@@ -152,9 +127,9 @@ def set_masks_(
         model: a model with masked layers, see `sparsify_`.
         masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept. Names of
             the model wrapped otherwise will do (torch.compile, DistributedDataParallel, FSDP).
-        frozen: what pruned weights hold: "zero", a tensor, `ls.Constant(c)` (sign x constant, the
-            signs those of the current weight) or `ls.Seeded(law, seed)`; or a dict of them by
-            name (names left out: zero).
+        frozen: what pruned weights hold: "zero", a tensor, `ls.frozen.Constant(c)` (sign x
+            constant, the signs those of the current weight) or `ls.frozen.Seeded(law, seed)`; or a
+            dict of them by name (names left out: zero).
         optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; of
             compact layers it moves with the kept weights. Required for a compact layer whose
             weights an optimizer holds such state for.
@@ -223,7 +198,7 @@ def set_masks_(
     return model
 
 
-LEARNED = "the model's masks are learned ones; call ls.masked_(model) first."
+LEARNED = "the model's masks are learned ones; call ls.sparsify_(model) first."
 
 
 def check_masked(model: nn.Module) -> None:

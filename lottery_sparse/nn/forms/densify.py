@@ -11,7 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
-from lottery_sparse.nn.forms.compacting import expand_
+from lottery_sparse.nn.forms.compacting import expand_layers_
 from lottery_sparse.nn.forms.convert import (
     MASKED_TYPES,
     become,
@@ -27,40 +27,20 @@ from lottery_sparse.nn.packed_formats import FORMATS
 from lottery_sparse.pruning.names import prefix_of
 
 
-def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Turn masked, compact and packed layers into nn.Linear and nn.Conv2d, in place.
-
-    They hold the effective weights, in the dtype of the layer. Parameters of masked layers keep
-    their identity; compact and packed layers get new ones. The masks are gone: further training
-    refills pruned weights. What `ls.pack_` froze stays frozen, the weights and biases of packed
-    layers among it: `model.requires_grad_()` comes before a training. Layers that shared a weight
-    before `ls.pack_` have one each.
-
-    Args:
-        model: any model; other layers stay as they are.
-        optimizer: as in `ls.expand_`, for models with compact layers.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: a layer learns its mask, layers share a weight under two masks, or the
-            optimizer holds state that cannot move.
-        TypeError: a layer computes its weight (weight_norm), is a subclass with behaviour of its
-            own, which a dense layer would lose, or holds several networks side by side.
-    """
+def densify_layers_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Masked, compact and packed layers to dense ones: `ls.densify_`, which see."""
     check_not_learned(model)
     check_tied(model)
     known = {*MASKED_TYPES.values(), *COMPACT_TYPES.values(), PackedLinear}
     masked = list(masked_modules(model))
-    packed = list(_packed_modules(model))
+    packed = list(packed_modules(model))
     for prefix, layer in masked:
         for name in {"weight": None} | dict.fromkeys(_parametrized(layer)):
             check_own(prefix, layer, name)
         if layer.weight_mask.dim() != layer.rank:
             raise TypeError(
                 f"{prefix[:-1] or 'the model itself'} holds several networks side by side, which "
-                "have no dense layer; take one of them, ls.select(model, e)."
+                "have no dense layer; take one of them, ls.ensemble.select(model, e)."
             )
     for prefix, layer in [*masked, *packed]:
         if type(layer) not in known:
@@ -70,7 +50,7 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
                 "ls.dense_state_dict."
             )
     if any(isinstance(layer, Compact) for _, layer in masked):
-        expand_(model, optimizer)
+        expand_layers_(model, optimizer)
     with torch.no_grad():
         for _, layer in masked:
             layer.weight.copy_(layer.effective_weight)
@@ -82,11 +62,11 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         for name in ("_frozen_descriptor", "_rest"):
             layer.__dict__.pop(name, None)
     for _, layer in packed:
-        _unpack(layer)
+        unpack_(layer)
     return model
 
 
-def _unpack(layer: PackedLinear) -> None:
+def unpack_(layer: PackedLinear) -> None:
     """A class swap, as in `pack_`: hooks, name and identity stay."""
     own = {"weight": layer.effective_weight, "bias": layer.bias}
     layer._buffers.clear()
@@ -131,14 +111,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if hooks_of_prune(layer, "bias"):
             original, mask = (state.pop(f"{prefix}bias_{part}") for part in ("orig", "mask"))
             state[f"{prefix}bias"] = original * mask.to(original.dtype)
-    for prefix, layer in _packed_modules(model, remove_duplicate=False):
+    for prefix, layer in packed_modules(model, remove_duplicate=False):
         for name in FORMATS[layer.format].names:
             del state[prefix + name]
         state[f"{prefix}weight"] = layer.effective_weight
     return state
 
 
-def _packed_modules(
+def packed_modules(
     model: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, PackedLinear]]:
     """(prefix ending in a dot, layer) of every packed layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ FIXED_TYPES: dict[type[nn.Module], type[Masked]] = {
 }
 
 
-def supermask_(
+def supermask_layers_(
     model: nn.Module,
     weights: str = "init",
     rescale: bool = False,
@@ -42,36 +42,7 @@ def supermask_(
     evaluation: str = "sample",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
-    """Freeze a model and learn masks over the nn.Linear and nn.Conv2d layers of it, in place.
-
-    Modules keep their identity, weights, biases, device, dtype and hooks. Afterwards the scores are
-    the only Parameters with requires_grad: those of layers that `filter_fn` leaves out and of
-    other modules (normalisation, say) are frozen too; set requires_grad again where they should
-    train. Build the optimizer afterwards.
-
-    A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
-    the dense layer, and a byte a weight more after `ls.use_masks_` with a number or with masks.
-    `ls.supermask_ticket` saves the mask, a bit a weight, and the seed that gave the weights.
-
-    Args:
-        model: any module; a single layer too.
-        weights: "init": those the model holds; "signed_constant": their signs times the population
-            standard deviation of the layer.
-        rescale: a layer's weights are divided by the share of them that its mask keeps.
-        init_score: every score at the start: 0 uses a weight with probability 1/2.
-        seed: of the masks' draws; each layer draws in a stream of its name, without what wrappers
-            (torch.compile, DistributedDataParallel, FSDP) add to it.
-        round_mask, evaluation: see `ls.SupermaskLinear`.
-        filter_fn: (module, name) -> whether to learn a mask for that layer; None = all of them.
-
-    Returns:
-        `model`.
-
-    Raises:
-        TypeError: a layer cannot learn a mask (its weight is shared, computed, or read by another
-            module); the message names it. Nothing is changed then.
-        ValueError: an option has no such value, or no layer is left.
-    """
+    """Dense layers to ones that learn their mask: `ls.supermask_`, which see."""
     check_options(weights, init_score, evaluation)
     seed = as_seed(seed)
     owners = owners_of(model)
@@ -159,7 +130,7 @@ def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
     """Go through `samples` evaluation samples of the masks; each is yielded while it is in use.
 
     >>> model.eval()
-    >>> accuracies = [accuracy(model, test) for masks in ls.sampled(model, 10)]
+    >>> accuracies = [accuracy(model, test) for masks in ls.learning.sampled(model, 10)]
 
     Samples are functions of the scores, the seed and their number. Afterwards the model evaluates
     as before, and its training never notices.
@@ -176,21 +147,17 @@ def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
 
 
 @torch.no_grad()
-def masked_(model: nn.Module, masks: str | int | Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Turn supermask layers into masked ones with fixed masks, in place, ready to train.
+def fix_masks_(
+    model: nn.Module,
+    masks: str | int | Mapping[str, Tensor] | None = None,
+    leaves: Collection[int] = (),
+) -> nn.Module:
+    """Layers that learn their mask to masked ones; what rescales is multiplied into the weights.
 
-    A layer computes what it computed when evaluated with that mask: where it rescales, its weights
-    are multiplied by the factor. Weights and biases have requires_grad again, scores are gone. From
-    there `ls.densify_` and `ls.compact_` go on.
-
-    Args:
-        masks: as for `use_masks_`, except "sample", which is sample 0 here; None: what
-            `masks_of` gives now.
-
-    Returns:
-        `model`.
+    masks: as for `use_masks_`, but that "sample" is sample 0; None: what `masks_of` gives now.
+    leaves: ids of layers that stay as they are.
     """
-    layers = learned_layers(model)
+    layers = {name: m for name, m in learned_layers(model).items() if id(m) not in leaves}
     for name, layer in layers.items():
         if type(layer) not in FIXED_TYPES:
             raise TypeError(

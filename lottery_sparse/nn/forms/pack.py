@@ -7,46 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lottery_sparse.nn.forms.compacting import expand_
+from lottery_sparse.nn.forms.compacting import expand_layers_
 from lottery_sparse.nn.forms.convert import become, check_masked, check_tied
-from lottery_sparse.nn.forms.densify import densify_, settle_bias
+from lottery_sparse.nn.forms.densify import densify_layers_, settle_bias
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.packed import PackedLinear
 
 
-def pack_(
+def pack_layers_(
     model: nn.Module,
     *,
     activations: str = "exact",
     report: Callable[[str], object] | None = print,
 ) -> nn.Module:
-    """Replace masked and compact layers by packed ones for inference, in place.
-
-    Each linear layer takes the format that `choose_format` names: ternary where all effective
-    weights but zeros have one magnitude (per matrix or per row), else kept weights with columns or
-    a bitmap, else dense; zeros count as pruned, whatever the mask says. No layer takes more bytes
-    than dense, in memory or in the state_dict, which holds the same tensors. Frozen values other
-    than zero are weights like the others. Convolutions become dense nn.Conv2d: there are no packed
-    kernels for them. A bias that torch.nn.utils.prune prunes becomes what is left of it. The model
-    is set to eval mode, and Parameters that it still has no longer require grad. `ls.densify_` is
-    the way back.
-
-    Args:
-        model: any module; a single masked layer too.
-        activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
-        report: called with a table of the layers, their formats, and their bytes against dense;
-            None = silence. With "int8" it shows each layer's relative error for standard normal
-            inputs; for your own see `PackedLinear.activation_error`.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: `activations` is unknown, or there is no masked layer, or layers share a weight
-            under two masks.
-        TypeError: a masked layer is a subclass with behaviour of its own, or holds several
-            networks side by side.
-    """
+    """Masked and compact layers to packed ones: `ls.pack_`, which see."""
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
     check_masked(model)
@@ -65,11 +39,11 @@ def pack_(
             )
     for _, layer in layers:
         settle_bias(layer)
-    expand_(model)
+    expand_layers_(model)
     lines: list[tuple[str, str, int, int, str]] = []
     for name, layer in layers:
         if isinstance(layer, nn.Conv2d):
-            densify_(layer)
+            densify_layers_(layer)
             size = layer.weight.nbytes
             lines.append((name, "dense", size, size, "convolutions have no packed form"))
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
 from lottery_sparse.nn.compact.moving import most_kept
-from lottery_sparse.nn.forms.compacting import compact_
+from lottery_sparse.nn.forms.compacting import shrink_layers_
 from lottery_sparse.nn.forms.convert import become
 from lottery_sparse.nn.frozen import Constant, Held, hold
 from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, normal
@@ -91,7 +91,9 @@ def select(model: nn.Module, e: int) -> nn.Module:
     """
     counts = {c for _, m in _named(model) if (c := networks_of(m)) is not None}
     if len(counts) != 1:
-        raise ValueError("model holds a single network; select takes one from ls.replicate.")
+        raise ValueError(
+            "model holds a single network; select takes one from ls.ensemble.replicate."
+        )
     count = counts.pop()
     if not 0 <= e < count:
         raise ValueError(f"e is {e}, but there are {count} networks: 0 to {count - 1}.")
@@ -117,7 +119,7 @@ def select(model: nn.Module, e: int) -> nn.Module:
                 new._buffers[key] = None if buffer is None else normal(buffer[e].clone())
         elif type(new) is LinearNetworks:
             become(new, nn.Linear)
-        return compact_(new) if compact else new
+        return shrink_layers_(new) if compact else new
 
     return map_modules(model, one)
 
@@ -333,7 +335,7 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
         original = [one[at] for one in before]
         if isinstance(original[0], Compact):
             capacity = max(layer.capacity for layer in original)  # pyright: ignore
-            compact_(new, spare=max(0, capacity - most_kept(new.weight_mask, new.rank)))
+            shrink_layers_(new, spare=max(0, capacity - most_kept(new.weight_mask, new.rank)))
         return new
 
     return map_modules(plains[0], stack)
@@ -350,8 +352,8 @@ def _stack_buffers(new: nn.Module, each: list[Any]) -> None:
         values = [m._buffers[key] for m in each]
         if any(v is None for v in values) != all(v is None for v in values):
             raise ValueError(
-                "some models hold a mask to evaluate with and others do not; call ls.use_masks_ "
-                "on all of them first."
+                "some models hold a mask to evaluate with and others do not; call "
+                "ls.learning.use_masks_ on all of them first."
             )
         new._buffers[key] = None if values[0] is None else normal(torch.stack(values))
 

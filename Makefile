@@ -12,8 +12,8 @@ OUT    := out
 COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command -v $(cxx) 2>/dev/null)))
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
-CSRC         := $(wildcard csrc/*)
-SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
+CSRC         := $(wildcard csrc/*/*)
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize

@@ -1,6 +1,6 @@
 """What the CUDA kernels take of a multiprocessor: registers, spills, shared memory, instructions.
 
-`python -m benchmarks.cuda_resources` compiles csrc/*_cuda.cu with nvcc, without a GPU, and writes
+`python -m benchmarks.cuda_resources` compiles csrc/*/*_cuda.cu with nvcc, without a GPU, and writes
 results/cuda_resources.json; tests/test_cuda_resources.py holds the kernels to that table. How many
 instructions a loop has comes from cuobjdump, which Triton brings along; without it, that is null.
 """
@@ -25,7 +25,7 @@ FLAGS = ("-std=c++20", "-O3")
 
 
 def kernel_files() -> list[Path]:
-    return sorted((ROOT / "csrc").glob("*_cuda.cu"))
+    return sorted((ROOT / "csrc").rglob("*_cuda.cu"))
 
 
 def source_hash() -> str:
@@ -38,7 +38,8 @@ def source_hash() -> str:
             continue
         seen[path] = None
         for name in re.findall(r'#include "([^"]+)"', path.read_text("utf-8")):
-            waiting.append(path.with_name(name))
+            if (header := ROOT / "csrc" / name).is_file():  # not the emulator's, which nvcc skips
+                waiting.append(header)
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in sorted(seen):
         digest.update(path.read_bytes())
@@ -61,7 +62,18 @@ def measure(architecture: str, files: Sequence[Path] | None = None) -> dict[str,
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-            command = ["nvcc", *FLAGS, target, "-Xptxas", "-v", "-cubin", "-o", cubin, path]
+            command = [
+                "nvcc",
+                *FLAGS,
+                f"-I{ROOT}/csrc",
+                target,
+                "-Xptxas",
+                "-v",
+                "-cubin",
+                "-o",
+                cubin,
+                path,
+            ]
             done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"nvcc cannot compile {path.name}:\n{done.stderr}")

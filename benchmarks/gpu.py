@@ -35,7 +35,7 @@ GATE_SECONDS = 180.0
 RESTARTS = 30
 BROKEN = 3  # exit status of a worker whose GPU answers no more
 ENDED = "the process ended during this case"
-SOURCES = ("lottery_sparse/**/*.py", "csrc/*", "setup.py", "benchmarks/*.py")
+SOURCES = ("lottery_sparse/**/*.py", "csrc/*/*", "setup.py", "benchmarks/*.py")
 
 
 def main(arguments: list[str] | None = None) -> int:

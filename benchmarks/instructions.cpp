@@ -2,10 +2,10 @@
 // Prints one line per problem: kernel, units of work. Compiled and run by instructions.py.
 #include "instructions.h"
 
-#include "../csrc/keep_top.h"
-#include "../csrc/mask_bits.h"
-#include "../csrc/masked_optim.h"
-#include "../csrc/random_fill.h"
+#include "masks/keep_top.h"
+#include "masks/mask_bits.h"
+#include "masks/random_fill.h"
+#include "optim/masked_optim.h"
 
 namespace lottery_sparse {
 namespace {

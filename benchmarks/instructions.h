@@ -9,8 +9,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "../csrc/parallel.h"
-#include "../csrc/sparse_linear.h"
+#include "common/parallel.h"
+#include "linear/sparse_linear.h"
 
 namespace lottery_sparse {
 

@@ -27,7 +27,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 STORED = HERE / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
-DRIVERS = ("compact_linear", "sparse_conv2d", "sparse_conv2d_planes", "train_step", "variants")
+DRIVERS = (
+    "common/variants",
+    "conv2d/sparse_conv2d",
+    "conv2d/sparse_conv2d_planes",
+    "linear/compact_linear",
+    "step/train_step",
+)
 PROGRAM = ("instructions", "instructions_conv2d", "instructions_packed", "instructions_step")
 SLACK = 0.03
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -115,14 +121,20 @@ def _build(variants: dict[str, list[str]], pool: ThreadPoolExecutor) -> dict[str
     Each program has one instruction set, which its drivers know as the portable one.
     """
     setup = _setup()
-    common = [_compiler(), *setup["FLAGS"], "-DLS_VARIANT=portable", "-DLS_X86_VARIANTS=0"]
+    common = [
+        _compiler(),
+        *setup["FLAGS"],
+        f"-I{ROOT}/csrc",
+        "-DLS_VARIANT=portable",
+        "-DLS_X86_VARIANTS=0",
+    ]
     shared = [ROOT / "csrc" / f"{name}.cpp" for name in DRIVERS]
     shared += [HERE / f"{name}.cpp" for name in PROGRAM]
     wanted = [(BUILD / "shared" / f"{source.stem}.o", source, []) for source in shared]
     for variant, flags in variants.items():
         sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in setup["KERNELS"]]
         wanted += [(BUILD / variant / f"{source.stem}.o", source, flags) for source in sources]
-    headers = [*(ROOT / "csrc").glob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
+    headers = [*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
     newest = max(p.stat().st_mtime for p in headers)
 
     def compiled(wish: tuple[Path, Path, list[str]]) -> Path:

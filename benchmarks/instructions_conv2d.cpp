@@ -1,5 +1,5 @@
 // Convolutions with all they pack and unpack, per kept weight, output pixel and image.
-#include "../csrc/sparse_conv2d_planes.h"
+#include "conv2d/sparse_conv2d_planes.h"
 #include "instructions.h"
 
 namespace lottery_sparse {

@@ -1,9 +1,9 @@
 // Packed inference: per kept weight (ternary: per weight) and row of x.
-#include "../csrc/bits.h"
-#include "../csrc/mask_bits.h"
-#include "../csrc/packed_linear.h"
-#include "../csrc/ternary_linear.h"
+#include "common/bits.h"
 #include "instructions.h"
+#include "masks/mask_bits.h"
+#include "packed/packed_linear.h"
+#include "packed/ternary_linear.h"
 
 namespace lottery_sparse {
 namespace {

@@ -1,6 +1,6 @@
 // Whole steps, per kept weight and batch element: one compact layer, and train_step on a stack.
-#include "../csrc/train_step.h"
 #include "instructions.h"
+#include "step/train_step.h"
 
 namespace lottery_sparse {
 namespace {

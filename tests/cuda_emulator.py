@@ -1,4 +1,4 @@
-"""The CUDA kernels, built for the host and run thread by thread: see csrc/emulate_cuda.h."""
+"""The CUDA kernels, built for the host and run thread by thread: see emulate_cuda.h."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+HOST = Path(__file__).resolve().parent / "cuda_host"
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Werror", "-fPIC", "-ffp-contract=off"]
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHARED = 163 << 10  # bytes of a block, as sm_80 has them
 
 
-class Linear(ctypes.Structure):  # CudaLinear of csrc/cuda_linear.h
+class Linear(ctypes.Structure):  # CudaLinear of csrc/packed/cuda_linear.h
     _fields_ = [
         ("batch", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
@@ -55,16 +56,17 @@ def library() -> ctypes.CDLL:
     if not compiler:
         pytest.skip("no C++ compiler to build the emulated kernels with")
     csrc = ROOT / "csrc"
-    kernels = sorted(csrc.glob("*_cuda.cu"))
-    sources = [*sorted(csrc.glob("emulate_cuda*.cpp")), *kernels]
+    kernels = sorted(csrc.rglob("*_cuda.cu"))
+    sources = [*sorted(HOST.glob("emulate_cuda*.cpp")), *kernels]
     digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted([*sources, *csrc.glob("*.h")]):
+    for path in sorted([*sources, *csrc.rglob("*.h"), *HOST.glob("*.h")]):
         digest.update(path.read_bytes())
     built = ROOT / "build" / "emulated" / f"{digest.hexdigest()[:16]}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         ours = built.with_suffix(f".{os.getpid()}")
-        command = [*compiler.split(), *FLAGS, "-shared", "-x", "c++", *sources, "-o", ours]
+        options = [*FLAGS, f"-I{csrc}", f"-I{HOST}", "-shared", "-x", "c++"]
+        command = [*compiler.split(), *options, *sources, "-o", ours]
         done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         ours.replace(built)

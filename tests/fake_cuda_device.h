@@ -1,4 +1,5 @@
-// The emulated device of fake_cuda.cpp: its memory, which is mapped twice, its streams, its generator.
+// The emulated device of fake_cuda.cpp: its memory, which is mapped twice, its streams, its
+// generator.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Generator.h>

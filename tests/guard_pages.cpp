@@ -45,8 +45,7 @@ void* allocate(size_t size, size_t alignment) {
     char* head = next + kPage;
     char* first = head + 2 * kPage;
     next = first + pages;
-    if (next + kPage > arena + kReserved ||
-        mprotect(head, kPage, PROT_READ | PROT_WRITE) != 0 ||
+    if (next + kPage > arena + kReserved || mprotect(head, kPage, PROT_READ | PROT_WRITE) != 0 ||
         mprotect(first, pages, PROT_READ | PROT_WRITE) != 0)
         return nullptr;
     *reinterpret_cast<Header*>(head) = {pages, size};
@@ -71,8 +70,8 @@ extern "C" {
 
 void guard_pages(int on) {
     if (!arena) {
-        void* p = mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                       -1, 0);
+        void* p =
+            mmap(nullptr, kReserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) __builtin_trap();
         arena = next = static_cast<char*>(p);
     }

@@ -42,7 +42,7 @@ CASES = [
     ((17, 2), (3, 3), (3, 200), 1, {"padding": (1, 1)}),
     ((3, 4), (3, 3), (6, 6), 0, {"padding": (1, 1)}),
 ]
-# with few kept weights these run on planes, csrc/sparse_conv2d_planes.h
+# with few kept weights these run on planes, csrc/conv2d/sparse_conv2d_planes.h
 ON_PLANES = [
     ((3, 20), (3, 3), (32, 32), 5, {"padding": (1, 1)}),
     ((1, 33), (3, 3), (28, 28), 9, {"padding": (1, 1)}),

@@ -1,4 +1,4 @@
-"""The C++ autograd node of compact linear layers (csrc/eager.cpp) among what autograd offers."""
+"""The C++ autograd node of compact linear layers (linear/eager.cpp) among what autograd offers."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def test_the_source_distribution_holds_the_kernels_and_nothing_built(source, tmp
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    kernels = {f"csrc/{path.name}" for path in (source / "csrc").iterdir()}
+    kernels = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
     assert kernels
     assert kernels | {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".o"))]

@@ -35,7 +35,7 @@ text
 """
 FLOOR = {place: i for i, row in enumerate(FLOORS.split("\n")) for place in row.split()}
 COMPILED = {"_C", "_C_cuda", "_host"}
-MOST_PYTHON = 16  # files in a folder
+MOST_PYTHON, MOST_CSRC = 16, 30  # files in a folder
 
 
 def sources(*folders: str) -> list[Path]:
@@ -104,6 +104,9 @@ def test_no_files_import_each_other_in_a_circle():
 def test_folders_hold_few_files():
     folders = {path.parent for path in sources("lottery_sparse")}
     crowded = {str(f): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_PYTHON}
+    for folder in {path.parent for path in CSRC}:
+        if (count := len([p for p in CSRC if p.parent == folder])) > MOST_CSRC:
+            crowded[str(folder)] = count
     assert not crowded
 
 

@@ -13,7 +13,7 @@ COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
 CSRC         := $(wildcard csrc/*/*)
-SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp tests/cuda_host/*.cpp tests/cuda_host/*.h)
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*/*.cpp tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
@@ -53,13 +53,13 @@ bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares wit
 	@for peer in sparselab torchao sparseprop; do \
 	  $(PIP) install -c constraints.txt --no-deps --no-build-isolation $$peer || echo "$$peer was not installed"; \
 	done
-	@$(PY) -m benchmarks.peers
+	@$(PY) -m benchmarks.cpu.peers
 
 instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%
-	$(PY) -m benchmarks.instructions
+	$(PY) -m benchmarks.compile.instructions
 
 compile-gate: $(PACKAGE)  ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed); stores registers, spills, ...
-	$(PY) -m benchmarks.compile_gate
+	$(PY) -m benchmarks.compile.gate
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build

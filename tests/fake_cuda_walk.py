@@ -15,8 +15,8 @@ from tolerances import close
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from benchmarks import gpu_gate
-from benchmarks.gpu_timing import Device
+from benchmarks.gpu import gate as gpu_gate
+from benchmarks.gpu.timing import Device
 from experiments import data, train
 from experiments.execute import execute
 from experiments.networks import FC, NETWORKS

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import collect, peers, steps, tables
+from benchmarks.cpu import peers, steps
+from benchmarks.report import collect, tables
 
 
 class Right:

@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def gate():
-    from benchmarks import compile_gate
+    from benchmarks.compile import gate as compile_gate
 
     return compile_gate
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from benchmarks import cuda_resources as gate
+from benchmarks.compile import cuda_resources as gate
 
 TABLE = json.loads(gate.RESULTS.read_text("utf-8"))
-RENEW = "run python -m benchmarks.cuda_resources, where nvcc is, and look at what changed"
+RENEW = "run python -m benchmarks.compile.cuda_resources, where nvcc is, and look at what changed"
 # threads of a block: a multiprocessor has 65,536 registers, and each warp an equal part of them
 THREADS = {
     "ternary_kernel": 2 * 8 * 32,

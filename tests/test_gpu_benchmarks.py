@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_gate, gpu_jobs, gpu_rows, gpu_timing
-from benchmarks.gpu_rows import Case, Run, Store
+from benchmarks.gpu import command as gpu
+from benchmarks.gpu import gate as gpu_gate
+from benchmarks.gpu import jobs as gpu_jobs
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu.rows import Case, Run, Store
 from lottery_sparse.ops.masked import dense as masked_dense
 from lottery_sparse.ops.masked import reference
 
@@ -130,8 +134,8 @@ def test_a_worker_that_hangs_is_stopped(tmp_path, monkeypatch):
 DIES = """
 import os, sys
 from pathlib import Path
-from benchmarks.gpu import ENDED
-from benchmarks.gpu_rows import Case, Run, Store
+from benchmarks.gpu.command import ENDED
+from benchmarks.gpu.rows import Case, Run, Store
 run = Run("1", "abc", "a GPU", "2026-01-01")
 store = Store(Path(sys.argv[1]))
 left = store.left([Case("gate", n, "ours", "", None) for n in "ab"], run)

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from benchmarks import instructions
+from benchmarks.compile import instructions
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_every_variant_passes_test_native(variant):
 @pytest.mark.parametrize("variant", _host.build_info()["variants_usable"])
 def test_numerics_names_the_bits_of_a_variant(variant):
     done = run_again(
-        variant, "-c", "from lottery_sparse import backends; print(backends.numerics())"
+        variant, "-c", "from lottery_sparse.ops import dispatch; print(dispatch.numerics())"
     )
     expected = {"portable": -1, "avx2": 1, "avx512": 1}[variant]
     assert (done.returncode, done.stdout.strip()) == (0, str(expected))

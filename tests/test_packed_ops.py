@@ -306,7 +306,8 @@ def test_bad_arguments(name):
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native kernels are not built")
 def test_int8_gives_the_same_bits_in_every_cpu_variant():
     code = (
-        "import torch, hashlib; from lottery_sparse import formats, ops\n"
+        "import torch, hashlib; from lottery_sparse import ops\n"
+        "from lottery_sparse.ops.packed import formats\n"
         "g = torch.Generator().manual_seed(1); h = hashlib.sha256()\n"
         "for n, k, b in ((33, 31, 3), (130, 700, 21), (5, 64, 1), (64, 100, 8)):\n"
         "    codes = formats.pack_ternary(torch.randint(-1, 2, (n, k), generator=g))\n"

@@ -9,8 +9,8 @@ import torch
 from supermask_problems import supermask_problem
 from test_supermask_sgd import steps
 
-from benchmarks import gpu_gate
-from benchmarks.gpu_timing import Device
+from benchmarks.gpu import gate as gpu_gate
+from benchmarks.gpu.timing import Device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

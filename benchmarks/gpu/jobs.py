@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_rows import Case, Row
+from benchmarks.gpu.rows import Case, Row
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 
@@ -106,7 +106,7 @@ def start(dry: bool) -> list[Job]:
             command = [found, "--tool", tool, "--error-exitcode", "99"]
             # memory of torch's own allocator would hide writes beyond a tensor
             job.start(
-                [*command, sys.executable, "-m", "benchmarks.gpu_gate"],
+                [*command, sys.executable, "-m", "benchmarks.gpu.gate"],
                 PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             )
         jobs.append(job)

@@ -1,6 +1,6 @@
 """Gate: every op of every GPU backend against float64, opcheck on the device, a suite to sanitize.
 
-`python -m benchmarks.gpu_gate` is that suite: the small problems once on each backend, as a program
+`python -m benchmarks.gpu.gate` is that suite: the small problems once on each backend, as a program
 for compute-sanitizer.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_rows import Case, Row
-from benchmarks.gpu_timing import Device, Skip, tf32
+from benchmarks.gpu.rows import Case, Row
+from benchmarks.gpu.timing import Device, Skip, tf32
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits import reference as bits_reference
 from lottery_sparse.ops.compact import reference as compact_reference

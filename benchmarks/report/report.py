@@ -12,10 +12,11 @@ from typing import Any
 import numpy
 import torch
 
-from benchmarks import peers, tables
+from benchmarks.cpu import peers
+from benchmarks.report import tables
 from lottery_sparse.tools import doctor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SETS = ("sse4_2", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse as ls
-from benchmarks.gpu_rows import Case, Row
+from benchmarks.gpu.rows import Case, Row
 from lottery_sparse.tools.doctor_cases import tf32
 
 REPLAYS, SECONDS = 50, 0.25  # at least so many replays, or as many as fit

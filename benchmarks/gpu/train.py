@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import lottery_sparse as ls
-from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
-from benchmarks.gpu_timing import Device, Skip, Work, tf32, timed, within
+from benchmarks.gpu.rows import BANDWIDTH, RATES, Case, Row
+from benchmarks.gpu.timing import Device, Skip, Work, tf32, timed, within
 from lottery_sparse.ops import dispatch
 
 DENSITIES = (0.05, 0.1, 0.02, 0.5)  # the first one first, at every batch

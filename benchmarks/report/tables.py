@@ -121,7 +121,7 @@ def masked_linear(rows: list[Row]) -> str:
     return "\n\n".join([
         "## One step of a masked linear layer: forward, dx, dW",
         "Ratio to `F.linear`, by density. `count` is the share of the F.linear step that counting "
-        "the mask once takes. Contenders: benchmarks/bench_masked_linear.py.",
+        "the mask once takes. Contenders: benchmarks/cpu/bench_masked_linear.py.",
         _contenders(
             rows, ("layer", "batch"), ("F.linear",), "F.linear", ("bare mm", "prune"), count
         ),
@@ -143,7 +143,7 @@ def compact_linear(rows: list[Row]) -> str:
     return "\n\n".join([
         "## One step of a compact linear layer: forward, dx, dvalues",
         "Ratio to `F.linear`, by density; forward only: to `F.linear forward`; bfloat16: to "
-        "`F.linear bf16`. Contenders: benchmarks/bench_compact_linear.py.",
+        "`F.linear bf16`. Contenders: benchmarks/cpu/bench_compact_linear.py.",
         _summary(rows, place, dense, "F.linear", "ls compact"),
         _contenders(
             rows, place, dense, "F.linear", ("F.linear kept", "bare mm", "prune"), own_base
@@ -156,7 +156,7 @@ def compact_conv2d(rows: list[Row]) -> str:
     return "\n\n".join([
         "## One step of a compact 3x3 convolution: forward, dx, dvalues",
         "Ratio to `F.conv2d` in the faster of its two layouts, by density. Contenders: "
-        "benchmarks/bench_compact_conv2d.py.",
+        "benchmarks/cpu/bench_compact_conv2d.py.",
         *(
             _summary(rows, place, dense, "F.conv2d", ours)
             for ours in ("ls compact", "ls compact channels_last")
@@ -182,7 +182,7 @@ def lenet_step(rows: list[Row]) -> str:
         "## One training step of LeNet-300-100 with Adam, batch 60",
         "By density of the hidden layers; one network on one thread, 45 on two; for 20 rounds of "
         "pruning the sum of one step in each. Contenders: "
-        "benchmarks/bench_lenet_step.py.",
+        "benchmarks/cpu/bench_lenet_step.py.",
         _table(head, lines),
     ])  # fmt: skip
 
@@ -214,7 +214,7 @@ def packed_linear(rows: list[Row]) -> str:
     return "\n\n".join([
         "## Inference of a packed linear layer",
         "Ratio to `F.linear` in fp32 and in bf16, by rows M of x. Contenders: "
-        "benchmarks/bench_packed_linear.py.",
+        "benchmarks/cpu/bench_packed_linear.py.",
         _table(head, lines),
     ])  # fmt: skip
 

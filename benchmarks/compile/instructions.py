@@ -1,4 +1,4 @@
-"""`python -m benchmarks.instructions [--write]`: instructions the kernels execute, by callgrind.
+"""`python -m benchmarks.compile.instructions [--write]`: what the kernels execute, by callgrind.
 
 A count does not depend on what else the machine does, so a change of 3% is a change of the code.
 Counted for the variants that valgrind can run: portable and AVX2. Per product of a kept weight and
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-STORED = HERE / "results" / "instructions.json"
+ROOT = HERE.parents[1]
+STORED = HERE.parent / "results" / "instructions.json"
 BUILD = ROOT / "build" / "instructions"
 DRIVERS = (
     "common/variants",
@@ -188,7 +188,7 @@ def _run(*command: object) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.instructions")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile.instructions")
     parser.add_argument("--write", action="store_true", help="store the counts as the limit")
     arguments = parser.parse_args(argv)
     if reason := why_not():

@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lottery_sparse as ls
-from benchmarks import peers, steps
-from benchmarks.layers import CONV_DENSITIES, CONVS, QUICK_CONVS, QUICK_DENSITIES
-from benchmarks.steps import Problem
+from benchmarks.cpu import peers, steps
+from benchmarks.cpu.layers import CONV_DENSITIES, CONVS, QUICK_CONVS, QUICK_DENSITIES
+from benchmarks.cpu.steps import Problem
 from lottery_sparse.ops import dispatch
 
 

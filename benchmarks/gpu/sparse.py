@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
-from benchmarks.gpu_timing import Device, Skip, Work, tf32, timed
+from benchmarks.gpu.rows import BANDWIDTH, RATES, Case, Row
+from benchmarks.gpu.timing import Device, Skip, Work, tf32, timed
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 

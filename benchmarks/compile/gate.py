@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for sm_80 and sm_90 without a GPU, and looks at what came out.
 
-`python -m benchmarks.compile_gate` writes results/compile.json, one row for each case, kernel
+`python -m benchmarks.compile.gate` writes results/compile.json, one row for each case, kernel
 and architecture: registers, bytes of stack (spills), shared memory, instructions. Rows whose
 source has not changed are kept, so a second run takes seconds. It fails on spills, on more memory
 than a block has, and where a matrix product does not use the matrix unit it should.
@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 # Until Triton 3.9 the default, from 3.10 on not: a multiply and an add become one FMA.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-RESULTS = Path(__file__).parent / "results" / "compile.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "compile.json"
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block can have
 MATRIX = {80: "HMMA", 90: "HGMMA"}  # what a product of 16-bit numbers should run on
 COUNTED = ("HGMMA", "HMMA", "FFMA", "LDG", "LDGSTS", "LDS", "STS", "LOP3", "SHF", "IMAD", "BAR")
@@ -117,7 +117,7 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
 
 def rows(chosen: str) -> Iterator[tuple[str, int, Launch]]:
     """(name, architecture, launch) of the cases whose name holds `chosen`."""
-    from benchmarks.compile_cases import CASES
+    from benchmarks.compile.cases import CASES
 
     for case, call in CASES.items():
         if chosen in case:
@@ -173,7 +173,7 @@ def faults(name: str, arch: int, row: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile.gate", description=__doc__)
     parser.add_argument("-k", default="", metavar="TEXT", help="only cases whose name holds TEXT")
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="the JSON file to bring up to date"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks.report import report
 
 SAVE_EVERY = 20.0  # seconds
 

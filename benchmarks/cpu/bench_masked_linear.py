@@ -21,9 +21,9 @@ from typing import NamedTuple
 import pytest
 
 import lottery_sparse as ls
-from benchmarks import steps
-from benchmarks.layers import BATCHES, DENSITIES, LAYERS, QUICK_DENSITIES, QUICK_LAYERS
-from benchmarks.steps import Problem
+from benchmarks.cpu import steps
+from benchmarks.cpu.layers import BATCHES, DENSITIES, LAYERS, QUICK_DENSITIES, QUICK_LAYERS
+from benchmarks.cpu.steps import Problem
 from lottery_sparse.ops import dispatch
 
 ANY_DENSITY = ("F.linear", "bare mm", "prune")  # cost the same at every density

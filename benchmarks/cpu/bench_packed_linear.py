@@ -23,12 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from benchmarks import peers, steps
-from benchmarks.layers import (
-    PACKED_BATCHES,
-    PACKED_LAYERS,
-    QUICK_PACKED_BATCHES,
-)
+from benchmarks.cpu import peers, steps
+from benchmarks.cpu.layers import PACKED_BATCHES, PACKED_LAYERS, QUICK_PACKED_BATCHES
 from lottery_sparse import ops
 from lottery_sparse.ops.packed import formats
 

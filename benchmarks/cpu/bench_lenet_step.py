@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import lenet, steps
-from benchmarks.layers import LENET_DENSITIES, LENET_NETWORKS, QUICK_LENET_DENSITIES
+from benchmarks.cpu import lenet, steps
+from benchmarks.cpu.layers import LENET_DENSITIES, LENET_NETWORKS, QUICK_LENET_DENSITIES
 
 FUSED = {"fused": True}
 DENSE = {"torch": lenet.dense, "torch fused": partial(lenet.dense, **FUSED)}

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.utils import prune
 
 import lottery_sparse as ls
-from benchmarks import lenet
-from benchmarks.gpu_rows import Case, Row
-from benchmarks.gpu_timing import Device, Work, timed, within
-from benchmarks.layers import LENET_NETWORKS
+from benchmarks.cpu import lenet
+from benchmarks.cpu.layers import LENET_NETWORKS
+from benchmarks.gpu.rows import Case, Row
+from benchmarks.gpu.timing import Device, Work, timed, within
 
 DENSITIES = (0.2, 0.05, 0.5)
 SAMPLE = 500  # steps of the eager networks that are timed

@@ -1,8 +1,9 @@
 """What the CUDA kernels take of a multiprocessor: registers, spills, shared memory, instructions.
 
-`python -m benchmarks.cuda_resources` compiles csrc/*/*_cuda.cu with nvcc, without a GPU, and writes
-results/cuda_resources.json; tests/test_cuda_resources.py holds the kernels to that table. How many
-instructions a loop has comes from cuobjdump, which Triton brings along; without it, that is null.
+`python -m benchmarks.compile.cuda_resources` compiles csrc/*/*_cuda.cu with nvcc, without a GPU,
+and writes results/cuda_resources.json; test_cuda_resources.py holds the kernels to that table. How
+many instructions a loop has comes from cuobjdump, which Triton brings along; without it, that is
+null.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "cuda_resources.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 ARCHITECTURES = ("80", "90a")
 FLAGS = ("-std=c++20", "-O3")
 

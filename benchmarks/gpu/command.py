@@ -24,10 +24,11 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import gpu_jobs, gpu_rows
-from benchmarks.gpu_rows import Case, Row, Run, Store
+from benchmarks.gpu import jobs as gpu_jobs
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu.rows import Case, Row, Run, Store
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("gate", "train", "infer", "study")
 RESERVE = 10.0  # seconds to end in
 CASE_SECONDS = 120.0  # a case that takes longer hangs
@@ -35,7 +36,7 @@ GATE_SECONDS = 180.0
 RESTARTS = 30
 BROKEN = 3  # exit status of a worker whose GPU answers no more
 ENDED = "the process ended during this case"
-SOURCES = ("lottery_sparse/**/*.py", "csrc/*/*", "setup.py", "benchmarks/*.py")
+SOURCES = ("lottery_sparse/**/*.py", "csrc/*/*", "setup.py", "benchmarks/**/*.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +94,7 @@ def results() -> Path:
 
 def commit() -> str:
     """The commit; where the sources differ from it, or there is no git, with a hash of them."""
-    from benchmarks import report
+    from benchmarks.report import report
 
     try:
         found = report.run(0.0)["commit"]
@@ -121,7 +122,15 @@ def gpu_name() -> str:
 
 def worker_command(options: argparse.Namespace, run: Run, end: float) -> list[str]:
     return [
-        *(sys.executable, "-m", "benchmarks.gpu", "--worker", "1", "--stage", options.stage),
+        *(
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.command",
+            "--worker",
+            "1",
+            "--stage",
+            options.stage,
+        ),
         *("--run", run.run, "--gpu", run.gpu, "--commit", run.commit, "--date", run.date),
         *("--until", str(end), "--out", str(options.out), "-k", options.k),
         *(["--dry-run"] if options.dry_run else []),
@@ -170,15 +179,13 @@ def watch(process: subprocess.Popen, path: Path, end: float) -> str | None:
 
 
 def cases_of(stage: str, dry: bool) -> list[Case]:
-    from benchmarks import (
-        gpu_gate,
-        gpu_infer,
-        gpu_parts,
-        gpu_sparse,
-        gpu_study,
-        gpu_timing,
-        gpu_train,
-    )
+    from benchmarks.gpu import gate as gpu_gate
+    from benchmarks.gpu import infer as gpu_infer
+    from benchmarks.gpu import parts as gpu_parts
+    from benchmarks.gpu import sparse as gpu_sparse
+    from benchmarks.gpu import study as gpu_study
+    from benchmarks.gpu import timing as gpu_timing
+    from benchmarks.gpu import train as gpu_train
 
     modules = {
         "gate": [gpu_gate],
@@ -195,7 +202,7 @@ def cases_of(stage: str, dry: bool) -> list[Case]:
 def worker(options: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.gpu_timing import Device, environment
+    from benchmarks.gpu.timing import Device, environment
 
     torch.manual_seed(0)
     device = Device(options.dry_run)
@@ -222,7 +229,7 @@ def worker(options: argparse.Namespace) -> int:
 
 
 def attempt(case: Case, device) -> Row:
-    from benchmarks.gpu_timing import Skip
+    from benchmarks.gpu.timing import Skip
 
     started = time.time()
     try:

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lottery_sparse as ls
-from benchmarks import peers, steps
-from benchmarks.layers import (
+from benchmarks.cpu import peers, steps
+from benchmarks.cpu.layers import (
     BFLOAT16_COMPACT_LAYERS,
     BFLOAT16_DENSITIES,
     COMPACT_LAYERS,
@@ -35,7 +35,7 @@ from benchmarks.layers import (
     QUICK_COMPACT_LAYERS,
     QUICK_DENSITIES,
 )
-from benchmarks.steps import Problem
+from benchmarks.cpu.steps import Problem
 from lottery_sparse.ops import dispatch
 
 

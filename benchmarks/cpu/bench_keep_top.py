@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import lottery_sparse as ls
-from benchmarks.layers import QUICK_SELECTION_SIZE, SELECTION_SIZE
+from benchmarks.cpu.layers import QUICK_SELECTION_SIZE, SELECTION_SIZE
 from lottery_sparse.ops import dispatch
 
 SCORES = {

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
-from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
-from benchmarks.gpu_timing import Device, Skip, Work, timed
-from benchmarks.gpu_train import compact, dense
+from benchmarks.gpu.rows import BANDWIDTH, RATES, Case, Row
+from benchmarks.gpu.timing import Device, Skip, Work, timed
+from benchmarks.gpu.train import compact, dense
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 

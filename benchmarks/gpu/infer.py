@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lottery_sparse as ls
-from benchmarks.gpu_rows import BANDWIDTH, RATES, Case, Row
-from benchmarks.gpu_timing import Device, Skip, Work, timed
+from benchmarks.gpu.rows import BANDWIDTH, RATES, Case, Row
+from benchmarks.gpu.timing import Device, Skip, Work, timed
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.packed import formats
 

@@ -13,7 +13,7 @@ COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
 CSRC         := $(wildcard csrc/*/*)
-SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*/*.cpp tests/cuda_host/*.cpp tests/cuda_host/*.h)
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*/*.cpp benchmarks/*/*.h tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
@@ -76,9 +76,9 @@ SANITIZE_TESTS := bf16_linear compact_conv2d compact_linear compact_node delta k
 
 sanitize: $(PACKAGE)  ## build the CPU kernels with sanitizers into build/sanitize and run the tests of kernels on them (g++)
 	CXX=g++ LS_SANITIZE=$(SANITIZERS) LS_BUILD=require $(PY) setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
-	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) $(CURDIR)/tests/guard_pages.py avx512 avx2 portable
+	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) $(CURDIR)/tests/cuda_host/guard_pages.py avx512 avx2 portable
 	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) -m pytest -q -n 2 --dist loadfile --capture=no --benchmark-disable -c $(CURDIR)/pyproject.toml \
-	  -m 'not slow' $(PYTEST_ARGS) $(SANITIZE_TESTS:%=$(CURDIR)/tests/test_%.py)
+	  -m 'not slow' $(PYTEST_ARGS) $(foreach name,$(SANITIZE_TESTS),$(wildcard $(CURDIR)/tests/*/test_$(name).py $(CURDIR)/tests/*/*/test_$(name).py))
 
 # A venv of its own with a CUDA build of torch, which imports without a GPU, and so does what is built
 # against it. pip prefers a CPU build where it is configured to find one: then the check names it.

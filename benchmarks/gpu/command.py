@@ -1,6 +1,6 @@
 """Everything about one GPU in one command: `python -m benchmarks gpu --stage gate --seconds 520`.
 
-    gate    builds the extension, runs tests/kernels, parity of every op, opcheck, sanitizers
+    gate    builds the extension, runs tests/ops/triton, parity of every op, opcheck, sanitizers
     train   training steps against torch's, and their kernels alone
     infer   packed weights against cuBLAS at 1 to 4096 rows
     study   45 LeNets together

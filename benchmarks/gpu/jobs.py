@@ -1,4 +1,4 @@
-"""What the GPU gate runs in processes of its own: the build, tests/kernels, compute-sanitizer."""
+"""What the GPU gate runs in processes of its own: build, tests/ops/triton, compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Job:
 
 def start(dry: bool) -> list[Job]:
     """All of them at once: tests mostly compile, and the machine has cores for that."""
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    files = sorted((ROOT / "tests" / "ops" / "triton").glob("test_*.py"))
     jobs = [run_tests(path, collect_only=dry) for path in files[:1] if dry]
     jobs += [run_tests(path) for path in files if not dry]
     found = shutil.which("compute-sanitizer") or (SANITIZER if Path(SANITIZER).exists() else None)

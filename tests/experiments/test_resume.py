@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_ticket import Trainer, copy_of, network, same
 from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from tests.test_ticket import Trainer, copy_of, network, same
 
 OPTIONS = {"rounds": 3, "keep": 0.6, "mask1": "reinit", "mask0": "freeze_init", "generator": 7}
 

@@ -1,6 +1,6 @@
 """`pip install` gives a working package whatever the machine lacks: a compiler, or torch in the
 build environment. Each case builds a wheel from a copy of the sources and runs it from a folder of
-its own. The native build is what `make test` itself has made: tests/test_native_build.py."""
+its own. The native build is what `make test` itself has made: tests/ops/test_native_build.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 import setuptools
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from experiments.runs import Run
 from experiments.store import Store
 from experiments.sweep import wait_for_life
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")
 
 

@@ -163,7 +163,7 @@ def numbers(p: Problem) -> Problem:
 
 
 def takes(backend: str, op: str, frozen: str, dtype: torch.dtype) -> bool:
-    """What the backends offer; tests/test_backends.py holds them to refusing the rest."""
+    """What the backends offer; tests/ops/test_backends.py holds them to refusing the rest."""
     if backend == "cpu":
         linear = dtype in (torch.float32, torch.bfloat16)
         return op == "masked_linear" and frozen == "zero" and linear

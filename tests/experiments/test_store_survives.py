@@ -114,7 +114,7 @@ def is_of(line: bytes, run_ids: list[str]) -> bool:
 
 
 def program(*arguments: object) -> int:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
         [sys.executable, sweep_problems.__file__, *map(str, arguments)],
         capture_output=True,

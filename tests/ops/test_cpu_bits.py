@@ -17,8 +17,8 @@ from lottery_sparse.ops import dispatch
 
 if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-HERE = Path(__file__).parent
-FIRST = HERE / "cpu_bits_numerics_1.txt"  # of the AVX-512 kernels at 21bf4ea
+PROBLEMS = Path(__file__).resolve().parents[1] / "problems"
+FIRST = PROBLEMS / "cpu_bits_numerics_1.txt"  # of the AVX-512 kernels at 21bf4ea
 # of these no sum is rounded, or none in another order: equal under every `numerics`
 WHOLE = ("int8", "keep_top", "sample_mask", "random", "pack_mask", "unpack_mask")
 
@@ -27,9 +27,15 @@ WHOLE = ("int8", "keep_top", "sample_mask", "random", "pack_mask", "unpack_mask"
 def digests(variant: str, threads: int = 1) -> dict[tuple[str, str], str]:
     """(group, call) -> digest."""
     kept = {k: v for k, v in os.environ.items() if k != "LS_BACKEND"}
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(PROBLEMS.parents[1]),
+            str(PROBLEMS.parent / "cuda_host"),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     done = subprocess.run(
-        [sys.executable, HERE / "cpu_bits.py", str(threads)],
+        [sys.executable, PROBLEMS / "cpu_bits.py", str(threads)],
         env=kept | {"LS_CPU": variant, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -15,13 +15,15 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="triton is not installed"
     ),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels runs on the GPU by itself"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="tests/ops/triton runs on the GPU by itself"
+    ),
 ]
 
 
 @pytest.mark.slow
 def test_the_kernels_pass_in_the_interpreter():
-    folder = Path(__file__).with_name("kernels")
+    folder = Path(__file__).with_name("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", folder],
         env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -17,7 +17,7 @@ from experiments.machine import numerics
 from experiments.runs import Run
 from experiments.store import Store
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")
 pytestmark = pytest.mark.usefixtures("any_arithmetic")
 ROW = {**vars(SMOKE), "run_id": SMOKE.id, "round": 0, "test_accuracy": 0.5, "density": 1.0}

@@ -41,7 +41,9 @@ def run(tmp_path_factory):
 
     def run(*variants):
         kept = {k: v for k, v in os.environ.items() if k not in ("LS_CPU", "LS_BACKEND")}
-        path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(
+            [str(HERE.parents[1]), str(HERE.parent / "problems"), os.environ.get("PYTHONPATH", "")]
+        )
         return subprocess.run(
             [sys.executable, HERE / "guard_pages.py", *variants],
             env=kept | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},

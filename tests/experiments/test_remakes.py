@@ -17,7 +17,7 @@ from experiments.status import progress
 from experiments.store import Store
 from experiments.studies import STUDIES
 
-COMMITTED = Path(__file__).parent.parent / "experiments" / "results"
+COMMITTED = Path(__file__).parents[2] / "experiments" / "results"
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 CHAIN, DENSE_RUN = SMOKE(criterion="random"), SMOKE(criterion=DENSE)
 

@@ -1,19 +1,15 @@
 """Tests of the GPU kernels: on a GPU, or else in Triton's interpreter.
 
-Without a GPU they need a process that starts with TRITON_INTERPRET=1: tests/test_triton.py starts
-one, and `TRITON_INTERPRET=1 pytest tests/kernels` is another. Others do not collect them.
+Without a GPU they need a process that starts with TRITON_INTERPRET=1: tests/ops/test_triton.py
+starts one, and `TRITON_INTERPRET=1 pytest tests/ops/triton` is another. Others do not collect them.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # problems.py
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl

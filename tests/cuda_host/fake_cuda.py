@@ -1,6 +1,6 @@
 """A CUDA device for a CPU build of torch (fake_cuda.cpp); `install` changes the process for good.
 
-    python tests/fake_cuda.py FILE|-m MODULE [ARGUMENTS]
+    python tests/cuda_host/fake_cuda.py FILE|-m MODULE [ARGUMENTS]
 
 runs a program with it. The library must be loaded before torch, so import this module first. What
 differs from a GPU: the arithmetic is that of the CPU, no time passes, streams do nothing, and there
@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-shared", "-Wall", "-Werror"]
 
 
@@ -34,7 +35,7 @@ def build() -> Path:
     version = importlib.metadata.version("torch")
     sources = b"".join(path.read_bytes() for path in (source, HERE / "fake_cuda_device.h"))
     digest = hashlib.sha256(sources + repr((FLAGS, version)).encode())
-    built = HERE.parent / "build" / f"fake_cuda-{digest.hexdigest()[:12]}.so"
+    built = ROOT / "build" / f"fake_cuda-{digest.hexdigest()[:12]}.so"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)
         here = Path(importlib.util.find_spec("torch").origin).parent
@@ -171,7 +172,7 @@ def install() -> ctypes.CDLL:
 def main() -> None:
     install()
     sys.argv = sys.argv[1:]
-    sys.path[:1] = [str(HERE.parent), str(HERE)]
+    sys.path[:1] = [str(ROOT), str(HERE), str(HERE.parent / "problems")]
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """The public names and their signatures are those of public_api.txt: a change is a decision.
 
-`python tests/test_public_api.py` writes the file anew, after a change that is meant.
+`python tests/house/test_public_api.py` writes the file anew, after a change that is meant.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def public_api() -> str:
 
 def test_names_and_signatures_are_those_of_the_snapshot():
     assert public_api().splitlines() == SNAPSHOT.read_text("utf-8").splitlines(), (
-        "the public API changed; if that is meant: python tests/test_public_api.py, and CHANGELOG"
+        "the public API changed; if that is meant: python tests/house/test_public_api.py, CHANGELOG"
     )
 
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.rows import Case, Run, Store
 from lottery_sparse.ops.masked import dense as masked_dense
 from lottery_sparse.ops.masked import reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def test_a_device_refuses_what_cuda_refuses_and_runs_what_a_gpu_would():
     }
     done = subprocess.run(
         [sys.executable, str(HERE / "fake_cuda.py"), str(HERE / "fake_cuda_walk.py")],
-        cwd=HERE.parent, env=environment, capture_output=True, text=True,
+        cwd=HERE.parents[1], env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("walked\n"), done.stdout

@@ -23,7 +23,8 @@ from experiments.store import Store
 from experiments.studies import STUDIES
 from experiments.sweep import Job, claim
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEMS = ROOT / "tests" / "problems"
 COUNT = 12  # runs of the program
 
 pytestmark = pytest.mark.usefixtures("any_arithmetic")
@@ -124,14 +125,14 @@ def undisturbed(tmp_path_factory) -> list[bytes]:
     return written(folder)
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{PROBLEMS}"}
 
 
 def started(folder: Path, *more: str, module: list | None = None) -> subprocess.Popen:
     engine, *scheduler = more or ("",)
     return subprocess.Popen(
-        module or [sys.executable, HERE / "engine_problems.py", engine, folder, *scheduler],
-        cwd=HERE.parent,
+        module or [sys.executable, PROBLEMS / "engine_problems.py", engine, folder, *scheduler],
+        cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -255,7 +256,12 @@ def test_ctrl_c_ends_a_local_cluster(tmp_path):
 def test_a_scheduler_that_is_there(undisturbed, tmp_path):
     program = [sys.executable, "-W", "ignore", "-c", CLUSTER]
     cluster = subprocess.Popen(
-        program, env=ENVIRONMENT, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        program,
+        env=ENVIRONMENT,
+        cwd=PROBLEMS,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert cluster.stdin
     assert cluster.stdout

@@ -1,4 +1,4 @@
-"""Problems of tests/problems.py as the compact products take them: kept weights in slots."""
+"""Problems of problems.py as the compact products take them: kept weights in slots."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ FLAGS = ("-std=c++20", "-O3")
 
 
 def kernel_files() -> list[Path]:
-    return sorted((ROOT / "csrc").rglob("*_cuda.cu"))
+    return sorted((ROOT / "csrc").rglob("*_cuda.cu"), key=lambda path: path.name)
 
 
 def source_hash() -> str:

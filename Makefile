@@ -16,7 +16,7 @@ CSRC         := $(wildcard csrc/*/*)
 SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*/*.cpp benchmarks/*/*.h tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
+.PHONY: help venv quickstart test test-everywhere lint format size bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -45,6 +45,9 @@ format: $(PACKAGE)  ## rewrite the sources in the house style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	@$(if $(SOURCES),$(VENV)/bin/clang-format -i $(SOURCES))
+
+size:  ## lines of code per folder, and the change against the budget in tests/house/size.txt
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tests/house/size.py
 
 bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
 	$(PY) -m benchmarks cpu

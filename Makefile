@@ -12,11 +12,11 @@ OUT    := out
 COMPILER     := $(firstword $(foreach cxx,$(CXX) g++ clang++ c++,$(shell command -v $(cxx) 2>/dev/null)))
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE      := $(VENV)/.package-$(if $(COMPILER),native,pure)
-CSRC         := $(wildcard csrc/*)
-SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*.cpp)
+CSRC         := $(wildcard csrc/*/*)
+SOURCES      := $(filter %.cpp %.h %.cu %.cuh,$(CSRC)) $(wildcard benchmarks/*/*.cpp benchmarks/*/*.h tests/cuda_host/*.cpp tests/cuda_host/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-everywhere lint format bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
+.PHONY: help venv quickstart test test-everywhere lint format size bench bench-peers instructions compile-gate build clean distclean cuda-build sanitize
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ format: $(PACKAGE)  ## rewrite the sources in the house style
 	$(VENV)/bin/ruff format .
 	@$(if $(SOURCES),$(VENV)/bin/clang-format -i $(SOURCES))
 
+size:  ## lines of code per folder, and the change against the budget in tests/house/size.txt
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tests/house/size.py
+
 bench: $(PACKAGE)  ## measure the kernels on this CPU against dense
 	$(PY) -m benchmarks cpu
 
@@ -53,13 +56,13 @@ bench-peers: $(PACKAGE)  ## install the libraries that `make bench` compares wit
 	@for peer in sparselab torchao sparseprop; do \
 	  $(PIP) install -c constraints.txt --no-deps --no-build-isolation $$peer || echo "$$peer was not installed"; \
 	done
-	@$(PY) -m benchmarks.peers
+	@$(PY) -m benchmarks.cpu.peers
 
 instructions: $(PACKAGE)  ## count the instructions of the kernels (valgrind), fail over +3%
-	$(PY) -m benchmarks.instructions
+	$(PY) -m benchmarks.compile.instructions
 
 compile-gate: $(PACKAGE)  ## compile every Triton kernel for sm_80 and sm_90 (no GPU needed); stores registers, spills, ...
-	$(PY) -m benchmarks.compile_gate
+	$(PY) -m benchmarks.compile.gate
 
 build: $(REQUIREMENTS)  ## build the kernels again, with the compiler's output shown
 	$(PY) -m lottery_sparse build
@@ -76,9 +79,9 @@ SANITIZE_TESTS := bf16_linear compact_conv2d compact_linear compact_node delta k
 
 sanitize: $(PACKAGE)  ## build the CPU kernels with sanitizers into build/sanitize and run the tests of kernels on them (g++)
 	CXX=g++ LS_SANITIZE=$(SANITIZERS) LS_BUILD=require $(PY) setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
-	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) $(CURDIR)/tests/guard_pages.py avx512 avx2 portable
+	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) $(CURDIR)/tests/cuda_host/guard_pages.py avx512 avx2 portable
 	cd $(SANITIZED) && $(SANITIZE_ENV) $(abspath $(PY)) -m pytest -q -n 2 --dist loadfile --capture=no --benchmark-disable -c $(CURDIR)/pyproject.toml \
-	  -m 'not slow' $(PYTEST_ARGS) $(SANITIZE_TESTS:%=$(CURDIR)/tests/test_%.py)
+	  -m 'not slow' $(PYTEST_ARGS) $(foreach name,$(SANITIZE_TESTS),$(wildcard $(CURDIR)/tests/*/test_$(name).py $(CURDIR)/tests/*/*/test_$(name).py))
 
 # A venv of its own with a CUDA build of torch, which imports without a GPU, and so does what is built
 # against it. pip prefers a CPU build where it is configured to find one: then the check names it.

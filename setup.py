@@ -48,65 +48,65 @@ STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
 OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
-# Kernel files, compiled once per instruction set (csrc/variants.h); the others once.
+# Kernel files, compiled once per instruction set (csrc/common/variants.h); the others once.
 KERNELS = [
-    "bitmap_linear_cpu",
-    "dense_tiles_cpu",
-    "finite_cpu",
-    "keep_top_cpu",
-    "list_check_cpu",
-    "mask_bits_cpu",
-    "masked_optim_cpu",
-    "packed_linear_cpu",
-    "random_fill_cpu",
-    "sample_mask_cpu",
-    "select_kept_cpu",
-    "sparse_conv2d_cpu",
-    "sparse_conv2d_planes_cpu",
-    "sparse_linear_bf16_cpu",
-    "sparse_linear_cpu",
-    "ternary_linear_cpu",
-    "ternary_tiles_cpu",
+    "common/finite_cpu",
+    "conv2d/sparse_conv2d_cpu",
+    "conv2d/sparse_conv2d_planes_cpu",
+    "linear/list_check_cpu",
+    "linear/sparse_linear_bf16_cpu",
+    "linear/sparse_linear_cpu",
+    "masks/keep_top_cpu",
+    "masks/mask_bits_cpu",
+    "masks/random_fill_cpu",
+    "masks/sample_mask_cpu",
+    "masks/select_kept_cpu",
+    "optim/masked_optim_cpu",
+    "packed/bitmap_linear_cpu",
+    "packed/packed_linear_cpu",
+    "packed/ternary_linear_cpu",
+    "packed/ternary_tiles_cpu",
+    "step/dense_tiles_cpu",
 ]
 DRIVERS = [
-    "bindings",
-    "bindings_conv2d",
-    "bindings_linear",
-    "bindings_optim",
-    "bindings_packed",
-    "bindings_sample",
-    "bindings_select",
-    "bindings_step",
-    "compact_conv2d",
-    "compact_linear",
-    "keep_top",
-    "masked_optim",
-    "packed_linear",
-    "sparse_conv2d",
-    "sparse_conv2d_planes",
-    "sparse_linear",
-    "ternary_linear",
-    "train_step",
-    "variants",
+    "common/variants",
+    "conv2d/bindings_conv2d",
+    "conv2d/compact_conv2d",
+    "conv2d/sparse_conv2d",
+    "conv2d/sparse_conv2d_planes",
+    "linear/bindings_linear",
+    "linear/compact_linear",
+    "linear/sparse_linear",
+    "masks/bindings_sample",
+    "masks/bindings_select",
+    "masks/keep_top",
+    "optim/bindings_optim",
+    "optim/masked_optim",
+    "packed/bindings_packed",
+    "packed/packed_linear",
+    "packed/ternary_linear",
+    "rim/bindings",
+    "step/bindings_step",
+    "step/train_step",
 ]
 CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
-    "binary_linear_cuda",
-    "bitmap_linear_cuda",
-    "compact_dvalues_cuda",
-    "compact_linear_cuda",
-    "compact_pack_cuda",
-    "csr_linear_cuda",
-    "mask_bits_cuda",
-    "masked_optim_cuda",
-    "rows_cuda",
-    "ternary_linear_cuda",
-    "tiles_linear_cuda",
+    "linear/compact_dvalues_cuda",
+    "linear/compact_linear_cuda",
+    "linear/compact_pack_cuda",
+    "masks/mask_bits_cuda",
+    "optim/masked_optim_cuda",
+    "packed/binary_linear_cuda",
+    "packed/bitmap_linear_cuda",
+    "packed/csr_linear_cuda",
+    "packed/rows_cuda",
+    "packed/ternary_linear_cuda",
+    "packed/tiles_linear_cuda",
 ]
 CUDA_DRIVERS = [
-    "bindings_cuda",
-    "bindings_cuda_bits",
-    "bindings_cuda_compact",
-    "bindings_cuda_optim",
+    "linear/bindings_cuda_compact",
+    "masks/bindings_cuda_bits",
+    "optim/bindings_cuda_optim",
+    "rim/bindings_cuda",
 ]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
@@ -227,9 +227,9 @@ def compile_cuda(folder):
     os.makedirs(folder, exist_ok=True)
 
     def compile_one(stem):
-        made = os.path.join(folder, f"{stem}.o")
+        made = os.path.join(folder, f"{os.path.basename(stem)}.o")
         options = [*CUDA_FLAGS, *cuda_targets(cuda_architectures())]
-        command = [nvcc, *options, "-c", f"csrc/{stem}.cu", "-o", made]
+        command = [nvcc, *options, "-c", "-Icsrc", f"csrc/{stem}.cu", "-o", made]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
         return made
@@ -294,14 +294,16 @@ def native(required):
     os.environ.setdefault(
         "MAX_JOBS", str(max(1, min(os.cpu_count() or 1, free_memory() // BYTES_PER_JOB)))
     )
-    # torch's checks name the file that they are in: csrc/rim.h, not where it was built
+    # torch's checks name the file that they are in: csrc/rim/rim.h, not where it was built
     root = os.path.dirname(os.path.abspath(__file__))
+    csrc = os.path.join(root, "csrc")  # where the paths in #include "..." begin
     folders = root, os.path.join(os.path.dirname(torch.__file__), "include")
     cxx = [*FLAGS, *(f"-ffile-prefix-map={folder}/=" for folder in folders)]
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), ("LS_X86_VARIANTS", str(int(X86)))]
     kernels = CppExtension(
         "lottery_sparse._C",
         sources(DRIVERS),
+        include_dirs=[csrc],
         define_macros=macros,
         extra_compile_args={"cxx": cxx},
         extra_link_args=LINK_FLAGS,
@@ -313,8 +315,16 @@ def native(required):
     eager = CppExtension(
         f"lottery_sparse._eager_{version}",
         sources(
-            ["eager", "eager_optim", "compact_linear", "masked_optim", "sparse_linear", "variants"]
+            [
+                "linear/eager",
+                "linear/compact_linear",
+                "linear/sparse_linear",
+                "optim/eager_optim",
+                "optim/masked_optim",
+                "common/variants",
+            ]
         ),
+        include_dirs=[csrc],
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
         extra_compile_args={"cxx": cxx},
         extra_link_args=LINK_FLAGS,
@@ -323,8 +333,8 @@ def native(required):
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
     host = Extension(
         "lottery_sparse._host",
-        sources(["host", "variants"]),
-        include_dirs=pybind_include,
+        sources(["rim/host", "common/variants"]),
+        include_dirs=[csrc, *pybind_include],
         define_macros=[*macros, ("LS_BUILD_FLAGS", f'"{flags}"')],
         extra_compile_args={"cxx": cxx},
         extra_link_args=LINK_FLAGS,
@@ -333,18 +343,18 @@ def native(required):
     )
     modules = [kernels, eager, host]
     if not SANITIZE and not why_no_cuda():
-        modules.append(cuda_extension(CppExtension, macros, required))
+        modules.append(cuda_extension(CppExtension, csrc, macros, required))
     return modules, {"build_ext": BuildKernels}
 
 
-def cuda_extension(CppExtension, macros, required):
+def cuda_extension(CppExtension, csrc, macros, required):
     toolkit = cuda_toolkit()
     return CppExtension(
         "lottery_sparse._C_cuda",
         sources(CUDA_DRIVERS),
         define_macros=[*macros, ("LS_CUDA_ARCHITECTURES", f'"{" ".join(cuda_architectures())}"')],
         extra_compile_args={"cxx": FLAGS},
-        include_dirs=[os.path.join(toolkit, "include")],
+        include_dirs=[csrc, os.path.join(toolkit, "include")],
         library_dirs=[os.path.join(toolkit, "lib64"), os.path.join(toolkit, "lib")],
         # the runtime is linked in: a toolkit may be of another version than torch's own
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],

@@ -1,6 +1,6 @@
 """`python -m benchmarks cpu [--quick] [--only FILE] [--resume] [--out FOLDER]`: measure, store.
 
-`python -m benchmarks gpu --stage STAGE`: see gpu.py.
+`python -m benchmarks gpu --stage STAGE`: see gpu/command.py.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.collect import Rows
+from benchmarks.report.collect import Rows
 
 HERE = Path(__file__).resolve().parent
+CPU = HERE / "cpu"
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["gpu"]:
-        from benchmarks import gpu
+        from benchmarks.gpu import command as gpu
 
         return gpu.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few layers and rounds, two minutes")
     parser.add_argument(
         "--only",
-        choices=sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")),
+        choices=sorted(path.stem.removeprefix("bench_") for path in CPU.glob("bench_*.py")),
         help="run one file; the stored rows of the others stay",
     )
     parser.add_argument("--resume", action="store_true", help="leave out rows of this commit")
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = Rows(out / "cpu.json", arguments.resume)
     status = pytest.main(
         [
-            str(HERE / f"bench_{arguments.only}.py" if arguments.only else HERE),
+            str(CPU / f"bench_{arguments.only}.py" if arguments.only else CPU),
             *("-o", "python_files=bench_*.py", "-o", "python_functions=bench_*"),
             *("-o", "addopts=", "-o", "filterwarnings=ignore", "-p", "no:cacheprovider", "-q"),
             *("--benchmark-only", "--benchmark-disable-gc", "--benchmark-quiet"),

@@ -162,7 +162,7 @@ def _build() -> int:
         print("The kernels were not built; the compiler's messages are above.", file=sys.stderr)
         return 1
     # a fresh interpreter, since this one has looked for the old files already
-    say = "from lottery_sparse import doctor; print(doctor.native_line())"
+    say = "from lottery_sparse.tools import doctor; print(doctor.native_line())"
     return subprocess.run([sys.executable, "-c", say], cwd=root).returncode
 
 

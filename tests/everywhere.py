@@ -40,7 +40,7 @@ PYTEST = (
 )  # fmt: skip
 # Whole files are marked; the others need not be collected.
 TESTS = Path(__file__).parent
-FILES = [str(p) for p in sorted(TESTS.glob("test_*.py")) if "pytest.mark.numeric" in p.read_text()]
+FILES = [str(p) for p in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.numeric" in p.read_text()]
 
 
 def lacks(name: str) -> str | None:

@@ -44,7 +44,7 @@ class Own(NamedTuple):
 class Rest(NamedTuple):
     """What was true when a layer's weight was last at rest.
 
-    csrc/eager_masked.h reads the fields in this order.
+    csrc/linear/eager_masked.h reads the fields in this order.
     """
 
     own: Own

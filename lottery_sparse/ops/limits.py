@@ -12,7 +12,7 @@ from torch import Tensor
 # benchmarks/results/cpu.md.
 MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
 
-# They take convolutions up to this product of strides: kMaxPhases of csrc/sparse_conv2d.h.
+# They take convolutions up to this product of strides: kMaxPhases of csrc/conv2d/sparse_conv2d.h.
 MOST_STRIDE = 128
 
 

@@ -77,7 +77,7 @@ def _images(op: str, args: tuple) -> Tensor:
 
 
 def _lines(op: str, args: tuple) -> int:
-    """What packing takes of x or dy at most: `lines_fit` of csrc/sparse_conv2d.cpp."""
+    """What packing takes of x or dy at most: `lines_fit` of csrc/conv2d/sparse_conv2d.cpp."""
     stride, padding, dilation, groups = args[10:14]
     image, (o, i, *kernel) = _images(op, args).shape[-2:], args[3].shape[-4:]
     axes = zip(image, padding, kernel, dilation, stride, strict=True)
@@ -105,7 +105,7 @@ _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
 NEVER = 2**62  # rows of x
 # A compact layer has its lists already; the limits for forward and dx, for these where they are
-# quick or dense is slow (csrc/eager_linear.h, whose calls alone use it), and for dvalues.
+# quick or dense is slow (csrc/linear/eager_compact.h, whose calls alone use it), and for dvalues.
 MAX_DENSITY_COMPACT = MAX_DENSITY_LINEAR
 MAX_DENSITY_QUICK = 0.52
 MAX_DENSITY_SAMPLED = 0.45

@@ -1,4 +1,4 @@
-"""The module _eager (csrc/eager.cpp): forward and backward of layers as C++ autograd nodes.
+"""The module _eager (csrc/linear/eager.cpp): forward and backward of layers as C++ autograd nodes.
 
 It is built for one version of torch, whose C++ interface it uses, and everything works without it.
 """

@@ -1,6 +1,6 @@
 """compact_linear for the backend "cuda": products with kept entries only, for training.
 
-They are bound by the shared memory that entries read x from, see csrc/cuda_compact.h, so they are
+They are bound by the shared memory that entries read x from (linear/cuda_compact.h), so they are
 an alternative to the dense library where little is kept, or where float32 products must be exact.
 """
 

@@ -112,7 +112,7 @@ def linear(
 
 @cache
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/eager.cpp, if it is here.
+    """The compact linear layer of csrc/linear/eager.cpp, if it is here.
 
     With it, by what a layer wants: up to which density the forward and dx, the same where they are
     quick or dense is slow, and the dvalues run on sparse kernels.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 # ---- ternary -----------------------------------------------------------------------------------
 # A block holds 16 rows and 16 columns in 16 words, one per row; column 16 w + 4 j + b of a row is
-# at bits 8 b + 2 j of word w. See csrc/ternary_linear.h for what that makes fast.
+# at bits 8 b + 2 j of word w. See csrc/packed/ternary_linear.h for what that makes fast.
 
 BLOCK = 16
 
@@ -125,7 +125,7 @@ def unpack_bitmap(values: Tensor, kept: Tensor) -> Tensor:
 
 # ---- tiles for the matrix unit of a GPU --------------------------------------------------------
 # Kept weights of 16 bits by tiles of 64 x 64, with 12-bit places in the order in which the matrix
-# unit takes them: csrc/tile_fragments.h has the layout, and why. 3.5 bytes for a kept weight, in
+# unit takes them: csrc/packed/tile_fragments.h has the layout, and why. 3.5 bytes a kept weight, in
 # groups of 64; `starts` says where each tile begins, in units of 64 bytes.
 
 TILE = 64
@@ -231,7 +231,7 @@ class _TileLayout:
 
 
 # bitmap tiles: the mask of a tile, 128 words, and its values in the order of its bits, padded to 16
-# bytes: csrc/bitmap_fragments.h. `starts` counts units of 16 bytes.
+# bytes: csrc/packed/bitmap_fragments.h. `starts` counts units of 16 bytes.
 
 _BITMAP_UNITS = 32
 

@@ -11,7 +11,7 @@ step, 32). A stream is usually the hash of a parameter's name (`stream_of`). Law
     truncated_normal  the same, truncated at two sigma and rescaled to unit standard deviation,
                 as TensorFlow 1.10 initialises (variance_scaling_initializer); |z| < 2.2738
 
-The golden vectors in tests/test_random.py freeze all of it.
+The golden vectors in tests/ops/random/test_random.py freeze all of it.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def _signed(seed: int) -> int:
 
 # Tables of the upper half of a quantile function at the midpoints of 32,768 equal cells, int32
 # multiples of 2^-20. The stdlib's inv_cdf is accurate to about 1e-15, and no entry lies within
-# 1e-7 of a step of a rounding boundary, so every libm gives the same table (tests/test_random.py).
+# 1e-7 of a step of a rounding boundary, so every libm gives the same table (test_random.py).
 TABLE_SIZE = 2**15
 TABLE_SCALE = 2**20
 

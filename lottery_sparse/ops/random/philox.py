@@ -1,4 +1,4 @@
-"""Philox4x32-10 in Triton: the words of `lottery_sparse.random`, bit for bit (csrc/philox.h)."""
+"""Philox4x32-10 in Triton: the words of `ls.random`, bit for bit (csrc/common/philox.h)."""
 
 from __future__ import annotations
 

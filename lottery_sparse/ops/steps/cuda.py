@@ -1,6 +1,6 @@
 """sgd_step and adam_step for the backend "cuda": a step of all Parameters of one device and dtype.
 
-One launch, from the tables of step_tables; see csrc/cuda_optim.h. A captured step follows a changed
+One launch, from the tables of tables.py; see optim/cuda_optim.h. A captured step follows a changed
 mask, and Adam's step counts may lie on the device.
 """
 

@@ -1,5 +1,5 @@
 """Where the Parameters of a step lie, as a table of numbers that kernels read: those of
-Triton and of CUDA C++ (csrc/cuda_optim.h).
+Triton and of CUDA C++ (csrc/optim/cuda_optim.h).
 
 int64: the first chunk of each part, and the number of chunks; a row for each part, a Parameter or
 one network of a compact one; a row for each target, an effective weight; pointers of step counts.

@@ -1,0 +1,1 @@
+"""What needs no clock: registers, instructions, and what kernels compile to."""

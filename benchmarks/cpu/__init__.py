@@ -1,0 +1,1 @@
+"""Kernels and steps on this CPU, beside the dense library and peers."""

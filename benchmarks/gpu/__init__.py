@@ -1,0 +1,1 @@
+"""One GPU in one command: parity, steps, inference, a study."""

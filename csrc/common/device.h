@@ -1,0 +1,314 @@
+// What a CUDA kernel says to its machine. A kernel file includes this, knows no torch, and compiles
+// twice: by nvcc for a GPU, and by the C++ compiler for emulate_cuda.h, which runs its threads one
+// after another on the host: how the tests check a whole kernel without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "common/bits.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define LS_DEVICE __device__ __forceinline__
+#define LS_METHOD static __device__ __forceinline__
+#define LS_MEMBER __device__ __forceinline__
+#define LS_GLOBAL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+#define LS_UNROLL _Pragma("unroll")
+#define LS_ROLLED _Pragma("unroll 1")  // fewer values in registers at a time
+#else
+#include "emulate_cuda.h"
+#define LS_DEVICE static inline
+#define LS_METHOD static inline
+#define LS_MEMBER inline
+#define LS_GLOBAL(threads, blocks) static void
+#define LS_UNROLL
+#define LS_ROLLED
+#endif
+
+namespace lottery_sparse {
+
+constexpr int kLanes = 32;
+
+struct alignas(16) Words4 {
+    uint32_t word[4];
+};
+struct alignas(8) Words2 {
+    uint32_t word[2];
+};
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+struct Float32 {
+    using Bits = uint32_t;
+    LS_METHOD float to_float(uint32_t bits) {
+        union {
+            uint32_t from;
+            float to;
+        } u = {bits};
+        return u.to;
+    }
+    LS_METHOD uint32_t from_float(float x) {
+        union {
+            float from;
+            uint32_t to;
+        } u = {x};
+        return u.to;
+    }
+};
+
+struct BFloat16 {
+    using Bits = uint16_t;
+    static constexpr uint32_t kOneTwice = 0x3F803F80u;
+    LS_METHOD float to_float(uint32_t bits) {
+        union {
+            uint32_t from;
+            float to;
+        } u = {bits << 16};
+        return u.to;
+    }
+    LS_METHOD uint16_t from_float(float x) {  // to nearest, ties to even
+        union {
+            float from;
+            uint32_t to;
+        } u = {x};
+        if ((u.to & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
+        return static_cast<uint16_t>((u.to + 0x7FFFu + ((u.to >> 16) & 1u)) >> 16);
+    }
+};
+
+LS_DEVICE float nearest_even(float x) {  // the nearest whole number
+#if defined(__CUDACC__)
+    return rintf(x);
+#else
+    return std::nearbyint(x);
+#endif
+}
+
+#if !defined(__CUDACC__)
+float half_to_float(uint16_t bits);
+uint16_t half_from_float(float x);
+#endif
+
+struct Float16 {
+    using Bits = uint16_t;
+    static constexpr uint32_t kOneTwice = 0x3C003C00u;
+    LS_METHOD float to_float(uint32_t bits) {
+#if defined(__CUDACC__)
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+        return x;
+#else
+        return half_to_float(static_cast<uint16_t>(bits));
+#endif
+    }
+    LS_METHOD uint16_t from_float(float x) {
+#if defined(__CUDACC__)
+        uint16_t bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+        return bits;
+#else
+        return half_from_float(x);
+#endif
+    }
+};
+
+// How the numbers of a tensor are stored.
+enum class Number : int { kFloat = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+LS_DEVICE float number_at(const void* numbers, Number type, int64_t i) {
+    if (type == Number::kFloat) return static_cast<const float*>(numbers)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(numbers)[i];
+    return type == Number::kFloat16 ? Float16::to_float(bits) : BFloat16::to_float(bits);
+}
+
+LS_DEVICE void store_number(void* numbers, Number type, int64_t i, float x) {
+    if (type == Number::kFloat)
+        static_cast<float*>(numbers)[i] = x;
+    else
+        static_cast<uint16_t*>(numbers)[i] =
+            type == Number::kFloat16 ? Float16::from_float(x) : BFloat16::from_float(x);
+}
+
+// ---- threads and memory -------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+LS_DEVICE int thread_index() {
+    return threadIdx.x;
+}
+LS_DEVICE int block_x() {
+    return blockIdx.x;
+}
+LS_DEVICE int block_y() {
+    return blockIdx.y;
+}
+LS_DEVICE int grid_x() {
+    return gridDim.x;
+}
+LS_DEVICE void sync_block() {
+    __syncthreads();
+}
+LS_DEVICE void sync_warp() {
+    __syncwarp();
+}
+LS_DEVICE unsigned char* shared_memory() {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return memory;
+}
+
+// Reads of a weight, which is used once: past the L1 cache, and first to leave the L2 cache.
+LS_DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+LS_DEVICE Words4 stream(const Words4* p, uint64_t policy) {
+    Words4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(p), "l"(policy));
+    return v;
+}
+LS_DEVICE Words2 stream(const Words2* p, uint64_t policy) {
+    Words2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+                 : "=r"(v.word[0]), "=r"(v.word[1])
+                 : "l"(p), "l"(policy));
+    return v;
+}
+LS_DEVICE uint32_t stream(const uint32_t* p, uint64_t policy) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+                 : "=r"(v)
+                 : "l"(p), "l"(policy));
+    return v;
+}
+
+LS_DEVICE uint32_t stream(const uint8_t* p, uint64_t policy) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u8 %0, [%1], %2;"
+                 : "=r"(v)
+                 : "l"(p), "l"(policy));
+    return v;
+}
+LS_DEVICE uint32_t stream(const uint16_t* p, uint64_t policy) {
+    uint16_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
+                 : "=h"(v)
+                 : "l"(p), "l"(policy));
+    return v;
+}
+
+// The value that a lane of the warp has. All lanes call it together.
+LS_DEVICE uint32_t from_lane(uint32_t value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
+// The value that the lane `step` before has, 0 where there is none.
+LS_DEVICE uint32_t from_before(uint32_t value, int step) {
+    const uint32_t found = __shfl_up_sync(0xFFFFFFFFu, value, step);
+    return static_cast<int>(threadIdx.x % 32) >= step ? found : 0;
+}
+
+LS_DEVICE float float_from_lane(float value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+
+// The lanes of the warp for which it holds, as bits. All lanes call it together.
+LS_DEVICE uint32_t ballot(bool holds) {
+    return __ballot_sync(0xFFFFFFFFu, holds);
+}
+
+// The same of the lane whose number differs in these bits.
+LS_DEVICE float float_across(float value, int bits) {
+    return __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+}
+
+LS_DEVICE int count_ones(uint32_t word) {
+    return __popc(word);
+}
+
+// 16 bytes of global memory -> shared memory, while the thread goes on. The copies since the last
+// commit are a group; wait_copies<n> waits for all groups of this thread but the last n.
+LS_DEVICE void copy_async(void* shared, const void* global) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+LS_DEVICE void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kLast>
+LS_DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLast) : "memory");
+}
+
+LS_DEVICE float fused(float a, float b, float c) {
+    return __fmaf_rn(a, b, c);
+}
+
+LS_DEVICE float square_root(float x) {
+    return __fsqrt_rn(x);
+}
+
+// c += a b^T for a of 16 x 16 and b of 8 x 16 (PTX: mma.m16n8k16). Lane 4 g + q holds rows g and
+// g + 8 of a, row g of b, and columns 2 q, 2 q + 1 of c.
+template <class T>
+LS_DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
+#define LS_MMA(T, name)                                                            \
+    template <>                                                                    \
+    LS_DEVICE void mma<T>(float c[4], const uint32_t a[4], const uint32_t b[2]) {  \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                 \
+            ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
+    }
+LS_MMA(BFloat16, "bf16")
+LS_MMA(Float16, "f16")
+#undef LS_MMA
+
+// sum + the products of the bytes of a word and of `factors`.
+LS_DEVICE uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
+    return __dp4a(word, factors, sum);
+}
+
+// Bytes {selector's digits, lowest first} of the 8 bytes of b : a.
+LS_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
+#endif
+
+LS_DEVICE Words4 words_at(const void* p) {
+    return *static_cast<const Words4*>(p);
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+struct Device {
+    int processors;  // multiprocessors
+    int shared;      // bytes that a block can have
+    void* stream;
+};
+
+// nullptr, or what went wrong.
+template <class Problem>
+const char* launch(void (*kernel)(Problem), int64_t grid_x, int64_t grid_y, int threads, int shared,
+                   const Device& device, const Problem& problem) {
+#if defined(__CUDACC__)
+    constexpr int kUnasked = 48 << 10;  // bytes of shared memory that need no permission
+    if (shared > kUnasked) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
+    const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(device.stream)>>>(problem);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else
+    return emulate(kernel, grid_x, grid_y, threads, shared, problem);
+#endif
+}
+
+}  // namespace lottery_sparse

@@ -31,6 +31,7 @@ from lottery_sparse.compact_parts import (
     version_of,
     zeros_of,
 )
+from lottery_sparse.compact_slots import Slots, leave_copies
 from lottery_sparse.frozen import Held, remake
 from lottery_sparse.modules import Masked, normal
 
@@ -92,8 +93,8 @@ class Compact(Effective):
         """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
         parameter = self._dense_parameter() if parameter is None else parameter
         for name in (
-            "fresh_version", "kept", "_blank", "_dense", "_known", "_lent", "_lent_at", "_made_at",
-            "_made_of", "_skips", "_twins", "_watch",
+            "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent",
+            "_lent_at", "_made_at", "_made_of", "_skips", "_twins", "_watch",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
         lends_no_more(self)
@@ -167,6 +168,7 @@ class Compact(Effective):
         self._keep_made()  # or the old lists may be those of another mask
         # first all that takes memory: where there is too little, nothing has changed
         mask = mask.to(self.weight_mask.device, torch.bool)
+        leave_copies(self, mask)
         old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
         values, moved, blank = self.weight.detach(), [], blank_of(self._dense, self._dense.shape)
         if leader is self:
@@ -198,6 +200,7 @@ class Compact(Effective):
             real.copy_(effective)
             if not lags:
                 self._dense, self._blank = real, False
+        self.slots_before = None
         self._mark_made()
         self.mark_fresh()
 
@@ -219,6 +222,8 @@ class Compact(Effective):
         # lists follow the mask, so that to_empty leaves no numbers that are out of range
         self.kept = KeptLists(*(normal(follow(t, self.weight_mask)) for t in self.kept))
         self._watch, anew = None, self._move_dense(fn)
+        if self.slots_before is not None and not self.weight.is_meta:
+            self.slots_before = Slots.of(self)
         self._mark_made()
         if self.weight.dtype != was_dtype:
             self._hold(remake(self._held(), self._dense))
@@ -256,7 +261,10 @@ class Compact(Effective):
     def __getstate__(self) -> dict[str, Any]:
         if not self.weight_mask.is_meta:
             self._keep_made()  # a copy cannot tell
-        return self.__dict__ | {"_known": None, "_lent": None, "_watch": None}
+        noted = self.slots_before is not None
+        return self.__dict__ | {
+            "_known": None, "_lent": None, "_watch": None, "slots_before": noted or None,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -265,6 +273,7 @@ class Compact(Effective):
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
             self.mark_fresh()
             self.fresh_version = -1
+            self.slots_before = Slots.of(self) if self.slots_before else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -329,6 +338,7 @@ class Compact(Effective):
         like = self._dense
         if other_mask:
             self.weight.grad = None  # of weights that were kept
+            leave_copies(self, mask)
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
@@ -338,4 +348,5 @@ class Compact(Effective):
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
+        self.slots_before = None
         self._fill()

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lottery_sparse import backends, reference
+from lottery_sparse import backends, compact_slots, reference
 from lottery_sparse.compact import KeptLists, holders_of, lends, register
 from lottery_sparse.compact_parts import (
     Watch,
     as_matrix,
     blank_of,
+    check_optimizers,
     has_readers,
     most_kept,
     skips_pruned,
@@ -20,6 +21,7 @@ from lottery_sparse.compact_parts import (
     versions_of,
     zeros_of,
 )
+from lottery_sparse.compact_slots import Slots
 from lottery_sparse.mask_tensor import plain
 from lottery_sparse.modules import Masked, normal
 
@@ -43,6 +45,7 @@ class Effective(Masked):
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     kept: KeptLists
     fresh_version: int  # of `weight` when the dense weight last got its values
+    slots_before: Slots | None = None  # before this mask, or that of a copy, changed
     _dense: Tensor
     _blank: bool  # `_dense` is one
     _skips: bool  # the kernels for this layer skip pruned weights
@@ -122,6 +125,8 @@ class Effective(Masked):
 
     def stepped(self) -> None:
         """Called by a step that wrote `weight`, and `target` where there is one."""
+        if self.slots_before is not None:
+            self._note_slots()
         if self.target is not None:
             self.mark_fresh()
         else:
@@ -129,6 +134,8 @@ class Effective(Masked):
 
     def written(self) -> None:
         """Called by what wrote `weight` alone: the dense weight follows now, or when it is read."""
+        if self.slots_before is not None:
+            self._note_slots()
         if self.lags and self._lent is None:
             object.__setattr__(self, "fresh_version", -1)  # past nn.Module's, which costs 2 us
         else:
@@ -328,15 +335,44 @@ class Effective(Masked):
         lent = self._lent
         wrote = lent is not None and lent._version != self._lent_at
         made = self.is_made()
-        if (made and not wrote) or self._is_foreign():
+        if (made and not wrote and self.slots_before is None) or self._is_foreign():
             return
+        if self.slots_before is not None:
+            compact_slots.check(self)
+        if made and not wrote:
+            return
+        noted = self.slots_before is not None
         if not made:
             mask = as_matrix(plain(self.weight_mask), self.rank)
-            self._list(KeptLists.of(mask, self.weight.shape[-1]))
+            new = KeptLists.of(mask, self.weight.shape[-1])
+            if noted and not wrote:
+                self._move(new)
+            self._list(new)
+        self.slots_before = None
         if wrote:
             assert lent is not None
             self._gather(lent)
         self._fill()
+        if noted and made:
+            self.slots_before = Slots.of(self)
+
+    def _note_slots(self) -> None:
+        """After a write that is known: an own network, or slots that follow the mask by now."""
+        self.slots_before = None if self.is_made() else Slots.of(self)
+
+    @torch.no_grad()
+    def _move(self, new: KeptLists) -> None:
+        """Move the kept weights to the slots that a mask, written alone, gives them."""
+        old = self.kept
+        if all(torch.equal(a, b) for a, b in zip(old[:2], new[:2], strict=True)):
+            return
+        check_optimizers("the layer", self.weight)
+        weight = self.weight.detach()
+        dense = reference.kept_weight(weight, self._dense, old.starts, old.columns)
+        weight.copy_(reference.gather_kept(dense, new.starts, new.columns))
+        self.weight.grad = None  # of weights that were kept
+        for twin in self._others():
+            twin.slots_before = None
 
     @torch.no_grad()
     def _gather(self, dense: Tensor) -> None:

@@ -33,8 +33,9 @@ def compact_(
     itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
     masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
 
-    Averages of compact models (AveragedModel, EMA, Lookahead) go slot by slot and do not follow a
-    later `set_masks_`: average the masked form, or start the average anew then.
+    Averages through state_dict() are those of the dense weights. Those of Parameters
+    (AveragedModel, target networks) go slot by slot, and are refused once a mask changed on one
+    side: see `set_masks_`.
 
     Rules that go by `p.dim()` (weight decay for two dimensions and more, Muon for matrices) take a
     compact Parameter, a vector, for a bias. `ls.optim.param_groups` sorts by what a Parameter was,
@@ -168,6 +169,7 @@ def refresh_(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, Compact):
+            module.slots_before = None  # its numbers are meant
             module.refresh_()
         elif isinstance(module, Masked):
             module._put_back()

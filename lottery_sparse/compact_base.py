@@ -33,6 +33,7 @@ from lottery_sparse.compact_parts import (
 )
 from lottery_sparse.compact_slots import Slots, leave_copies
 from lottery_sparse.frozen import Held, remake
+from lottery_sparse.loading import Load
 from lottery_sparse.modules import Masked, normal
 
 
@@ -200,7 +201,7 @@ class Compact(Effective):
             real.copy_(effective)
             if not lags:
                 self._dense, self._blank = real, False
-        self.slots_before = None
+        self._note_slots(again=False)
         self._mark_made()
         self.mark_fresh()
 
@@ -281,21 +282,6 @@ class Compact(Effective):
             self.effective_weight if keep_vars else self.weight_effective
         )
 
-    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
-        """As of a masked layer; the weight of a shared Parameter may stand under another name."""
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        weight, mask, frozen = (state_dict.get(name) for name in names)
-        if weight is not None or mask is None:
-            return super()._entries(state_dict, prefix)
-        for twin in self._others():  # which has loaded it, if it has this mask by now
-            here = twin.weight_mask
-            if here.shape == mask.shape and torch.equal(here, mask.to(here.device, torch.bool)):
-                weight = twin.effective_weight.detach()
-                if frozen is None:
-                    return weight, here, twin._held()
-                return super()._entries({**state_dict, names[0]: weight}, prefix)
-        return super()._entries(state_dict, prefix)
-
     def _load_from_state_dict(
         self,
         state_dict: Any,
@@ -335,6 +321,7 @@ class Compact(Effective):
             return
         if names[0] not in state_dict:
             missing_keys.append(names[0])
+        self._report_shared(names, state_dict, missing_keys)
         like = self._dense
         if other_mask:
             self.weight.grad = None  # of weights that were kept
@@ -348,5 +335,7 @@ class Compact(Effective):
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
-        self.slots_before = None
+        self._note_slots(again=False)
         self._fill()
+        if local_metadata.get("assign_to_params_buffers", False):
+            Load.of(self, Masked, state_dict, prefix).tie(self)

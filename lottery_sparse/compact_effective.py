@@ -125,8 +125,8 @@ class Effective(Masked):
 
     def stepped(self) -> None:
         """Called by a step that wrote `weight`, and `target` where there is one."""
-        if self.slots_before is not None:
-            self._note_slots()
+        if self.slots_before is not None:  # a network of its own, whose mask may be yet to follow
+            self._note_slots(again=not self.is_made())
         if self.target is not None:
             self.mark_fresh()
         else:
@@ -134,8 +134,8 @@ class Effective(Masked):
 
     def written(self) -> None:
         """Called by what wrote `weight` alone: the dense weight follows now, or when it is read."""
-        if self.slots_before is not None:
-            self._note_slots()
+        if self.slots_before is not None:  # a network of its own, whose mask may be yet to follow
+            self._note_slots(again=not self.is_made())
         if self.lags and self._lent is None:
             object.__setattr__(self, "fresh_version", -1)  # past nn.Module's, which costs 2 us
         else:
@@ -348,17 +348,19 @@ class Effective(Masked):
             if noted and not wrote:
                 self._move(new)
             self._list(new)
-        self.slots_before = None
+        if noted:
+            self._note_slots(again=False)
         if wrote:
             assert lent is not None
             self._gather(lent)
         self._fill()
         if noted and made:
-            self.slots_before = Slots.of(self)
+            self._note_slots(again=True)
 
-    def _note_slots(self) -> None:
-        """After a write that is known: an own network, or slots that follow the mask by now."""
-        self.slots_before = None if self.is_made() else Slots.of(self)
+    def _note_slots(self, again: bool) -> None:
+        """Note what the slots hold after a write that is known, or that nobody needs to know."""
+        for layer in (self, *self._others()):
+            layer.slots_before = Slots.of(layer) if again else None
 
     @torch.no_grad()
     def _move(self, new: KeptLists) -> None:
@@ -371,8 +373,6 @@ class Effective(Masked):
         dense = reference.kept_weight(weight, self._dense, old.starts, old.columns)
         weight.copy_(reference.gather_kept(dense, new.starts, new.columns))
         self.weight.grad = None  # of weights that were kept
-        for twin in self._others():
-            twin.slots_before = None
 
     @torch.no_grad()
     def _gather(self, dense: Tensor) -> None:

@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compact_parts",
         "compact_slots",
         "frozen",
+        "loading",
         "modules",
         "reference",
     },

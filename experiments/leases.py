@@ -207,7 +207,7 @@ class Leases:
 def _owner(fd: int) -> dict[str, Any]:
     try:
         owner = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -28,7 +28,10 @@ def line_of(entry: dict[str, Any]) -> str:
 
 def without_checksum(line: bytes) -> dict[str, Any]:
     """The entry of a line; ValueError if it is not one, or its checksum is wrong."""
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(entry, dict) or entry.pop(CHECKSUM, None) != checksum(entry):
         raise ValueError("its checksum is wrong")
     return entry

@@ -63,7 +63,7 @@ class Store:
         if path.exists():
             try:
                 found = json.loads(path.read_bytes()).get("format")
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise ValueError(f"{path} is not that of a store: give another folder.") from None
             if found != FORMAT:
                 raise ValueError(
@@ -240,7 +240,7 @@ class Store:
             return tensors, json.loads(header["metadata"])
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             warnings.warn(f"{path} is broken ({error}): it is not used.", stacklevel=2)
             return None
 
@@ -249,7 +249,9 @@ class Store:
         try:
             with safetensors.safe_open(self._checkpoint(run_id), framework="pt") as file:
                 return json.loads((file.metadata() or {})["metadata"])
-        except (FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError):
+        except (
+            FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError, RecursionError,
+        ):  # fmt: skip
             return None  # `load` says what is wrong with a broken one
 
     def discard(self, lease: Lease, run_id: str) -> None:

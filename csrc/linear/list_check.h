@@ -15,6 +15,8 @@ struct ListCheckKernels {
     // Whether all of `count` numbers are below `bound`.
     bool (*below_16)(const uint16_t* numbers, int64_t count, int64_t bound);
     bool (*below_32)(const uint32_t* numbers, int64_t count, int64_t bound);
+    // Whether none of the first `count` + 1 numbers is negative, or below the one before it.
+    bool (*ascend)(const int64_t* numbers, int64_t count);
 };
 
 LS_DECLARE_KERNELS(ListCheckKernels, list_check);
@@ -25,8 +27,7 @@ class ListCheck {
     // Whether `starts` ascend within [0, slots] over rows [begin, end).
     bool starts(const char* name, const int64_t* starts, int64_t begin, int64_t end,
                 int64_t slots) {
-        bool fit = starts[begin] >= 0 && starts[end] <= slots;
-        for (int64_t r = begin; r < end; ++r) fit &= starts[r] <= starts[r + 1];
+        const bool fit = starts[end] <= slots && kernels_.ascend(starts + begin, end - begin);
         return fit || refuse(name, "must ascend from 0 to at most the number of slots");
     }
     // Whether numbers [0, count) are below `bound`.

@@ -16,14 +16,21 @@ struct Group {
 };
 
 #if defined(__AVX512F__)
+// Zeros that a compiler does not know, so that values are expanded into them. On Zen 4 an expansion
+// that makes the zeros itself waits for what its register held before, the group before this one.
+inline Vec unknown_zeros() {
+    Vec zeros = zero();
+    asm("" : "+v"(zeros));
+    return zeros;
+}
 inline Group expand(uint32_t kept, const float* values) {
-    return {{_mm512_maskz_expandloadu_ps(static_cast<__mmask16>(kept), values)}};
+    return {{_mm512_mask_expandloadu_ps(unknown_zeros(), static_cast<__mmask16>(kept), values)}};
 }
 inline Group expand(uint32_t kept, const Bfloat16* values) {
     const __mmask16 lanes = static_cast<__mmask16>((1u << count_bits(kept)) - 1);
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, values));
-    return {{_mm512_maskz_expand_ps(static_cast<__mmask16>(kept),
-                                    _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)))}};
+    return {{_mm512_mask_expand_ps(unknown_zeros(), static_cast<__mmask16>(kept),
+                                   _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)))}};
 }
 #else
 #if defined(__AVX2__)

@@ -88,17 +88,35 @@ class Load:
         if len(found) == 1:
             return own
         masked = {name: entries for name, entries in found.items() if entries.mask is not None}
-        for name, entries in masked.items():
-            first, right = next(iter(masked.items()))
-            if not _same(f"{name}weight", entries, right):
-                raise ValueError(
-                    f"{first}weight and {name}weight are one weight in this model, but the "
-                    "checkpoint has two masks for it, or two kinds of frozen values; give both "
-                    "names the same, or each layer a weight of its own before the load."
-                )
+        # a file that names shared tensors once leaves out frozen values as it does the weight
+        whole = {n: e for n, e in masked.items() if e.weight is not None or e.frozen is not None}
+        for telling, part in ((masked, "mask"), (whole, "frozen")):
+            for name, entries in telling.items():
+                first, right = next(iter(telling.items()))
+                if not _same(f"{name}weight", entries, right, part):
+                    raise ValueError(
+                        f"{first}weight and {name}weight are one weight in this model, but the "
+                        "checkpoint has two masks for it, or two kinds of frozen values; give both "
+                        "names the same, or each layer a weight of its own before the load."
+                    )
         weights = [e.weight for e in (own, *found.values()) if e.weight is not None]
-        _, mask, frozen = next(iter(masked.values()), own)
+        _, mask, frozen = next(iter((whole or masked).values()), own)
         return Entries(next(iter(weights), None), mask, frozen)
+
+    def tie(self, layer: Any) -> None:
+        """Have a weight that the load names once be one Parameter again, after assign=True."""
+        names = self._names[id(layer)]
+        sharing = {id(other): other for _, other in self.layers if self._names[id(other)] is names}
+        named = {
+            id(other): other
+            for prefix, other in self.layers
+            if id(other) in sharing and Entries.of(other, self.state, prefix).weight is not None
+        }
+        if len(named) == 1 and "weight" in layer._parameters:
+            (owner,) = named.values()
+            for other in sharing.values():
+                if other.weight is not owner.weight:
+                    other.weight = owner.weight
 
     def _warn(self) -> None:
         """Before anything is written, as a warning may be an error."""
@@ -186,11 +204,12 @@ def _owner(layer: Any) -> Any:
     return layer._parameters.get("weight", layer)  # a computed weight is one layer's own
 
 
-def _same(name: str, one: Entries, two: Entries) -> bool:
+def _same(name: str, one: Entries, two: Entries, part: str) -> bool:
     if one is two:
         return True
-    masks = [as_mask(name, entries.mask) for entries in (one, two)]  # pyright: ignore
-    return _equal(*masks) and _equal(one.frozen, two.frozen)
+    if part == "frozen":
+        return _equal(one.frozen, two.frozen)
+    return _equal(*(as_mask(name, entries.mask) for entries in (one, two)))  # pyright: ignore
 
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:

@@ -304,13 +304,24 @@ class Masked(nn.Module):
         for name in names[1:]:
             if name in unexpected_keys:
                 unexpected_keys.remove(name)
+        self._report_shared(names, state_dict, missing_keys)
         like = self.weight  # its device and dtype after the load, also with assign=True
         if local_metadata.get("assign_to_params_buffers", False):
             self.weight_mask = MaskTensor.of(normal(mask))
+            Load.of(self, Masked, state_dict, prefix).tie(self)
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
         self._rests_here()
+
+    def _report_shared(self, names: list[str], state_dict: Any, missing_keys: list[str]) -> None:
+        """Report frozen values that a file names once, with the weight, under another name.
+
+        The weight is reported already; safetensors' load_model asks for all that it left out.
+        """
+        tensor = self.weight_frozen is not None and self._frozen_descriptor is None
+        if tensor and names[0] not in state_dict and names[2] not in state_dict:
+            missing_keys.append(names[2])
 
     def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
         """The weight, mask and source that a state_dict makes; None: it holds no weight.

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -317,17 +318,28 @@ def _costs(entry: Any) -> dict[str, Cost] | None:
         return None
     try:
         found = {
-            name: Cost(float(cost["ms"]), int(cost["bytes"]), float(cost["spread"]))
+            name: Cost(_number(cost["ms"]), int(_number(cost["bytes"])), _number(cost["spread"]))
             for name, cost in entry["paths"].items()
         }
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    return found if all(0 < cost.ms < math.inf for cost in found.values()) else None
+    return found if all(cost.ms > 0 for cost in found.values()) else None
 
 
 def _is_young(entry: Any) -> bool:
-    made = entry.get("time") if isinstance(entry, dict) else None
-    return isinstance(made, int | float) and 0 <= time.time() - made <= _DAYS * 24 * 3600
+    try:
+        return 0 <= time.time() - _number(entry["time"]) <= _DAYS * 24 * 3600
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _number(value: Any) -> float:
+    """A number of the file, which is at least 0 and finite; TypeError, ValueError for others."""
+    if type(value) not in (int, float):  # no text, no true
+        raise TypeError(f"{type(value).__name__} is no number")
+    if not 0 <= value < sys.float_info.max:  # 10**400 has no float
+        raise ValueError("it is no finite number")
+    return float(value)
 
 
 def _stamp() -> dict[str, Any]:

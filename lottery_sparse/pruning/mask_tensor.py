@@ -22,6 +22,9 @@ from torch import Tensor
 _torch: Any = torch  # whose foreach functions are public in all but name
 _changes = itertools.count(1)
 
+# Called with a mask and the one that it is about to take; with None after any other write to it.
+watchers: list[Callable[[MaskTensor, MaskTensor | None], None]] = []
+
 
 class MaskTensor(Tensor):
     """A tensor of bits, bool or packed, that knows when they were chosen.
@@ -61,6 +64,7 @@ class MaskTensor(Tensor):
                 return MaskTensor.of(result, list(first.age) if copied else first.age)
             if result is first or func is Tensor.__setitem__:  # written in place
                 first.age[0] = next(_changes)
+                _tell(first, None)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskTensor:
@@ -127,7 +131,14 @@ def _newest(masks: list[MaskTensor]) -> MaskTensor:
     return max(masks, key=lambda mask: mask.age[0])
 
 
+def _tell(mask: MaskTensor, source: MaskTensor | None) -> None:
+    for watcher in watchers:
+        watcher(mask, source)
+
+
 def _copy(mask: MaskTensor, source: MaskTensor) -> None:
+    if source.age[0] != mask.age[0]:
+        _tell(mask, source)
     if source is not mask:
         _plain(Tensor.copy_, (mask, source), {})
         mask.age[0] = source.age[0]

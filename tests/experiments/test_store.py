@@ -107,6 +107,7 @@ def test_a_torn_last_line_is_cut_off_and_kept_beside(store):
         lambda line: b"\xff\r{}\n",
         lambda line: b"[1]\n",
         lambda line: b"<<<<<<< HEAD\n",
+        lambda line: b"[" * 100_000 + b"\n",
     ],
 )
 def test_a_changed_line_in_the_middle_is_reported_by_number_and_not_used(change, store):
@@ -155,6 +156,7 @@ def test_a_file_put_in_its_place_is_read_from_its_start(store):
         ('{"format": 2}', "is of format 2, this version reads format 1: give another folder"),
         ('{"format": 1', "is not that of a store"),
         ("[]", "is not that of a store"),
+        ("[" * 100_000, "is not that of a store"),
     ],
 )
 def test_another_format_is_refused_and_left_alone(content, message, tmp_path):

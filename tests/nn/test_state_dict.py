@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_model, save_model
 from tolerances import close
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -413,6 +414,43 @@ def test_the_mask_of_a_weight_comes_under_any_of_its_names(form, left_out):
     torch.testing.assert_close(new(x), old(x))
     for layer in new[0], new[2][0]:
         assert torch.equal(layer.weight_mask, MASK)
+
+
+@forms
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("frozen", SOURCES)
+@pytest.mark.parametrize("left_out", ["2.0.", "0."])
+@pytest.mark.parametrize("parts", [("weight",), ("weight", "weight_frozen")], ids=len)
+def test_a_weight_and_its_frozen_values_that_are_named_once(form, assign, frozen, left_out, parts):
+    source = torch.linspace(-1, 1, 36).view(6, 6) if frozen == "tensor" else SOURCES[frozen]
+    old, new, x = tied(seed=1), tied(form), torch.randn(3, 6)
+    ls.set_masks_(old, {"0.weight": MASK}, source)
+    ls.set_masks_(new, {"0.weight": MASK.roll(1, 0)}, torch.ones(6, 6))
+    dropped = {left_out + part for part in parts}
+    state = {n: v.clone() for n, v in old.state_dict().items() if n not in dropped}
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{left_out}weight"):
+        copy.deepcopy(new).load_state_dict(state)  # as for the layers of torch
+    missing, unexpected = new.load_state_dict(state, strict=False, assign=assign)
+    assert unexpected == []
+    assert f"{left_out}weight" in missing
+    torch.testing.assert_close(new(x), old(x))
+    assert new[0].weight is new[2][0].weight
+    for layer in new[0], new[2][0]:
+        assert torch.equal(layer.weight_mask, MASK)
+        torch.testing.assert_close(layer.effective_weight, old[0].effective_weight)
+
+
+@forms
+@pytest.mark.parametrize("frozen", ["zero", "tensor"])
+def test_tied_layers_through_safetensors_save_model(form, frozen, tmp_path):
+    source = torch.randn(6, 6) if frozen == "tensor" else "zero"
+    models = [tied(form, seed) for seed in (1, 2)]
+    for model in models:
+        ls.set_masks_(model, {"0.weight": MASK}, source)
+    save_model(models[0], tmp_path / "model.safetensors")
+    load_model(models[1], tmp_path / "model.safetensors")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(models[1](x), models[0](x))
 
 
 def test_one_layer_under_two_names_loads_by_assignment():

@@ -76,6 +76,31 @@ def test_a_damaged_file_is_measured_anew(content, tmp_path, monkeypatch):
     assert path.read_bytes() == content or isinstance(json.loads(path.read_bytes()), dict)
 
 
+NO_NUMBERS = {
+    "huge": 10**400, "negative": -1, "infinite": float("inf"), "nan": float("nan"),
+    "true": True, "text": "1", "null": None, "list": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["time", "ms", "bytes", "spread"])
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+def test_an_entry_with_a_field_that_is_no_finite_number_is_none(
+    field, value, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LS_CACHE_DIR", str(tmp_path))
+    path, store, costs = tmp_path / "plan.json", plan._Store(), {"dense": plan.Cost(1.5, 8, 0.1)}
+    store.put("layer", costs)
+    assert store.get("layer") == costs
+    entries = json.loads(path.read_bytes())
+    entry = entries["layer"]
+    holder = entry if field in entry else entry["paths"]["dense"]
+    holder[field] = value
+    path.write_text(json.dumps(entries))
+    assert store.get("layer") is None
+    store.put("other", costs)
+    assert store.get("other") == costs
+
+
 def test_a_folder_in_its_place_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LS_CACHE_DIR", str(tmp_path))
     (tmp_path / "plan.json").mkdir()

@@ -29,7 +29,9 @@ from lottery_sparse.nn.compact.registry import (
     lends_no_more,
     optimizers_of,
 )
+from lottery_sparse.nn.compact.slots import Slots, leave_copies
 from lottery_sparse.nn.frozen import Held, remake
+from lottery_sparse.nn.loading import Load
 from lottery_sparse.nn.masked import Masked, normal
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
@@ -93,8 +95,8 @@ class Compact(Effective):
         """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
         parameter = self._dense_parameter() if parameter is None else parameter
         for name in (
-            "fresh_version", "kept", "_blank", "_dense", "_known", "_lent", "_lent_at", "_made_at",
-            "_made_of", "_skips", "_twins", "_watch",
+            "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent",
+            "_lent_at", "_made_at", "_made_of", "_skips", "_twins", "_watch",
         ):  # fmt: skip
             self.__dict__.pop(name, None)
         lends_no_more(self)
@@ -168,6 +170,7 @@ class Compact(Effective):
         self._keep_made()  # or the old lists may be those of another mask
         # first all that takes memory: where there is too little, nothing has changed
         mask = mask.to(self.weight_mask.device, torch.bool)
+        leave_copies(self, mask)
         old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
         values, moved, blank = self.weight.detach(), [], blank_of(self._dense, self._dense.shape)
         if leader is self:
@@ -199,6 +202,7 @@ class Compact(Effective):
             real.copy_(effective)
             if not lags:
                 self._dense, self._blank = real, False
+        self._note_slots(again=False)
         self._mark_made()
         self.mark_fresh()
 
@@ -220,6 +224,8 @@ class Compact(Effective):
         # lists follow the mask, so that to_empty leaves no numbers that are out of range
         self.kept = KeptLists(*(normal(follow(t, self.weight_mask)) for t in self.kept))
         self._watch, anew = None, self._move_dense(fn)
+        if self.slots_before is not None and not self.weight.is_meta:
+            self.slots_before = Slots.of(self)
         self._mark_made()
         if self.weight.dtype != was_dtype:
             self._hold(remake(self._held(), self._dense))
@@ -257,7 +263,10 @@ class Compact(Effective):
     def __getstate__(self) -> dict[str, Any]:
         if not self.weight_mask.is_meta:
             self._keep_made()  # a copy cannot tell
-        return self.__dict__ | {"_known": None, "_lent": None, "_watch": None}
+        noted = self.slots_before is not None
+        return self.__dict__ | {
+            "_known": None, "_lent": None, "_watch": None, "slots_before": noted or None,
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -266,27 +275,13 @@ class Compact(Effective):
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
             self.mark_fresh()
             self.fresh_version = -1
+            self.slots_before = Slots.of(self) if self.slots_before else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = (
             self.effective_weight if keep_vars else self.weight_effective
         )
-
-    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
-        """As of a masked layer; the weight of a shared Parameter may stand under another name."""
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        weight, mask, frozen = (state_dict.get(name) for name in names)
-        if weight is not None or mask is None:
-            return super()._entries(state_dict, prefix)
-        for twin in self._others():  # which has loaded it, if it has this mask by now
-            here = twin.weight_mask
-            if here.shape == mask.shape and torch.equal(here, mask.to(here.device, torch.bool)):
-                weight = twin.effective_weight.detach()
-                if frozen is None:
-                    return weight, here, twin._held()
-                return super()._entries({**state_dict, names[0]: weight}, prefix)
-        return super()._entries(state_dict, prefix)
 
     def _load_from_state_dict(
         self,
@@ -327,9 +322,11 @@ class Compact(Effective):
             return
         if names[0] not in state_dict:
             missing_keys.append(names[0])
+        self._report_shared(names, state_dict, missing_keys)
         like = self._dense
         if other_mask:
             self.weight.grad = None  # of weights that were kept
+            leave_copies(self, mask)
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
@@ -339,4 +336,7 @@ class Compact(Effective):
             self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._hold(held.like(like))
+        self._note_slots(again=False)
         self._fill()
+        if local_metadata.get("assign_to_params_buffers", False):
+            Load.of(self, Masked, state_dict, prefix).tie(self)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.compact import slots as compact_slots
 from lottery_sparse.nn.compact.moving import (
     Watch,
     as_matrix,
     blank_of,
+    check_optimizers,
     has_readers,
     most_kept,
     skips_pruned,
@@ -19,6 +21,7 @@ from lottery_sparse.nn.compact.moving import (
     zeros_of,
 )
 from lottery_sparse.nn.compact.registry import holders_of, lends, register
+from lottery_sparse.nn.compact.slots import Slots
 from lottery_sparse.nn.masked import Masked, normal
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -46,6 +49,7 @@ class Effective(Masked):
     products: str = "auto"  # "sparse", "dense": what `ls.plan` measured to be faster
     kept: KeptLists
     fresh_version: int  # of `weight` when the dense weight last got its values
+    slots_before: Slots | None = None  # before this mask, or that of a copy, changed
     _dense: Tensor
     _blank: bool  # `_dense` is one
     _skips: bool  # the kernels for this layer skip pruned weights
@@ -125,6 +129,8 @@ class Effective(Masked):
 
     def stepped(self) -> None:
         """Called by a step that wrote `weight`, and `target` where there is one."""
+        if self.slots_before is not None:  # a network of its own, whose mask may be yet to follow
+            self._note_slots(again=not self.is_made())
         if self.target is not None:
             self.mark_fresh()
         else:
@@ -132,6 +138,8 @@ class Effective(Masked):
 
     def written(self) -> None:
         """Called by what wrote `weight` alone: the dense weight follows now, or when it is read."""
+        if self.slots_before is not None:  # a network of its own, whose mask may be yet to follow
+            self._note_slots(again=not self.is_made())
         if self.lags and self._lent is None:
             object.__setattr__(self, "fresh_version", -1)  # past nn.Module's, which costs 2 us
         else:
@@ -331,15 +339,44 @@ class Effective(Masked):
         lent = self._lent
         wrote = lent is not None and lent._version != self._lent_at
         made = self.is_made()
-        if (made and not wrote) or self._is_foreign():
+        if (made and not wrote and self.slots_before is None) or self._is_foreign():
             return
+        if self.slots_before is not None:
+            compact_slots.check(self)
+        if made and not wrote:
+            return
+        noted = self.slots_before is not None
         if not made:
             mask = as_matrix(plain(self.weight_mask), self.rank)
-            self._list(KeptLists.of(mask, self.weight.shape[-1]))
+            new = KeptLists.of(mask, self.weight.shape[-1])
+            if noted and not wrote:
+                self._move(new)
+            self._list(new)
+        if noted:
+            self._note_slots(again=False)
         if wrote:
             assert lent is not None
             self._gather(lent)
         self._fill()
+        if noted and made:
+            self._note_slots(again=True)
+
+    def _note_slots(self, again: bool) -> None:
+        """Note what the slots hold after a write that is known, or that nobody needs to know."""
+        for layer in (self, *self._others()):
+            layer.slots_before = Slots.of(layer) if again else None
+
+    @torch.no_grad()
+    def _move(self, new: KeptLists) -> None:
+        """Move the kept weights to the slots that a mask, written alone, gives them."""
+        old = self.kept
+        if all(torch.equal(a, b) for a, b in zip(old[:2], new[:2], strict=True)):
+            return
+        check_optimizers("the layer", self.weight)
+        weight = self.weight.detach()
+        dense = kept_weight(weight, self._dense, old.starts, old.columns)
+        weight.copy_(gather_kept(dense, new.starts, new.columns))
+        self.weight.grad = None  # of weights that were kept
 
     @torch.no_grad()
     def _gather(self, dense: Tensor) -> None:

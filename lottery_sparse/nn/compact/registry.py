@@ -75,6 +75,11 @@ def holders_of(parameter: Tensor) -> list[Holder]:
     return [h for h in _holders.get(id(parameter), ()) if h.weight is parameter]
 
 
+def layers() -> list[Any]:
+    """All compact layers that live in this process."""
+    return [h for key, held in _holders.items() for h in held if id(h.weight) == key]
+
+
 def lends(layer: Any) -> None:
     """Say that others may write to a tensor of the layer, which takes that over before a step."""
     _lenders.add(layer)

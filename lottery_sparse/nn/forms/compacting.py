@@ -124,6 +124,7 @@ def refresh_(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, Compact):
+            module.slots_before = None  # its numbers are meant
             module.refresh_()
         elif isinstance(module, Masked):
             module._put_back()

@@ -119,9 +119,12 @@ def set_masks_(
     becomes kept again goes on from what it held while it was pruned: zero, as in RigL and SET, or
     its frozen value. To rewind it, write to `layer.weight` after this call.
 
-    Copies of a compact model that are kept slot by slot (torch.optim.swa_utils.AveragedModel, EMA,
-    Lookahead) do not follow: their slots stand for other weights afterwards. Average the masked
-    form, or start the average anew after this call.
+    Averages that are copies of the model follow where they copy or average buffers (AveragedModel,
+    timm); where they take numbers alone they go on under the masks they have, so set them there,
+    too: `ls.set_masks_(average, masks)`. Copies of a compact model that are averaged slot by slot
+    (AveragedModel, target networks) need it in any case: slots of two masks stand for different
+    weights, and the next use of such a copy raises RuntimeError. Vectors that somebody keeps
+    outside of any layer (Lookahead, lists of shadow Parameters) nobody can refuse: start them anew.
 
     Args:
         model: a model with masked layers, see `sparsify_`.

@@ -1,0 +1,93 @@
+"""What the slots of a compact Parameter stand for, where masks change under somebody's hands.
+
+A slot holds the weight of the n-th kept entry, whichever that is. An average of two vectors of
+slots is one of weights as long as both stand for one mask. So when a layer takes another mask, its
+live copies note what their slots hold. A copy that takes the new mask too, alone, moves its weights
+to their new slots. One whose slots were written since, by other than an optimizer or a load, mixes
+weights of two masks, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lottery_sparse.nn.compact.moving import Watch, version_of
+from lottery_sparse.nn.compact.registry import layers
+from lottery_sparse.pruning import mask_tensor
+from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
+
+MIXED = (
+    "the slots of this {kind} of {shape} were written after it, or a layer that it is a copy of, "
+    "took another mask: an average that goes slot by slot would mix different weights. Call "
+    "ls.set_masks_ on the average, too, whenever the model's masks change; or average masked "
+    "models (ls.sparsify_); or start the average anew by load_state_dict(model.state_dict()). "
+    "If this is no average and its numbers are meant, call ls.nn.refresh_ on it."
+)
+
+
+class Slots(NamedTuple):
+    """What a Parameter held when its slots were known to stand for the lists of its layer."""
+
+    version: int
+    watch: Watch
+
+    @classmethod
+    def of(cls, layer: Any) -> Slots:
+        return cls(version_of(layer.weight), Watch(layer.weight.detach(), layer.kept.starts))
+
+    def were_written(self, weight: Tensor) -> bool:
+        return version_of(weight) != self.version or self.watch.sees_a_write(weight.detach())
+
+
+def leave_copies(layer: Any, mask: Tensor) -> None:
+    """Have the live copies of a layer note their slots, before it takes another mask."""
+    old = plain(layer.weight_mask)
+    if torch.equal(old, mask.to(old.device, torch.bool)):
+        return
+    for other in layers():
+        if other.weight is layer.weight or other.slots_before is not None or other.weight.is_meta:
+            continue
+        mask, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
+        if fits and mask.shape == old.shape and torch.equal(mask, old.to(mask.device)):
+            other.slots_before = Slots.of(other)
+
+
+def check(layer: Any) -> None:
+    """Whether the slots of a layer, noted before, still stand for its lists, or for its new mask.
+
+    Raises:
+        RuntimeError: they were written, and are not those of a live layer with the same mask.
+    """
+    if not layer.slots_before.were_written(layer.weight):
+        return
+    if not _are_copied(layer, layer.weight_mask.age[0]):
+        text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
+        raise RuntimeError(text)
+    layer.slots_before = None
+
+
+def _are_copied(layer: Any, age: int) -> bool:
+    """Whether a live layer with a mask of this age has the same slots."""
+    for other in layers():
+        if other is not layer and other.weight_mask.age[0] == age:
+            weight, mine = other.weight.detach(), layer.weight.detach()
+            if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
+                return True
+    return False
+
+
+def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
+    """Before a mask takes that of another (`source`), or after another write to it."""
+    for layer in layers():
+        if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
+            continue
+        if source is not None and _are_copied(layer, source.age[0]):
+            layer.slots_before = None  # everything is
+        elif layer.slots_before is None:
+            layer.slots_before = Slots.of(layer)
+
+
+mask_tensor.watchers.append(_mask_is_written)

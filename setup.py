@@ -318,6 +318,7 @@ def native(required):
             [
                 "linear/eager",
                 "linear/compact_linear",
+                "linear/sparse_linear",
                 "optim/eager_optim",
                 "optim/masked_optim",
                 "common/variants",

@@ -15,7 +15,7 @@ from experiments.machine import blas, cpu_model, numerics
 from experiments.runs import Limits, Run
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops import limits as reference
-from lottery_sparse.ops.compact.op import has_node
+from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.optim import train_step
 
 BUILD = "build the kernels by `python -m lottery_sparse build`"

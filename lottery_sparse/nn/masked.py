@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from lottery_sparse import ops
@@ -17,6 +18,7 @@ from lottery_sparse.nn.loading import Entries, Load, take_pruned
 from lottery_sparse.nn.rest import KeptGradient, Own, Rest, watch
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.common.autograd import is_plain_eager
+from lottery_sparse.ops.dispatch import overrides
 from lottery_sparse.ops.masked import conv2d, linear, reference
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 from lottery_sparse.pruning.masks import as_mask
@@ -378,8 +380,13 @@ class MaskedLinear(Masked, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if rest is not None and rest.node is not None:
+            y = rest.node(input, rest, self._parameters, self._buffers)
+            if y is not None:  # nobody watches ops, or has written to the weight
+                return y
         if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
-            rest: Any = self._rest
+            rest = self._rest
             way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
             if way == "kernel" and self._come_to_rest(looks=False):
                 return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
@@ -402,6 +409,16 @@ class MaskedConv2d(Masked, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
+        rest: Any = None if is_compiling() or overrides else self._rest
+        if (
+            rest is not None
+            and rest.node is not None
+            and input.dim() in (3, 4)
+            and input.size(-3) == self.in_channels
+        ):
+            weight = rest.node(input, rest, self._parameters, self._buffers)
+            if weight is not None:  # nobody watches ops, or has written to the weight
+                return self._conv_forward(input, weight, self.bias)
         if (
             is_plain_eager(input)
             and self._come_to_rest()

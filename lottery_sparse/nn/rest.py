@@ -13,6 +13,7 @@ when the state_dict is asked for: by version counters, and where a write counts 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
 from lottery_sparse.pruning.mask_tensor import plain
 
@@ -40,7 +42,10 @@ class Own(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What was true when a layer's weight was last at rest."""
+    """What was true when a layer's weight was last at rest.
+
+    csrc/linear/eager_masked.h reads the fields in this order.
+    """
 
     own: Own
     tensors: tuple[Any, ...]  # the same; mask and signs of torch's own type, quicker to ask
@@ -49,6 +54,8 @@ class Rest(NamedTuple):
     kept: int = -1  # entries that the mask keeps
     spots: Tensor | None = None  # flat indices of some pruned entries
     values: Tensor | None = None  # and what they hold; None: none is looked at
+    least_rows: tuple[int, int] = (0, 0)  # of x, for the sparse kernel in float32 and in bfloat16
+    node: Callable | None = None  # of `ops.eager`: the forward of a plain eager call
 
     @classmethod
     def of(cls, own: Own) -> Rest:
@@ -68,7 +75,13 @@ class Rest(NamedTuple):
             return now
         spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
         values = None if spots is None else torch.take(weight.detach(), spots)
-        return now._replace(kept=kept, spots=spots, values=values)
+        return now._replace(
+            kept=kept,
+            spots=spots,
+            values=values,
+            least_rows=tuple(_least_rows(weight, kept, frozen, dtype) for dtype in _KERNEL_DTYPES),
+            node=_node(weight, rank),
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -97,6 +110,27 @@ class Rest(NamedTuple):
         return torch.equal(torch.take(weight.detach(), self.spots), self.values)
 
 
+def _node(weight: Tensor, rank: int) -> Callable | None:
+    """What computes a plain eager forward of one network on the CPU; None: it is not built."""
+    module = eager() if weight.is_cpu and weight.dim() == rank else None
+    if module is None:
+        return None
+    return module.masked_linear if rank == 2 else module.kept_weight
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
+    """From so many rows of x on dispatch takes the sparse kernel of `masked_linear`."""
+    if not dispatch.built("cpu"):
+        return 0
+    cpu = dispatch.rules_of("cpu")
+    if frozen is not None:  # nothing to skip
+        return cpu.NEVER
+    return cpu.masked_linear_least_rows(dtype, kept, weight.numel())
+
+
 def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
     """Of (weight, mask, frozen, signs); written out, since each forward asks."""
     weight, mask, frozen, signs = tensors
@@ -118,13 +152,24 @@ def put_back_(
 ) -> None:
     """Write the frozen values into the pruned entries of a weight, in place."""
     weight = weight.detach()  # which counts versions with the Parameter, and has no gradient
-    if signs is None and weight.is_cpu and weight.is_contiguous() and dispatch.built("cpu"):
-        if dispatch.function("put_back_", "cpu")(weight, mask, frozen):
+    by_kernel = signs is None and weight.is_cpu and dispatch.built("cpu")
+    if by_kernel and (flat := _flat(weight, mask, frozen)) is not None:
+        if dispatch.function("put_back_", "cpu")(*flat):
             torch.autograd.graph.increment_version(weight)
     elif frozen is None:
         weight.view(INTEGERS[weight.element_size()]).bitwise_and_(ones(mask, weight))
     else:
         weight.copy_(effective_weight(weight, mask, frozen, signs, rank))
+
+
+def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
+    """The tensors as vectors, in the order in which they lie; None: it is not one of all."""
+    dense = weight.is_contiguous() or (
+        weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not dense or any(t is not None and t.stride() != weight.stride() for t in others):
+        return None
+    return [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (weight, *others)]
 
 
 # ---- after the step of an optimizer --------------------------------------------------------------

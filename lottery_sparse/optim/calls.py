@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lottery_sparse.nn.compact import registry
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.compact import op as products
+from lottery_sparse.ops.common.eager import has_node
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -183,6 +183,6 @@ class Call:
 @functools.cache
 def op_of(name: str, backend: str) -> Callable:
     """An op of a backend, the one of the kernel library in the quickest form that was built."""
-    if backend == "cpu" and products.has_node():  # then _eager is loaded
+    if backend == "cpu" and has_node():  # then _eager is loaded
         return getattr(torch.ops.lottery_sparse_eager, name).default
     return dispatch.function(name, backend)

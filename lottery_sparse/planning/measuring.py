@@ -17,7 +17,7 @@ from lottery_sparse.nn.forms.densify import densify_, settle_bias
 from lottery_sparse.nn.forms.pack import pack_
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.packed import choose_format
-from lottery_sparse.ops.compact.op import has_node
+from lottery_sparse.ops.common.eager import has_node
 
 # A try is so many rounds, in which each form is timed one after another, for so long in all.
 _ROUNDS = 5

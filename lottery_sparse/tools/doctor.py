@@ -21,7 +21,7 @@ import torch
 
 import lottery_sparse
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.compact.op import node_module
+from lottery_sparse.ops.common.eager import node_module
 from lottery_sparse.tools import doctor_steps, doctor_torch
 from lottery_sparse.tools.doctor_cases import CARRY, CASES, tf32, to
 from lottery_sparse.tools.doctor_steps import FAILED

@@ -17,7 +17,7 @@ from experiments.runs import LITERALS, Run
 from experiments.store import Store
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.compact.op import has_node
+from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.optim import train_step
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)

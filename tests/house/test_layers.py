@@ -170,8 +170,12 @@ MAY_INCLUDE = {
     "bindings_cuda.cpp": {"Python.h"},
     "host.cpp": {"pybind11"},
     "eager_optim.cpp": {"torch", "ATen"},
-    "eager.cpp": {"torch", "ATen", "c10"},  # built for one torch version, see DECISIONS.md
-    "eager_linear.h": {"ATen"},
+    # built for one torch version, see DECISIONS.md
+    "eager.cpp": {"torch", "ATen", "c10"},
+    "eager_compact.h": {"ATen"},
+    "eager_masked.h": {"torch", "ATen"},
+    "eager_node.h": {"torch"},
+    "eager_tensors.h": {"ATen"},
 }
 
 

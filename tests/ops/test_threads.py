@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 import lottery_sparse as ls
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.ops.compact.kept import KeptLists
-from lottery_sparse.ops.compact.op import has_node
 from lottery_sparse.ops.packed import formats
 
 if not dispatch.built("cpu"):

@@ -15,7 +15,7 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse.__main__ import main
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.ops.compact.op import has_node
+from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.planning import measuring
 from lottery_sparse.planning.measuring import Cost
 from lottery_sparse.planning.table import Plan, Row

@@ -179,7 +179,7 @@ class Effective(Masked):
             self._keep_made()
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
         blank = self._blank and not self.lags  # a conv2d whose stride was changed
-        if not is_parameter or torch.compiler.is_exporting() or (compiling and blank):
+        if not is_parameter or (compiling and (blank or torch.compiler.is_exporting())):
             # functional_call, a replica: not ours to keep; an exported graph may get other weights
             kept = self.kept
             args = weight.detach().to(self._dense.dtype), self._dense, kept.starts, kept.columns

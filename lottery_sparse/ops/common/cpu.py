@@ -103,8 +103,9 @@ def _refuses_conv2d(op: str, args: tuple) -> str | None:
 _MAX_DENSITY = 0.25
 _MAX_DENSITY_SMALL_BATCH = 0.15
 _SMALL_BATCH = 32
+NEVER = 2**62  # rows of x
 # A compact layer has its lists already; the limits for forward and dx, for these where they are
-# quick or dense is slow (csrc/linear/eager_linear.h, whose calls alone use it), and for dvalues.
+# quick or dense is slow (csrc/linear/eager_compact.h, whose calls alone use it), and for dvalues.
 MAX_DENSITY_COMPACT = MAX_DENSITY_LINEAR
 MAX_DENSITY_QUICK = 0.52
 MAX_DENSITY_SAMPLED = 0.45
@@ -162,7 +163,15 @@ def wins(op: str, *args: Any) -> bool:
 
 def masked_linear_wins(dtype: torch.dtype, rows: int, kept: int, count: int) -> bool:
     """Whether the kernel is faster for `rows` of x and `kept` of `count` weights, zeros else."""
+    return rows >= masked_linear_least_rows(dtype, kept, count)
+
+
+def masked_linear_least_rows(dtype: torch.dtype, kept: int, count: int) -> int:
+    """From so many rows of x on the kernel is faster, for `kept` of `count` weights, zeros else."""
     if count <= _SMALL_WEIGHT:
-        return True
-    most = _MAX_DENSITY if rows >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
-    return kept <= _most_density(dtype, rows, most) * count
+        return 0
+    for rows in sorted({0, _SMALL_BATCH, *(least for least, _ in MAX_DENSITY_BFLOAT16)}):
+        most = _MAX_DENSITY if rows >= _SMALL_BATCH else _MAX_DENSITY_SMALL_BATCH
+        if kept <= _most_density(dtype, rows, most) * count:
+            return rows
+    return NEVER

@@ -15,7 +15,6 @@ the backward (the packed x) where autograd calls them directly, empty otherwise.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.autograd import differentiable
 from lottery_sparse.ops.common.checks import autocasts
+from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.common.product import cast_all_of, register_autocast
 from lottery_sparse.ops.compact import reference
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -110,29 +110,17 @@ def linear(
     return y.view(x.shape[:-1] + (effective.shape[0],))
 
 
-def has_node() -> bool:
-    """Whether the C++ autograd node is here, which follows a layer's `products`."""
-    return _node() is not None
-
-
-def node_module() -> str:
-    """Where the node is: it is built for one version of torch, and this name has it."""
-    version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
-    return f"lottery_sparse._eager_{version}"
-
-
 @cache
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/linear/eager.cpp, if it was built for this very torch.
+    """The compact linear layer of csrc/linear/eager.cpp, if it is here.
 
     With it, by what a layer wants: up to which density the forward and dx, the same where they are
     quick or dense is slow, and the dvalues run on sparse kernels.
     """
-    try:
-        module = importlib.import_module(node_module())
-        limits = dispatch.rules_of("cpu")
-    except ImportError:
+    module = eager()
+    if module is None:
         return None
+    limits = dispatch.rules_of("cpu")
     table = limits.MAX_DENSITY_COMPACT, limits.MAX_DENSITY_QUICK, limits.MAX_DENSITY_SAMPLED
     return module.compact_linear, {"auto": table, "sparse": (1.0,) * 3, "dense": (-1.0,) * 3}
 

@@ -13,12 +13,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
-from lottery_sparse.ops.compact import op as compact_op
+from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.ops.compact.kept import KeptLists
 
 pytestmark = pytest.mark.numeric
 
-if not compact_op.has_node():
+if not has_node():
     pytest.skip("lottery_sparse._eager is not built for this torch", allow_module_level=True)
 
 NODE = "CompactLinearBackward"

@@ -1,22 +1,18 @@
-// The products of a compact layer for _eager (eager.cpp), in torch's C++ interface: each by the
-// sparse kernel or, where too much is kept, by the dense library.
+// A compact layer for _eager: each of its products by the sparse kernel or, where too much is kept,
+// by the dense library.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
+#include <ATen/record_function.h>
 
 #include <array>
 #include <optional>
-#include <vector>
 
+#include "linear/eager_node.h"
 #include "linear/sparse_linear.h"
 #include "rim/parallel_rim.h"
 
 namespace lottery_sparse {
 namespace {
-
-using at::Tensor;
-using variable_list = std::vector<Tensor>;
 
 struct Kept {
     Tensor starts, columns, column_starts, rows, positions;
@@ -32,16 +28,6 @@ struct Options {
 // Tiles of so many features stay in the first-level cache, beside a product's sums and results.
 constexpr int64_t kCachedFeatures = 320;
 constexpr int64_t kSmallBatch = 64, kSmallFeatures = 1024;
-
-// Whether kernels may read this tensor: on the CPU, of this type, and no subclass's, which may hold
-// anything, nor one whose numbers are not what its memory says (negative views, zero tensors).
-bool ordinary(const Tensor& t, at::ScalarType dtype) {
-    static const auto keys = [](const Tensor& t) {
-        return t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-    };
-    static const c10::DispatchKeySet wanted = keys(at::detail::empty_cpu({0}, at::kFloat));
-    return t.defined() && keys(t) == wanted && t.scalar_type() == dtype;
-}
 
 // A call's tensors as the kernels take them, once they are known to fit. A layer holds tensors that
 // do, but anybody may give them other data, so every call checks.
@@ -119,15 +105,12 @@ struct Call {
     }
 
     Tensor matrix(bool each, int64_t rows, int64_t columns) const {
-        if (each) return empty({shape.replicates, rows, columns});
-        return empty({rows, columns});
+        if (each) return fresh({shape.replicates, rows, columns});
+        return fresh({rows, columns});
     }
     static std::array<int64_t, 4> tiles_sizes(const Tensor& x) {
         return {x.dim() == 2 ? 1 : x.size(0), (x.size(-2) + kTileBatch - 1) / kTileBatch,
                 x.size(-1), kTileBatch};
-    }
-    static Tensor empty(at::IntArrayRef sizes) {  // at::empty without the dispatcher
-        return at::detail::empty_cpu(sizes, at::kFloat);
     }
 };
 
@@ -138,7 +121,7 @@ Tensor forward(const Tensor& x, const Tensor& values, const Tensor& bias, const 
     const Call call(source, weights, kept);
     if (call.skips_in_y(options)) {
         Tensor y = call.matrix(call.several, call.shape.batch, call.shape.out_features);
-        packed = Call::empty(Call::tiles_sizes(source));
+        packed = fresh(Call::tiles_sizes(source));
         compact_linear_forward({call.shape, call.lists, source.const_data_ptr<float>(),
                                 weights.const_data_ptr<float>(),
                                 bias.defined() ? bias.const_data_ptr<float>() : nullptr,
@@ -153,17 +136,16 @@ Tensor forward(const Tensor& x, const Tensor& values, const Tensor& bias, const 
     return bias.defined() ? y.add_(bias.unsqueeze(1)) : y;
 }
 
-// What a backward needs, the gradients it must find among it.
-struct Saved {
+// The backward of a compact layer.
+struct CompactBackward {
     Tensor x, values, packed, effective;
     Kept kept;
     Options options;
     bool need_dx, need_dv, need_db;
 
-    // Of (x, values, bias); where dy is undefined, all are.
+    // Of (x, values, bias).
     variable_list gradients(const Tensor& dy) const {
         variable_list found(3);
-        if (!dy.defined()) return found;
         if (at::GradMode::is_enabled()) {  // to be differentiated again: by the registered op
             if (need_dx || need_dv) differentiable(dy, found);
             if (need_db) found[2] = dy.sum(-2);
@@ -220,17 +202,17 @@ struct Saved {
             Tensor tiles = packed;
             if (sampled && !tiles.defined()) {
                 const Tensor source = x.contiguous();
-                tiles = Call::empty(Call::tiles_sizes(source));
+                tiles = fresh(Call::tiles_sizes(source));
                 pack_tiles(source.const_data_ptr<float>(), tiles.size(0), call.shape.batch,
                            call.shape.in_features, tiles.mutable_data_ptr<float>(), kParallel);
             }
             if (sparse_dx)
                 dx = call.matrix(call.several && !call.shape.shared_x, call.shape.batch,
                                  call.shape.in_features);
-            if (sampled) dv = Call::empty(weights.sizes());
+            if (sampled) dv = fresh(weights.sizes());
             if (need_db)
-                db = call.several ? Call::empty({call.shape.replicates, call.shape.out_features})
-                                  : Call::empty({call.shape.out_features});
+                db = call.several ? fresh({call.shape.replicates, call.shape.out_features})
+                                  : fresh({call.shape.out_features});
             compact_linear_backward({call.shape, call.lists, dy.const_data_ptr<float>(),
                                      tiles.defined() ? tiles.const_data_ptr<float>() : nullptr,
                                      weights.const_data_ptr<float>(),
@@ -249,7 +231,7 @@ struct Saved {
             if (!call.several && call.share == 1.0 && weights.numel() == effective.numel()) {
                 dv = at::mm(dy.t(), x).view(weights.sizes());  // all kept: the same order
             } else {
-                dv = Call::empty(weights.sizes());
+                dv = fresh(weights.sizes());
                 dense_gradient(call, dy, dv);
             }
         }
@@ -260,7 +242,7 @@ struct Saved {
         constexpr int64_t kBlockRows = 160;  // as quick as all rows, and small
         const int64_t n = call.shape.out_features;
         const at::AutoDispatchBelowADInplaceOrView guard;
-        const Tensor scratch = Call::empty({std::min(kBlockRows, n), call.shape.in_features});
+        const Tensor scratch = fresh({std::min(kBlockRows, n), call.shape.in_features});
         for (int64_t e = 0; e < call.shape.replicates; ++e) {
             const Tensor dy_t = (call.several ? dy.select(0, e) : dy).t();
             const Tensor source = x.dim() == 3 ? x.select(0, e) : x;
@@ -277,6 +259,49 @@ struct Saved {
         }
     }
 };
+
+struct CompactProduct {
+    static constexpr const char* kName = "CompactLinearBackward";
+
+    static variable_list gradients(const Saved& all, const Tensor& dy) {
+        const auto& t = all.tensors;
+        const auto& n = all.numbers;
+        const CompactBackward backward = {t[0],
+                                          t[1],
+                                          t[2],
+                                          t[3],
+                                          {t[4], t[5], t[6], t[7], t[8]},
+                                          {n[0] != 0, n[1], n[2], n[3]},
+                                          all.need[0],
+                                          all.need[1],
+                                          all.need[2]};
+        return backward.gradients(dy);
+    }
+};
+
+Tensor compact_linear(const Tensor& x, const Tensor& values, const Tensor& bias,
+                      const Tensor& effective, const Kept& kept, const Options& options) {
+    RECORD_FUNCTION("lottery_sparse::compact_linear", c10::ArrayRef<const c10::IValue>{});
+    Tensor y, packed;
+    {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        y = forward(x, values, bias, effective, kept, options, packed);
+    }
+    if (asks_gradients(x, values, bias)) {
+        const auto node = node_of<CompactProduct>(x, values, bias);
+        node->save(x);
+        node->save(values);
+        node->save(packed);
+        node->watched = {
+            {"weight_effective of a compact layer", effective, /*lags=*/packed.defined()},
+            {"kept.starts of a compact layer", kept.starts}};
+        node->held = {kept.columns, kept.column_starts, kept.rows, kept.positions};
+        node->numbers = {static_cast<double>(options.zero), options.most_product,
+                         options.most_quick, options.most_sampled};
+        torch::autograd::set_history(y, node);
+    }
+    return y;
+}
 
 }  // namespace
 }  // namespace lottery_sparse

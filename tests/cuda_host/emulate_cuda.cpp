@@ -1,4 +1,4 @@
-// See emulate_cuda.h. Only tests build this: tests/cuda_host/cuda_emulator.py, with the kernel files.
+// See emulate_cuda.h. Only tests build this: cuda_emulator.py, with the kernel files.
 #include "emulate_cuda.h"
 
 #include <ucontext.h>

@@ -30,7 +30,7 @@ from experiments.lottery import (
     train_rounds,
     untrained,
 )
-from experiments.records import Say, base_row, line, record, row_of
+from experiments.records import Say, base_row, curve_of, line, record, row_of
 from experiments.remakes import has_snapshots, rounds_there
 from experiments.runs import DENSE, Run, rounds_of
 from experiments.store import Lease, Store
@@ -48,6 +48,8 @@ def lottery_of(run: Run, rounds: int) -> Lottery:
         one_shot=run.schedule == "one_shot",
         rewind_to=run.rewind_to,
         compounding=run.compounding,
+        stride=run.stride,
+        patience=run.patience,
         evaluate_every=run.evaluate_every,
     )
 
@@ -80,7 +82,7 @@ def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) 
     at = studies.snapshots(run)
     this, found = dense_round(lottery_of(run, 0), dataset, at)
     made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
-    store.add(lease, [row_of(run, this)], [made])
+    store.add(lease, [row_of(run, this)], [made], curve_of(run, 0, this.evaluations))
     tensors = {f"final.{name}": value for name, value in this.w_final.items()}
     for iteration, weights in found.items():
         tensors |= {f"at_{iteration}.{name}": value for name, value in weights.items()}
@@ -142,9 +144,10 @@ def run_chains(
         )
         for run in runs
     }
-    while todo := [run for run in runs if scored[run].number < rounds]:
-        number = 1 + min(scored[run].number for run in todo)
-        now = [run for run in todo if scored[run].number == number - 1]
+    [stride] = {run.stride for run in runs}
+    while todo := [run for run in runs if scored[run].number + stride <= rounds]:
+        number = stride + min(scored[run].number for run in todo)
+        now = [run for run in todo if scored[run].number == number - stride]
         starts = {
             run: next_start(lottery_of(run, rounds), number, scored[run], rewinds[run])
             for run in now
@@ -162,6 +165,7 @@ def run_chains(
                     record(run, number, began, some, this.seconds, dataset, this.row["engine"])
                     for run, this in pairs
                 ],
+                [curve for run, this in pairs for curve in curve_of(run, number, this.evaluations)],
             )
             for run, this in pairs:
                 scored[run] = this
@@ -180,7 +184,7 @@ def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset,
     found = load(run.id, store, str(device))
     there = store.rounds_done(run.id)
     if found is not None and found[1]["round"] <= rounds:
-        if set(range(found[1]["round"] + 1)) <= there:
+        if rounds_of(run, found[1]["round"]) <= there:
             return unpacked(*found, device)
         say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
     elif there - {0}:
@@ -244,8 +248,9 @@ def run_untrained(
     points = untrained(
         run.net, dataset, run.seed, dense.w_final, [(run.criterion, run.weights)], range(rounds + 1)
     )
-    rows = []
+    rows, curve = [], []
     for number, point in enumerate(points):
+        curve.append(point["validation"])
         rows.append(
             base_row(run)
             | {
@@ -258,7 +263,8 @@ def run_untrained(
             | {key: point[key] for key in ("backend", "products")}
         )
     seconds = time.time() - began
-    store.add(lease, rows, [record(run, rounds, began, [run], seconds, dataset)])
+    made = record(run, rounds, began, [run], seconds, dataset)
+    store.add(lease, rows, [made], curve_of(run, rounds, curve))
     top = max(rows, key=lambda row: row["test_accuracy"])
     say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
 

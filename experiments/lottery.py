@@ -6,8 +6,9 @@ that the mask-1 action gives. Pruned weights hold what the mask-0 action says.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.networks import Network, build, keep_by_parameter, skeleton
-from experiments.train import Result, evaluation, train_together
+from experiments.train import Evaluation, Result, evaluation, train_together
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 
@@ -41,6 +42,8 @@ class Lottery:
     one_shot: bool = False  # prune the dense network to round r's share at once
     rewind_to: int = 0  # iteration of the dense run whose weights a ticket starts from
     compounding: bool = False  # mask-1 actions start from the last round's start (authors' code)
+    stride: int = 1  # rounds from one training to the next, which prunes the shares of all
+    patience: int | None = None  # iterations of a ticket without a lower validation loss
     evaluate_every: int = 100
     train_accuracy: bool = True  # evaluated at the end of each round
 
@@ -53,8 +56,9 @@ class Lottery:
             raise ValueError(f"rounds must be 0 (dense only) or more, got {self.rounds}.")
         if self.network.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.network.iterations}.")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}.")
+        for name in ("evaluate_every", "stride", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         for kind, share in self.network.keep.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"keep is a fraction in [0, 1], got {share} for {kind} layers.")
@@ -91,6 +95,7 @@ class Round:
     start: Start
     w_final: Weights
     seconds: float  # of all networks that were trained together
+    evaluations: tuple[Evaluation, ...] = ()  # of the validation part; a checkpoint has none
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def lottery(
     yield dense
     rewind = Rewind(snapshots[run.rewind_to], spread(run.network, run.seed, device))
     scored = dense
-    for number in range(1, run.rounds + 1):
+    for number in range(run.stride, run.rounds + 1, run.stride):
         start = next_start(run, number, scored, rewind)
         [this] = train_rounds(
             [run], number, [start], dataset, lambda i, number=number: on_step(number, i)
@@ -149,10 +154,10 @@ def dense_round(
             found[iteration] = weights_of(model)
         on_step(iteration)
 
-    [result] = train_models(run, [run.seed], model, dataset, watch)
-    return Round(
-        0, row_of(run, 0, model, start, result), start, weights_of(model), result.seconds
-    ), found
+    whole = replace(run, patience=None)
+    [result] = train_models(whole, [run.seed], model, dataset, watch)
+    row = row_of(run, 0, model, start, result)
+    return Round(0, row, start, weights_of(model), result.seconds, result.evaluations), found
 
 
 def train_rounds(
@@ -177,7 +182,8 @@ def train_rounds(
     for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
         one = model if len(models) == 1 else ls.select(model, e)
         row = row_of(run, number, one, start, result)
-        rounds.append(Round(number, row, start, weights_of(one), result.seconds))
+        made = Round(number, row, start, weights_of(one), result.seconds, result.evaluations)
+        rounds.append(made)
     return rounds
 
 
@@ -185,8 +191,10 @@ def together(run: Lottery, start: Start, device: torch.device) -> bool:
     """Whether a network is trained side by side with others.
 
     On the CPU only if all its products are our kernels': the bits of a dense library's depend on
-    what else it computes, and there they gain nothing in company.
+    what else it computes, and there they gain nothing in company. Only in float32 and contiguous.
     """
+    if not run.network.is_plain:
+        return False
     model = model_of(run.network, start, device)
     return device.type != "cpu" or "dense" not in products_of(model)
 
@@ -216,7 +224,7 @@ def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Star
         w_final,
         last.masks,
         run.criterion,
-        keep_of(run, rounds=number if run.one_shot else 1),
+        keep_of(run, rounds=number if run.one_shot else number - scored.number),
         scope=run.scope,
         generator=ls.random.derive(run.seed, "prune", number),
     )
@@ -246,17 +254,37 @@ def keep_of(run: Lottery, rounds: int) -> Fraction | dict[str, Fraction]:
 
 
 def model_of(network: Network, start: Start, device: torch.device | str) -> nn.Module:
-    """The network holding a start: with compact layers, or with plain ones if all weights train."""
+    """The network holding a start: with layers of its form, or plain ones if all weights train."""
     model = skeleton(network).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(start.weights[name])
-    if start.masked:
+    if start.masked and network.form == "masked":
+        rest_(model, start)
+    elif start.masked:
         ls.sparsify_(model)
         frozen = {name: "zero" if f is None else f for name, f in start.frozen.items()}
         ls.set_masks_(model, start.masks, frozen=frozen)
         ls.compact_(model)  # the same numbers; time and memory of the kept weights only
     return model
+
+
+@torch.no_grad()
+def rest_(model: nn.Module, start: Start) -> None:
+    """Let the pruned weights of dense layers rest at their values, whose gradients become zero.
+
+    Adam leaves a weight as it is that never has a gradient.
+    """
+    for name, mask in start.masks.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(start.effective(name))
+        pruned = mask.logical_not().to(parameter.device)
+        parameter.register_post_accumulate_grad_hook(partial(_rest_gradient, pruned))
+
+
+def _rest_gradient(pruned: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.masked_fill_(pruned, 0)
 
 
 def train_models(
@@ -280,6 +308,7 @@ def train_models(
         batch_size=run.network.batch_size,
         seeds=seeds,
         evaluate_every=run.evaluate_every,
+        patience=run.patience,
         train_accuracy=run.train_accuracy,
         on_step=on_step,
     )
@@ -287,7 +316,8 @@ def train_models(
 
 def weights_of(model: nn.Module) -> Weights:
     """Copies of the weights the network computes with, dense, and of its biases."""
-    return {name: value.clone() for name, value in ls.dense_state_dict(model).items()}
+    state = ls.dense_state_dict(model)
+    return {n: value.clone(memory_format=torch.contiguous_format) for n, value in state.items()}
 
 
 def row_of(
@@ -376,6 +406,7 @@ def untrained(
                 generator=ls.random.derive(seed, "prune", number),
             )
             model = model_of(network, Start(masks, weights[kind], dense.frozen), device)
+            loss, right = evaluation(model, dataset.val)
             yield {
                 "criterion": criterion,
                 "weights": kind,
@@ -383,6 +414,7 @@ def untrained(
                 "density": masks.density,
                 "kept": masks.kept,
                 "accuracy": evaluation(model, dataset.test)[1],
+                "validation": Evaluation(number, loss, right),
                 **backend_of(model),
             }
 

@@ -5,7 +5,7 @@ keeps a share of each layer's kept weights by the criterion, and trains the resu
 that the mask-1 action gives. Pruned weights hold what the mask-0 action says.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 from experiments.data import Dataset
 from experiments.networks import Network, build, keep_by_parameter, skeleton
-from experiments.train import Evaluation, Result, evaluation, train_together
+from experiments.train import Evaluation, Midway, Result, State, evaluation, train_together
 from lottery_sparse import backends
 from lottery_sparse.compact_base import Compact
 
@@ -142,6 +142,7 @@ def dense_round(
     dataset: Dataset,
     snapshots: Iterable[int] = (),
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> tuple[Round, dict[int, Weights]]:
     """Round 0, and the dense network's weights at the iterations `snapshots`."""
     start = dense_start(run.network, run.seed, dataset.train.images.device)
@@ -155,9 +156,40 @@ def dense_round(
         on_step(iteration)
 
     whole = replace(run, patience=None)
-    [result] = train_models(whole, [run.seed], model, dataset, watch)
+    kept = midway and _WithSnapshots(midway, found)
+    [result] = train_models(whole, [run.seed], model, dataset, watch, midway=kept)
     row = row_of(run, 0, model, start, result)
     return Round(0, row, start, weights_of(model), result.seconds, result.evaluations), found
+
+
+class _WithSnapshots(Midway):
+    """Keeps the weights of earlier iterations too."""
+
+    def __init__(self, kept: Midway, found: dict[int, Weights]):
+        self.kept, self.found = kept, found
+        self.is_due = kept.is_due
+
+    def load(self) -> State | None:
+        state = self.kept.load()
+        if state is None:
+            return None
+        tensors, metadata = state
+        for key in [key for key in tensors if key.startswith("at_")]:
+            at, _, name = key.removeprefix("at_").partition(".")
+            self.found.setdefault(int(at), {})[name] = tensors.pop(key)
+        return tensors, metadata
+
+    def save(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self.kept.save(tensors | tensors_at(self.found), metadata)
+
+
+def tensors_at(snapshots: Mapping[int, Weights]) -> dict[str, Tensor]:
+    """Weights of several iterations as tensors for a file: {"at_100.fc1.weight": w}."""
+    return {
+        f"at_{iteration}.{name}": value
+        for iteration, weights in snapshots.items()
+        for name, value in weights.items()
+    }
 
 
 def train_rounds(
@@ -166,6 +198,7 @@ def train_rounds(
     starts: Sequence[Start],
     dataset: Dataset,
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> list[Round]:
     """Round `number` of lotteries side by side, of one network and protocol, seeds apart.
 
@@ -177,7 +210,8 @@ def train_rounds(
     models = [model_of(run.network, start, device) for run, start in zip(runs, starts, strict=True)]
     model = models[0] if len(models) == 1 else ls.replicate(models)
     [first] = {run.rewind_to for run in runs}
-    results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step, first)
+    seeds = [run.seed for run in runs]
+    results = train_models(runs[0], seeds, model, dataset, on_step, first, midway)
     rounds = []
     for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
         one = model if len(models) == 1 else ls.select(model, e)
@@ -294,6 +328,7 @@ def train_models(
     dataset: Dataset,
     on_step: Callable[[int], None] = lambda iteration: None,
     first: int = 0,
+    midway: Midway | None = None,
 ) -> list[Result]:
     """Train one network, or several side by side, in place by the protocol of the run.
 
@@ -311,6 +346,7 @@ def train_models(
         patience=run.patience,
         train_accuracy=run.train_accuracy,
         on_step=on_step,
+        midway=midway,
     )
 
 

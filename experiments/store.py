@@ -6,6 +6,7 @@
     runs.jsonl                          how they came about: seconds, machine, versions, attempts
     leases/<run id>                     who is on which run now (leases.py)
     checkpoints/<run id>.safetensors    the newest one of each run
+    checkpoints/<run id>.part.safetensors   that of a round in flight
     store.lock                          the lock of all writers; holds what is being appended
 
 Lines carry a checksum and are only ever appended. All lines of one call appear, in all files, or
@@ -236,9 +237,13 @@ class Store:
         run_id: str,
         tensors: dict[str, Tensor],
         metadata: dict[str, Any],
+        part: bool = False,
     ) -> None:
-        """Replace the checkpoint of a run that the lease covers. Metadata is JSON."""
-        path = self._checkpoint(run_id)
+        """Replace the checkpoint of a run that the lease covers. Metadata is JSON.
+
+        part: that of a round in flight, which lies beside the one that the round goes on from.
+        """
+        path = self._checkpoint(run_id, part)
         # copies, since safetensors refuses tensors that share memory or are not contiguous
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -250,9 +255,11 @@ class Store:
             self._sweep(path)
             write_whole(path, safetensors.torch.save(tensors, header), self._holding(lease, run_id))
 
-    def load(self, run_id: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(
+        self, run_id: str, part: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint of a run; None if there is none, or (with a warning) a broken one."""
-        path = self._checkpoint(run_id)
+        path = self._checkpoint(run_id, part)
         try:
             tensors, header = read_tensors(path)
             if header["sha256"] != _digest(header["metadata"], tensors):
@@ -272,9 +279,9 @@ class Store:
         except (FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError):
             return None  # `load` says what is wrong with a broken one
 
-    def discard(self, lease: Lease, run_id: str) -> None:
+    def discard(self, lease: Lease, run_id: str, part: bool = False) -> None:
         """Remove the checkpoint of a run, and what killed writers left of it."""
-        path = self._checkpoint(run_id)
+        path = self._checkpoint(run_id, part)
         with _in_words(path), self._holding(lease, run_id):
             self._sweep(path)
             path.unlink(missing_ok=True)
@@ -283,8 +290,9 @@ class Store:
         for left in path.parent.glob(f"{temporary(path)}*"):
             left.unlink(missing_ok=True)
 
-    def _checkpoint(self, run_id: str) -> Path:
-        return self.folder / "checkpoints" / f"{run_id}.safetensors"
+    def _checkpoint(self, run_id: str, part: bool = False) -> Path:
+        name = f"{run_id}.part" if part else run_id
+        return self.folder / "checkpoints" / f"{name}.safetensors"
 
     @contextlib.contextmanager
     def _holding(self, lease: Lease, run_id: str) -> Iterator[None]:

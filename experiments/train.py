@@ -21,6 +21,7 @@ from experiments.networks import EVALUATION_BATCH
 from lottery_sparse import backends
 
 MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -49,6 +50,21 @@ class Result:
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
 
 
+class Midway:
+    """Keeps the state of a training in flight, so that another process can go on with it."""
+
+    def load(self) -> State | None:
+        """The state that was kept; None if there is none."""
+        raise NotImplementedError
+
+    def is_due(self) -> bool:
+        """Whether to keep the state now: asked after each look at the validation part."""
+        raise NotImplementedError
+
+    def save(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
 def train(model: nn.Module, dataset: Dataset, *, seed: int, **settings: Any) -> Result:
     """Train one network; see `train_together`."""
     [result] = train_together(model, dataset, seeds=[seed], **settings)
@@ -68,6 +84,7 @@ def train_together(
     patience: int | None = None,
     train_accuracy: bool = True,
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> list[Result]:
     """Train `model` in place and leave it with its final weights.
 
@@ -84,6 +101,8 @@ def train_together(
         train_accuracy: evaluate the training part at the end; None is reported otherwise.
         on_step: called after every iteration with the number done: for progress bars, and to copy
             the weights of an early iteration (late rewinding).
+        midway: keeps the state of a single network now and then; a training that goes on from it
+            gives the same bits. Ignored for several.
 
     Returns:
         A result for each seed.
@@ -96,18 +115,28 @@ def train_together(
     """
     start = time.perf_counter()
     parameters = list(model.parameters())
-    engine, take_step = stepper(model, adam(parameters, lr))
+    optimizer = adam(parameters, lr)
     watch = _Watch(parameters, len(seeds), lr, patience)
-    watch(first, evaluations(model, dataset.val, len(seeds)))
+    midway = midway if len(seeds) == 1 else None
+    if midway and (found := midway.load()):
+        done = restore(optimizer, watch, found)
+        start -= found[1]["seconds"]
+    else:
+        done = first
+        watch(first, evaluations(model, dataset.val, len(seeds)))
+    engine, take_step = stepper(model, optimizer)
     for iteration, (images, labels) in enumerate(
-        minibatches(dataset.train, iterations, batch_size, seeds, first), start=first + 1
+        minibatches(dataset.train, iterations, batch_size, seeds, done), start=done + 1
     ):
         take_step(images, labels)
-        if iteration % evaluate_every == 0 or iteration == iterations:
+        looks = iteration % evaluate_every == 0 or iteration == iterations
+        if looks:
             watch(iteration, evaluations(model, dataset.val, len(seeds)))
         on_step(iteration)
         if watch.all_ended:
             break
+        if looks and iteration < iterations and midway and midway.is_due():
+            midway.save(*state(optimizer, watch, time.perf_counter() - start))
 
     final_weights = watch.final_weights()
     assign_(parameters, final_weights)
@@ -134,6 +163,37 @@ def train_together(
         )
         for e, best in enumerate(watch.best)
     ]
+
+
+# ---- state, to go on from ------------------------------------------------------------------------
+
+
+def state(optimizer: torch.optim.Optimizer, watch: "_Watch", seconds: float) -> State:
+    """All that the steps from here on depend on: of parameters, Adam and the evaluations."""
+    tensors: dict[str, Tensor] = {}
+    for i, (parameter, best) in enumerate(zip(watch.parameters, watch.best_weights, strict=True)):
+        held = {"weight": parameter.detach(), "best": best, **optimizer.state[parameter]}
+        tensors |= {f"{name}.{i}": value for name, value in held.items()}
+    seen = [[e.iteration, e.validation_loss, e.validation_accuracy] for e in watch.seen[0]]
+    return tensors, {"seen": seen, "seconds": seconds}
+
+
+@torch.no_grad()
+def restore(optimizer: torch.optim.Optimizer, watch: "_Watch", found: State) -> int:
+    """Put a state back; the iteration that led to it."""
+    tensors, metadata = found
+    for i, (parameter, best) in enumerate(zip(watch.parameters, watch.best_weights, strict=True)):
+        held = {n.partition(".")[0]: t for n, t in tensors.items() if n.endswith(f".{i}")}
+        parameter.copy_(held.pop("weight"))
+        best.copy_(held.pop("best"))
+        steps = held.pop("step")  # a number, which torch keeps where it is cheapest
+        optimizer.state[parameter] = {
+            "step": steps,
+            **{name: torch.zeros_like(parameter).copy_(value) for name, value in held.items()},
+        }
+    watch.seen[0] = [Evaluation(*one) for one in metadata["seen"]]
+    watch.best[:] = [min(watch.seen[0], key=lambda one: one.validation_loss)]  # the first of equals
+    return watch.seen[0][-1].iteration
 
 
 class _Watch:

@@ -12,8 +12,8 @@ from tolerances import close
 from torch.nn import functional as F
 
 import lottery_sparse as ls
-from experiments import arithmetic, data, runs, studies, train
-from experiments.execute import execute
+from experiments import arithmetic, checkpoints, data, runs, studies, train
+from experiments.execute import execute, groups
 from experiments.lottery import Lottery, dense_start, lottery, model_of
 from experiments.networks import CONV2, CONV4, FC, NETWORKS, build, columns_as_laid
 from experiments.runs import DENSE, PROFILES, Run, rounds_of, run_in, run_of
@@ -294,3 +294,72 @@ def test_deviations_name_what_the_profile_changes():
     text = " ".join(runs.PROFILES["coarse"].deviations)
     for word in ("rounds 4, 8, 12, 16 and 20", "a tenth", "bfloat16", "three seeds"):
         assert word in text
+
+
+# a round in flight
+
+
+class Killed(Exception):
+    """Stands for a process that is killed."""
+
+
+@pytest.mark.parametrize("number", [0, 4])
+def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, tiny, small, monkeypatch, number):
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)  # keep the state at each look
+    run = run_in("coarse", "conv2", 0, criterion="movement")
+    begun = run.dense if number == 0 else run
+    whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
+    for each in (whole, store)[: 2 if number else 1]:
+        do(each, [run.dense], 0, tiny)
+    do(whole, [begun], number, tiny)
+
+    steps = iter(range(9))
+
+    def step(*args):
+        if next(steps, None) is None:
+            raise Killed
+        train_step(*args)
+
+    train_step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", step)
+        with pytest.raises(Killed):
+            do(store, [begun], number, tiny)
+    taken = []
+    part = store.load(begun.id, part=True)
+    assert part is not None
+    assert part[1]["seen"][-1][0] == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda *args: taken.append(train_step(*args)))
+        do(store, [begun], number, tiny)
+    assert store.load(begun.id, part=True) is None
+    assert rows_and_curves(store) == rows_and_curves(whole)
+    row = next(row for row in store.rows() if row["round"] == number)
+    assert len(taken) == row["iterations"] - 8
+    tensors, again = store.load(begun.id)[0], whole.load(begun.id)[0]
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in tensors.items())
+
+
+def rows_and_curves(store: Store) -> list[dict]:
+    return [*store.rows(), *store.curves()]
+
+
+def test_the_state_of_another_round_or_machine_is_not_gone_on_with(tmp_path, any_arithmetic):
+    run, store = run_in("coarse", "conv2", 0), Store(tmp_path)
+    with store.claim([run.id]) as lease:
+        flight = checkpoints.InFlight(run, 4, store, lease, "cpu")
+        assert not flight.is_due()  # it has just begun
+        assert flight.load() is None
+        flight.save({"weight.0": torch.ones(2)}, {"seen": [], "seconds": 1.0})
+        assert flight.load() is not None
+        assert checkpoints.InFlight(run, 8, store, lease, "cpu").load() is None
+        store.save(lease, run.id, {}, {"round": 4, "arithmetic": "another machine"}, part=True)
+        assert flight.load() is None
+        flight.end()
+        assert store.load(run.id, part=True) is None
+
+
+def test_chains_of_conv_nets_are_done_one_after_another(tmp_path):
+    wanted = [run_in("coarse", "conv2", 0, mask1=action) for action in ("rewind", "reinit")]
+    assert groups(wanted, 4, Store(tmp_path), 8, across_seeds=False)[1] == [(r,) for r in wanted]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset, permuted
-from experiments.lottery import kernels_on
+from experiments.models import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
 from experiments.train import Result, State, evaluation, minibatches, stepper, train

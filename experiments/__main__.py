@@ -347,7 +347,8 @@ def run_compare(options: argparse.Namespace) -> None:
     from experiments.compare import compare  # it loads scipy
 
     rows = [row for folder in options.store for row in Store(folder, create=False).rows()]
-    print(compare(rows, *options.profiles, options.network).text(), end="")
+    profile, other = options.profiles
+    print(compare(rows, profile, other, options.network).text(), end="")
 
 
 def run_tune(options: argparse.Namespace) -> None:

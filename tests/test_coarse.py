@@ -354,12 +354,14 @@ def rows_and_curves(store: Store) -> list[dict]:
 def test_the_state_of_another_round_or_machine_is_not_gone_on_with(tmp_path, any_arithmetic):
     run, store = run_in("coarse", "conv2", 0), Store(tmp_path)
     with store.claim([run.id]) as lease:
-        flight = checkpoints.InFlight(run, 4, store, lease, "cpu")
+        said = []
+        flight = checkpoints.InFlight(run, 4, store, lease, "cpu", said.append)
         assert not flight.is_due()  # it has just begun
         assert flight.load() is None
-        flight.save({"weight.0": torch.ones(2)}, {"seen": [], "seconds": 1.0})
+        flight.save({"weight.0": torch.ones(2)}, {"seen": [[1200, 0.5, 0.9]], "seconds": 1.0})
         assert flight.load() is not None
-        assert checkpoints.InFlight(run, 8, store, lease, "cpu").load() is None
+        assert said == [f"{run.id} round  4: goes on from iteration 1,200"]
+        assert checkpoints.InFlight(run, 8, store, lease, "cpu", said.append).load() is None
         store.save(lease, run.id, {}, {"round": 4, "arithmetic": "another machine"}, part=True)
         assert flight.load() is None
         flight.end()

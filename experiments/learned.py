@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset, permuted
-from experiments.lottery import kernels_on
+from experiments.models import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
-from experiments.train import Result, evaluation, minibatches, stepper, train
+from experiments.train import Result, State, evaluation, minibatches, stepper, train
 from lottery_sparse.nn.supermask import Supermask
 
 MOMENTUM = 0.9
 SAMPLES = 10
-
-State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
 
 
 class Checkpoints:
@@ -224,14 +222,14 @@ def evaluated(run: Run, model: nn.Module, dataset: Dataset) -> tuple[dict[str, A
     }, ticket
 
 
-def sources(run: Run, model: nn.Module) -> dict[str, ls.frozen.Seeded | ls.frozen.SignOf]:
+def sources(run: Run, model: nn.Module) -> dict[str, ls.nn.frozen.Seeded | ls.nn.frozen.SignOf]:
     """How each weight is made of the run's seed."""
-    found: dict[str, ls.frozen.Seeded | ls.frozen.SignOf] = {}
+    found: dict[str, ls.nn.frozen.Seeded | ls.nn.frozen.SignOf] = {}
     for name, layer in layers(model):
         weight = f"{name}.weight"
-        source = ls.frozen.Seeded("truncated_normal", run.seed, glorot_std(layer.weight.shape))
+        source = ls.nn.frozen.Seeded("truncated_normal", run.seed, glorot_std(layer.weight.shape))
         constant = float(layer.weight.abs().max())
-        found[weight] = source if run.weights == "init" else ls.frozen.SignOf(source, constant)
+        found[weight] = source if run.weights == "init" else ls.nn.frozen.SignOf(source, constant)
     return found
 
 

@@ -1,8 +1,4 @@
-<<<<<<<< HEAD:tests/nn/test_masked_node.py
-"""The C++ autograd nodes of masked layers (eager_masked.h) among what autograd offers."""
-========
 """The C++ autograd nodes of masked layers (linear/eager_masked.h) among what autograd offers."""
->>>>>>>> w/move:tests/ops/masked/test_masked_node.py
 
 from __future__ import annotations
 

@@ -114,23 +114,27 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
 
 
 def differences(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Welch's test of each curve against one of them at each pruned level, Holm over the levels."""
+    """Each curve against one of them at each pruned level, by seed; Holm over the levels."""
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
         if curve is against:
             continue
         for c in selection.compare(curve, against, value):
-            numbers = (c.n_a, c.n_b, c.difference, c.p, c.p_holm, c.stars)
+            numbers = (c.n, c.difference, c.p, c.p_holm, c.p_welch, c.seen, c.stars)
             rows.append((curve.label, against.label, c.round, c.density, *numbers))
     columns = (
-        "curve", "against", "round", "density", "n", "n_against", "difference", "p_welch", "p_holm",
-        "star",
+        "curve", "against", "round", "density", "n", "difference", "p_paired", "p_holm", "p_welch",
+        "detectable", "star",
     )  # fmt: skip
-    return Table(columns, tuple(rows), f"{value}: Welch's test, Holm's correction over the levels")
+    caption = (
+        f"{value}: paired test by seed, Holm's correction of it over the levels, Welch's test, and "
+        "the difference that the paired test finds four times of five"
+    )
+    return Table(columns, tuple(rows), caption)
 
 
 def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Curves down, the levels of the paper's ticks across: difference, star, p, p by Holm.
+    """Curves down, the levels of the paper's ticks across: difference, star, p, Holm's, Welch's.
 
     Holm's correction is over all pruned levels of a curve, also those not shown.
     """
@@ -155,15 +159,15 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
         )
         if c.p is None:
             return f"{told} [{TOO_FEW}]"
-        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
+        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}; {p_value(c.p_welch)}]"
 
     ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
     rows = tuple(
         (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
     )
     caption = (
-        f"{value} minus that of {against.label}, in {unit}; * where p < {ALPHA}; in brackets p by "
-        "Welch's test, then p corrected by Holm over the levels"
+        f"{value} minus that of {against.label} by seed, in {unit}; * where p < {ALPHA}; in "
+        "brackets p of the paired test, the same corrected by Holm over the levels, p of Welch's"
     )
     return Table(("curve", *map(_kept, ticks)), rows, caption)
 

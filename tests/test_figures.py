@@ -218,7 +218,7 @@ def test_tests_against_a_curve(rows):
     selection = select(STUDIES["mask-0"], "fc", "paper", rows)
     full = tables.differences(selection, selection.curves[0])
     assert len(full.rows) == 5 * 20
-    p, corrected = full.columns.index("p_welch"), full.columns.index("p_holm")
+    p, corrected = full.columns.index("p_paired"), full.columns.index("p_holm")
     assert all(row[p] <= row[corrected] for row in full.rows)
     short = tables.summary_of_tests(selection, selection.curves[0])
     assert [row[0] for row in short.rows] == [curve.label for curve in selection.curves[1:]]

@@ -202,18 +202,18 @@ def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
     place = axes.get_xaxis_transform()
     names = f"{a.label} and {b.label}"
     if all(test.p is None for test in tests):
-        counts = _range([min(test.n_a, test.n_b) for test in tests] or [0])
+        counts = _range([test.n for test in tests] or [0])
         text = f"{names}: too few runs for a test (n = {counts})"
         axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
         return
     if not any(test.p is not None and test.p < ALPHA for test in tests):
-        text = f"{names} differ at no level (Welch, p < {ALPHA})"
+        text = f"{names} differ at no level (by seed, p < {ALPHA})"
         axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
         return
     axes.text(
         0,
         1.12,
-        f"* {names}: p < {ALPHA} (Welch); lower row: Holm's p",
+        f"* {names}: p < {ALPHA} (by seed); lower row: Holm's p",
         transform=axes.transAxes,
         fontsize=7.5,
     )

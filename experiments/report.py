@@ -31,7 +31,7 @@ STATUSES = {  # of a verdict -> in a count of them
     "fails": "fail",
     "too few runs": "with too few runs",
     "not run": "not run",
-    "not the paper profile": "not judged",
+    "not a deciding profile": "not judged",
 }
 # others are tested against it
 REFERENCES = ("rewind", "zero", "large_final", "large_final, init", "rewind_to 0")

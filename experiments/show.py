@@ -5,7 +5,8 @@ all), profile, and out (a folder; for the report a file or a folder).
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping
+import csv
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,25 @@ def figure(options: argparse.Namespace) -> None:
     from experiments import figures  # matplotlib loads slowly, and tables do without
 
     store = Store(options.store, create=False)
-    weights = weights_from(store.load)
+    weights, points = weights_from(store.load), points_from(options.store / "figures")
     for selection in _selections(options, store):
-        for stem, drawing in figures.draw(selection, weights):
+        for stem, drawing in figures.draw(selection, weights, points):
             for path in drawing.save(Path(options.out), stem):
                 print(path)
+
+
+def points_from(folder: Path) -> Callable[[str], Table | None]:
+    """`figures.Points` from the CSV files of earlier figures in a folder."""
+
+    def points(stem: str) -> Table | None:
+        path = folder / f"{stem}.csv"
+        if not path.exists():
+            return None
+        with path.open(newline="") as file:
+            columns, *rows = csv.reader(file)
+        return Table(tuple(columns), tuple(tuple(map(float, row)) for row in rows))
+
+    return points
 
 
 def table(options: argparse.Namespace) -> None:

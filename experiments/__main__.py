@@ -265,7 +265,7 @@ def run(options: argparse.Namespace) -> int:
         study,
         options.network,
         options.profile,
-        study.seeds if options.seeds is None else options.seeds,
+        studies.seeds_asked(study, options.profile) if options.seeds is None else options.seeds,
         options.store,
         rounds=options.rounds,
         only=pairs,

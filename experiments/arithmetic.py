@@ -6,10 +6,13 @@ chain goes on from says which they were, so that no chain is made by two.
 """
 
 import os
+import time
+import warnings
 from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from experiments.machine import blas, cpu_model, numerics
 from experiments.runs import Limits, Run
@@ -82,6 +85,42 @@ def limits_here() -> Limits:
         ("step", step.DENSE_MULTIPLY),
         ("step_values", step.DENSE_SAMPLE),
     )
+
+
+# ---- how fast it is ------------------------------------------------------------------------------
+
+
+def warn_if_slow(run: Run, device: str) -> None:
+    """Warn where the precision of a run costs time here; its profile asks for it all the same."""
+    if device != "cpu" or run.precision == "float32":
+        return
+    factor = seconds_of(run.precision) / seconds_of("float32")
+    if factor > 1:
+        warnings.warn(
+            f"{run.precision} takes {factor:.1f} times as long as float32 on this processor (a "
+            f"convolution of 64 channels, one thread), and so may runs of profile {run.profile}. "
+            "They are run all the same: the profile alone decides precision.",
+            stacklevel=2,
+        )
+
+
+def seconds_of(precision: str) -> float:
+    """A convolution as in the networks here, forward and backward, on one thread."""
+    last = torch.channels_last
+    images = torch.ones(8, 64, 32, 32).contiguous(memory_format=last).requires_grad_()
+    weight = torch.ones(64, 64, 3, 3, requires_grad=True)
+    threads, best = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(1)
+    try:
+        for _ in range(4):  # the first one prepares
+            began = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                y = F.conv2d(images, weight, padding=1)
+            y.backward(torch.ones_like(y))
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return best
 
 
 # ---- whose bits a checkpoint holds ---------------------------------------------------------------

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import lottery_sparse as ls
 from experiments import studies
-from experiments.arithmetic import OtherArithmetic, here, is_ours, marked
+from experiments.arithmetic import marked
+from experiments.checkpoints import Checkpoints, InFlight, device_of, load
 from experiments.data import Dataset
-from experiments.learned import State, learn
+from experiments.learned import learn
 from experiments.lottery import (
     Lottery,
     Rewind,
@@ -26,11 +27,12 @@ from experiments.lottery import (
     dense_start,
     next_start,
     spread,
+    tensors_at,
     together,
     train_rounds,
     untrained,
 )
-from experiments.records import Say, base_row, line, record, row_of
+from experiments.records import Say, base_row, curve_of, line, record, row_of
 from experiments.remakes import has_snapshots, rounds_there
 from experiments.runs import DENSE, Run, rounds_of
 from experiments.store import Lease, Store
@@ -48,6 +50,8 @@ def lottery_of(run: Run, rounds: int) -> Lottery:
         one_shot=run.schedule == "one_shot",
         rewind_to=run.rewind_to,
         compounding=run.compounding,
+        stride=run.stride,
+        patience=run.patience,
         evaluate_every=run.evaluate_every,
     )
 
@@ -78,14 +82,15 @@ def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) 
         say(f"{run.id}: its weights are not here; trained again, and compared with its row")
     began = time.time()
     at = studies.snapshots(run)
-    this, found = dense_round(lottery_of(run, 0), dataset, at)
+    flight = InFlight(run, 0, store, lease, device_of(dataset))
+    this, found = dense_round(lottery_of(run, 0), dataset, at, midway=flight)
     made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
-    store.add(lease, [row_of(run, this)], [made])
+    store.add(lease, [row_of(run, this)], [made], curve_of(run, 0, this.evaluations))
     tensors = {f"final.{name}": value for name, value in this.w_final.items()}
-    for iteration, weights in found.items():
-        tensors |= {f"at_{iteration}.{name}": value for name, value in weights.items()}
+    tensors |= tensors_at(found)
     metadata = {"row": this.row, "at": sorted(found)}
     store.save(lease, run.id, tensors, marked(metadata, device_of(dataset)))
+    flight.end()
     say(line(run, this))
 
 
@@ -93,26 +98,6 @@ def has_dense(run: Run, store: Store) -> bool:
     """Whether the store holds what runs that start from this dense one need."""
     found = store.load(run.id)
     return found is not None and has_snapshots(run, found[1])
-
-
-def load(run_id: str, store: Store, device: str) -> State | None:
-    """The checkpoint of a run, to go on from.
-
-    Raises:
-        OtherArithmetic: it was made by another one.
-    """
-    found = store.load(run_id)
-    if found is not None and not is_ours(found[1], device):
-        raise OtherArithmetic(
-            f"the weights of {run_id} in {store.folder} were made by {found[1]['arithmetic']}, not "
-            f"by {here(device)}, and a chain never mixes two: go on there, or make it anew as a "
-            "whole with --remake."
-        )
-    return found
-
-
-def device_of(dataset: Dataset) -> str:
-    return str(dataset.train.images.device)
 
 
 def dense_of(run: Run, store: Store, device: torch.device) -> tuple[Round, dict[int, Any]]:
@@ -142,9 +127,10 @@ def run_chains(
         )
         for run in runs
     }
-    while todo := [run for run in runs if scored[run].number < rounds]:
-        number = 1 + min(scored[run].number for run in todo)
-        now = [run for run in todo if scored[run].number == number - 1]
+    [stride] = {run.stride for run in runs}
+    while todo := [run for run in runs if scored[run].number + stride <= rounds]:
+        number = stride + min(scored[run].number for run in todo)
+        now = [run for run in todo if scored[run].number == number - stride]
         starts = {
             run: next_start(lottery_of(run, rounds), number, scored[run], rewinds[run])
             for run in now
@@ -153,7 +139,9 @@ def run_chains(
         for some in [company] * bool(company) + [[run] for run in now if run not in company]:
             began = time.time()
             plans = [lottery_of(run, rounds) for run in some]
-            done = train_rounds(plans, number, [starts[run] for run in some], dataset)
+            flight = InFlight(some[0], number, store, lease, str(device))
+            begins = [starts[run] for run in some]
+            done = train_rounds(plans, number, begins, dataset, midway=flight)
             pairs = list(zip(some, done, strict=True))
             store.add(
                 lease,
@@ -162,12 +150,14 @@ def run_chains(
                     record(run, number, began, some, this.seconds, dataset, this.row["engine"])
                     for run, this in pairs
                 ],
+                [curve for run, this in pairs for curve in curve_of(run, number, this.evaluations)],
             )
             for run, this in pairs:
                 scored[run] = this
                 tensors, metadata = packed(this)
                 store.save(lease, run.id, tensors, marked(metadata, str(device)))
                 say(line(run, this))
+            flight.end()
 
 
 def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say) -> Round:
@@ -180,7 +170,7 @@ def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset,
     found = load(run.id, store, str(device))
     there = store.rounds_done(run.id)
     if found is not None and found[1]["round"] <= rounds:
-        if set(range(found[1]["round"] + 1)) <= there:
+        if rounds_of(run, found[1]["round"]) <= there:
             return unpacked(*found, device)
         say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
     elif there - {0}:
@@ -244,8 +234,9 @@ def run_untrained(
     points = untrained(
         run.net, dataset, run.seed, dense.w_final, [(run.criterion, run.weights)], range(rounds + 1)
     )
-    rows = []
+    rows, curve = [], []
     for number, point in enumerate(points):
+        curve.append(point["validation"])
         rows.append(
             base_row(run)
             | {
@@ -258,7 +249,8 @@ def run_untrained(
             | {key: point[key] for key in ("backend", "products")}
         )
     seconds = time.time() - began
-    store.add(lease, rows, [record(run, rounds, began, [run], seconds, dataset)])
+    made = record(run, rounds, began, [run], seconds, dataset)
+    store.add(lease, rows, [made], curve_of(run, rounds, curve))
     top = max(rows, key=lambda row: row["test_accuracy"])
     say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
 
@@ -279,28 +271,6 @@ def run_learned(
         say(
             f"{this.run.id}: density {row['density']:.2%}, test accuracy {row['test_accuracy']:.2%}"
         )
-
-
-class Checkpoints:
-    """Of learned masks, under a lease."""
-
-    def __init__(self, store: Store, lease: Lease, device: str):
-        self.store, self.lease, self.device, self.began = store, lease, device, time.time()
-        self.seconds: dict[str, float] = {}  # that a run took in processes before this one
-
-    def load(self, run_id: str) -> State | None:
-        self.began, found = time.time(), load(run_id, self.store, self.device)
-        self.seconds[run_id] = found[1].get("seconds", 0.0) if found else 0.0
-        return found
-
-    def save(self, run_id: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        seconds = self.share(run_id, metadata["networks"])
-        metadata = marked({**metadata, "seconds": seconds}, self.device)
-        self.store.save(self.lease, run_id, tensors, metadata)
-
-    def share(self, run_id: str, networks: int) -> float:
-        """Seconds that a run took so far, where `networks` have shared them since it was loaded."""
-        return self.seconds[run_id] + (time.time() - self.began) / networks
 
 
 # ---- what is to do -------------------------------------------------------------------------------
@@ -337,7 +307,9 @@ def groups(
     for run in others:
         kinds.setdefault((*kind_of(run), None if across_seeds else run.seed), []).append(run)
     return [(run,) for run in dense], [
-        tuple(members[at : at + most])
+        tuple(members[at : at + size])
         for members in kinds.values()
-        for at in range(0, len(members), most)
+        # what has no company is done chain after chain, so that one is whole before the next begins
+        for size in [most if members[0].net.is_plain else 1]
+        for at in range(0, len(members), size)
     ]

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset, permuted
-from experiments.lottery import kernels_on
+from experiments.models import kernels_on
 from experiments.networks import build, glorot_std
 from experiments.runs import Run
-from experiments.train import Result, evaluation, minibatches, stepper, train
+from experiments.train import Result, State, evaluation, minibatches, stepper, train
 from lottery_sparse.supermask import Supermask
 
 MOMENTUM = 0.9
 SAMPLES = 10
-
-State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
 
 
 class Checkpoints:

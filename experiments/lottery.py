@@ -5,8 +5,8 @@ keeps a share of each layer's kept weights by the criterion, and trains the resu
 that the mask-1 action gives. Pruned weights hold what the mask-0 action says.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset
-from experiments.networks import Network, build, keep_by_parameter, skeleton
-from experiments.train import Result, evaluation, train_together
-from lottery_sparse import backends
-from lottery_sparse.compact_base import Compact
-
-Weights = dict[str, Tensor]  # parameter name -> value, biases included
+from experiments.models import (
+    Start,
+    Weights,
+    backend_of,
+    dense_start,
+    model_of,
+    products_of,
+    weights_of,
+)
+from experiments.networks import Network, keep_by_parameter
+from experiments.train import Evaluation, Midway, Result, State, evaluation, train_together
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Lottery:
     one_shot: bool = False  # prune the dense network to round r's share at once
     rewind_to: int = 0  # iteration of the dense run whose weights a ticket starts from
     compounding: bool = False  # mask-1 actions start from the last round's start (authors' code)
+    stride: int = 1  # rounds from one training to the next, which prunes the shares of all
+    patience: int | None = None  # iterations of a ticket without a lower validation loss
     evaluate_every: int = 100
     train_accuracy: bool = True  # evaluated at the end of each round
 
@@ -53,8 +60,9 @@ class Lottery:
             raise ValueError(f"rounds must be 0 (dense only) or more, got {self.rounds}.")
         if self.network.iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {self.network.iterations}.")
-        if self.evaluate_every < 1:
-            raise ValueError(f"evaluate_every must be at least 1, got {self.evaluate_every}.")
+        for name in ("evaluate_every", "stride", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         for kind, share in self.network.keep.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"keep is a fraction in [0, 1], got {share} for {kind} layers.")
@@ -66,23 +74,6 @@ class Lottery:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a round trains: which weights are kept, where they start, what the pruned ones hold."""
-
-    masks: ls.Masks
-    weights: Weights
-    frozen: dict[str, Tensor | None]  # weight name -> values of the pruned weights; None: zero
-    masked: bool = True  # False: all weights train (dense; mask-0 action "original")
-
-    def effective(self, name: str) -> Tensor:
-        """The weight that the network computes with at the start."""
-        if not self.masked:
-            return self.weights[name]
-        frozen = self.frozen[name]
-        return torch.where(self.masks[name], self.weights[name], 0.0 if frozen is None else frozen)
-
-
-@dataclass(frozen=True)
 class Round:
     """What one round leaves: its row for a results file, and the tensors behind it."""
 
@@ -91,6 +82,7 @@ class Round:
     start: Start
     w_final: Weights
     seconds: float  # of all networks that were trained together
+    evaluations: tuple[Evaluation, ...] = ()  # of the validation part; a checkpoint has none
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def lottery(
     yield dense
     rewind = Rewind(snapshots[run.rewind_to], spread(run.network, run.seed, device))
     scored = dense
-    for number in range(1, run.rounds + 1):
+    for number in range(run.stride, run.rounds + 1, run.stride):
         start = next_start(run, number, scored, rewind)
         [this] = train_rounds(
             [run], number, [start], dataset, lambda i, number=number: on_step(number, i)
@@ -137,6 +129,7 @@ def dense_round(
     dataset: Dataset,
     snapshots: Iterable[int] = (),
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> tuple[Round, dict[int, Weights]]:
     """Round 0, and the dense network's weights at the iterations `snapshots`."""
     start = dense_start(run.network, run.seed, dataset.train.images.device)
@@ -149,10 +142,41 @@ def dense_round(
             found[iteration] = weights_of(model)
         on_step(iteration)
 
-    [result] = train_models(run, [run.seed], model, dataset, watch)
-    return Round(
-        0, row_of(run, 0, model, start, result), start, weights_of(model), result.seconds
-    ), found
+    whole = replace(run, patience=None)
+    kept = midway and _WithSnapshots(midway, found)
+    [result] = train_models(whole, [run.seed], model, dataset, watch, midway=kept)
+    row = row_of(run, 0, model, start, result)
+    return Round(0, row, start, weights_of(model), result.seconds, result.evaluations), found
+
+
+class _WithSnapshots(Midway):
+    """Keeps the weights of earlier iterations too."""
+
+    def __init__(self, kept: Midway, found: dict[int, Weights]):
+        self.kept, self.found = kept, found
+        self.is_due = kept.is_due
+
+    def load(self) -> State | None:
+        state = self.kept.load()
+        if state is None:
+            return None
+        tensors, metadata = state
+        for key in [key for key in tensors if key.startswith("at_")]:
+            at, _, name = key.removeprefix("at_").partition(".")
+            self.found.setdefault(int(at), {})[name] = tensors.pop(key)
+        return tensors, metadata
+
+    def save(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        self.kept.save(tensors | tensors_at(self.found), metadata)
+
+
+def tensors_at(snapshots: Mapping[int, Weights]) -> dict[str, Tensor]:
+    """Weights of several iterations as tensors for a file: {"at_100.fc1.weight": w}."""
+    return {
+        f"at_{iteration}.{name}": value
+        for iteration, weights in snapshots.items()
+        for name, value in weights.items()
+    }
 
 
 def train_rounds(
@@ -161,6 +185,7 @@ def train_rounds(
     starts: Sequence[Start],
     dataset: Dataset,
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> list[Round]:
     """Round `number` of lotteries side by side, of one network and protocol, seeds apart.
 
@@ -172,12 +197,14 @@ def train_rounds(
     models = [model_of(run.network, start, device) for run, start in zip(runs, starts, strict=True)]
     model = models[0] if len(models) == 1 else ls.replicate(models)
     [first] = {run.rewind_to for run in runs}
-    results = train_models(runs[0], [run.seed for run in runs], model, dataset, on_step, first)
+    seeds = [run.seed for run in runs]
+    results = train_models(runs[0], seeds, model, dataset, on_step, first, midway)
     rounds = []
     for e, (run, start, result) in enumerate(zip(runs, starts, results, strict=True)):
         one = model if len(models) == 1 else ls.select(model, e)
         row = row_of(run, number, one, start, result)
-        rounds.append(Round(number, row, start, weights_of(one), result.seconds))
+        made = Round(number, row, start, weights_of(one), result.seconds, result.evaluations)
+        rounds.append(made)
     return rounds
 
 
@@ -185,8 +212,10 @@ def together(run: Lottery, start: Start, device: torch.device) -> bool:
     """Whether a network is trained side by side with others.
 
     On the CPU only if all its products are our kernels': the bits of a dense library's depend on
-    what else it computes, and there they gain nothing in company.
+    what else it computes, and there they gain nothing in company. Only in float32 and contiguous.
     """
+    if not run.network.is_plain:
+        return False
     model = model_of(run.network, start, device)
     return device.type != "cpu" or "dense" not in products_of(model)
 
@@ -195,14 +224,6 @@ def spread(network: Network, seed: int, device: torch.device | str) -> dict[str,
     """Population standard deviation of each parameter's initial values: the signed constants."""
     weights = dense_start(network, seed, device).weights
     return {name: w.std(unbiased=False).item() for name, w in weights.items()}
-
-
-def dense_start(network: Network, seed: int, device: torch.device | str) -> Start:
-    """All weights kept, at the initial values of `seed`."""
-    weights = weights_of(build(network, seed, device))
-    prunable = keep_by_parameter(network)
-    everything = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in prunable}
-    return Start(ls.Masks(everything), weights, dict.fromkeys(prunable), masked=False)
 
 
 def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Start:
@@ -216,7 +237,7 @@ def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Star
         w_final,
         last.masks,
         run.criterion,
-        keep_of(run, rounds=number if run.one_shot else 1),
+        keep_of(run, rounds=number if run.one_shot else number - scored.number),
         scope=run.scope,
         generator=ls.random.derive(run.seed, "prune", number),
     )
@@ -245,20 +266,6 @@ def keep_of(run: Lottery, rounds: int) -> Fraction | dict[str, Fraction]:
     return keep_by_parameter(run.network, rounds)
 
 
-def model_of(network: Network, start: Start, device: torch.device | str) -> nn.Module:
-    """The network holding a start: with compact layers, or with plain ones if all weights train."""
-    model = skeleton(network).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(start.weights[name])
-    if start.masked:
-        ls.sparsify_(model)
-        frozen = {name: "zero" if f is None else f for name, f in start.frozen.items()}
-        ls.set_masks_(model, start.masks, frozen=frozen)
-        ls.compact_(model)  # the same numbers; time and memory of the kept weights only
-    return model
-
-
 def train_models(
     run: Lottery,
     seeds: Sequence[int],
@@ -266,6 +273,7 @@ def train_models(
     dataset: Dataset,
     on_step: Callable[[int], None] = lambda iteration: None,
     first: int = 0,
+    midway: Midway | None = None,
 ) -> list[Result]:
     """Train one network, or several side by side, in place by the protocol of the run.
 
@@ -280,14 +288,11 @@ def train_models(
         batch_size=run.network.batch_size,
         seeds=seeds,
         evaluate_every=run.evaluate_every,
+        patience=run.patience,
         train_accuracy=run.train_accuracy,
         on_step=on_step,
+        midway=midway,
     )
-
-
-def weights_of(model: nn.Module) -> Weights:
-    """Copies of the weights the network computes with, dense, and of its biases."""
-    return {name: value.clone() for name, value in ls.dense_state_dict(model).items()}
 
 
 def row_of(
@@ -313,30 +318,6 @@ def row_of(
         "engine": result.engine,
         **backend_of(model),
     }
-
-
-def backend_of(model: nn.Module) -> dict[str, object]:
-    """Whose kernels train the model, and of each layer whether they skip what is pruned."""
-    return {
-        "backend": kernels_on(next(model.parameters()).device),
-        "products": products_of(model),
-    }
-
-
-def kernels_on(device: torch.device) -> str:
-    """The backend whose kernels run here, where they are the best choice."""
-    ours = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
-    runs = ours is not None and backends.built(ours) and backends.fits(ours, device)
-    return backends.forced() or (ours if runs and ours else "reference")
-
-
-def products_of(model: nn.Module) -> list[str]:
-    """Of each layer "sparse", where kernels skip what is pruned, or "dense"."""
-    return [
-        "sparse" if isinstance(layer, Compact) and layer.lags else "dense"
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d | Compact)
-    ]
 
 
 def untrained(
@@ -376,6 +357,7 @@ def untrained(
                 generator=ls.random.derive(seed, "prune", number),
             )
             model = model_of(network, Start(masks, weights[kind], dense.frozen), device)
+            loss, right = evaluation(model, dataset.val)
             yield {
                 "criterion": criterion,
                 "weights": kind,
@@ -383,6 +365,7 @@ def untrained(
                 "density": masks.density,
                 "kept": masks.kept,
                 "accuracy": evaluation(model, dataset.test)[1],
+                "validation": Evaluation(number, loss, right),
                 **backend_of(model),
             }
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 
 CLASSES = 10
+EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
+SMALL_BATCH = 100  # the same in bfloat16: maps stay in the cache
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and how the paper trains and prunes it."""
+    """A network, how the paper trains and prunes it, and how it is computed here (see `Run`)."""
 
     name: str
     dataset: str
@@ -35,6 +37,14 @@ class Network:
     score_lr: float = 100.0  # of SGD with momentum 0.9 on the scores of a learned mask
     score_iterations: int = 360_000  # 2,000 epochs of 180
     score_batch_size: int = 250
+    precision: str = "float32"
+    layout: str = "contiguous"
+    form: str = "compact"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its modules compute it as they stand, and side by side with others."""
+        return (self.precision, self.layout, self.form) == ("float32", "contiguous", "compact")
 
 
 def _keep(**decimals: str) -> Mapping[str, Fraction]:
@@ -91,34 +101,84 @@ def build(network: Network, seed: int, device: torch.device | str = "cpu") -> nn
     model = skeleton(network).to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, seed))
+            value = initial_value(name, parameter.shape, seed)
+            parameter.copy_(columns_as_laid(network, name, value))
     return model
 
 
 def skeleton(network: Network) -> nn.Sequential:
     """The module without values: names and shapes on the meta device."""
     with torch.device("meta"):  # the constructors' own initialisation would draw from global state
-        return nn.Sequential(_layers(network))
+        layers = _layers(network)
+        return nn.Sequential(layers) if network.is_plain else Laid(layers, network)
 
 
 def _layers(network: Network) -> OrderedDict[str, nn.Module]:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    channels, height, width = network.input_shape
+    channels = network.input_shape[0]
+    last = network.layout == "channels_last"
     for i, out_channels in enumerate(network.convolutions, start=1):
         layers[f"conv{i}"] = nn.Conv2d(channels, out_channels, 3, padding=1)
-        layers[f"conv{i}_relu"] = nn.ReLU()
-        channels = out_channels
-        if i % 2 == 0:
-            layers[f"pool{i // 2}"] = nn.MaxPool2d(2)
-            height, width = height // 2, width // 2
-    layers["flatten"] = nn.Flatten()
-    features = channels * height * width
+        relu, channels = nn.ReLU(), out_channels
+        if i % 2:
+            layers[f"conv{i}_relu"] = relu
+        elif last:  # the same numbers, of a quarter of the activations
+            layers |= {f"pool{i // 2}": nn.MaxPool2d(2), f"conv{i}_relu": relu}
+        else:
+            layers |= {f"conv{i}_relu": relu, f"pool{i // 2}": nn.MaxPool2d(2)}
+    layers["flatten"] = FlattenLast() if last else nn.Flatten()
+    features = math.prod(maps_of(network))
     for i, out_features in enumerate(network.hidden, start=1):
         layers[f"fc{i}"] = nn.Linear(features, out_features)
         layers[f"fc{i}_relu"] = nn.ReLU()
         features = out_features
     layers["output"] = nn.Linear(features, CLASSES)
     return layers
+
+
+def maps_of(network: Network) -> tuple[int, int, int]:
+    """Channels, height and width of what the first linear layer reads."""
+    channels, height, width = network.input_shape
+    shrunk = 2 ** (len(network.convolutions) // 2)
+    return (*network.convolutions[-1:], channels)[0], height // shrunk, width // shrunk
+
+
+class FlattenLast(nn.Module):
+    """[B, C, H, W] -> [B, H · W · C]: of maps that lie channels last, a view."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.permute(0, 2, 3, 1).flatten(1)
+
+
+def columns_as_laid(network: Network, name: str, weight: Tensor) -> Tensor:
+    """A weight of the network in the contiguous layout, as the layout of the network has it.
+
+    It computes the same: the columns of the first linear layer follow the maps.
+    """
+    if network.layout == "contiguous" or name != "fc1.weight":
+        return weight
+    return weight.unflatten(1, maps_of(network)).permute(0, 2, 3, 1).flatten(1)
+
+
+class Laid(nn.Sequential):
+    """Layers in the precision and layout of a network; images and logits are float32 as ever.
+
+    Attributes:
+        evaluation_batch: images of a forward pass that is not for training.
+    """
+
+    def __init__(self, layers: OrderedDict[str, nn.Module], network: Network):
+        super().__init__(layers)
+        self.last = network.layout == "channels_last"
+        self.bfloat16 = network.precision == "bfloat16"
+        self.evaluation_batch = SMALL_BATCH if self.bfloat16 else EVALUATION_BATCH
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(input.device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits = super().forward(input)
+        return logits.float() if self.bfloat16 else logits
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:

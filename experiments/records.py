@@ -11,6 +11,7 @@ from experiments.data import Dataset
 from experiments.lottery import Round
 from experiments.provenance import digest, provenance
 from experiments.runs import Run
+from experiments.train import Evaluation
 
 Say = Callable[[str], None]
 
@@ -30,6 +31,30 @@ def row_of(run: Run, this: Round) -> dict[str, Any]:
     """The row of a round; that of the dense one says which run it starts."""
     apart = ("criterion", "mask1", "mask0", "seed", "engine")
     return base_row(run) | {key: value for key, value in this.row.items() if key not in apart}
+
+
+def curve_of(run: Run, number: int, found: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """What the validation part said of a row, for a rule that chooses by it to be judged later.
+
+    Of a training over its iterations, of masks on an untrained network over rounds (`of`): the
+    first, the last and those between, evenly apart. Losses have six digits; `correct` counts
+    images. None where the evaluations are not known: of a round that was not made here.
+    """
+    if not found:
+        return []
+    at = [one.iteration for one in found]
+    return [
+        {
+            "run_id": run.id,
+            "round": number,
+            "of": "iterations" if run.trained else "rounds",
+            "first": at[0],
+            "every": at[1] - at[0] if len(at) > 1 else 0,
+            "last": at[-1],
+            "loss": [float(f"{one.validation_loss:.6g}") for one in found],
+            "accuracy": [float(f"{one.validation_accuracy:.6g}") for one in found],
+        }
+    ]
 
 
 def record(

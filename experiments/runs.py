@@ -35,9 +35,9 @@ LIMITS: Limits = (
 # no host and no cache decides. `arithmetic.check` refuses a run where they are not to be had.
 LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
     "numerics": (1, -1, 0),  # of `lottery_sparse.backends.numerics`
-    "precision": ("float32",),
-    "layout": ("contiguous",),
-    "form": ("compact",),
+    "precision": ("float32", "bfloat16"),
+    "layout": ("contiguous", "channels_last"),
+    "form": ("compact", "masked"),
     "limits": (LIMITS,),
 }
 
@@ -54,6 +54,11 @@ class Profile:
         share: of the network's iterations, of a round and of a learned mask alike.
         evaluate_every: iterations between two looks at the validation part.
         rounds: at most so many of a study's; None: all.
+        seeds: at most so many of a study's, where the user gives no number; None: all.
+        stride: a chain trains every so many rounds, and each training prunes the shares of all.
+        patience: the share of its iterations after which a training stops that has not lowered
+            the validation loss; None: none does. The dense network takes all iterations.
+        convolutions: literals of the runs of convolutional networks, learned masks apart.
         mini: whether MNIST is the subset that ships here.
         deviations: from the protocol, in words; they stand in every figure's title.
     """
@@ -62,11 +67,20 @@ class Profile:
     share: float = 1.0
     evaluate_every: int = 100
     rounds: int | None = None
+    seeds: int | None = None
+    stride: int = 1
+    patience: float | None = None
+    convolutions: tuple[tuple[str, str], ...] = ()
     mini: bool = False
     deviations: tuple[str, ...] = ()
 
     def iterations(self, of: int) -> int:
         return max(1, math.ceil(self.share * of))
+
+    def literals(self, network: str, schedule: str) -> dict[str, str]:
+        """Those of `LITERALS` that the profile asks for where they are not the defaults."""
+        masked = schedule != "learned" and NETWORKS[network].convolutions
+        return dict(self.convolutions) if masked else {}
 
     def dataset(self, name: str) -> str:
         return "mnist-mini" if self.mini and name == "mnist" else name
@@ -76,6 +90,32 @@ PROFILES = {
     profile.name: profile
     for profile in (
         Profile("paper"),
+        Profile(
+            "coarse",
+            seeds=3,
+            stride=4,
+            patience=0.1,
+            convolutions=(
+                ("precision", "bfloat16"),
+                ("layout", "channels_last"),
+                ("form", "masked"),
+            ),
+            deviations=(
+                "tickets of rounds 4, 8, 12, 16 and 20 only, each pruned by four rounds at once",
+                "a ticket's training ends after a tenth of its iterations without a lower "
+                "validation loss",
+                "conv nets in bfloat16",
+                "three seeds where no more are named",
+            ),
+        ),
+        Profile(
+            "patience",
+            patience=0.1,
+            deviations=(
+                "a ticket's training ends after a tenth of its iterations without a lower "
+                "validation loss",
+            ),
+        ),
         Profile("short", share=0.1, deviations=("a tenth of the iterations",)),
         Profile(
             "smoke",
@@ -127,9 +167,12 @@ class Run:
         permuted: what of the data a fixed permutation permutes: "none", "pixels" or "classes".
         numerics: the order in which the CPU kernels sum, see `lottery_sparse.backends.numerics`;
             0 is torch's own sums, where the kernels are not built.
-        precision: dtype of parameters and products.
-        layout: memory format of images.
-        form: of layers with a mask: "compact" holds kept weights alone.
+        precision: "float32", or "bfloat16": products under autocast; parameters, optimizer and
+            loss are float32.
+        layout: how maps lie: "contiguous", or "channels_last", where the columns of the first
+            linear layer behind convolutions are in that order too.
+        form: of layers with a mask: "compact" holds kept weights alone; "masked" is dense, with
+            pruned weights that rest.
         limits: densities above which products are dense.
         remake: how often the chain was made anew before, as a whole; it changes no number.
     """
@@ -182,6 +225,7 @@ class Run:
                 raise ValueError(
                     f"{name} must be {default!r}, got {getattr(self, name)!r}: {READ_BY[name]}."
                 )
+        self._check_arithmetic()
         for name in ("rewind_to", "final_at"):
             at = getattr(self, name)
             if at is not None and not 0 <= at <= self.iterations:
@@ -190,15 +234,52 @@ class Run:
                     f"got {at}."
                 )
 
+    def _check_arithmetic(self) -> None:
+        """Refuse what the engine does not compute."""
+        plain = (self.precision, self.layout, self.form) == ("float32", "contiguous", "compact")
+        if plain:
+            return
+        if self.schedule == "learned":
+            raise ValueError(
+                "learned masks are computed in float32, contiguous and compact; got "
+                f"{self.precision}, {self.layout} and {self.form}."
+            )
+        if not NETWORKS[self.network].convolutions:
+            raise ValueError(
+                f"{self.network} has no convolutions, and is computed in float32, contiguous and "
+                f"compact; got {self.precision}, {self.layout} and {self.form}."
+            )
+        if self.precision == "bfloat16" and self.form == "compact":
+            raise ValueError(
+                "bfloat16 products of studies are the dense library's, so form must be 'masked'; "
+                "got 'compact'."
+            )
+
     @property
     def net(self) -> Network:
-        """The network with the iterations of the profile."""
+        """The network with the iterations of the profile, as the run computes it."""
         network, profile = NETWORKS[self.network], PROFILES[self.profile]
         return replace(
             network,
             iterations=profile.iterations(network.iterations),
             score_iterations=profile.iterations(network.score_iterations),
+            precision=self.precision,
+            layout=self.layout,
+            form=self.form,
         )
+
+    @property
+    def patience(self) -> int | None:
+        """Iterations without a lower validation loss after which a round's training stops."""
+        share = PROFILES[self.profile].patience
+        ticket = self.schedule == "iterative" and self.criterion != DENSE
+        return math.ceil(share * self.iterations) if share is not None and ticket else None
+
+    @property
+    def stride(self) -> int:
+        """The rounds whose shares each training of a chain prunes."""
+        ticket = self.schedule == "iterative" and self.criterion != DENSE
+        return PROFILES[self.profile].stride if ticket else 1
 
     @property
     def iterations(self) -> int:
@@ -238,6 +319,10 @@ class Run:
             "batch_size": network.batch_size,
             "keep": {kind: str(share) for kind, share in network.keep.items()},
         }
+        if self.patience is not None:
+            numbers["patience"] = self.patience
+        if self.stride > 1:
+            numbers["stride"] = self.stride
         if self.schedule == "learned":
             numbers |= {
                 "score_lr": network.score_lr,
@@ -295,6 +380,13 @@ class Run:
 DEFAULTS = {field.name: field.default for field in fields(Run)}
 
 
+def run_in(profile: str, network: str, seed: int, **changes: Any) -> Run:
+    """The run as a profile computes it."""
+    schedule = changes.get("schedule", DEFAULTS["schedule"])
+    literals = PROFILES[profile].literals(network, schedule)
+    return Run(network=network, profile=profile, seed=seed, **{**literals, **changes})
+
+
 def run_of(row: Mapping[str, Any]) -> Run:
     """The run of a row: `Run.named` and back. Of `limits` JSON makes lists."""
     found = {name: row[name] for name in DEFAULTS if name in row}
@@ -307,7 +399,7 @@ def rounds_of(run: Run, rounds: int) -> set[int]:
     """The rounds that a run has rows of when it is done."""
     if run.schedule == "learned":
         return {1}
-    return {0} if run.criterion == DENSE else set(range(rounds + 1))
+    return {0} if run.criterion == DENSE else set(range(0, rounds + 1, run.stride))
 
 
 def _check(name: str, value: Any, known: Iterable[Any]) -> None:

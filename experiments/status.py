@@ -8,7 +8,7 @@ from typing import Any
 from experiments.remakes import Remakes, numerics_of
 from experiments.runs import DENSE, Run, rounds_of
 from experiments.store import Store
-from experiments.studies import Study, rounds_asked, wanted
+from experiments.studies import Study, rounds_asked, seeds_asked, wanted
 
 Kind = tuple[str, ...]
 
@@ -67,7 +67,8 @@ def progress(
         for network in networks:
             if network not in study.networks:
                 continue
-            runs = wanted(study, network, profile, study.seeds if seeds is None else seeds)
+            asked = seeds_asked(study, profile) if seeds is None else seeds
+            runs = wanted(study, network, profile, asked)
             runs = [remakes.shown(replace(run, numerics=numerics), most) for run in runs]
             starts = [run.dense for run in runs if run.schedule != "learned"]
             rounds = {

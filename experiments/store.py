@@ -2,12 +2,14 @@
 
     store.json                          {"format": 1}
     rows.jsonl                          results of runs, one line per round; no time, no host
+    curves.jsonl                        validation losses and accuracies behind rows; as rows.jsonl
     runs.jsonl                          how they came about: seconds, machine, versions, attempts
     leases/<run id>                     who is on which run now (leases.py)
     checkpoints/<run id>.safetensors    the newest one of each run
+    checkpoints/<run id>.part.safetensors   that of a round in flight
     store.lock                          the lock of all writers; holds what is being appended
 
-Lines carry a checksum and are only ever appended. All lines of one call appear, in both files, or
+Lines carry a checksum and are only ever appended. All lines of one call appear, in all files, or
 none: what is appended is first written into store.lock, and the next one to lock the store cuts off
 what a killed writer left unfinished (its bytes go to *.torn).
 """
@@ -31,7 +33,9 @@ from experiments.lines import Lines, canonical, line_of, without_checksum
 from lottery_sparse.files import read_tensors, temporary
 
 FORMAT = 1
-ROWS, RUNS = "rows.jsonl", "runs.jsonl"
+ROWS, CURVES, RUNS = "rows.jsonl", "curves.jsonl", "runs.jsonl"
+
+Entry = dict[str, Any]
 
 
 class OtherNumbers(ValueError):
@@ -53,8 +57,8 @@ class Store:
 
     def __init__(self, folder: Path, create: bool = True):
         self.folder = Path(folder)
-        self._lines = {name: Lines(self.folder / name) for name in (ROWS, RUNS)}
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._lines = {name: Lines(self.folder / name) for name in (ROWS, CURVES, RUNS)}
+        self._known: dict[str, dict[tuple[str, int], Entry]] = {ROWS: {}, CURVES: {}}
         self._leases = Leases(self.folder / "leases", self._locked)
         self._open(create)
 
@@ -75,7 +79,7 @@ class Store:
                 f"{self.folder} is no store of results (no store.json in it): give its folder with "
                 "--store, or make one by `python -m experiments run STUDY`."
             )
-        elif any((self.folder / name).exists() for name in (ROWS, RUNS)):
+        elif any((self.folder / name).exists() for name in self._lines):
             raise ValueError(f"{self.folder} holds results but no store.json: give another folder.")
         else:
             with _in_words(path):
@@ -91,15 +95,22 @@ class Store:
 
     # reading
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Entry]:
         """The results in the order of the file, one per (run_id, round).
 
         Warns, by line number, of lines whose checksum is wrong and of those that contradict an
         earlier line; they are not used.
         """
+        return self._entries(ROWS)
+
+    def curves(self) -> list[Entry]:
+        """What `records.curve_of` says of rows, read as `rows` are. Old rows have none."""
+        return self._entries(CURVES)
+
+    def _entries(self, name: str) -> list[Entry]:
         with self._locked(shared=True) as lock:
-            self._update(lock)
-        return [dict(row) for row in self._rows.values()]
+            self._update(lock, name)
+        return [dict(entry) for entry in self._known[name].values()]
 
     def records(self) -> list[dict[str, Any]]:
         """How the rows came about: the verified lines of runs.jsonl."""
@@ -110,61 +121,71 @@ class Store:
 
     def rounds_done(self, run_id: str) -> set[int]:
         with self._locked(shared=True) as lock:
-            self._update(lock)
-        return {number for run, number in self._rows if run == run_id}
+            self._update(lock, ROWS)
+        return {number for run, number in self._known[ROWS] if run == run_id}
 
-    def _update(self, lock: int | None) -> None:
-        lines = self._lines[ROWS]
-        known = len(lines.found)
-        if not lines.read(self._ends(lock).get(ROWS)):  # another file than last time
-            known = 0
-            self._rows.clear()
-        for number, row in lines.found[known:]:
-            key = row["run_id"], row["round"]
-            if self._rows.setdefault(key, row) != row:
+    def _update(self, lock: int | None, name: str) -> None:
+        lines, known = self._lines[name], self._known[name]
+        before = len(lines.found)
+        if not lines.read(self._ends(lock).get(name)):  # another file than last time
+            before = 0
+            known.clear()
+        for number, entry in lines.found[before:]:
+            key = entry["run_id"], entry["round"]
+            if known.setdefault(key, entry) != entry:
                 warnings.warn(
                     f"{lines.path} line {number} contradicts an earlier line of the same run and "
-                    f"round ({_differences(self._rows[key], row)}): not used.",
-                    stacklevel=3,
+                    f"round ({_differences(known[key], entry)}): not used.",
+                    stacklevel=4,
                 )
 
     # writing
 
     def add(
-        self, lease: Lease, rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+        self,
+        lease: Lease,
+        rows: Sequence[Entry],
+        records: Sequence[Entry],
+        curves: Sequence[Entry] = (),
     ) -> None:
-        """Append rows and records of runs that the lease covers: all of them or none.
+        """Append rows, curves and records of runs that the lease covers: all of them or none.
 
-        A row that is there already is skipped.
+        A row or curve that is there already is skipped.
 
         Raises:
             LeaseLost: another worker has taken a run over.
-            OtherNumbers: a row is there already with other numbers.
+            OtherNumbers: a row or curve is there already with other numbers.
             ValueError: a number is not finite.
         """
         with _in_words(self.folder / ROWS), self._locked() as lock:
             assert lock is not None
-            for run_id in {entry["run_id"] for entry in (*rows, *records)}:
+            for run_id in {entry["run_id"] for entry in (*rows, *curves, *records)}:
                 self._leases.check(lease, run_id)
-            self._update(lock)
-            new: dict[tuple[str, int], dict[str, Any]] = {}
-            texts = {ROWS: "", RUNS: "".join(map(line_of, records))}
-            for row in rows:
-                key = row["run_id"], row["round"]
-                text = line_of(row)
-                known = self._rows.get(key) or new.get(key)
-                if known is None:
-                    new[key] = row
-                    texts[ROWS] += text
-                elif line_of(known) != text:
-                    raise OtherNumbers(
-                        key[0],
-                        f"run {key[0]} round {key[1]} is stored with other numbers "
-                        f"({_differences(known, row)}): either it was made on a machine of other "
-                        "arithmetic (make its chain anew, as a whole, with --remake), or its code "
-                        "changed and runs.SCHEMA did not.",
-                    )
+            texts = {
+                ROWS: self._new(lock, ROWS, rows),
+                CURVES: self._new(lock, CURVES, curves) if curves else "",
+                RUNS: "".join(map(line_of, records)),
+            }
             self._append(lock, {name: text for name, text in texts.items() if text})
+
+    def _new(self, lock: int, name: str, entries: Sequence[Entry]) -> str:
+        """The lines of those entries that the file does not have."""
+        self._update(lock, name)
+        new: dict[tuple[str, int], Entry] = {}
+        for entry in entries:
+            key = entry["run_id"], entry["round"]
+            known = self._known[name].get(key) or new.get(key)
+            if known is None:
+                new[key] = entry
+            elif line_of(known) != line_of(entry):
+                raise OtherNumbers(
+                    key[0],
+                    f"run {key[0]} round {key[1]} is stored with other numbers "
+                    f"({_differences(known, entry)}): either it was made on a machine of other "
+                    "arithmetic (make its chain anew, as a whole, with --remake), or its code "
+                    "changed and runs.SCHEMA did not.",
+                )
+        return "".join(map(line_of, new.values()))
 
     def _append(self, lock: int, texts: dict[str, str]) -> None:
         if not texts:
@@ -216,9 +237,13 @@ class Store:
         run_id: str,
         tensors: dict[str, Tensor],
         metadata: dict[str, Any],
+        part: bool = False,
     ) -> None:
-        """Replace the checkpoint of a run that the lease covers. Metadata is JSON."""
-        path = self._checkpoint(run_id)
+        """Replace the checkpoint of a run that the lease covers. Metadata is JSON.
+
+        part: that of a round in flight, which lies beside the one that the round goes on from.
+        """
+        path = self._checkpoint(run_id, part)
         # copies, since safetensors refuses tensors that share memory or are not contiguous
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -230,9 +255,11 @@ class Store:
             self._sweep(path)
             write_whole(path, safetensors.torch.save(tensors, header), self._holding(lease, run_id))
 
-    def load(self, run_id: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(
+        self, run_id: str, part: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint of a run; None if there is none, or (with a warning) a broken one."""
-        path = self._checkpoint(run_id)
+        path = self._checkpoint(run_id, part)
         try:
             tensors, header = read_tensors(path)
             if header["sha256"] != _digest(header["metadata"], tensors):
@@ -252,9 +279,9 @@ class Store:
         except (FileNotFoundError, safetensors.SafetensorError, ValueError, KeyError):
             return None  # `load` says what is wrong with a broken one
 
-    def discard(self, lease: Lease, run_id: str) -> None:
+    def discard(self, lease: Lease, run_id: str, part: bool = False) -> None:
         """Remove the checkpoint of a run, and what killed writers left of it."""
-        path = self._checkpoint(run_id)
+        path = self._checkpoint(run_id, part)
         with _in_words(path), self._holding(lease, run_id):
             self._sweep(path)
             path.unlink(missing_ok=True)
@@ -263,8 +290,9 @@ class Store:
         for left in path.parent.glob(f"{temporary(path)}*"):
             left.unlink(missing_ok=True)
 
-    def _checkpoint(self, run_id: str) -> Path:
-        return self.folder / "checkpoints" / f"{run_id}.safetensors"
+    def _checkpoint(self, run_id: str, part: bool = False) -> Path:
+        name = f"{run_id}.part" if part else run_id
+        return self.folder / "checkpoints" / f"{name}.safetensors"
 
     @contextlib.contextmanager
     def _holding(self, lease: Lease, run_id: str) -> Iterator[None]:

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from experiments.runs import DENSE, LITERALS, PROFILES, Run
+from experiments.runs import DENSE, LITERALS, PROFILES, Run, run_in
 
 SEEDS = 5  # as in the paper
 ROUNDS = 20  # where the paper's figures end; its scripts run 24
@@ -63,12 +63,12 @@ class Arm:
         return ", ".join(words) or "learned"
 
     def run(self, network: str, profile: str, seed: int) -> Run:
-        iterations = Run(network=network, profile=profile, seed=seed).iterations
+        iterations = run_in(profile, network, seed).iterations
         changes = dict(self.changes)
         for name in ("rewind_to", "final_at"):
             if changes.get(name) is not None:
                 changes[name] = round(changes[name] * iterations)
-        return Run(network=network, profile=profile, seed=seed, **changes)
+        return run_in(profile, network, seed, **changes)
 
     def runs(self, network: str, profile: str, seeds: Sequence[int]) -> list[Run]:
         return [self.run(network, profile, seed) for seed in seeds]
@@ -267,7 +267,8 @@ def homes() -> dict[tuple[tuple[str, Any], ...], str]:
 
 def home(run: Run) -> str:
     """The first study that has the run, whatever its network, profile and seed; "" if none has."""
-    same = Run(**{**run.changed, "network": "fc", "profile": "paper"})  # for its iterations
+    changes = {name: value for name, value in run.changed.items() if name not in LITERALS}
+    same = Run(**{**changes, "network": "fc", "profile": "paper"})  # for its iterations
     return homes().get(_key(same), "")
 
 
@@ -281,6 +282,12 @@ def rounds_asked(study: Study, profile: str) -> int:
     """The study's, or as many as the profile has at most."""
     most = PROFILES[profile].rounds
     return study.rounds if most is None else min(most, study.rounds)
+
+
+def seeds_asked(study: Study, profile: str) -> int:
+    """The study's, or as many as the profile takes unless the user says more."""
+    most = PROFILES[profile].seeds
+    return study.seeds if most is None else min(most, study.seeds)
 
 
 def snapshots(run: Run) -> list[int]:

@@ -167,6 +167,7 @@ def run_study(
     here = devices[0] if scheduler is None else None
     if here is not None:
         arithmetic.check(runs[0], here)
+        arithmetic.warn_if_slow(runs[0], here)
     if download:
         data.load(runs[0].dataset, data_dir, download=True)
     load(runs[0].dataset, data_dir, "cpu")

@@ -1,7 +1,7 @@
 """The one training loop: Adam at a constant rate, validation every 100 iterations, early stop.
 
-No regularisation, no augmentation, no schedule. Nothing stops early: a run always takes its full
-number of iterations, and the "early-stop iteration" is where the validation loss was lowest.
+No regularisation, no augmentation, no schedule. The "early-stop iteration" is where the validation
+loss was lowest; a run takes its full number of iterations all the same, unless it has patience.
 """
 
 import contextlib
@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 import lottery_sparse as ls
 from experiments.data import Dataset, Split, batches
+from experiments.networks import EVALUATION_BATCH
 from lottery_sparse import backends
 
-EVALUATION_BATCH = 1_000  # images per forward pass; bounds the memory of the conv nets
 MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -35,7 +36,7 @@ class Evaluation:
 class Result:
     """What a training run reports. Accuracies are fractions of the images of the part named."""
 
-    iterations: int
+    iterations: int  # that it took
     early_stop_iteration: int  # of the lowest validation loss; the first one if equal
     early_stop_validation_loss: float
     early_stop_validation_accuracy: float
@@ -47,6 +48,21 @@ class Result:
     seconds: float  # of all networks that were trained together
     engine: str  # how a step was computed: "modules", or "train_step" in one call
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
+
+
+class Midway:
+    """Keeps the state of a training in flight, so that another process can go on with it."""
+
+    def load(self) -> State | None:
+        """The state that was kept; None if there is none."""
+        raise NotImplementedError
+
+    def is_due(self) -> bool:
+        """Whether to keep the state now: asked after each look at the validation part."""
+        raise NotImplementedError
+
+    def save(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        raise NotImplementedError
 
 
 def train(model: nn.Module, dataset: Dataset, *, seed: int, **settings: Any) -> Result:
@@ -65,8 +81,10 @@ def train_together(
     seeds: Sequence[int],
     first: int = 0,
     evaluate_every: int = 100,
+    patience: int | None = None,
     train_accuracy: bool = True,
     on_step: Callable[[int], None] = lambda iteration: None,
+    midway: Midway | None = None,
 ) -> list[Result]:
     """Train `model` in place and leave it with its final weights.
 
@@ -78,9 +96,13 @@ def train_together(
             counts alike. The batches are those that follow there.
         evaluate_every: iterations between two looks at the validation part. The last iteration
             is always evaluated and stored.
+        patience: training ends at an evaluation so many iterations after the lowest validation
+            loss; None: after `iterations`. Of networks side by side, each ends as it would alone.
         train_accuracy: evaluate the training part at the end; None is reported otherwise.
         on_step: called after every iteration with the number done: for progress bars, and to copy
             the weights of an early iteration (late rewinding).
+        midway: keeps the state of a single network now and then; a training that goes on from it
+            gives the same bits. Ignored for several.
 
     Returns:
         A result for each seed.
@@ -93,18 +115,31 @@ def train_together(
     """
     start = time.perf_counter()
     parameters = list(model.parameters())
-    engine, take_step = stepper(model, adam(parameters, lr))
-    watch = _Watch(parameters, len(seeds), lr)
-    watch(first, evaluations(model, dataset.val, len(seeds)))
+    optimizer = adam(parameters, lr)
+    watch = _Watch(parameters, len(seeds), lr, patience)
+    midway = midway if len(seeds) == 1 else None
+    if midway and (found := midway.load()):
+        done = restore(optimizer, watch, found)
+        start -= found[1]["seconds"]
+    else:
+        done = first
+        watch(first, evaluations(model, dataset.val, len(seeds)))
+    engine, take_step = stepper(model, optimizer)
     for iteration, (images, labels) in enumerate(
-        minibatches(dataset.train, iterations, batch_size, seeds, first), start=first + 1
+        minibatches(dataset.train, iterations, batch_size, seeds, done), start=done + 1
     ):
         take_step(images, labels)
-        if iteration % evaluate_every == 0 or iteration == iterations:
+        looks = iteration % evaluate_every == 0 or iteration == iterations
+        if looks:
             watch(iteration, evaluations(model, dataset.val, len(seeds)))
         on_step(iteration)
+        if watch.all_ended:
+            break
+        if looks and iteration < iterations and midway and midway.is_due():
+            midway.save(*state(optimizer, watch, time.perf_counter() - start))
 
-    final_weights = [parameter.detach().clone() for parameter in parameters]
+    final_weights = watch.final_weights()
+    assign_(parameters, final_weights)
     final_tests = evaluations(model, dataset.test, len(seeds))
     final_trains = evaluations(model, dataset.train, len(seeds)) if train_accuracy else None
     assign_(parameters, watch.best_weights)
@@ -113,7 +148,7 @@ def train_together(
     seconds = time.perf_counter() - start
     return [
         Result(
-            iterations=iterations - first,
+            iterations=watch.seen[e][-1].iteration - first,
             early_stop_iteration=best.iteration,
             early_stop_validation_loss=best.validation_loss,
             early_stop_validation_accuracy=best.validation_accuracy,
@@ -130,18 +165,70 @@ def train_together(
     ]
 
 
+# ---- state, to go on from ------------------------------------------------------------------------
+
+
+def state(optimizer: torch.optim.Optimizer, watch: "_Watch", seconds: float) -> State:
+    """All that the steps from here on depend on: of parameters, Adam and the evaluations."""
+    tensors: dict[str, Tensor] = {}
+    for i, (parameter, best) in enumerate(zip(watch.parameters, watch.best_weights, strict=True)):
+        held = {"weight": parameter.detach(), "best": best, **optimizer.state[parameter]}
+        tensors |= {f"{name}.{i}": value for name, value in held.items()}
+    seen = [[e.iteration, e.validation_loss, e.validation_accuracy] for e in watch.seen[0]]
+    return tensors, {"seen": seen, "seconds": seconds}
+
+
+@torch.no_grad()
+def restore(optimizer: torch.optim.Optimizer, watch: "_Watch", found: State) -> int:
+    """Put a state back; the iteration that led to it."""
+    tensors, metadata = found
+    for i, (parameter, best) in enumerate(zip(watch.parameters, watch.best_weights, strict=True)):
+        held = {n.partition(".")[0]: t for n, t in tensors.items() if n.endswith(f".{i}")}
+        parameter.copy_(held.pop("weight"))
+        best.copy_(held.pop("best"))
+        steps = held.pop("step")  # a number, which torch keeps where it is cheapest
+        optimizer.state[parameter] = {
+            "step": steps,
+            **{name: torch.zeros_like(parameter).copy_(value) for name, value in held.items()},
+        }
+    watch.seen[0] = [Evaluation(*one) for one in metadata["seen"]]
+    watch.best[:] = [min(watch.seen[0], key=lambda one: one.validation_loss)]  # the first of equals
+    return watch.seen[0][-1].iteration
+
+
 class _Watch:
     """The evaluations of each network so far, and its parameters at the best of them."""
 
-    def __init__(self, parameters: list[nn.Parameter], networks: int, lr: float):
-        self.parameters, self.lr = parameters, lr
+    def __init__(
+        self, parameters: list[nn.Parameter], networks: int, lr: float, patience: int | None
+    ):
+        self.parameters, self.lr, self.patience = parameters, lr, patience
         self.seen: list[list[Evaluation]] = [[] for _ in range(networks)]
         self.best: list[Evaluation] = []
         self.best_weights = [parameter.detach().clone() for parameter in parameters]
+        self.ended: dict[int, list[Tensor]] = {}  # network -> its parameters where it ran out
+
+    @property
+    def all_ended(self) -> bool:
+        return len(self.ended) == len(self.seen)
+
+    def final_weights(self) -> list[Tensor]:
+        """The parameters with which each network ended, or now if it has not."""
+        found = [parameter.detach().clone() for parameter in self.parameters]
+        for e, weights in self.ended.items():
+            for now, ended in zip(found, weights, strict=True):
+                self._of(now, e).copy_(ended)
+        return found
+
+    def _of(self, tensor: Tensor, e: int) -> Tensor:
+        """The part of network e of a parameter, or of what is like one."""
+        return tensor if len(self.seen) == 1 else tensor[e]
 
     @torch.no_grad()
     def __call__(self, iteration: int, found: list[tuple[float, float]]) -> None:
         for e, (loss, accuracy) in enumerate(found):
+            if e in self.ended:
+                continue
             if not loss < float("inf"):
                 raise ValueError(
                     f"validation loss is {loss} at iteration {iteration}; with lr {self.lr} the "
@@ -154,10 +241,9 @@ class _Watch:
             elif loss < self.best[e].validation_loss:
                 self.best[e] = now
                 for kept, parameter in zip(self.best_weights, self.parameters, strict=True):
-                    if len(found) == 1:
-                        kept.copy_(parameter)
-                    else:
-                        kept[e].copy_(parameter[e])
+                    self._of(kept, e).copy_(self._of(parameter, e))
+            if self.patience is not None and iteration - self.best[e].iteration >= self.patience:
+                self.ended[e] = [self._of(p, e).detach().clone() for p in self.parameters]
 
 
 def adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
@@ -221,6 +307,8 @@ def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:
 def evaluations(model: nn.Module, split: Split, networks: int = 1) -> list[tuple[float, float]]:
     """Mean cross-entropy and accuracy over all images of a part, of each network."""
     size = at_once(networks, split.images.device)
+    if split.images.is_cpu:
+        size = getattr(model, "evaluation_batch", size)
     loss: Tensor | int = 0
     correct: Tensor | int = 0
     for images, labels in zip(split.images.split(size), split.labels.split(size), strict=True):

@@ -50,9 +50,15 @@ def test_defaults_leave_ids_alone_and_other_values_do_not():
     ("change", "message"),
     [
         ({"numerics": 2}, "numerics must be one of 1, -1, 0; got 2"),
-        ({"precision": "bfloat16"}, "precision must be one of float32; got 'bfloat16'"),
-        ({"layout": "channels_last"}, "layout must be one of contiguous; got"),
-        ({"form": "masked"}, "form must be one of compact; got 'masked'"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16; got 'float16'"),
+        ({"layout": "blocked"}, "layout must be one of contiguous, channels_last; got"),
+        ({"form": "packed"}, "form must be one of compact, masked; got 'packed'"),
+        ({"layout": "channels_last"}, "fc has no convolutions, .* got float32, channels_last and"),
+        ({"network": "conv2", "precision": "bfloat16"}, "form must be 'masked'; got 'compact'"),
+        (
+            {"network": "conv2", "form": "masked", "schedule": "learned", "criterion": "none"},
+            "learned masks are computed in float32, contiguous and compact; got float32,",
+        ),
         ({"limits": (("linear", 0.5),)}, r"limits must be one of \(\('linear', 0.45\), .*; got"),
         ({"remake": -1}, "remake must be 0 .* got -1"),
     ],

@@ -101,7 +101,10 @@ def test_the_protocol_is_part_of_the_id(monkeypatch):
     ("change", "message"),
     [
         ({"network": "lenet"}, "network must be one of fc, conv2, conv4, conv6; got 'lenet'"),
-        ({"profile": "long"}, "profile must be one of paper, short, smoke; got 'long'"),
+        (
+            {"profile": "long"},
+            "profile must be one of paper, coarse, patience, short, smoke; got 'long'",
+        ),
         ({"criterion": "largest"}, "criterion must be one of large_final, .*got 'largest'"),
         ({"schedule": "learned"}, "a learned mask has no criterion, got 'large_final'"),
         ({"schedule": "one_shot"}, "not trained: trained=False"),

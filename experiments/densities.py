@@ -65,20 +65,3 @@ def chosen(rows: Sequence[Row], way: Way) -> Chosen | None:
         {seed: row["test_accuracy"] for seed, row in picked.items()},
         {seed: row["density"] for seed, row in picked.items()},
     )
-
-
-def with_validation(rows: Sequence[Row], curves: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows, those of masks on untrained networks with their `validation_accuracy`.
-
-    curves: of the store: one entry per run, with an accuracy for each of its rounds. Runs made
-    before it was stored have none.
-    """
-    found = {entry["run_id"]: entry for entry in curves if entry.get("of") == "rounds"}
-    told = []
-    for row in rows:
-        entry = found.get(row.get("stored_as", row["run_id"]))
-        if entry is not None and row["round"] <= entry["last"]:
-            at = row["round"] - entry["first"]
-            row = {**row, "validation_accuracy": entry["accuracy"][at]}
-        told.append(dict(row))
-    return told

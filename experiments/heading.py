@@ -1,7 +1,8 @@
-"""Were pruned weights on their way to zero? Counts of a round's rows, and shares of them.
+"""Were pruned weights on their way to zero? Counts beside a round's row, and shares of them.
 
 The article's reason why zero is the value to freeze pruned weights at: criteria prune weights that
-training was already moving towards zero.
+training was already moving towards zero. The counts lie in the store's curves, whose entry of a
+training or of masks they belong to.
 """
 
 from collections.abc import Mapping, Sequence

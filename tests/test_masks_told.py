@@ -2,14 +2,19 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import lottery_sparse as ls
-from experiments import compression, densities, heading
+from experiments import compression, densities, heading, studies
+from experiments.beside import joined
 from experiments.networks import NETWORKS, build
+from experiments.remakes import readable
+from experiments.store import Store
+from experiments.sweep import run_study
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
@@ -98,15 +103,39 @@ def test_committed_rows_have_the_kept_weights_that_bits_are_made_of():
         assert 0 < compression.share(row) <= 1.04
 
 
-def test_validation_accuracies_come_from_the_curves_of_the_store():
-    rows = [{"run_id": "a", "round": n} for n in range(3)]
-    rows.append({"run_id": "b", "stored_as": "b-again", "round": 1})
-    rows.append({"run_id": "c", "round": 1})
-    entry = {"of": "rounds", "first": 0, "every": 1, "last": 2, "accuracy": [0.1, 0.2, 0.3]}
+def test_validation_accuracies_and_counts_come_from_the_curves_of_the_store():
+    rows = [{"run_id": "a", "round": n, "schedule": "one_shot"} for n in range(3)]
+    rows.append({"run_id": "b", "stored_as": "b-again", "round": 1, "schedule": "one_shot"})
+    rows.append({"run_id": "c", "round": 4, "schedule": "iterative"})
+    entry = {"of": "rounds", "round": 2, "first": 0, "every": 1, "last": 2}
+    entry |= {"accuracy": [0.1, 0.2, 0.3], "heading": [{"w": [0, 0, n, 1]} for n in range(3)]}
+    chain = {"run_id": "c", "of": "iterations", "round": 4, "accuracy": [0.5, 0.6]}
     curves = [
         {**entry, "run_id": "a"},
         {**entry, "run_id": "b-again"},
-        {**entry, "run_id": "c", "of": "iterations"},  # of a training: no choice of densities
+        {**chain, "heading": {"w": [4, 3, 2, 1]}},
     ]
-    found = densities.with_validation(rows, curves)
+    found = joined(rows, curves)
     assert [row.get("validation_accuracy") for row in found] == [0.1, 0.2, 0.3, 0.2, None]
+    assert [row["heading"]["w"][2] for row in found] == [0, 1, 2, 1, 2]
+    assert joined(rows, []) == rows  # of runs from before there were curves
+
+
+def test_a_study_stores_what_was_heading_to_zero(tmp_path):
+    run = partial(run_study, seeds=1, folder=tmp_path, engine="inline", rounds=2)
+    run(studies.find("mask-criteria"), "fc", "smoke", only=[("criterion", "large_final")])
+    run(studies.find("supermasks"), "fc", "smoke", only=[("criterion", "large_final")])
+    store = Store(tmp_path)
+    rows = joined(readable(store.rows()), store.curves())
+    for row in rows:
+        if row["round"] == 0 and row["schedule"] == "iterative":
+            continue  # no round before it
+        assert set(row["heading"]) == {"fc1.weight", "fc2.weight", "output.weight"}
+        assert sum(counts[2] for counts in row["heading"].values()) == row["kept"]
+    [one, other] = (
+        row["heading"]
+        for row in rows
+        if row["round"] == 1 and row["criterion"] == "large_final" and row["weights"] == "init"
+    )
+    assert one == other  # the first round prunes the dense network, trained after or not
+    assert heading.share(one, "pruned") > heading.share(one, "kept")

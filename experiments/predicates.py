@@ -254,7 +254,9 @@ def _points(gap: float) -> str:
 
 
 def _p_said(p: float | None) -> str:
-    return "no test" if p is None else f"p = {p:.2g}"
+    if p is None:
+        return "no test"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
 def _tested(found: Found, a: str, b: str) -> str:

@@ -119,6 +119,11 @@ class Selection:
     missing: tuple[str, ...] = ()
 
     @property
+    def begun(self) -> bool:
+        """Whether there is something of its own: one arm of several is that of another study."""
+        return len(self.curves) > 1 or bool(self.curves and not self.missing)
+
+    @property
     def paper(self) -> bool:
         return self.profile == "paper"
 

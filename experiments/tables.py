@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from experiments import compression, heading
 from experiments.densities import NOT_RECORDED, WAYS, Way, chosen
 from experiments.selection import ACCURACY, Curve, Row, Selection
 from experiments.statistics import ALPHA, TOO_FEW, Comparison, Level, levels, mean
@@ -32,6 +33,12 @@ class Table:
         writer.writerow(self.columns)
         writer.writerows(self.rows)
         return text.getvalue().encode()
+
+    def turned(self, corner: str) -> "Table":
+        """Rows as columns: for a table of few rows that is too wide for a page."""
+        heads = (corner, *(shown(row[0]) for row in self.rows))
+        rows = tuple(zip(self.columns[1:], *(row[1:] for row in self.rows), strict=True))
+        return Table(heads, rows, self.caption)
 
     def text(self) -> str:
         lines = [self.columns, *(tuple(map(shown, row)) for row in self.rows)]
@@ -100,7 +107,7 @@ def nearest(curve: Sequence[Level], density: float) -> Level | None:
 
 def summary(selection: Selection, value: str = ACCURACY) -> Table:
     """Curves down, the levels of the paper's ticks across."""
-    curves = [(curve.label, curve.levels(value)) for curve in selection.curves]
+    curves = [(curve.words, curve.levels(value)) for curve in selection.curves]
     ticks = [t for t in TICKS if any(nearest(levels_, t) for _, levels_ in curves)]
     rows = []
     for label, its_levels in curves:
@@ -135,13 +142,13 @@ def differences(selection: Selection, against: Curve, value: str = ACCURACY) -> 
 
 
 def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Curves down, the levels of the paper's ticks across: difference, star, p, Holm's, Welch's.
+    """Curves down, the levels of the paper's ticks across: difference, star, p, Holm's p.
 
     Holm's correction is over all pruned levels of a curve, also those not shown.
     """
     unit = "iterations" if value == ITERATION else "points"
     compared = {
-        curve.label: selection.compare(curve, against, value)
+        curve.words: selection.compare(curve, against, value)
         for curve in selection.curves
         if curve is not against
     }
@@ -160,15 +167,15 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
         )
         if c.p is None:
             return f"{told} [{TOO_FEW}]"
-        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}; {p_value(c.p_welch)}]"
+        return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
 
     ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
     rows = tuple(
         (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
     )
     caption = (
-        f"{value} minus that of {against.label} by seed, in {unit}; * where p < {ALPHA}; in "
-        "brackets p of the paired test, the same corrected by Holm over the levels, p of Welch's"
+        f"{value} minus that of {against.words} by seed, in {unit}; * where p < {ALPHA}; in "
+        "brackets p of the paired test, then corrected by Holm over the levels"
     )
     return Table(("curve", *map(_kept, ticks)), rows, caption)
 
@@ -201,6 +208,72 @@ def ways(selection: Selection) -> Table:
         "first is the published statistic, by which claims are judged"
     )
     return Table(("mask", *WAYS.values()), rows, caption)
+
+
+def bits(selection: Selection) -> Table:
+    """What networks cost as a mask and a seed, or as a mask and trained weights (`compression`)."""
+    lines: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        if curve.fields["schedule"] == "one_shot":
+            level = best(curve.rows, "mean")
+        else:
+            level = next(iter(curve.levels()), None)
+        if level is None:
+            continue
+        rows = [row for row in curve.rows if abs(row["density"] / level.density - 1) < 0.02]
+        size = mean([compression.bits(row) for row in rows])
+        share = mean([compression.share(row) for row in rows])
+        lines.append(
+            (
+                curve.words,
+                percent(level.mean),
+                percent(level.density, 1),
+                f"{size:,.0f}",
+                f"{percent(share)}%",
+            )
+        )
+    if selection.dense:
+        total = compression.dense_bits(selection.network)
+        accuracy = percent(mean([row[ACCURACY] for row in selection.dense]))
+        lines.append(("dense, trained, float32", accuracy, "100", f"{total:,}", "100%"))
+    caption = (
+        "Bits of a network: the entropy of its mask and a seed of 64; 32 a weight where weights "
+        "are trained; masks of criteria at the best density of their mean curve"
+    )
+    return Table(("network", "accuracy", "kept", "bits", "of dense"), tuple(lines), caption)
+
+
+def heading_shares(selection: Selection) -> Table:
+    """Which share of pruned and of kept weights moved towards zero, by criterion and layer.
+
+    At the levels nearest to half and a tenth of the weights; empty where rows have no counts.
+    """
+    lines: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        rows = [row for row in curve.rows if row.get("heading")]
+        for tick in (0.41, 0.168):
+            near = [row for row in rows if abs(row["density"] / tick - 1) < 0.15]
+            if not near:
+                continue
+            told = []
+            for layer in (None, *near[0]["heading"]):
+                sides = [
+                    [heading.share(row["heading"], of, layer) for row in near]
+                    for of in ("pruned", "kept")
+                ]
+                numbers = [
+                    "" if None in side else percent(mean([x or 0.0 for x in side]), 1)
+                    for side in sides
+                ]
+                told.append(" / ".join(numbers))
+            lines.append((curve.words, f"{percent(mean([r['density'] for r in near]), 1)}%", *told))
+    layers = next((row["heading"] for c in selection.curves for row in c.rows
+                   if row.get("heading")), {})  # fmt: skip
+    return Table(
+        ("curve", "kept", "all layers", *layers),
+        tuple(lines),
+        "Weights that moved towards zero, in percent of the pruned / of the kept ones",
+    )
 
 
 # The paper's seven columns -> the fields of the rows behind each.
@@ -273,7 +346,7 @@ def masks(selection: Selection) -> Table:
         seed = average("seed_bits")
         rows.append(
             (
-                curve.label,
+                curve.words,
                 level.n,
                 spread(level),
                 "" if widest is None else f"{percent(min(widest))} to {percent(max(widest))}",

@@ -89,13 +89,16 @@ def arm(label: str, fields: Mapping[str, Any]) -> str:
     return " = ".join(", ".join(map(word, some.split(", "))) for some in label.split(" = "))
 
 
-def said(text: str) -> str:
-    """A sentence or a name with the names of the code in it, in words.
+def said(text: str, study: str = "") -> str:
+    """A sentence with the names of the code in it, in words.
 
-    signed_constant is what networks compute with that are not trained.
+    study: signed_constant is a mask-1 action in some, and what is masked, untrained, in others.
     """
-    known = {**CRITERIA, **MASK0, **MASK1, "signed_constant": "signed constants"}
-    known.pop("none"), known.pop("zero")
+    known = {**CRITERIA, **MASK0, **MASK1}
+    if study not in ("mask-1", "rescaling"):
+        known["signed_constant"] = WEIGHTS["signed_constant"]
+        text = text.replace("signed_constant weights", "signed_constant")
+        text = text.replace("init weights", "initial weights")
     for name in sorted(known, key=len, reverse=True):
         if "_" in name:
             text = text.replace(name, known[name])

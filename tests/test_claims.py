@@ -369,7 +369,14 @@ def test_shares_that_moved_to_zero_decide():
 
 def test_studies_that_nobody_published_claim_nothing():
     silent = set(studies.STUDIES) - {claim.study for claim in CLAIMS}
-    assert silent == {"dense", "same-sign", "early-masks", "rescaling", "learned-trained"}
+    assert silent == {
+        "dense",
+        "same-sign",
+        "early-masks",
+        "rescaling",
+        "learned-trained",
+        "choices",
+    }
 
 
 def test_moments_of_late_rewinding_are_all_claimed():

@@ -313,7 +313,7 @@ def test_tests_against_a_curve(rows):
     p, corrected = full.columns.index("p_paired"), full.columns.index("p_holm")
     assert all(row[p] <= row[corrected] for row in full.rows)
     short = tables.summary_of_tests(selection, selection.curves[0])
-    assert [row[0] for row in short.rows] == [curve.label for curve in selection.curves[1:]]
+    assert [row[0] for row in short.rows] == [curve.words for curve in selection.curves[1:]]
     assert len(short.columns) == 6  # without the dense level
 
 
@@ -325,7 +325,46 @@ def test_table_1_has_seven_columns(rows):
     assert set(conv4[1:]) == {"not run"}
     curves = select(STUDIES["supermasks"], "fc", "paper", rows).curves
     curve = next(c for c in curves if c.label == "large_final_same_sign, init")
-    assert fc[1].startswith(tables.percent(max(level.mean for level in curve.levels()[1:])))
+    highest = [max(r["test_accuracy"] for r in curve.rows if r["seed"] == seed and r["round"])
+               for seed in range(3)]  # fmt: skip
+    assert fc[1].startswith(tables.percent(sum(highest) / 3))
+    turned = table.turned("network")
+    assert turned.columns == ("network", "FC", "Conv4")
+    assert [row[0] for row in turned.rows] == list(table.columns[1:])
+
+
+def test_masks_are_told_three_ways(rows):
+    selection = select(STUDIES["supermasks"], "fc", "paper", rows)
+    table = tables.ways(selection)
+    line = next(line for line in table.rows if line[0] == "large final, same sign, initial weights")
+    each, mean, validation = (str(cell) for cell in line[1:])
+    assert float(each.split()[0]) >= float(mean.split()[0])
+    assert validation == "not recorded"
+    for row in rows:
+        row["validation_accuracy"] = 0.9 if row["round"] == 3 else 0.1
+    again = tables.ways(select(STUDIES["supermasks"], "fc", "paper", rows))
+    line = next(line for line in again.rows if line[0] == "large final, same sign, initial weights")
+    assert str(line[3]).endswith("at 51.2% kept")
+    for row in rows:
+        del row["validation_accuracy"]
+
+
+def test_bits_of_a_mask_and_of_the_dense_network(rows):
+    table = tables.bits(select(STUDIES["learned"], "fc", "paper", rows))
+    mask, *_, dense = table.rows
+    assert mask[2:] == ("50.0", "266,264", "3.12%")  # a bit a weight, and the seed
+    assert dense[2:] == ("100", "8,531,520", "100%")
+
+
+def test_shares_heading_to_zero_by_criterion_and_layer(rows):
+    some = [dict(row) for row in rows]
+    for row in some:
+        row["heading"] = {"fc1.weight": [10, 8, 20, 5], "output.weight": [0, 0, 4, 1]}
+    study = STUDIES["same-sign"]
+    table = tables.heading_shares(select(study, "fc", "paper", some))
+    assert table.columns == ("curve", "kept", "all layers", "fc1.weight", "output.weight")
+    assert table.rows[0] == ("large final", "41.0%", "80.0 / 25.0", "80.0 / 25.0", " / 25.0")
+    assert tables.heading_shares(select(study, "fc", "paper", rows)).rows == ()
 
 
 def test_masks_drawn_before_the_weights_trained_are_not_shown_beside_them(rows):

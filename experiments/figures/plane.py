@@ -24,7 +24,7 @@ SIGNS = ("large_final_same_sign", "large_final_diff_sign")
 KEEP, POINTS = 0.2, 2500  # share that each criterion keeps; weights drawn
 KEPT, EDGE = "#00306e", "#c2410c"
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, Any]
 
 
 def points(w_init: Tensor, w_final: Tensor, layer: str, criteria: Sequence[str] = PLANE) -> Table:
@@ -105,7 +105,7 @@ def _title(axes: Axes, name: str) -> None:
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def edges(name: str, x: Floats, y: Floats, kept: Floats, reach: tuple[float, float]) -> list[Line]:
+def edges(name: str, x: Array, y: Array, kept: Array, reach: tuple[float, float]) -> list[Line]:
     """The lines between the kept and the pruned weights of a criterion, as pairs of coordinates."""
     right, top = reach
     if name == "random" or kept.all() or not kept.any():
@@ -140,7 +140,7 @@ def edges(name: str, x: Floats, y: Floats, kept: Floats, reach: tuple[float, flo
     return []
 
 
-def _between(score: Floats, kept: Floats) -> float:
+def _between(score: Array, kept: Array) -> float:
     """The middle between the kept and the pruned weight that are nearest to each other in score."""
     inside, outside = score[kept], score[~kept]
     if inside.min() >= outside.max():

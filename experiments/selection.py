@@ -120,8 +120,9 @@ class Selection:
 
     @property
     def begun(self) -> bool:
-        """Whether there is something of its own: one arm of several is that of another study."""
-        return len(self.curves) > 1 or bool(self.curves and not self.missing)
+        """Whether it is whole, or has runs that no study before it asks for."""
+        own = any(curve.fields.get("study") == self.study for curve in self.curves)
+        return bool(self.curves) and (own or not self.missing)
 
     @property
     def paper(self) -> bool:

@@ -48,7 +48,9 @@ def points_from(folder: Path) -> Callable[[str], Table | None]:
             return None
         with path.open(newline="") as file:
             columns, *rows = csv.reader(file)
-        return Table(tuple(columns), tuple(tuple(map(float, row)) for row in rows))
+        # weights, then 1 where a criterion keeps them
+        points = [(*map(float, row[:2]), *map(int, row[2:])) for row in rows]
+        return Table(tuple(columns), tuple(points))
 
     return points
 

@@ -40,7 +40,7 @@ def first_bars(selection: Selection) -> Drawing:
     note = "each mask at its best density" if top else ""
     title = "What a mask does to a network that knows nothing"
     ours = {"fc": "mnist"}.get(selection.network, "cifar10")
-    article = dict.fromkeys(("initial weights", "random mask"), 0.1)
+    article: dict[str, float] = {"initial weights": CHANCE, "random mask": CHANCE}
     for found in PUBLISHED:
         same = {"fc": "mnist"}.get(found.network, "cifar10") == ours
         if same and (found.fields["criterion"], found.fields["weights"]) == ("large_final", "init"):
@@ -97,7 +97,7 @@ def _dots(selection: Selection, title: str, lines: Mapping[str, Level | None]) -
             axes.plot(level.mean, place, "D", markersize=7, label="mean", **look)
             text = f"{percent(level.mean)}%"
             axes.annotate(text, (level.mean, place), (0, 7), textcoords="offset points",
-                          ha="center", fontsize=8)  # fmt: skip
+                          ha="center", fontsize=8, bbox=PAPER)  # fmt: skip
             for found in published:
                 if name == next(c.words for c in selection.curves if found.of(c.fields)):
                     axes.plot(found.value, place, marker="|", markersize=15, markeredgewidth=2.5,
@@ -137,7 +137,7 @@ def _bars(
     with style():
         figure = sheet(1.55 + 0.5 * max(len(bars), 2), title, selection, note)
         axes = figure.subplots()
-        for place, level in enumerate(bars.values()):
+        for place, (name, level) in enumerate(bars.items()):
             if level is None:
                 axes.text(0.01, place, "not run", va="center")
                 continue
@@ -149,7 +149,8 @@ def _bars(
             whisker = [[level.mean - level.low], [level.high - level.mean]]
             axes.errorbar(level.mean, place, xerr=whisker, color="black", capsize=3, linewidth=1.2)
             text = f"{percent(level.mean, 1)}% (n = {level.n})"
-            axes.text(level.high + 0.02, place, text, va="center", fontsize=8.5, bbox=PAPER)
+            right = max(level.high, published.get(name, 0.0)) + 0.02
+            axes.text(right, place, text, va="center", fontsize=8.5, bbox=PAPER)
         for place, name in enumerate(bars):
             if name in published:
                 axes.plot(published[name], place, marker="|", markersize=15, markeredgewidth=2.5,

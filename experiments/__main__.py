@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import lottery_sparse as ls
-from experiments import data, quickstart, speed, studies, tune
+from experiments import data, quickstart, speed, step_speed, studies, tune
 from experiments.engines import ENGINES
 from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
@@ -139,9 +139,17 @@ def parser() -> argparse.ArgumentParser:
     )
 
     command = commands.add_parser(
-        "speed", help="what a chain costs beside eager PyTorch; 5 minutes"
+        "speed", help="what a chain costs beside eager PyTorch; steps of conv nets; 5 minutes each"
     )
     command.set_defaults(command=run_speed)
+    command.add_argument(
+        "--network",
+        nargs="+",
+        default=["fc"],
+        metavar="NAME",
+        help="fc: a chain; conv2 conv4 conv6: a step and an evaluation in each precision, layout "
+        "and form (default: fc)",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     _data_options(command)
 
@@ -161,6 +169,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     _data_options(command)
+
+    command = commands.add_parser(
+        "compare", help="what two profiles say of the same runs and seeds"
+    )
+    command.set_defaults(command=run_compare)
+    command.add_argument("profiles", nargs=2, metavar="PROFILE", help="see `run --help`")
+    command.add_argument("--network", metavar="NAME", help="see `list` (default: all)")
+    command.add_argument(
+        "--store",
+        type=Path,
+        nargs="+",
+        default=[STORE],
+        metavar="DIR",
+        help="folders of results, together (default: %(default)s)",
+    )
 
     command = commands.add_parser("status", help="what is done, who is on the rest, hours left")
     command.set_defaults(command=status)
@@ -314,6 +337,9 @@ def _check_places(*files: Path | None) -> None:
 
 def run_speed(options: argparse.Namespace) -> None:
     _check_places(options.json)
+    if options.network != ["fc"]:
+        _step_speed(options)
+        return
     numbers = speed.measure(data.load("mnist", options.data_dir, download=options.download))
     for row in numbers["rounds"]:
         times = ", ".join(f"{name} {row[name]:.2f} s" for name in numbers["seconds"])
@@ -321,6 +347,25 @@ def run_speed(options: argparse.Namespace) -> None:
     print(", ".join(f"{over:.1f}x of {name}" for name, over in numbers["speedup"].items()))
     if options.json:
         write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+
+
+def _step_speed(options: argparse.Namespace) -> None:
+    known = [name for name, network in NETWORKS.items() if network.convolutions]
+    if bad := [name for name in options.network if name not in known]:
+        raise ValueError(f"network must be fc alone, or of {', '.join(known)}; got {bad[0]!r}.")
+    numbers = step_speed.measure(options.network)
+    print("\n".join(step_speed.lines(numbers)))
+    if options.json:
+        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    _check_shows("compare")
+    from experiments.compare import compare  # it loads scipy
+
+    rows = [row for folder in options.store for row in Store(folder, create=False).rows()]
+    profile, other = options.profiles
+    print(compare(rows, profile, other, options.network).text(), end="")
 
 
 def run_tune(options: argparse.Namespace) -> None:
@@ -368,9 +413,13 @@ def status(options: argparse.Namespace) -> None:
     print(as_text(found, Times(store.rows(), store.records()), workers))
 
 
-def show(name: str, options: argparse.Namespace) -> None:
+def _check_shows(name: str) -> None:
     if any(importlib.util.find_spec(needed) is None for needed in ("matplotlib", "scipy")):
         raise ValueError(f"{name} needs matplotlib and scipy, which are not here: {INSTALL}.")
+
+
+def show(name: str, options: argparse.Namespace) -> None:
+    _check_shows(name)
     from experiments import show as shows  # it loads both
 
     getattr(shows, name)(options)

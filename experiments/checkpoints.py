@@ -8,6 +8,7 @@ from torch import Tensor
 from experiments import learned
 from experiments.arithmetic import OtherArithmetic, here, is_ours, marked
 from experiments.data import Dataset
+from experiments.records import Say
 from experiments.runs import Run
 from experiments.store import Lease, Store
 from experiments.train import Midway, State
@@ -41,8 +42,8 @@ class InFlight(Midway):
     One of another arithmetic, or another round, is not gone on with: the round is trained anew.
     """
 
-    def __init__(self, run: Run, number: int, store: Store, lease: Lease, device: str):
-        self.run_id, self.number, self.device = run.id, number, device
+    def __init__(self, run: Run, number: int, store: Store, lease: Lease, device: str, say: Say):
+        self.run_id, self.number, self.device, self.say = run.id, number, device, say
         self.store, self.lease = store, lease
         self.saved = time.monotonic()
 
@@ -50,6 +51,8 @@ class InFlight(Midway):
         found = self.store.load(self.run_id, part=True)
         if found is None or found[1]["round"] != self.number or not is_ours(found[1], self.device):
             return None
+        done = found[1]["seen"][-1][0]
+        self.say(f"{self.run_id} round {self.number:2}: goes on from iteration {done:,}")
         return found
 
     def is_due(self) -> bool:

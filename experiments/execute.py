@@ -83,7 +83,7 @@ def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) 
         say(f"{run.id}: its weights are not here; trained again, and compared with its row")
     began = time.time()
     at = studies.snapshots(run)
-    flight = InFlight(run, 0, store, lease, device_of(dataset))
+    flight = InFlight(run, 0, store, lease, device_of(dataset), say)
     this, found = dense_round(lottery_of(run, 0), dataset, at, midway=flight)
     made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
     store.add(lease, [row_of(run, this)], [made], curve_of(run, 0, this.evaluations))
@@ -140,7 +140,7 @@ def run_chains(
         for some in [company] * bool(company) + [[run] for run in now if run not in company]:
             began = time.time()
             plans = [lottery_of(run, rounds) for run in some]
-            flight = InFlight(some[0], number, store, lease, str(device))
+            flight = InFlight(some[0], number, store, lease, str(device), say)
             begins = [starts[run] for run in some]
             done = train_rounds(plans, number, begins, dataset, midway=flight)
             pairs = list(zip(some, done, strict=True))

@@ -169,16 +169,16 @@ class Laid(nn.Sequential):
 
     def __init__(self, layers: OrderedDict[str, nn.Module], network: Network):
         super().__init__(layers)
-        self.last = network.layout == "channels_last"
-        self.bfloat16 = network.precision == "bfloat16"
-        self.evaluation_batch = SMALL_BATCH if self.bfloat16 else EVALUATION_BATCH
+        self.channels_last = network.layout == "channels_last"
+        self.lowers = network.precision == "bfloat16"
+        self.evaluation_batch = SMALL_BATCH if self.lowers else EVALUATION_BATCH
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.last:
+        if self.channels_last:
             input = input.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(input.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(input.device.type, torch.bfloat16, enabled=self.lowers):
             logits = super().forward(input)
-        return logits.float() if self.bfloat16 else logits
+        return logits.float() if self.lowers else logits
 
 
 def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:

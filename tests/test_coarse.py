@@ -303,39 +303,45 @@ class Killed(Exception):
     """Stands for a process that is killed."""
 
 
-@pytest.mark.parametrize("number", [0, 4])
-def test_a_killed_training_goes_on_to_the_same_bits(tmp_path, tiny, small, monkeypatch, number):
+@pytest.mark.parametrize(("network", "number"), [("conv2", 0), ("conv2", 4), ("fc", 4)])
+def test_a_killed_training_goes_on_to_the_same_bits(
+    tmp_path, tiny, small, monkeypatch, network, number
+):
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)  # keep the state at each look
-    run = run_in("coarse", "conv2", 0, criterion="movement")
+    monkeypatch.setitem(NETWORKS, "fc", replace(FC, iterations=24))
+    run = run_in("coarse", network, 0, criterion="movement")
     begun = run.dense if number == 0 else run
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "store")
     for each in (whole, store)[: 2 if number else 1]:
         do(each, [run.dense], 0, tiny)
     do(whole, [begun], number, tiny)
 
-    steps = iter(range(9))
-
-    def step(*args):
-        if next(steps, None) is None:
-            raise Killed
-        train_step(*args)
-
-    train_step = train.step
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", step)
-        with pytest.raises(Killed):
-            do(store, [begun], number, tiny)
     taken = []
+
+    def killed_after(most):
+        def minibatches(*args):
+            taken.clear()
+            for batch in batches_of(*args):
+                if len(taken) == most:
+                    raise Killed
+                taken.append(batch)
+                yield batch
+
+        return minibatches
+
+    batches_of = train.minibatches
+    monkeypatch.setattr(train, "minibatches", killed_after(3))
+    with pytest.raises(Killed):
+        do(store, [begun], number, tiny)
     part = store.load(begun.id, part=True)
     assert part is not None
-    assert part[1]["seen"][-1][0] == 8
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "step", lambda *args: taken.append(train_step(*args)))
-        do(store, [begun], number, tiny)
+    assert part[1]["seen"][-1][0] == 2  # the last look before
+    monkeypatch.setattr(train, "minibatches", killed_after(None))
+    do(store, [begun], number, tiny)
     assert store.load(begun.id, part=True) is None
     assert rows_and_curves(store) == rows_and_curves(whole)
     row = next(row for row in store.rows() if row["round"] == number)
-    assert len(taken) == row["iterations"] - 8
+    assert len(taken) == row["iterations"] - 2
     tensors, again = store.load(begun.id)[0], whole.load(begun.id)[0]
     assert tensors.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in tensors.items())
@@ -348,12 +354,14 @@ def rows_and_curves(store: Store) -> list[dict]:
 def test_the_state_of_another_round_or_machine_is_not_gone_on_with(tmp_path, any_arithmetic):
     run, store = run_in("coarse", "conv2", 0), Store(tmp_path)
     with store.claim([run.id]) as lease:
-        flight = checkpoints.InFlight(run, 4, store, lease, "cpu")
+        said = []
+        flight = checkpoints.InFlight(run, 4, store, lease, "cpu", said.append)
         assert not flight.is_due()  # it has just begun
         assert flight.load() is None
-        flight.save({"weight.0": torch.ones(2)}, {"seen": [], "seconds": 1.0})
+        flight.save({"weight.0": torch.ones(2)}, {"seen": [[1200, 0.5, 0.9]], "seconds": 1.0})
         assert flight.load() is not None
-        assert checkpoints.InFlight(run, 8, store, lease, "cpu").load() is None
+        assert said == [f"{run.id} round  4: goes on from iteration 1,200"]
+        assert checkpoints.InFlight(run, 8, store, lease, "cpu", said.append).load() is None
         store.save(lease, run.id, {}, {"round": 4, "arithmetic": "another machine"}, part=True)
         assert flight.load() is None
         flight.end()

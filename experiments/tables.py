@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from experiments import compression, heading
@@ -105,10 +105,22 @@ def nearest(curve: Sequence[Level], density: float) -> Level | None:
     return min(close, key=lambda level: abs(level.density - density), default=None)
 
 
+def ticks_of(curves: Iterable[Sequence[Level]]) -> list[float]:
+    """The densities that a short table shows: the paper's, or all where there are few rounds."""
+    by_round: dict[int, list[float]] = {}
+    for curve in curves:
+        for level in curve:
+            by_round.setdefault(level.round, []).append(level.density)
+    if len(by_round) <= len(TICKS):  # a profile that trains every fourth round
+        return [mean(by_round[number]) for number in sorted(by_round)]
+    every = [mean(densities) for densities in by_round.values()]
+    return [tick for tick in TICKS if any(abs(d / tick - 1) < 0.1 for d in every)]
+
+
 def summary(selection: Selection, value: str = ACCURACY) -> Table:
     """Curves down, the levels of the paper's ticks across."""
     curves = [(curve.words, curve.levels(value)) for curve in selection.curves]
-    ticks = [t for t in TICKS if any(nearest(levels_, t) for _, levels_ in curves)]
+    ticks = ticks_of(its_levels for _, its_levels in curves)
     rows = []
     for label, its_levels in curves:
         found = [nearest(its_levels, tick) for tick in ticks]
@@ -169,7 +181,8 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
             return f"{told} [{TOO_FEW}]"
         return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
 
-    ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
+    ticks = ticks_of(curve.levels(value) for curve in selection.curves)
+    ticks = [tick for tick in ticks if any(at(tick, found) for found in compared.values())]
     rows = tuple(
         (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
     )
@@ -252,9 +265,11 @@ def heading_shares(selection: Selection) -> Table:
     for curve in selection.curves:
         rows = [row for row in curve.rows if row.get("heading")]
         for tick in (0.41, 0.168):
-            near = [row for row in rows if abs(row["density"] / tick - 1) < 0.15]
-            if not near:
+            close = [row for row in rows if abs(row["density"] / tick - 1) < 0.2]
+            if not close:
                 continue
+            one = min(close, key=lambda row: abs(row["density"] - tick))["round"]
+            near = [row for row in close if row["round"] == one]
             told = []
             for layer in (None, *near[0]["heading"]):
                 sides = [

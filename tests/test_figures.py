@@ -306,6 +306,22 @@ def test_the_short_table_has_the_ticks_of_the_axis(rows):
     assert all(" [" in cell for row in table.rows for cell in row[1:])
 
 
+def test_a_profile_of_few_rounds_is_shown_whole():
+    rows = [r for r in study_rows.rows([STUDIES["mask-0"]], "conv4") if r["round"] % 4 == 0]
+    for row in rows:
+        row["density"] = 0.8157 ** row["round"]  # conv4: 44, 20, 8.7, 3.9, 1.7%
+    selection = select(STUDIES["mask-0"], "conv4", "paper", rows)
+    table = tables.summary(selection)
+    assert table.columns == (
+        "curve", "100% kept", "44.3% kept", "19.6% kept", "8.7% kept", "3.8% kept", "1.7% kept",
+    )  # fmt: skip
+    assert all(" [" in cell for row in table.rows for cell in row[1:])
+    tests = tables.summary_of_tests(selection, selection.curves[0])
+    assert tests.columns[1:] == table.columns[2:]
+    ((_, drawing),) = figures.draw(selection)
+    assert "At 19.6% kept: zero " in drawing.alt
+
+
 def test_tests_against_a_curve(rows):
     selection = select(STUDIES["mask-0"], "fc", "paper", rows)
     full = tables.differences(selection, selection.curves[0])

@@ -3,6 +3,7 @@
 All curves of a figure, and its dashed line of the dense network, are of the same seeds.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from experiments.figures.styles import CRITERION, CYCLE, MASK0, MASK1, Style
 from experiments.published import CHANCE, MASKS
 from experiments.selection import ACCURACY, Curve, Selection
 from experiments.statistics import ALPHA, Level, levels, mean
-from experiments.tables import ITERATION, LEARNED, all_levels, nearest, percent, rows_of
+from experiments.tables import ITERATION, LEARNED, all_levels, nearest, percent, rows_of, ticks_of
 
 TESTED = {"criterion": "large_final"}, {"criterion": "magnitude_increase"}
 STYLES = (("mask1", MASK1, "rewind"), ("mask0", MASK0, "zero"), ("criterion", CRITERION, ""))
@@ -398,7 +399,8 @@ def _alt(
 ) -> str:
     """The figure in words: each curve at one level in the middle of the axis."""
     parts = [f"{title}: {selection.place}, {selection.seeds}, over the share of weights kept."]
-    for tick in (0.168, 0.41, 0.069):
+    ticks = ticks_of(its_levels for _, its_levels in curves)
+    for tick in sorted(ticks, key=lambda tick: abs(math.log(tick / 0.168))):
         found = {curve.words: nearest(its_levels, tick) for curve, its_levels in curves}
         if any(found.values()):
             words: Mapping[str, str] = {

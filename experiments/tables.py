@@ -259,13 +259,13 @@ def bits(selection: Selection) -> Table:
 def heading_shares(selection: Selection) -> Table:
     """Which share of pruned and of kept weights moved towards zero, by criterion and layer.
 
-    At the levels nearest to half and a tenth of the weights; empty where rows have no counts.
+    At the levels nearest to half and to a sixth of the weights; empty where rows have no counts.
     """
     lines: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
         rows = [row for row in curve.rows if row.get("heading")]
-        for tick in (0.41, 0.168):
-            close = [row for row in rows if abs(row["density"] / tick - 1) < 0.2]
+        for tick in (0.5, 0.168):
+            close = [row for row in rows if 2 / 3 < row["density"] / tick < 3 / 2]
             if not close:
                 continue
             one = min(close, key=lambda row: abs(row["density"] - tick))["round"]

@@ -379,7 +379,7 @@ def test_shares_heading_to_zero_by_criterion_and_layer(rows):
     study = STUDIES["same-sign"]
     table = tables.heading_shares(select(study, "fc", "paper", some))
     assert table.columns == ("curve", "kept", "all layers", "fc1.weight", "output.weight")
-    assert table.rows[0] == ("large final", "41.0%", "80.0 / 25.0", "80.0 / 25.0", " / 25.0")
+    assert table.rows[0] == ("large final", "51.2%", "80.0 / 25.0", "80.0 / 25.0", " / 25.0")
     assert tables.heading_shares(select(study, "fc", "paper", rows)).rows == ()
 
 

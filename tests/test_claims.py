@@ -10,7 +10,7 @@ from experiments import claims, predicates, studies
 from experiments.claim import DENSE_ARM, ITERATION, RANDOM, Claim
 from experiments.claims import CLAIMS
 from experiments.judging import Verdict, asked, curves_of, judge, statistics, verdict
-from experiments.runs import PROFILES, Profile, Run, rounds_of
+from experiments.runs import Run, rounds_of
 from experiments.selection import select
 from experiments.studies import Arm
 
@@ -332,23 +332,33 @@ def test_no_drop_is_judged_level_by_level():
     assert [number for number, outcome in its.levels.items() if not outcome.holds] == [17]
 
 
-def test_a_claim_names_the_profiles_that_can_decide_it(monkeypatch):
-    monkeypatch.setitem(PROFILES, "coarse", Profile("coarse"))
+@pytest.mark.parametrize("network", ["fc", "conv2"])
+def test_a_claim_names_the_profiles_that_can_decide_it(network):
     claim = the("Variant 1 is as good", "mask-0")
-    rows = rows_of(claim, {"zero": 0.97, "Variant 1": 0.98}, profile="coarse")
-    [its] = [v for v in judge(rows, "fc", None, "mask-0") if v.claim is claim]
-    assert (its.status, its.profile) == ("holds", "coarse")
+
+    def status(rows):
+        [its] = [v for v in judge(rows, network, None, "mask-0") if v.claim is claim]
+        return its.status, its.profile
+
+    # coarse has rounds 16 and 20 alone of 14 to 20
+    rows = rows_of(claim, {"zero": 0.97, "Variant 1": 0.98}, network, "coarse")
+    rows = [row for row in rows if row["round"] % 4 == 0]
+    assert status(rows) == ("holds", "coarse")
     # the paper's rows decide where there are enough of them
-    worse = rows_of(claim, {"zero": 0.98, "Variant 1": 0.97})
-    [its] = [v for v in judge(rows + worse, "fc", None, "mask-0") if v.claim is claim]
-    assert (its.status, its.profile) == ("fails", "paper")
-    few = rows_of(claim, {"zero": 0.98, "Variant 1": 0.97}, count=2)
-    [its] = [v for v in judge(rows + few, "fc", None, "mask-0") if v.claim is claim]
-    assert (its.status, its.profile) == ("holds", "coarse")
+    worse = {"zero": 0.98, "Variant 1": 0.97}
+    assert status(rows + rows_of(claim, worse, network)) == ("fails", "paper")
+    assert status(rows + rows_of(claim, worse, network, count=2)) == ("holds", "coarse")
+    gone = [row for row in rows if (row["seed"], row["round"]) != (0, 16)]
+    assert status(gone) == ("too few runs", "coarse")
+
+
+def test_coarse_decides_nothing_of_speed():
     speed = the("before the dense", "early-stop")
     rows = rows_of(speed, {"ticket": 3_200, "dense": 5_200}, profile="coarse")
     [its] = [v for v in judge(rows, "fc", "coarse", "early-stop") if v.claim is speed]
-    assert its.status == "not a deciding profile"
+    assert its.status in ("not a deciding profile", "not run")
+    [its] = [v for v in judge(rows, "fc", None, "early-stop") if v.claim is speed]
+    assert (its.status, its.profile) == ("not run", "paper")
 
 
 def test_shares_that_moved_to_zero_decide():

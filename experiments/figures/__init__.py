@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from experiments.figures import curves, masks, plane
+from experiments.figures import curves, masks, plane, untrained
 from experiments.figures.canvas import Drawing
 from experiments.selection import Row, Selection, Study, select
 from experiments.tables import Table
@@ -26,7 +26,7 @@ FIGURES: dict[str, Callable[[Selection], Drawing]] = {
     "mask-criteria": curves.mask_criteria,
     "mask-1": curves.mask1_actions,
     "mask-0": curves.mask0_actions,
-    "supermasks": curves.supermasks,
+    "supermasks": untrained.supermasks,
     "same-sign": curves.same_sign,
     "learned": masks.learned,
     "first-bars": masks.first_bars,
@@ -48,7 +48,7 @@ def figure_of(selection: Selection) -> Callable[[Selection], Drawing] | None:
     if kind["schedule"] == "learned":
         return masks.learned
     if not kind["trained"]:
-        return curves.supermasks
+        return untrained.supermasks
     if all(curve.fields["criterion"] == "none" for curve in selection.curves):
         return None
     return lambda selection: curves.trained(selection, selection.study)

@@ -22,10 +22,9 @@ from experiments.figures.canvas import (
     style,
 )
 from experiments.figures.styles import CRITERION, CYCLE, MASK0, MASK1, Style
-from experiments.published import CHANCE, MASKS
 from experiments.selection import ACCURACY, Curve, Selection
 from experiments.statistics import ALPHA, Level, levels, mean
-from experiments.tables import ITERATION, LEARNED, all_levels, nearest, percent, rows_of, ticks_of
+from experiments.tables import ITERATION, all_levels, nearest, percent, ticks_of
 
 TESTED = {"criterion": "large_final"}, {"criterion": "magnitude_increase"}
 STYLES = (("mask1", MASK1, "rewind"), ("mask0", MASK0, "zero"), ("criterion", CRITERION, ""))
@@ -58,19 +57,19 @@ def mask0_actions(selection: Selection) -> Drawing:
     curves = [(curve, curve.levels()) for curve in selection.curves]
     gains = [(curve, _gains(curve, zero)) for curve in others]
     with style():
-        figure = sheet(_height(len(curves) + 1, 2), title, selection, seeds=_seeds(whole))
+        figure = sheet(height_of(len(curves) + 1, 2), title, selection, seeds=seeds_told(whole))
         upper, lower = figure.subplots(2, 1, sharex=True)
-        _dense_line(upper, selection)
-        _draw(upper, curves)
+        dense_line(upper, selection)
+        draw_curves(upper, curves)
         accuracy_axis(upper, "test accuracy")
         upper.tick_params(labelbottom=True)
         lower.axhline(0, color=MASK0["zero"].color, linewidth=1.1)
-        _draw(lower, gains, [curve for curve, _ in curves])
+        draw_curves(lower, gains, [curve for curve, _ in curves])
         lower.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{round(100 * y, 3):+g}"))
         lower.set_ylabel("points above zero, by seed")
-        _density([upper, lower], curves)
+        density_axes([upper, lower], curves)
         legend(figure, upper)
-        return Drawing(figure, all_levels(selection), _alt(title, selection, curves))
+        return Drawing(figure, all_levels(selection), alt_of(title, selection, curves))
 
 
 def _gains(curve: Curve, base: Curve) -> tuple[Level, ...]:
@@ -120,12 +119,12 @@ def trained(
     zoom = _zoom([its_levels for _, its_levels in curves])
     with style():
         figure = sheet(
-            _height(len(curves) + 1, 2 if zoom else 1), title, selection, seeds=_seeds(whole)
+            height_of(len(curves) + 1, 2 if zoom else 1), title, selection, seeds=seeds_told(whole)
         )
         panels = figure.subplots(2 if zoom else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
         for axes in panels:
-            _dense_line(axes, selection)
-            _draw(axes, curves, winners=winners, limits=zoom if axes is panels[0] else None)
+            dense_line(axes, selection)
+            draw_curves(axes, curves, winners=winners, limits=zoom if axes is panels[0] else None)
             accuracy_axis(axes, "test accuracy")
         if zoom:
             panels[0].set_ylim(zoom)
@@ -134,13 +133,13 @@ def trained(
             panels[0].set_xlabel("")
         if pair:
             _stars(panels[0], whole, *pair)
-        _density(panels, curves)
+        density_axes(panels, curves)
         _name_ends(panels[0], curves, winners, zoom)
         legend(figure, panels[0])
-        return Drawing(figure, all_levels(selection), _alt(title, selection, curves))
+        return Drawing(figure, all_levels(selection), alt_of(title, selection, curves))
 
 
-def _seeds(whole: Selection) -> str:
+def seeds_told(whole: Selection) -> str:
     """What the head says of them, where some curves have more than are drawn."""
     shared = whole.shared
     if shared is whole or shared.seeds == whole.seeds:
@@ -174,66 +173,18 @@ def early_stop(selection: Selection) -> Drawing:
     whole, selection = selection, selection.shared
     curves = [(curve, curve.levels(ITERATION)) for curve in selection.curves]
     with style():
-        figure = sheet(_height(len(curves) + 2, 1), title, selection, seeds=_seeds(whole))
+        figure = sheet(height_of(len(curves) + 2, 1), title, selection, seeds=seeds_told(whole))
         axes = figure.subplots()
-        _dense_line(axes, selection, ITERATION)
-        _draw(axes, curves)
+        dense_line(axes, selection, ITERATION)
+        draw_curves(axes, curves)
         _published_speed(axes, selection)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         axes.set_ylabel("iteration")
-        _density([axes], curves)
+        density_axes([axes], curves)
         legend(figure, axes)
         numbers = all_levels(selection, ITERATION)
-        return Drawing(figure, numbers, _alt(title, selection, curves, ITERATION))
-
-
-def supermasks(selection: Selection) -> Drawing:
-    """Figure 7: masked, never trained; initial weights first, signed constants second.
-
-    Learned masks stand where their density is, dashed lines are trained dense networks and chance.
-    """
-    title = "Masked, but never trained"
-    whole, selection = selection, selection.shared
-    shown = {
-        weights: [(c, c.levels()) for c in selection.curves if c.fields["weights"] == weights]
-        for weights in words.WEIGHTS
-    }
-    shown = {weights: curves for weights, curves in shown.items() if curves}
-    count = max((len(curves) for curves in shown.values()), default=0)
-    with style():
-        figure = sheet(_height(count + 4, len(shown)), title, selection, seeds=_seeds(whole))
-        panels = figure.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0].tolist()
-        for axes, (weights, curves) in zip(panels, shown.items(), strict=False):
-            _dense_line(axes, selection)
-            axes.axhline(CHANCE, color="black", linewidth=1, linestyle=":", label="chance")
-            _draw(axes, curves, by_criterion=True)
-            _learned(axes, whole, weights)
-            accuracy_axis(axes, "test accuracy, untrained")
-            axes.set_ylim(0, 1.03)
-            axes.set_title(words.WEIGHTS[weights], loc="left")
-            axes.tick_params(labelbottom=True)
-        every = [curve for curves in shown.values() for curve in curves]
-        _density(panels, every)
-        for axes, weights in zip(panels, shown, strict=False):
-            _published(axes, selection, weights)
-        legend(figure, panels[0])
-        return Drawing(figure, all_levels(selection), _alt(title, selection, every))
-
-
-def _published(axes: Axes, selection: Selection, weights: str) -> None:
-    """Ticks on the right side: what the article reports of a mask on these weights."""
-    place = axes.get_yaxis_transform()
-    for found in MASKS:
-        data = {"fc": "mnist"}.get(found.network, "cifar10")
-        ours = {"fc": "mnist"}.get(selection.network, "cifar10")
-        if data != ours or found.fields["weights"] != weights:
-            continue
-        color = CRITERION[found.fields["criterion"]].color
-        axes.plot([0.985, 1.0], [found.value] * 2, color=color, linewidth=2.5, transform=place,
-                  clip_on=False, label="_published")  # fmt: skip
-        axes.text(1.01, found.value, f"article: {found.words}", color=color, fontsize=7.5,
-                  va="center", transform=place)  # fmt: skip
+        return Drawing(figure, numbers, alt_of(title, selection, curves, ITERATION))
 
 
 def _published_speed(axes: Axes, selection: Selection) -> None:
@@ -254,7 +205,7 @@ def _published_speed(axes: Axes, selection: Selection) -> None:
 GREY = "#8a8a8a"
 
 
-def _draw(
+def draw_curves(
     axes: Axes,
     curves: Sequence[tuple[Curve, Sequence[Level]]],
     among: Sequence[Curve] = (),
@@ -306,31 +257,12 @@ def _style(curve: Curve, i: int, curves: Sequence[Curve], by_criterion: bool) ->
     return CYCLE[i % len(CYCLE)]
 
 
-def _dense_line(axes: Axes, selection: Selection, value: str = ACCURACY) -> None:
+def dense_line(axes: Axes, selection: Selection, value: str = ACCURACY) -> None:
     """Of the seeds of the curves: seeds differ by as much as some arms do."""
     values = [row[value] for row in selection.dense if row.get(value) is not None]
     if values:
         label = f"dense, trained (mean, n = {len(values)})"
         axes.axhline(mean(values), color="black", linewidth=1.1, linestyle="--", label=label)
-
-
-def _learned(axes: Axes, selection: Selection, weights: str) -> None:
-    """Learned masks without and with rescaling: mean over seeds, at their density."""
-    for rescale, marker in ((False, "*"), (True, "X")):
-        rows = rows_of(selection.rows, {**LEARNED, "weights": weights, "rescale": rescale})
-        rows = [row for row in rows if row["round"] == 1]
-        if not rows:
-            continue
-        axes.plot(
-            mean([row["density"] for row in rows]),
-            mean([row[ACCURACY] for row in rows]),
-            marker=marker,
-            markersize=11,
-            color="black",
-            markerfacecolor="white" if rescale else "black",
-            linestyle="none",
-            label="learned mask" + (", rescaled" if rescale else ""),
-        )
 
 
 def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
@@ -360,7 +292,7 @@ def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
                 axes.text(test.density, height, "*", transform=place, ha="center", fontsize=10)
 
 
-def _density(panels: Sequence[Axes], curves: Sequence[tuple[Curve, Sequence[Level]]]) -> None:
+def density_axes(panels: Sequence[Axes], curves: Sequence[tuple[Curve, Sequence[Level]]]) -> None:
     lowest = min((x.density for _, its_levels in curves for x in its_levels), default=0.012)
     for axes in panels:
         density_axis(axes, lowest)
@@ -381,7 +313,7 @@ def _zoom(curves: Sequence[Sequence[Level]]) -> tuple[float, float] | None:
     return lower - pad, top + pad
 
 
-def _height(entries: int, panels: int) -> float:
+def height_of(entries: int, panels: int) -> float:
     """Inches: panels, and a legend of two columns below."""
     return 0.75 + 2.75 * max(1, panels) + 0.4 + 0.19 * ((entries + 1) // 2)
 
@@ -391,7 +323,7 @@ def _range(counts: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _alt(
+def alt_of(
     title: str,
     selection: Selection,
     curves: Sequence[tuple[Curve, Sequence[Level]]],

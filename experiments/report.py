@@ -219,7 +219,7 @@ def _numbers(selection: Selection) -> list[str]:
     value = ITERATION if selection.study == "early-stop" else ACCURACY
     parts = [page.table(summary(selection, value))]
     if kind["schedule"] == "one_shot":
-        parts += [page.table(ways(selection)), page.table(bits(selection))]
+        parts += [page.table(ways(selection), "text"), page.table(bits(selection))]
     if (moved := heading_shares(selection)).rows:
         parts.append(page.table(moved))
     labels = {curve.label: curve for curve in selection.curves}

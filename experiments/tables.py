@@ -129,7 +129,7 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
     return Table(
         ("curve", *map(_kept, ticks)),
         tuple(rows),
-        f"{value} in {unit}: mean [lowest, highest seed]",
+        f"{_name(value)} in {unit}: mean [lowest, highest seed]",
     )
 
 
@@ -187,10 +187,14 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
         (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
     )
     caption = (
-        f"{value} minus that of {against.words} by seed, in {unit}; * where p < {ALPHA}; in "
+        f"{_name(value)} minus that of {against.words} by seed, in {unit}; * where p < {ALPHA}; in "
         "brackets p of the paired test, then corrected by Holm over the levels"
     )
     return Table(("curve", *map(_kept, ticks)), rows, caption)
+
+
+def _name(value: str) -> str:
+    return value.replace("_", " ").capitalize()
 
 
 def _kept(tick: float) -> str:

@@ -353,10 +353,15 @@ def _step_speed(options: argparse.Namespace) -> None:
     known = [name for name, network in NETWORKS.items() if network.convolutions]
     if bad := [name for name in options.network if name not in known]:
         raise ValueError(f"network must be fc alone, or of {', '.join(known)}; got {bad[0]!r}.")
-    numbers = step_speed.measure(options.network)
-    print("\n".join(step_speed.lines(numbers)))
-    if options.json:
-        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+    print(step_speed.HEAD)
+    rows = []
+    for row in step_speed.measure(options.network):
+        print(step_speed.lines(row), flush=True)
+        rows.append(row)
+        if options.json:  # after each, so that what was measured is not lost
+            about = {"threads": 1, "unit": "CPU seconds", "images": step_speed.IMAGES}
+            numbers = {**about, "rows": rows, **provenance()}
+            write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
 def run_compare(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from experiments import studies
 from experiments.arithmetic import marked
 from experiments.checkpoints import Checkpoints, InFlight, device_of, load
 from experiments.data import Dataset
+from experiments.heading import Counts, towards_zero
 from experiments.learned import learn
 from experiments.lottery import (
     Lottery,
@@ -150,7 +151,11 @@ def run_chains(
                     record(run, number, began, some, this.seconds, dataset, this.row["engine"])
                     for run, this in pairs
                 ],
-                [curve for run, this in pairs for curve in curve_of(run, number, this.evaluations)],
+                [
+                    curve | {"heading": moved(scored[run], this.start)}
+                    for run, this in pairs
+                    for curve in curve_of(run, number, this.evaluations)
+                ],
             )
             for run, this in pairs:
                 scored[run] = this
@@ -158,6 +163,11 @@ def run_chains(
                 store.save(lease, run.id, tensors, marked(metadata, str(device)))
                 say(line(run, this))
             flight.end()
+
+
+def moved(scored: Round, start: Start) -> Counts:
+    """Of the weights that the masks of a start prune and keep, how many were heading to zero."""
+    return towards_zero(scored.start.weights, scored.w_final, scored.start.masks, start.masks)
 
 
 def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say) -> Round:
@@ -234,9 +244,10 @@ def run_untrained(
     points = untrained(
         run.net, dataset, run.seed, dense.w_final, [(run.criterion, run.weights)], range(rounds + 1)
     )
-    rows, curve = [], []
+    rows, curve, counts = [], [], []
     for number, point in enumerate(points):
         curve.append(point["validation"])
+        counts.append(point["heading"])
         rows.append(
             base_row(run)
             | {
@@ -250,7 +261,8 @@ def run_untrained(
         )
     seconds = time.time() - began
     made = record(run, rounds, began, [run], seconds, dataset)
-    store.add(lease, rows, [made], curve_of(run, rounds, curve))
+    curves = [entry | {"heading": counts} for entry in curve_of(run, rounds, curve)]
+    store.add(lease, rows, [made], curves)
     top = max(rows, key=lambda row: row["test_accuracy"])
     say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
 

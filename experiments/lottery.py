@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.data import Dataset
+from experiments.heading import towards_zero
 from experiments.models import (
     Start,
     Weights,
@@ -368,6 +369,7 @@ def untrained(
                 "kept": masks.kept,
                 "accuracy": evaluation(model, dataset.test)[1],
                 "validation": Evaluation(number, loss, right),
+                "heading": towards_zero(w_init, w_final, dense.masks, masks),
                 **backend_of(model),
             }
 

@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
+from experiments import words
+from experiments.judging import Verdict
 from experiments.tables import Table, shown
 
 # Images are drawn on white; in the dark they are inverted, hues kept.
@@ -26,9 +28,7 @@ a { color: var(--link); }
 p { margin: 0.5rem 0; }
 .lead { font-size: 1.1rem; }
 .note { background: var(--soft); border-left: 4px solid var(--line); padding: 0.5rem 0.8rem; }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.4rem; list-style: none; padding: 0; }
-nav a { display: block; padding: 0.35rem 0.7rem; border: 1px solid var(--line); border-radius: 1rem;
-  text-decoration: none; font-size: 0.92rem; }
+nav li { margin: 0.35rem 0; }
 figure { margin: 1rem 0; }
 figure img { display: block; width: 100%; max-width: 40rem; height: auto; background: #fff; }
 figcaption { font-size: 0.9rem; margin-top: 0.3rem; }
@@ -44,8 +44,16 @@ tbody th { font-weight: 600; }
 .wide td, .wide th { white-space: nowrap; }
 .wide tbody th { white-space: normal; min-width: 7rem; }
 .range { display: block; font-size: 0.8rem; opacity: 0.8; }
-.claims table { width: 100%; }
-.claims td:nth-child(2) { white-space: nowrap; }
+.claims table, .text table, .counts table { width: 100%; }
+.claims td:nth-child(5) { white-space: nowrap; }
+.claims th:first-child { min-width: 12rem; }
+.claims .why td { font-size: 0.8rem; opacity: 0.8; padding-top: 0; }
+.claims tr:has(+ .why) > * { border-bottom: 0; }
+.text td:last-child { min-width: 5rem; }
+.text code, .text td { overflow-wrap: anywhere; }
+.idle { font-size: 0.9rem; opacity: 0.85; }
+details { margin: 0.8rem 0; }
+summary { cursor: pointer; font-weight: 600; font-size: 0.95rem; }
 .holds { color: var(--good); font-weight: 700; }
 .fails { color: var(--bad); font-weight: 700; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1rem; font-size: 0.9rem;
@@ -56,16 +64,23 @@ code { font-size: 0.9em; overflow-wrap: anywhere; }
 @media (max-width: 34rem) {
   body { padding: 0.8rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; }
-  .claims thead { position: absolute; clip-path: inset(50%); }
-  .claims tr { display: block; padding: 0.5rem 0; border-bottom: 1px solid var(--line); }
-  .claims tbody th, .claims td { display: block; border: 0; padding: 0.1rem 0; } }
+  .claims thead, .text thead { position: absolute; clip-path: inset(50%); width: 1px;
+    height: 1px; overflow: hidden; }
+  .claims tr, .text tr { display: block; padding: 0.4rem 0; }
+  .claims .why, .text tr { border-bottom: 1px solid var(--line); }
+  .claims tbody th, .claims td, .text tbody th, .text td { display: block; border: 0;
+    padding: 0.1rem 0; }
+  .claims td[data-name]::before, .text td[data-name]::before { font-weight: 600;
+    content: attr(data-name) ": "; }
+  .counts td, .counts th { padding: 0.3rem; font-size: 0.8rem; } }
 @page { size: A4; margin: 15mm; }
 @media print {
   :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #f0f0f0; --line: #999;
     --link: #000; --good: #000; --bad: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-before: page; border: 0; margin-top: 0; }
-  #overview { break-before: auto; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  summary { list-style: none; }
   h2, h3, h4, .caption { break-after: avoid; }
   figure, tr, dl { break-inside: avoid; }
   figure img { filter: none; width: auto; max-width: 100%; max-height: 205mm; }
@@ -125,21 +140,44 @@ def table(content: Table, kind: str = "wide") -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in content.columns)
     body = []
     for first, *others in content.rows:
-        cells = "".join(f"<td>{_cell(shown(cell))}</td>" for cell in others)
+        cells = "".join(
+            f'<td data-name="{escape(column)}">{_cell(shown(cell))}</td>'
+            for column, cell in zip(content.columns[1:], others, strict=True)
+        )
         name = escape(shown(first)).replace("_", "_<wbr>")
         body.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     return _scroll(content.caption, head, body, kind)
 
 
-def claims(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Claims, their verdicts, and the numbers."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("claim", "verdict", "numbers"))
-    body = [
-        f'<tr><th scope="row">{escape(text)}</th><td>{status(word)}</td>'
-        f"<td>{escape(numbers)}</td></tr>"
-        for text, word, numbers in rows
-    ]
+def claims(verdicts: Sequence[Verdict]) -> str:
+    """Claims: the original, ours, the difference, the verdict; the whole numbers below each."""
+    names = ("claim", "original", "ours", "difference", "verdict")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = []
+    for v in verdicts:
+        text, ours, difference, numbers = (
+            escape(words.said(some, v.claim.study))
+            for some in (v.claim.text, v.ours, v.difference, v.numbers)
+        )
+        cells = [
+            ("original", escape(v.claim.original)),
+            ("ours", ours),
+            ("difference", difference),
+            ("verdict", status(v.status)),
+        ]
+        told = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells)
+        body.append(f'<tr><th scope="row">{text}</th>{told}</tr>')
+        body.append(f'<tr class="why"><td colspan="5">{numbers}</td></tr>')
     return _scroll("", head, body, "claims")
+
+
+def item(head: str, text: str) -> str:
+    return f"<li><strong>{escape(head)}</strong>: {escape(text)}.</li>"
+
+
+def folded(summary: str, parts: Iterable[str]) -> str:
+    """What is there on demand, and on paper."""
+    return box("details", [tag("summary", summary), *parts])
 
 
 def _scroll(caption: str, head: str, body: Sequence[str], kind: str) -> str:

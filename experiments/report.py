@@ -1,24 +1,29 @@
-"""The report: one self-contained HTML page with each study's question, figure, claims and numbers.
+"""The report: one self-contained HTML page. First what came out, then figures, claims, costs.
 
 It is made of rows and records alone, so the same store gives the same page.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from experiments import figures, page
+from experiments import figures, how, overview, page, words
+from experiments.claim import DECIDING
+from experiments.judging import Verdict
 from experiments.networks import NETWORKS
-from experiments.runs import PROFILES, Run
+from experiments.runs import PROFILES
 from experiments.selection import ACCURACY, Row, Selection, Study, select
 from experiments.tables import (
     ITERATION,
     Table,
+    bits,
     differences,
+    heading_shares,
     masks,
     seven,
     summary,
     summary_of_tests,
+    ways,
 )
 
 TITLE = "Zeros, signs and the supermask: a reproduction"
@@ -26,41 +31,21 @@ PAPER = (
     'The studies of "Deconstructing Lottery Tickets: Zeros, Signs, and the Supermask" '
     "(Zhou, Lan, Liu, Yosinski, NeurIPS 2019), run with lottery_sparse."
 )
-STATUSES = {  # of a verdict -> in a count of them
-    "holds": "hold",
-    "fails": "fail",
-    "too few runs": "with too few runs",
-    "not run": "not run",
-    "not the paper profile": "not judged",
-}
 # others are tested against it
 REFERENCES = ("rewind", "zero", "large_final", "large_final, init", "rewind_to 0")
-
-
-class Claim(Protocol):
-    @property
-    def study(self) -> str: ...
-
-    @property
-    def text(self) -> str: ...
-
-
-class Verdict(Protocol):
-    """What rows say to a claim about a network, see `judging.judge`."""
-
-    @property
-    def claim(self) -> Claim: ...
-
-    @property
-    def status(self) -> str: ...
-
-    @property
-    def numbers(self) -> str: ...
+RULES = (
+    "A claim is decided by rows of the profiles that it names, from three seeds on (two for some "
+    "learned masks), of the seeds that all its arms have. Its statistic and threshold were "
+    "committed before its runs, unless claims.py says otherwise. Arms are compared by seed (a "
+    "paired t test, p < 0.05, two-sided); Welch's p stands beside it. Masks on untrained networks "
+    "are judged by the mean of each run's best density, as the published numbers are by all "
+    "evidence; the other ways to choose a density are in the tables."
+)
 
 
 class Judge(Protocol):
     def __call__(
-        self, rows: Sequence[Row], network: str, profile: str, study: str
+        self, rows: Sequence[Row], network: str, profile: str | None, study: str | None
     ) -> Sequence[Verdict]: ...
 
 
@@ -77,38 +62,57 @@ def build(
     rows: Sequence[Row],
     records: Sequence[Mapping[str, Any]],
     judge: Judge,
-    profile: str,
+    profiles: Sequence[str],
     networks: Sequence[str] = tuple(NETWORKS),
     weights: figures.Weights | None = None,
+    points: figures.Points | None = None,
+    named: Callable[[str], str] = lambda study: "",
 ) -> str:
     """The page.
 
     Args:
         rows, records: the store's.
         judge: verdicts on the claims of one study about one network.
-        weights: see `figures.draw`.
+        profiles: that are shown; claims are judged by the profiles that can decide them, or by
+            the only one that is here.
+        weights, points: see `figures.draw`.
+        named: study -> its figure in words.
     """
-    verdicts = {
-        (study.name, network): judge(rows, network, profile, study.name)
+    profile = None if set(profiles) <= set(DECIDING) else profiles[0]
+    verdicts = [
+        verdict
         for study in studies
         for network in networks
         if network in study.networks
-    }
-    sections = [
-        _section(study, networks, profile, rows, records, verdicts, weights) for study in studies
+        for verdict in judge(rows, network, profile, study.name)
     ]
+    selections = [
+        selection
+        for study in studies
+        for network in networks
+        for name in profiles
+        if network in study.networks and (selection := select(study, network, name, rows)).begun
+    ]
+    ran = [study for study in studies if any(s.study == study.name for s in selections)]
     parts = [
         "<header>",
         page.tag("h1", TITLE),
-        page.tag("p", PAPER, class_="lead"),
-        _banner(profile),
+        page.tag("p", overview.sentence(verdicts), class_="lead", id="outcome"),
+        page.table(overview.by_network(verdicts), "counts"),
+        page.tag("p", PAPER),
+        *(_banner(name) for name in profiles),
         "</header>",
-        _contents(studies),
+        _contents(ran),
         "<main>",
-        _overview(studies, networks, profile, rows, verdicts),
-        *sections,
+        *(_section(study, selections, verdicts, records, weights, points, named) for study in ran),
+        _claims(studies, verdicts),
+        _table_1(networks, profiles, rows),
+        _deviations(profiles, rows),
+        _costs(selections, records, named),
+        _failed(verdicts),
+        _idle(studies, networks, selections, profiles),
         "</main>",
-        page.box("footer", [page.tag("p", _sources(records))]),
+        page.box("footer", [page.tag("p", how.sources(records))]),
     ]
     return page.page(TITLE, parts)
 
@@ -128,103 +132,55 @@ CHOICES = (
 def _banner(profile: str) -> str:
     deviations = ", ".join(PROFILES[profile].deviations)
     if not deviations:
-        choices = " ".join(f"{choice}." for choice in CHOICES)
-        return page.tag(
-            "p",
-            f"Profile paper: all iterations of the paper's protocol, with these choices. {choices}",
-        )
-    text = f"Profile {profile}, not the paper's protocol: {deviations}. No claim is judged by it."
+        return page.tag("p", "Profile paper: all iterations of the paper's protocol.")
+    text = f"Profile {profile}, not the paper's protocol: {deviations}."
     return page.tag("p", text, class_="note")
 
 
 def _contents(studies: Sequence[Study]) -> str:
-    links = [f'<li><a href="#{study.name}">{page.escape(study.name)}</a></li>' for study in studies]
-    return page.box("nav", ["<ul>", *links, "</ul>"], aria_label="studies")
+    links = [
+        f'<li><a href="#{study.name}">{page.escape(study.question)}</a></li>' for study in studies
+    ]
+    rest = [
+        f'<li><a href="#{name}">{text}</a></li>'
+        for name, text in (
+            ("claims", "How claims are judged"),
+            ("deviations", "Deviations"),
+            ("costs", "Costs and power"),
+            ("failed", "What failed"),
+        )
+    ]
+    parts = page.folded("Contents", ["<ul>", *links, *rest, "</ul>"])
+    return page.box("nav", [parts], aria_label="contents")
 
 
-def _overview(
-    studies: Sequence[ReportedStudy],
-    networks: Sequence[str],
-    profile: str,
-    rows: Sequence[Row],
-    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
-) -> str:
-    selections = {
-        (study.name, network): select(study, network, profile, rows)
-        for study in studies
-        for network in networks
-        if network in study.networks
-    }
-    lines = []
-    for study in studies:
-        cells = []
-        for network in networks:
-            key = study.name, network
-            counts = Counter(verdict.status for verdict in verdicts.get(key, ()))
-            if key not in verdicts:
-                cells.append("\N{EN DASH}")
-            elif not selections[key].curves:
-                cells.append("not run")
-            else:
-                told = [f"{counts[word]} {said}" for word, said in STATUSES.items() if counts[word]]
-                # curves of a study may be there as those of another, its own still to run
-                silent = "run in part" if selections[key].missing else "run"
-                cells.append(", ".join(told) or silent)
-        lines.append((study.name, *cells))
-    caption = "Claims by study and network"
-    counted = Table(("study", *map(_shown, networks)), tuple(lines), caption)
-    mine = [
-        (n, [r for r in rows if r["network"] == n and r["profile"] == profile]) for n in networks
-    ]
-    parts = [
-        page.tag("h2", "Overview", id="overview"),
-        page.table(counted, "overview"),
-        page.tag(
-            "p",
-            "A claim holds or fails by rows of the paper profile alone, from three seeds on (two "
-            "for some learned masks), of the seeds that all its arms have; its statistic and "
-            "threshold were committed before its runs, unless claims.py says otherwise. p < 0.05 "
-            "by Welch's two-sided test is starred as in the paper; beside it stands p corrected by "
-            "Holm over the levels of a figure.",
-        ),
-    ]
-    ran = [(_shown(network), its_rows) for network, its_rows in mine if its_rows]
-    if ran:
-        parts += [page.tag("h3", "Table 1: supermasks"), page.table(seven(ran))]
-    return page.box("section", parts)
+# ---- a study -------------------------------------------------------------------------------------
 
 
 def _section(
     study: ReportedStudy,
-    networks: Sequence[str],
-    profile: str,
-    rows: Sequence[Row],
+    selections: Sequence[Selection],
+    verdicts: Sequence[Verdict],
     records: Sequence[Mapping[str, Any]],
-    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
     weights: figures.Weights | None,
+    points: figures.Points | None,
+    named: Callable[[str], str],
 ) -> str:
+    where = named(study.name) or study.figure
     parts = [
-        page.tag("h2", study.name, id=study.name),
-        page.tag("p", study.question, class_="lead"),
+        page.tag("h2", study.question, id=study.name),
+        page.tag("p", f"Study {study.name}: {where}." if where else f"Study {study.name}."),
     ]
-    if study.figure:
-        parts.append(page.tag("p", f"In the paper: {study.figure}."))
-    idle = []
-    for network in networks:
-        if network not in study.networks:
-            continue
-        selection = select(study, network, profile, rows)
-        if not selection.curves:
-            idle.append(network)
-            continue
-        parts += _network(selection, records, verdicts[study.name, network], weights)
-    if idle:
-        command = f"python -m experiments run {study.name} --network {idle[0]} --profile {profile}"
-        names = ", ".join(map(_shown, idle))
-        parts.append(
-            f'<p class="note">Not run on {page.escape(names)}: '
-            f"<code>{page.escape(command)}</code></p>"
-        )
+    for selection in selections:
+        if selection.study == study.name:
+            mine = [
+                v
+                for v in verdicts
+                if (v.claim.study, v.network) == (study.name, selection.network)
+                and v.status != "not run"
+                and v.profile == selection.profile
+            ]
+            parts += _network(selection, records, mine, weights, points)
     return page.box("section", parts)
 
 
@@ -233,9 +189,12 @@ def _network(
     records: Sequence[Mapping[str, Any]],
     verdicts: Sequence[Verdict],
     weights: figures.Weights | None,
+    points: figures.Points | None,
 ) -> list[str]:
-    parts = [page.tag("h3", selection.place, id=f"{selection.study}-{selection.network}")]
-    for stem, drawing in figures.draw(selection, weights):
+    name = f"{selection.study}-{selection.network}-{selection.profile}"
+    profile = "" if selection.paper else f", profile {selection.profile}"
+    parts = [page.tag("h3", f"{selection.place}{profile}", id=name)]
+    for stem, drawing in figures.draw(selection, weights, points):
         caption = f"Numbers: {page.download(f'{stem}.csv', drawing.numbers)}"
         parts.append(
             page.box(
@@ -247,19 +206,22 @@ def _network(
             )
         )
     if verdicts:
-        found = [(v.claim.text, v.status, v.numbers) for v in verdicts]
-        parts += [page.tag("h4", "Claims"), page.claims(found)]
-    parts += [page.tag("h4", "Numbers"), *_numbers(selection)]
-    return [*parts, page.tag("h4", "How it was run"), page.facts(_how(selection, records))]
+        parts.append(page.claims(verdicts))
+    ran = [page.tag("h4", "How it was run"), page.facts(how.told(selection, records))]
+    return [*parts, page.folded("Tables, and how it was run", [*_numbers(selection), *ran])]
 
 
 def _numbers(selection: Selection) -> list[str]:
     """The tables of a study on a network: means and ranges, and tests against one curve."""
     kind = selection.curves[0].fields
     if kind["schedule"] == "learned":
-        return [page.table(masks(selection))]
+        return [page.table(masks(selection)), page.table(bits(selection))]
     value = ITERATION if selection.study == "early-stop" else ACCURACY
     parts = [page.table(summary(selection, value))]
+    if kind["schedule"] == "one_shot":
+        parts += [page.table(ways(selection), "text"), page.table(bits(selection))]
+    if (moved := heading_shares(selection)).rows:
+        parts.append(page.table(moved))
     labels = {curve.label: curve for curve in selection.curves}
     against = next((labels[name] for name in REFERENCES if name in labels), None)
     if against is not None and len(labels) > 1:
@@ -271,99 +233,112 @@ def _numbers(selection: Selection) -> list[str]:
     return parts
 
 
-def _how(selection: Selection, records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    rows = [row for curve in selection.curves for row in curve.rows]
-    network = Run(network=selection.network, profile=selection.profile, seed=0).net
-    keep = ", ".join(f"{float(share):g} of {kind}" for kind, share in network.keep.items())
-    yield "profile", selection.profile + (f": {selection.caveat}" if selection.caveat else "")
-    if any(row["schedule"] == "learned" for row in rows):
-        yield (
-            "masks",
-            f"SGD with momentum 0.9, rate {network.score_lr:g}, batch "
-            f"{network.score_batch_size}, {network.score_iterations:,} iterations",
+# ---- all studies together ------------------------------------------------------------------------
+
+
+def _claims(studies: Sequence[ReportedStudy], verdicts: Sequence[Verdict]) -> str:
+    """How claims are judged, and how many there are of each study: each stands by its figure."""
+    lines = []
+    for study in studies:
+        mine = [v for v in verdicts if v.claim.study == study.name]
+        counts = Counter(v.status for v in mine)
+        if mine:
+            told = [f"{counts[s]} {verb}" for s, verb in overview.STATUSES.items() if counts[s]]
+            lines.append((study.name, len(mine), ", ".join(told)))
+    table = Table(("study", "claims", "of them"), tuple(lines), "Claims by study")
+    parts = [page.tag("h2", "How claims are judged", id="claims"), page.tag("p", RULES)]
+    return page.box("section", [*parts, page.table(table, "text")])
+
+
+def _table_1(networks: Sequence[str], profiles: Sequence[str], rows: Sequence[Row]) -> str:
+    some = [
+        (
+            words.network(network) + ("" if profile == "paper" else f", profile {profile}"),
+            [r for r in rows if r["network"] == network and r["profile"] == profile],
         )
-    if any(row["schedule"] != "learned" for row in rows):
-        yield (
-            "training",
-            f"Adam, rate {network.lr:g}, batch {network.batch_size}, "
-            f"{network.iterations:,} iterations a round",
-        )
-        yield "a round keeps", keep
-    yield "seeds", _list({row["seed"] for row in rows})
-    rounds = {row["round"] for row in rows}
-    yield "rounds", f"{min(rounds)} to {max(rounds)}" if len(rounds) > 1 else f"{min(rounds)}"
-    yield "not run", ", ".join(selection.missing)
-    yield "layers ran as", _products(rows)
-    ids = {row.get("stored_as", row["run_id"]) for row in rows}
-    yield from _provenance([record for record in records if record.get("run_id") in ids])
-
-
-def _products(rows: Sequence[Row]) -> str:
-    """Which products the layers ran on: "rounds 8 to 20: sparse, sparse, dense"."""
-    by_round: dict[int, Counter[str]] = {}
-    for row in rows:
-        if row.get("products"):
-            by_round.setdefault(row["round"], Counter())[", ".join(row["products"])] += 1
-    spans: list[tuple[int, int, str]] = []
-    for number, counts in sorted(by_round.items()):
-        told = " or ".join(products for products, _ in counts.most_common())
-        if spans and spans[-1][2] == told:
-            spans[-1] = (spans[-1][0], number, told)
-        else:
-            spans.append((number, number, told))
-    return "; ".join(
-        (f"round {first}" if first == last else f"rounds {first} to {last}") + f": {told}"
-        for first, last, told in spans
-    )
-
-
-def _provenance(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    if not records:
-        return
-    seconds = sum(record.get("seconds") or 0 for record in records)
-    yield "time", f"{seconds / 3600:.1f} h in all" if seconds > 5400 else f"{seconds:.0f} s in all"
-    yield "started", _span(str(r["started"]) for r in records if r.get("started"))
-    versions = {
-        ", ".join(f"{name} {number}" for name, number in sorted(record["versions"].items()))
-        for record in records
-        if isinstance(record.get("versions"), Mapping)
-    }
-    yield "versions", _list(versions)
-    yield (
-        "commits",
-        _list(
-            {
-                str(r["commit"] or "unknown")[:10] + (" with changes" if r.get("dirty") else "")
-                for r in records
-                if "commit" in r
-            }
-        ),
-    )
-    yield "processors", _list({r["machine"]["cpu"] for r in records if "machine" in r})
-    yield "engines", _list({str(r["engine"]) for r in records if r.get("engine")})
-    outcomes = Counter(str(r.get("outcome", "done")) for r in records)
-    yield "attempts", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-
-
-def _sources(records: Sequence[Mapping[str, Any]]) -> str:
-    starts = _span(str(r["started"]) for r in records if r.get("started"))
-    ran = f" Its runs were started {starts}." if starts else ""
-    return f"Made by `python -m experiments report` from rows and records of the store.{ran}"
-
-
-def _span(moments: Iterable[str]) -> str:
-    ordered = sorted(moments)
-    if not ordered:
+        for network in networks
+        for profile in profiles
+    ]
+    some = [(name, its_rows) for name, its_rows in some if its_rows]
+    if not some:
         return ""
-    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]} to {ordered[-1]}"
+    table = seven(some).turned("network")
+    return page.box("section", [page.tag("h2", "Table 1: supermasks"), page.table(table)])
 
 
-def _list(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, sorted(values)))
+def _deviations(profiles: Sequence[str], rows: Sequence[Row]) -> str:
+    told = (
+        "What is not as in the paper or in the authors' code, and what it changes: ours minus "
+        "theirs, in points of test accuracy, by seed."
+    )
+    choices = " ".join(f"{choice}." for choice in CHOICES)
+    return page.box(
+        "section",
+        [
+            page.tag("h2", "Deviations and their effect", id="deviations"),
+            page.tag("p", told),
+            page.table(overview.deviations(rows), "text"),
+            page.tag("p", f"Choices in every profile: {choices}"),
+        ],
+    )
 
 
-def _shown(network: str) -> str:
-    return "FC" if network == "fc" else network.capitalize()
+def _costs(
+    selections: Sequence[Selection],
+    records: Sequence[Mapping[str, Any]],
+    named: Callable[[str], str],
+) -> str:
+    total = overview.core_hours(records)
+    parts = [
+        page.tag("h2", "Costs and power", id="costs"),
+        page.tag("p", f"All runs of this store took {total:.1f} core-hours."),
+        page.table(overview.costs(selections, records, named), "text"),
+        page.facts(how.machines(records)),
+    ]
+    power = overview.power(selections, REFERENCES)
+    if power.rows:
+        parts.append(page.table(power))
+    return page.box("section", parts)
+
+
+def _failed(verdicts: Sequence[Verdict]) -> str:
+    """Negative results, as such."""
+    failed = [verdict for verdict in verdicts if verdict.status == "fails"]
+    parts = [page.tag("h2", "What failed", id="failed")]
+    if not failed:
+        return page.box("section", [*parts, page.tag("p", "No claim fails.")])
+    items = [
+        page.item(
+            words.said(v.claim.text, v.claim.study),
+            f"{words.network(v.network)}, profile {v.profile}; the original: {v.claim.original}. "
+            + words.said(v.numbers, v.claim.study),
+        )
+        for v in failed
+    ]
+    return page.box("section", [*parts, "<ul>", *items, "</ul>"])
+
+
+def _idle(
+    studies: Sequence[ReportedStudy],
+    networks: Sequence[str],
+    selections: Sequence[Selection],
+    profiles: Sequence[str],
+) -> str:
+    ran = {(selection.study, selection.network) for selection in selections}
+    lines = []
+    for study in studies:
+        idle = [n for n in networks if n in study.networks and (study.name, n) not in ran]
+        if idle:
+            command = (
+                f"python -m experiments run {study.name} --network {idle[0]} "
+                f"--profile {profiles[0]}"
+            )
+            lines.append((study.name, ", ".join(map(words.network, idle)), command))
+    if not lines:
+        return ""
+    table = Table(("study", "networks", "command of the first"), tuple(lines))
+    heading = page.tag("h2", "Not run", id="not-run")
+    return page.box("section", [heading, page.table(table, "text")])
 
 
 Load = Callable[[str], tuple[Mapping[str, Any], Mapping[str, Any]] | None]

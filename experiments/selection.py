@@ -1,10 +1,11 @@
 """From rows of the store to what figures and tables show: the curves of a study on one network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from experiments import words
 from experiments.networks import NETWORKS
 from experiments.runs import DENSE, PROFILES, Run
 from experiments.statistics import Comparison, Level, compare, levels
@@ -55,8 +56,29 @@ class Curve:
         return self.rows[0]
 
     @property
+    def words(self) -> str:
+        """The label in the paper's words."""
+        return words.arm(self.label, self.fields)
+
+    @property
     def trained(self) -> bool:
         return self.fields["trained"] and self.fields["schedule"] != "learned"
+
+    @property
+    def seeds(self) -> set[int]:
+        """Those that have all rounds which any of the rows has."""
+        rounds = {row["round"] for row in self.rows}
+        by_seed: dict[int, set[int]] = {}
+        for row in self.rows:
+            by_seed.setdefault(row["seed"], set()).add(row["round"])
+        return {seed for seed, there in by_seed.items() if there == rounds}
+
+    def of(self, seeds: set[int]) -> "Curve":
+        """The curve of these seeds alone."""
+        rows, dense = (
+            tuple(row for row in some if row["seed"] in seeds) for some in (self.rows, self.dense)
+        )
+        return replace(self, rows=rows, dense=dense)
 
     def levels(self, value: str = ACCURACY) -> tuple[Level, ...]:
         rows = self.rows
@@ -97,6 +119,12 @@ class Selection:
     missing: tuple[str, ...] = ()
 
     @property
+    def begun(self) -> bool:
+        """Whether it is whole, or has runs that no study before it asks for."""
+        own = any(curve.fields.get("study") == self.study for curve in self.curves)
+        return bool(self.curves) and (own or not self.missing)
+
+    @property
     def paper(self) -> bool:
         return self.profile == "paper"
 
@@ -115,9 +143,7 @@ class Selection:
     def place(self) -> str:
         """Network and data set: "FC on MNIST"."""
         dataset = PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
-        names = {"mnist": "MNIST", "cifar10": "CIFAR-10", "mnist-mini": "a subset of MNIST"}
-        network = "FC" if self.network == "fc" else self.network.capitalize()
-        return f"{network} on {names.get(dataset, dataset)}"
+        return f"{words.network(self.network)} on {words.DATA.get(dataset, dataset)}"
 
     @property
     def caveat(self) -> str:
@@ -128,6 +154,27 @@ class Selection:
     def stem(self) -> str:
         """Name of the files: "mask-criteria-fc-paper"."""
         return f"{self.study}-{self.network}-{self.profile}"
+
+    @property
+    def shared(self) -> "Selection":
+        """The seeds that all curves have, so that curves, and their dense line, can be compared.
+
+        Itself where fewer than two are shared.
+        """
+        if not self.curves:
+            return self
+        seeds = set.intersection(*(curve.seeds for curve in self.curves))
+        if len(seeds) < 2:
+            return self
+        return replace(
+            self,
+            curves=tuple(curve.of(seeds) for curve in self.curves),
+            dense=tuple(row for row in self.dense if row["seed"] in seeds),
+        )
+
+    def only(self, keep: Callable[[Curve], bool]) -> "Selection":
+        """The curves that `keep` chooses."""
+        return replace(self, curves=tuple(filter(keep, self.curves)))
 
     def find(self, **fields: Any) -> Curve | None:
         """The first curve whose rows have these fields."""

@@ -1,18 +1,24 @@
 """Commands that show what a store holds: figure, table, report, claims. They change nothing in it.
 
 Each takes options with the attributes store (a folder), study and network (a name, or None for
-all), profile, and out (a folder; for the report a file or a folder).
+all), profile (a name, or None: those that decide claims, see `profiles_of`), and out (a folder; for
+the report a file or a folder).
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping
+import csv
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import studies
+from experiments.beside import joined
+from experiments.claim import DECIDING
 from experiments.files import write_whole
 from experiments.judging import judge
 from experiments.networks import NETWORKS
+from experiments.numbering import figures_of
+from experiments.overview import claims_markdown, sentence
 from experiments.remakes import readable
 from experiments.report import build, weights_from
 from experiments.runs import PROFILES
@@ -26,33 +32,50 @@ def figure(options: argparse.Namespace) -> None:
     from experiments import figures  # matplotlib loads slowly, and tables do without
 
     store = Store(options.store, create=False)
-    weights = weights_from(store.load)
+    weights, points = weights_from(store.load), points_from(options.store / "figures")
     for selection in _selections(options, store):
-        for stem, drawing in figures.draw(selection, weights):
+        for stem, drawing in figures.draw(selection, weights, points):
             for path in drawing.save(Path(options.out), stem):
                 print(path)
+
+
+def points_from(folder: Path) -> Callable[[str], Table | None]:
+    """`figures.Points` from the CSV files of earlier figures in a folder."""
+
+    def points(stem: str) -> Table | None:
+        path = folder / f"{stem}.csv"
+        if not path.exists():
+            return None
+        with path.open(newline="") as file:
+            columns, *rows = csv.reader(file)
+        # weights, then 1 where a criterion keeps them
+        points = [(*map(float, row[:2]), *map(int, row[2:])) for row in rows]
+        return Table(tuple(columns), tuple(points))
+
+    return points
 
 
 def table(options: argparse.Namespace) -> None:
     """A short table of each study on standard output; with `out`, text, Markdown and CSV there."""
     store = Store(options.store, create=False)
-    rows = readable(store.rows())
-    found: list[tuple[str, Table, Table]] = []
+    rows = _rows(store)
+    found: list[tuple[str, str, Table, Table]] = []
     for selection in _selections(options, store):
         learned = selection.curves[0].fields["schedule"] == "learned"
         value = ITERATION if selection.study == "early-stop" else "test_accuracy"
         short = masks(selection) if learned else summary(selection, value)
-        found.append((selection.stem, short, all_levels(selection, value)))
+        found.append((selection.stem, selection.caveat, short, all_levels(selection, value)))
     if options.study in (None, "learned", "supermasks"):
         networks = [options.network] if options.network else list(NETWORKS)
-        of = {
-            name: [r for r in rows if r["network"] == name and r["profile"] == options.profile]
-            for name in networks
-        }
-        both = seven([(name, its_rows) for name, its_rows in of.items() if its_rows])
-        found.append((f"table-1-{options.profile}", both, both))
-    for stem, short, full in found:
-        print("\n\n".join(filter(None, (stem, caveat_of(options.profile), short.text()))))
+        for profile in profiles_of(options, rows):
+            of = {
+                name: [r for r in rows if r["network"] == name and r["profile"] == profile]
+                for name in networks
+            }
+            both = seven([(name, its_rows) for name, its_rows in of.items() if its_rows])
+            found.append((f"table-1-{profile}", caveat_of(profile), both, both))
+    for stem, caveat, short, full in found:
+        print("\n\n".join(filter(None, (stem, caveat, short.text()))))
         if options.out is not None:
             write_whole(Path(options.out) / f"{stem}.txt", short.text().encode())
             write_whole(Path(options.out) / f"{stem}.md", short.markdown().encode())
@@ -64,8 +87,7 @@ def report(options: argparse.Namespace) -> None:
     store = Store(options.store, create=False)
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
     networks = _networks(options.network)
-    _check_profile(options.profile)
-    rows = readable(store.rows())
+    rows = _rows(store)
     if not _has_rows(rows, options):
         raise _no_rows(options)
     text = build(
@@ -73,9 +95,11 @@ def report(options: argparse.Namespace) -> None:
         rows,
         store.records(),
         judge,
-        options.profile,
+        profiles_of(options, rows),
         networks,
         weights_from(store.load),
+        points_from(options.store / "figures"),
+        figures_of,
     )
     path = Path(options.out)
     if path.suffix != ".html":
@@ -88,23 +112,48 @@ def claims(options: argparse.Namespace) -> None:
     """What the rows say to each claim, as a Markdown table on standard output, and in claims.md of
     the folder `out`.
     """
-    rows = readable(Store(options.store, create=False).rows())
-    _check_profile(options.profile)
+    rows = _rows(Store(options.store, create=False))
+    profiles = profiles_of(options, rows)
     if options.study is not None:
         studies.find(options.study)
     if not _has_rows(rows, options):
         raise _no_rows(options)
-    cells = [
-        (verdict.claim.study, network, verdict.claim.text, verdict.numbers, verdict.status)
+    verdicts = [
+        verdict
         for network in _networks(options.network)
-        for verdict in judge(rows, network, options.profile, options.study)
+        for verdict in judge(rows, network, options.profile or _only(profiles), options.study)
     ]
-    text = Table(("study", "network", "claim", "numbers", "verdict"), tuple(cells)).markdown()
-    if caveat := caveat_of(options.profile):
-        text = f"{caveat}\n\n{text}"
+    caveats = {caveat_of(name) for name in profiles} - {""}
+    parts = [sentence(verdicts), *sorted(caveats), claims_markdown(verdicts).markdown()]
+    text = "\n\n".join(parts)
     print(text, end="")
     if options.out is not None:
         write_whole(Path(options.out) / "claims.md", text.encode())
+
+
+def profiles_of(options: argparse.Namespace, rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The profile that the options name; else those with rows that can decide claims, else the one
+    that all rows are of, else paper.
+    """
+    if options.profile is not None:
+        if options.profile not in PROFILES:
+            raise ValueError(
+                f"profile must be one of {', '.join(PROFILES)}; got {options.profile!r}."
+            )
+        return (options.profile,)
+    there = {row["profile"] for row in rows}
+    deciding = tuple(name for name in DECIDING if name in there)
+    return deciding or (tuple(there) if len(there) == 1 else ("paper",))
+
+
+def _only(profiles: Sequence[str]) -> str | None:
+    """A profile that decides nothing, so that its numbers are shown without a verdict."""
+    return None if set(profiles) <= set(DECIDING) else profiles[0]
+
+
+def _rows(store: Store) -> list[dict[str, Any]]:
+    """Those to read, with what lies beside them."""
+    return joined(readable(store.rows()), store.curves())
 
 
 def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:
@@ -114,30 +163,31 @@ def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection
         ValueError: none has.
     """
     chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
-    networks, rows = _networks(options.network), readable(store.rows())
-    _check_profile(options.profile)
+    networks, rows = _networks(options.network), _rows(store)
     any_found = False
     for study in chosen:
         for network in networks:
             if network not in study.networks:
                 continue
-            selection = select(study, network, options.profile, rows)
-            if selection.curves:
-                any_found = True
-                yield selection
+            for profile in profiles_of(options, rows):
+                selection = select(study, network, profile, rows)
+                if selection.curves if options.study else selection.begun:
+                    any_found = True
+                    yield selection
     if not any_found:
         raise _no_rows(options)
 
 
-def _has_rows(rows: Iterable[Mapping[str, Any]], options: argparse.Namespace) -> bool:
-    networks = _networks(options.network)
-    return any(row["network"] in networks and row["profile"] == options.profile for row in rows)
+def _has_rows(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> bool:
+    networks, profiles = _networks(options.network), profiles_of(options, rows)
+    return any(row["network"] in networks and row["profile"] in profiles for row in rows)
 
 
 def _no_rows(options: argparse.Namespace) -> ValueError:
     of = f"{options.study or 'any study'} on {options.network or 'any network'}"
+    profile = options.profile or " or ".join(DECIDING)
     return ValueError(
-        f"no rows in {options.store} of {of} with profile {options.profile}: make them by "
+        f"no rows in {options.store} of {of} with profile {profile}: make them by "
         "`python -m experiments run`, or choose another --profile."
     )
 
@@ -146,8 +196,3 @@ def _networks(name: str | None) -> tuple[str, ...]:
     if name is not None and name not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}.")
     return tuple(NETWORKS) if name is None else (name,)
-
-
-def _check_profile(name: str) -> None:
-    if name not in PROFILES:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}.")

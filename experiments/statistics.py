@@ -1,13 +1,16 @@
 """Statistics of the figures: mean, range, interval, and the test of two curves. Pure functions.
 
-A curve is summarised level by level: a level is one round, its values one per seed. The test is
-Welch's, two-sided, as in the paper's figures starred at p < 0.05, with Holm's correction over the
-levels of the figure beside it. Fewer than three runs on a side are not tested.
+A curve is summarised level by level: a level is one round, its values one per seed. Runs of a seed
+start from the same weights and see the same batches, so two arms are tested by the differences of
+each seed (a paired t test, two-sided); Welch's test, of means alone, stands beside it. As in the
+paper p < 0.05 is starred, with Holm's correction over the levels of the figure beside it. Fewer
+than three seeds are not tested.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from scipy import stats
@@ -45,6 +48,39 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
     # from moments: ttest_ind warns of cancellation where one side has no spread
     sides = [part for x in (a, b) for part in (mean(x), deviation(x), len(x))]
     return float(stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue)
+
+
+def paired(differences: Sequence[float]) -> float | None:
+    """p of a mean difference of zero, two-sided, of one difference per seed; None below three."""
+    if len(differences) < FEWEST:
+        return None
+    spread = deviation(differences)
+    if spread == 0:  # t is 0 / 0 or infinite
+        return 1.0 if differences[0] == 0 else 0.0
+    t = mean(differences) * math.sqrt(len(differences)) / spread
+    return float(2 * stats.t.sf(abs(t), len(differences) - 1))
+
+
+def detectable(differences: Sequence[float]) -> float | None:
+    """The least true difference that `paired` finds at p < 0.05 four times of five.
+
+    By the noncentral t distribution, of as many seeds, if the differences scatter as these do. None
+    below three.
+    """
+    n = len(differences)
+    return None if n < FEWEST else _shift(n) * deviation(differences) / math.sqrt(n)
+
+
+@cache
+def _shift(n: int, power: float = 0.8) -> float:
+    """Of a t of n - 1 degrees of freedom, so that it is beyond its limits this often."""
+    limit = float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+    low, high = 0.0, 20.0  # n = 3 needs 6.6
+    for _ in range(40):
+        middle = (low + high) / 2
+        law = stats.nct(n - 1, middle)
+        low, high = (middle, high) if law.sf(limit) + law.cdf(-limit) < power else (low, middle)
+    return high
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -121,15 +157,25 @@ def levels(rows: Iterable[Mapping[str, Any]], value: str = "test_accuracy") -> t
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two curves at one level: difference of the means (a - b), p, and p corrected by Holm."""
+    """Two curves at one level, over the seeds that both have.
+
+    Attributes:
+        n: number of these seeds.
+        difference: mean of a - b by seed.
+        p: of the paired test.
+        p_holm: the same, corrected by Holm over the levels.
+        p_welch: of Welch's test.
+        seen: the least difference that the paired test would find four times of five.
+    """
 
     round: int
     density: float
-    n_a: int
-    n_b: int
+    n: int
     difference: float
     p: float | None
     p_holm: float | None
+    p_welch: float | None
+    seen: float | None
 
     @property
     def stars(self) -> str:
@@ -137,11 +183,27 @@ class Comparison:
 
 
 def compare(a: Sequence[Level], b: Sequence[Level]) -> list[Comparison]:
-    """Welch's test at each pruned level that both curves have; Holm over these levels."""
+    """Two curves at each pruned level that both have, by seed; Holm over these levels.
+
+    A curve of one level, that of the dense network, is compared with every level of the other.
+    """
     other = {level.round: level for level in b}
-    pairs = [(x, other[x.round]) for x in a if x.round > 0 and x.round in other]
-    p_values = [welch(x.values, y.values) for x, y in pairs]
+    if set(other) == {0}:
+        other = {x.round: b[0] for x in a}
+    found: list[tuple[Level, list[float], list[float]]] = []
+    for x in a:
+        y = other.get(x.round)
+        if x.round == 0 or y is None:
+            continue
+        ours, theirs = (dict(zip(z.seeds, z.values, strict=True)) for z in (x, y))
+        shared = [seed for seed in x.seeds if seed in theirs]
+        if shared:
+            found.append((x, [ours[s] for s in shared], [theirs[s] for s in shared]))
+    gaps = [[p - q for p, q in zip(ours, theirs, strict=True)] for _, ours, theirs in found]
+    p_values = [paired(gap) for gap in gaps]
     return [
-        Comparison(x.round, x.density, x.n, y.n, x.mean - y.mean, p, p_holm)
-        for (x, y), p, p_holm in zip(pairs, p_values, holm(p_values), strict=True)
+        Comparison(
+            x.round, x.density, len(gap), mean(gap), p, p_holm, welch(*sides), detectable(gap)
+        )
+        for (x, *sides), gap, p, p_holm in zip(found, gaps, p_values, holm(p_values), strict=True)
     ]

@@ -4,7 +4,7 @@ The profile `coarse` takes its literals from this table, once; no run asks the h
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import lottery_sparse as ls
 from experiments.data import Split
 from experiments.models import Start, dense_start, model_of
 from experiments.networks import NETWORKS, Network, keep_by_parameter
-from experiments.provenance import provenance
 from experiments.train import adam, evaluation, stepper
 
 WAYS = {  # precision, layout, form
@@ -27,22 +26,22 @@ WAYS = {  # precision, layout, form
 }
 ROUNDS = (0, 4, 8, 12, 16, 20)
 IMAGES = 1_000  # of an evaluation
-REPEATS = 5  # of each way, one after the other; the minimum is taken
+REPEATS = 3  # of each way, one after the other; the minimum is taken
 
 
-def measure(networks: Sequence[str]) -> dict[str, Any]:
-    """CPU seconds of one thread, of a training step and of an evaluation of 1,000 images."""
+def measure(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield for each network and round the least CPU seconds of one thread.
+
+    They are of a training step, and of an evaluation of `IMAGES` images.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [
-            {"network": name, "round": number, **of(NETWORKS[name], number)}
-            for name in networks
-            for number in ROUNDS
-        ]
+        for name in networks:
+            for number in ROUNDS:
+                yield {"network": name, "round": number, **of(NETWORKS[name], number)}
     finally:
         torch.set_num_threads(threads)
-    return {"threads": 1, "unit": "CPU seconds", "images": IMAGES, "rows": rows, **provenance()}
 
 
 def of(network: Network, number: int) -> dict[str, Any]:
@@ -85,11 +84,13 @@ def prepared(
     return lambda: take_step(images, labels), lambda: evaluation(model, data)
 
 
-def lines(numbers: dict[str, Any]) -> list[str]:
-    """The table, milliseconds, for a terminal."""
-    found = [f"{'ms':<16}{'density':>8}  " + "".join(f"{name:>24}" for name in WAYS)]
-    for row in numbers["rows"]:
-        for what in ("step", "evaluation"):
-            times = "".join(f"{row[what][name] * 1e3:24.0f}" for name in WAYS)
-            found.append(f"{row['network']:<6}{what:<10}{row['density']:8.2%}  {times}")
-    return found
+HEAD = f"{'milliseconds':<16}{'density':>8}  " + "".join(f"{name:>24}" for name in WAYS)
+
+
+def lines(row: dict[str, Any]) -> str:
+    """A row for a terminal: a step, and an evaluation."""
+    found = []
+    for what in ("step", "evaluation"):
+        times = "".join(f"{row[what][name] * 1e3:24.0f}" for name in WAYS)
+        found.append(f"{row['network']:<6}{what:<10}{row['density']:8.2%}  {times}")
+    return "\n".join(found)

@@ -150,7 +150,7 @@ class Store:
     ) -> None:
         """Append rows, curves and records of runs that the lease covers: all of them or none.
 
-        A row or curve that is there already is skipped.
+        A row or curve that is there already is skipped, also where later code says more of it.
 
         Raises:
             LeaseLost: another worker has taken a run over.
@@ -177,7 +177,7 @@ class Store:
             known = self._known[name].get(key) or new.get(key)
             if known is None:
                 new[key] = entry
-            elif line_of(known) != line_of(entry):
+            elif not _agree(known, entry):
                 raise OtherNumbers(
                     key[0],
                     f"run {key[0]} round {key[1]} is stored with other numbers "
@@ -338,6 +338,11 @@ def _digest(metadata: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _agree(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether the new entry says all that the old one does, and the same."""
+    return canonical(old) == canonical({name: new[name] for name in old if name in new})
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

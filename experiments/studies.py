@@ -204,6 +204,17 @@ STUDIES: dict[str, Study] = {
             figure="the *_rescaling actions (in the authors' code only)",
         ),
         Study(
+            "choices",
+            "What do our choices change against the authors' code?",
+            (
+                {"mask1": ("reinit", "reinit_permute")},
+                {"mask1": ("reinit",), "compounding": (True,)},
+            ),
+            networks=("fc",),
+            seeds=3,
+            figure="two deviations, beside what they deviate from",
+        ),
+        Study(
             "learned-sensitivity",
             "What do the initial scores of a learned mask decide?",
             ({**_one(LEARNED), "init_score": SCORES},),

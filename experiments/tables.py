@@ -2,9 +2,11 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from experiments import compression, heading
+from experiments.densities import NOT_RECORDED, WAYS, Way, chosen
 from experiments.selection import ACCURACY, Curve, Row, Selection
 from experiments.statistics import ALPHA, TOO_FEW, Comparison, Level, levels, mean
 
@@ -31,6 +33,12 @@ class Table:
         writer.writerow(self.columns)
         writer.writerows(self.rows)
         return text.getvalue().encode()
+
+    def turned(self, corner: str) -> "Table":
+        """Rows as columns: for a table of few rows that is too wide for a page."""
+        heads = (corner, *(shown(row[0]) for row in self.rows))
+        rows = tuple(zip(self.columns[1:], *(row[1:] for row in self.rows), strict=True))
+        return Table(heads, rows, self.caption)
 
     def text(self) -> str:
         lines = [self.columns, *(tuple(map(shown, row)) for row in self.rows)]
@@ -97,10 +105,22 @@ def nearest(curve: Sequence[Level], density: float) -> Level | None:
     return min(close, key=lambda level: abs(level.density - density), default=None)
 
 
+def ticks_of(curves: Iterable[Sequence[Level]]) -> list[float]:
+    """The densities that a short table shows: the paper's, or all where there are few rounds."""
+    by_round: dict[int, list[float]] = {}
+    for curve in curves:
+        for level in curve:
+            by_round.setdefault(level.round, []).append(level.density)
+    if len(by_round) <= len(TICKS):  # a profile that trains every fourth round
+        return [mean(by_round[number]) for number in sorted(by_round)]
+    every = [mean(densities) for densities in by_round.values()]
+    return [tick for tick in TICKS if any(abs(d / tick - 1) < 0.1 for d in every)]
+
+
 def summary(selection: Selection, value: str = ACCURACY) -> Table:
     """Curves down, the levels of the paper's ticks across."""
-    curves = [(curve.label, curve.levels(value)) for curve in selection.curves]
-    ticks = [t for t in TICKS if any(nearest(levels_, t) for _, levels_ in curves)]
+    curves = [(curve.words, curve.levels(value)) for curve in selection.curves]
+    ticks = ticks_of(its_levels for _, its_levels in curves)
     rows = []
     for label, its_levels in curves:
         found = [nearest(its_levels, tick) for tick in ticks]
@@ -109,34 +129,38 @@ def summary(selection: Selection, value: str = ACCURACY) -> Table:
     return Table(
         ("curve", *map(_kept, ticks)),
         tuple(rows),
-        f"{value} in {unit}: mean [lowest, highest seed]",
+        f"{_name(value)} in {unit}: mean [lowest, highest seed]",
     )
 
 
 def differences(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Welch's test of each curve against one of them at each pruned level, Holm over the levels."""
+    """Each curve against one of them at each pruned level, by seed; Holm over the levels."""
     rows: list[tuple[Cell, ...]] = []
     for curve in selection.curves:
         if curve is against:
             continue
         for c in selection.compare(curve, against, value):
-            numbers = (c.n_a, c.n_b, c.difference, c.p, c.p_holm, c.stars)
+            numbers = (c.n, c.difference, c.p, c.p_holm, c.p_welch, c.seen, c.stars)
             rows.append((curve.label, against.label, c.round, c.density, *numbers))
     columns = (
-        "curve", "against", "round", "density", "n", "n_against", "difference", "p_welch", "p_holm",
-        "star",
+        "curve", "against", "round", "density", "n", "difference", "p_paired", "p_holm", "p_welch",
+        "detectable", "star",
     )  # fmt: skip
-    return Table(columns, tuple(rows), f"{value}: Welch's test, Holm's correction over the levels")
+    caption = (
+        f"{value}: paired test by seed, Holm's correction of it over the levels, Welch's test, and "
+        "the difference that the paired test finds four times of five"
+    )
+    return Table(columns, tuple(rows), caption)
 
 
 def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY) -> Table:
-    """Curves down, the levels of the paper's ticks across: difference, star, p, p by Holm.
+    """Curves down, the levels of the paper's ticks across: difference, star, p, Holm's p.
 
     Holm's correction is over all pruned levels of a curve, also those not shown.
     """
     unit = "iterations" if value == ITERATION else "points"
     compared = {
-        curve.label: selection.compare(curve, against, value)
+        curve.words: selection.compare(curve, against, value)
         for curve in selection.curves
         if curve is not against
     }
@@ -157,25 +181,118 @@ def summary_of_tests(selection: Selection, against: Curve, value: str = ACCURACY
             return f"{told} [{TOO_FEW}]"
         return f"{told}{c.stars} [{p_value(c.p)}; {p_value(c.p_holm)}]"
 
-    ticks = [tick for tick in TICKS if any(at(tick, found) for found in compared.values())]
+    ticks = ticks_of(curve.levels(value) for curve in selection.curves)
+    ticks = [tick for tick in ticks if any(at(tick, found) for found in compared.values())]
     rows = tuple(
         (label, *(cell(at(tick, found)) for tick in ticks)) for label, found in compared.items()
     )
     caption = (
-        f"{value} minus that of {against.label}, in {unit}; * where p < {ALPHA}; in brackets p by "
-        "Welch's test, then p corrected by Holm over the levels"
+        f"{_name(value)} minus that of {against.words} by seed, in {unit}; * where p < {ALPHA}; in "
+        "brackets p of the paired test, then corrected by Holm over the levels"
     )
     return Table(("curve", *map(_kept, ticks)), rows, caption)
+
+
+def _name(value: str) -> str:
+    return value.replace("_", " ").capitalize()
 
 
 def _kept(tick: float) -> str:
     return f"{percent(tick, 1).replace('100.0', '100')}% kept"
 
 
-def best(rows: Sequence[Row]) -> Level | None:
-    """The pruned level with the highest mean."""
-    found = [level for level in levels(rows) if level.round > 0]
-    return max(found, key=lambda level: level.mean, default=None)
+def best(rows: Sequence[Row], way: Way = "each") -> Level | None:
+    """The accuracies of masks on untrained networks at the densities that `densities` chooses."""
+    found = chosen(rows, way)
+    if found is None:
+        return None
+    density = mean(list(found.density.values()))
+    return Level(0, density, tuple(found.accuracy), tuple(found.accuracy.values()))
+
+
+def ways(selection: Selection) -> Table:
+    """Masks on untrained networks, by each way to choose a density: accuracy, and weights kept."""
+
+    def cell(rows: Sequence[Row], way: Way) -> str:
+        level = best(rows, way)
+        if level is None:
+            return NOT_RECORDED
+        return f"{spread(level)} at {percent(level.density, 1)}% kept"
+
+    rows = tuple((c.words, *(cell(c.rows, way) for way in WAYS)) for c in selection.curves)
+    caption = (
+        "Test accuracy in percent, mean [lowest, highest seed], by how the density is chosen; the "
+        "first is the published statistic, by which claims are judged"
+    )
+    return Table(("mask", *WAYS.values()), rows, caption)
+
+
+def bits(selection: Selection) -> Table:
+    """What networks cost as a mask and a seed, or as a mask and trained weights (`compression`)."""
+    lines: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        if curve.fields["schedule"] == "one_shot":
+            level = best(curve.rows, "mean")
+        else:
+            level = next(iter(curve.levels()), None)
+        if level is None:
+            continue
+        rows = [row for row in curve.rows if abs(row["density"] / level.density - 1) < 0.02]
+        size = mean([compression.bits(row) for row in rows])
+        share = mean([compression.share(row) for row in rows])
+        lines.append(
+            (
+                curve.words,
+                percent(level.mean),
+                percent(level.density, 1),
+                f"{size:,.0f}",
+                f"{percent(share)}%",
+            )
+        )
+    if selection.dense:
+        total = compression.dense_bits(selection.network)
+        accuracy = percent(mean([row[ACCURACY] for row in selection.dense]))
+        lines.append(("dense, trained, float32", accuracy, "100", f"{total:,}", "100%"))
+    caption = (
+        "Bits of a network: the entropy of its mask and a seed of 64; 32 a weight where weights "
+        "are trained; masks of criteria at the best density of their mean curve"
+    )
+    return Table(("network", "accuracy", "kept", "bits", "of dense"), tuple(lines), caption)
+
+
+def heading_shares(selection: Selection) -> Table:
+    """Which share of pruned and of kept weights moved towards zero, by criterion and layer.
+
+    At the levels nearest to half and to a sixth of the weights; empty where rows have no counts.
+    """
+    lines: list[tuple[Cell, ...]] = []
+    for curve in selection.curves:
+        rows = [row for row in curve.rows if row.get("heading")]
+        for tick in (0.5, 0.168):
+            close = [row for row in rows if 2 / 3 < row["density"] / tick < 3 / 2]
+            if not close:
+                continue
+            one = min(close, key=lambda row: abs(row["density"] - tick))["round"]
+            near = [row for row in close if row["round"] == one]
+            told = []
+            for layer in (None, *near[0]["heading"]):
+                sides = [
+                    [heading.share(row["heading"], of, layer) for row in near]
+                    for of in ("pruned", "kept")
+                ]
+                numbers = [
+                    "" if None in side else percent(mean([x or 0.0 for x in side]), 1)
+                    for side in sides
+                ]
+                told.append(" / ".join(numbers))
+            lines.append((curve.words, f"{percent(mean([r['density'] for r in near]), 1)}%", *told))
+    layers = next((row["heading"] for c in selection.curves for row in c.rows
+                   if row.get("heading")), {})  # fmt: skip
+    return Table(
+        ("curve", "kept", "all layers", *layers),
+        tuple(lines),
+        "Weights that moved towards zero, in percent of the pruned / of the kept ones",
+    )
 
 
 # The paper's seven columns -> the fields of the rows behind each.
@@ -201,7 +318,7 @@ def rows_of(rows: Sequence[Row], fields: Row) -> list[Row]:
 def seven(networks: Sequence[tuple[str, Sequence[Row]]]) -> Table:
     """Table 1 of the paper. networks: name shown -> all rows of that network and profile.
 
-    A mask by large_final_same_sign counts where its mean over the seeds is highest.
+    A mask by large_final_same_sign counts at the best density of each run, see `densities`.
     """
     lines: list[tuple[Cell, ...]] = []
     for name, rows in networks:
@@ -217,9 +334,9 @@ def seven(networks: Sequence[tuple[str, Sequence[Row]]]) -> Table:
     return Table(
         ("network", *SEVEN),
         tuple(lines),
-        "Test accuracy in percent, mean [lowest, highest seed]. mask: large_final_same_sign at its "
-        "best density, untrained; learned: mean of ten sampled masks; rescaled: with dynamic "
-        "weight rescaling.",
+        "Test accuracy in percent, mean [lowest, highest seed]. mask: large final, same sign, each "
+        "run at its best density, untrained; learned: mean of ten sampled masks; rescaled: with "
+        "dynamic weight rescaling.",
     )
 
 
@@ -248,7 +365,7 @@ def masks(selection: Selection) -> Table:
         seed = average("seed_bits")
         rows.append(
             (
-                curve.label,
+                curve.words,
                 level.n,
                 spread(level),
                 "" if widest is None else f"{percent(min(widest))} to {percent(max(widest))}",

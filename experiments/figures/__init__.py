@@ -8,21 +8,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from experiments.figures import curves, masks
+from experiments.figures import curves, masks, plane, untrained
 from experiments.figures.canvas import Drawing
 from experiments.selection import Row, Selection, Study, select
+from experiments.tables import Table
 
-__all__ = ["FIGURES", "Drawing", "Weights", "draw", "save"]
+__all__ = ["FIGURES", "Drawing", "Points", "Weights", "draw", "save"]
 
 # Row of a dense run -> the tensors of its checkpoint, or None where they are gone.
 Weights = Callable[[Row], Mapping[str, Tensor] | None]
+
+# Stem of a figure -> the sample of weights behind it (`plane.points`), or None where there is none.
+Points = Callable[[str], Table | None]
 
 # study -> its figure. What has none here is drawn by what its runs are, see `figure_of`.
 FIGURES: dict[str, Callable[[Selection], Drawing]] = {
     "mask-criteria": curves.mask_criteria,
     "mask-1": curves.mask1_actions,
     "mask-0": curves.mask0_actions,
-    "supermasks": curves.supermasks,
+    "supermasks": untrained.supermasks,
     "same-sign": curves.same_sign,
     "learned": masks.learned,
     "first-bars": masks.first_bars,
@@ -44,33 +48,39 @@ def figure_of(selection: Selection) -> Callable[[Selection], Drawing] | None:
     if kind["schedule"] == "learned":
         return masks.learned
     if not kind["trained"]:
-        return curves.supermasks
+        return untrained.supermasks
     if all(curve.fields["criterion"] == "none" for curve in selection.curves):
         return None
     return lambda selection: curves.trained(selection, selection.study)
 
 
-def draw(selection: Selection, weights: Weights | None = None) -> Iterator[tuple[str, Drawing]]:
+def draw(
+    selection: Selection, weights: Weights | None = None, points: Points | None = None
+) -> Iterator[tuple[str, Drawing]]:
     """The drawings of a study on one network, each with the stem of its files.
 
-    weights: where the planes of initial and final weights, of a study of dense runs, come from.
+    Args:
+        weights: where the planes of initial and final weights, of a study of dense runs, come from.
+        points: where they come from if the weights are gone: the sample of an earlier drawing.
     """
     if not selection.curves:
         return
     function = figure_of(selection)
     if function is not None:
         yield selection.stem, function(selection)
-    elif weights is not None:
-        for row in sorted(selection.dense, key=lambda row: row["seed"]):
-            tensors = weights(row)
-            if tensors is None:
-                continue
-            layer = masks.layer_shown(row["network"])
-            pair = masks.dense_pair(row, tensors, layer)
-            for name, criteria in (("plane", masks.PLANE), ("signs", masks.SIGNS)):
-                drawing = masks.plane(selection, *pair, layer, criteria, seed=row["seed"])
-                yield f"{selection.stem}-{name}", drawing
-            return
+        return
+    layer = plane.layer_shown(selection.network)
+    rows = sorted(selection.dense, key=lambda row: row["seed"])
+    loaded = ((row, weights(row)) for row in rows if weights is not None)
+    row, tensors = next(((row, found) for row, found in loaded if found is not None), (None, None))
+    for name, criteria in (("plane", plane.PLANE), ("signs", plane.SIGNS)):
+        stem, seed = f"{selection.stem}-{name}", row["seed"] if row else 0
+        if row is not None and tensors is not None:
+            table = plane.points(*plane.dense_pair(row, tensors, layer), layer, criteria)
+        else:
+            table = points(stem) if points is not None else None
+        if table is not None:
+            yield stem, plane.plane(selection, table, layer, seed)
 
 
 def save(

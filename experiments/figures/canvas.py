@@ -6,7 +6,7 @@ Figures are narrow with legends below, so that one drawing reads on a phone, on 
 import contextlib
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.files import write_whole
 from experiments.selection import Selection
-from experiments.tables import TICKS, Table
+from experiments.tables import Table
 
 WIDTH = 5.4  # inches
 DPI = 160
+KEPT = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # ticks of the density axis
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
@@ -59,8 +60,12 @@ class Drawing:
     alt: str
 
     def __post_init__(self) -> None:
-        """Lay it out once: each run of the layout engine moves things by a little."""
+        """Lay it out here: each run of the layout engine moves things by a little.
+
+        Twice, since texts beside the axes are measured where the first run put them.
+        """
         with style():
+            self.figure.draw_without_rendering()
             self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
 
@@ -97,7 +102,7 @@ def sheet(
     lines = textwrap.wrap(facts, 74) + textwrap.wrap(selection.caveat, 74)
     figure = Figure(figsize=(WIDTH, height))
     rows = 0.27 + 0.155 * len(lines)  # inches of the head
-    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.05, rect=(0, 0, 1, 1 - rows / height))
+    layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.05, rect=(0, 0, 0.99, 1 - rows / height))
     figure.set_layout_engine(layout)
     figure.text(0.012, 1 - 0.06 / height, title, fontsize=11, fontweight="bold", va="top")
     figure.text(0.012, 1 - 0.27 / height, "\n".join(lines), fontsize=8, va="top", linespacing=1.25)
@@ -105,17 +110,12 @@ def sheet(
 
 
 def density_axis(axes: Axes, lowest: float) -> None:
-    """Weights kept, log scale, from 100% on the left; ticks where the paper has them."""
+    """Weights kept, log scale, from 100% on the left; round ticks, and room for whole markers."""
     axes.set_xscale("log")
-    ticks = [tick for tick in (*TICKS, 0.005) if tick >= lowest * 0.95]
-    if lowest < 0.85 * ticks[-1]:  # a curve that ends between two of them
-        ticks.append(lowest)
-    axes.set_xticks(ticks)
+    axes.set_xticks([tick for tick in KEPT if tick >= lowest * 0.9])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda x, _: "100" if x >= 1 else f"{100 * x:.1f}")
-    )
-    axes.set_xlim(1.08, min(lowest, ticks[-1]) * 0.93)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
+    axes.set_xlim(1.09, lowest * 0.91)
     axes.set_xlabel("weights kept, % (log scale)")
     axes.grid(alpha=0.25)
 
@@ -126,7 +126,30 @@ def accuracy_axis(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
 
 
+def end_labels(axes: Axes, ends: Sequence[tuple[str, float, float, str, bool]]) -> None:
+    """Names beside the last points of curves, moved apart where they would overlap.
+
+    ends: name, x, y, colour, and whether the curve ends there: then its name stands right of the
+        axes, otherwise, where the curve leaves the panel, in it.
+    """
+    low, high = axes.get_ylim()
+    least = 0.052 * (high - low)
+    above = high
+    for name, _, y, color, at_end in sorted(ends, key=lambda end: -end[2]):
+        if not at_end:
+            continue
+        y = min(y, above - least)
+        above = y
+        axes.text(1.012, y, name, color=color, fontsize=7.5, va="center",
+                  transform=axes.get_yaxis_transform())  # fmt: skip
+    for name, x, y, color, at_end in ends:
+        if not at_end:
+            axes.annotate(name, (x, y), (7, 2), textcoords="offset points", color=color,
+                          fontsize=7.5, annotation_clip=False)  # fmt: skip
+
+
 def legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        once = dict(zip(labels, handles, strict=True))  # a name that several have is said once
+        figure.legend(list(once.values()), list(once), loc="outside lower left", ncols=columns)

@@ -1,34 +1,44 @@
-"""Accuracy, or the iteration of the early stop, over density: figures 3, 4, 5, 7 and S5."""
+"""Accuracy, or the iteration of the early stop, over density: figures 3, 4, 5, 7 and S5.
 
-from collections.abc import Mapping, Sequence
+All curves of a figure, and its dashed line of the dense network, are of the same seeds.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from experiments import words
+from experiments.claim import SOONER
 from experiments.figures.canvas import (
     Drawing,
     accuracy_axis,
     density_axis,
+    end_labels,
     legend,
     sheet,
     style,
 )
 from experiments.figures.styles import CRITERION, CYCLE, MASK0, MASK1, Style
 from experiments.selection import ACCURACY, Curve, Selection
-from experiments.statistics import ALPHA, Level, mean
-from experiments.tables import ITERATION, LEARNED, all_levels, nearest, percent, rows_of
+from experiments.statistics import ALPHA, Level, levels, mean
+from experiments.tables import ITERATION, all_levels, nearest, percent, ticks_of
 
-CHANCE = 0.1  # ten classes
 TESTED = {"criterion": "large_final"}, {"criterion": "magnitude_increase"}
 STYLES = (("mask1", MASK1, "rewind"), ("mask0", MASK0, "zero"), ("criterion", CRITERION, ""))
+# The article's nine curves of figure 3; the criteria by sign are in the figure of tickets by sign.
+WINNERS = ("large_final", "magnitude_increase", "movement", "large_init_large_final")
+NOT_IN_FIGURE_3 = ("large_final_same_sign", "large_final_diff_sign")
 
 
 def mask_criteria(selection: Selection) -> Drawing:
     """Figure 3: tickets by each criterion; starred where two of them differ."""
+    selection = selection.only(lambda c: c.fields["criterion"] not in NOT_IN_FIGURE_3)
     a, b = (selection.find(**fields) for fields in TESTED)
     pair = (a, b) if a and b else None
-    return trained(selection, "Which weights to keep: accuracy after training", pair)
+    return trained(selection, "Which weights to keep: accuracy after training", pair, WINNERS)
 
 
 def mask1_actions(selection: Selection) -> Drawing:
@@ -37,8 +47,39 @@ def mask1_actions(selection: Selection) -> Drawing:
 
 
 def mask0_actions(selection: Selection) -> Drawing:
-    """Figure 5: what pruned weights hold."""
-    return trained(selection, "What pruned weights hold")
+    """Figure 5: what pruned weights hold; below, what each value gains over zero by seed."""
+    title = "What pruned weights hold"
+    whole, selection = selection, selection.shared
+    zero = selection.find(mask0="zero")
+    others = [curve for curve in selection.curves if curve is not zero]
+    if zero is None or not others:
+        return trained(whole, title)
+    curves = [(curve, curve.levels()) for curve in selection.curves]
+    gains = [(curve, _gains(curve, zero)) for curve in others]
+    with style():
+        figure = sheet(height_of(len(curves) + 1, 2), title, selection, seeds=seeds_told(whole))
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        dense_line(upper, selection)
+        draw_curves(upper, curves)
+        accuracy_axis(upper, "test accuracy")
+        upper.tick_params(labelbottom=True)
+        lower.axhline(0, color=MASK0["zero"].color, linewidth=1.1)
+        draw_curves(lower, gains, [curve for curve, _ in curves])
+        lower.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{round(100 * y, 3):+g}"))
+        lower.set_ylabel("points above zero, by seed")
+        density_axes([upper, lower], curves)
+        legend(figure, upper)
+        return Drawing(figure, all_levels(selection), alt_of(title, selection, curves))
+
+
+def _gains(curve: Curve, base: Curve) -> tuple[Level, ...]:
+    """What a curve is above another one, seed by seed, at the pruned levels of both."""
+    there = {(row["seed"], row["round"]): row[ACCURACY] for row in base.rows}
+    return levels(
+        {**row, ACCURACY: row[ACCURACY] - there[row["seed"], row["round"]]}
+        for row in curve.rows
+        if row["round"] > 0 and (row["seed"], row["round"]) in there
+    )
 
 
 def same_sign(selection: Selection) -> Drawing:
@@ -59,20 +100,31 @@ def rescaling(selection: Selection) -> Drawing:
     return trained(selection, "Restarting weights, as they are and divided by density")
 
 
-def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None = None) -> Drawing:
+def trained(
+    selection: Selection,
+    title: str,
+    pair: tuple[Curve, Curve] | None = None,
+    winners: Collection[str] = (),
+) -> Drawing:
     """Curves of trained networks, the dense network as a line, bands from lowest to highest seed.
 
     Where some curves fall far below the others, a second panel shows the upper part enlarged.
-    pair: two curves that are tested at each level.
+
+    Args:
+        pair: two curves that are tested at each level, of all the seeds that both have.
+        winners: criteria whose curves are named at their ends; the others are grey.
     """
+    whole, selection = selection, selection.shared
     curves = [(curve, curve.levels()) for curve in selection.curves]
-    zoom = _zoom([levels for _, levels in curves])
+    zoom = _zoom([its_levels for _, its_levels in curves])
     with style():
-        figure = sheet(_height(len(curves) + 1, 2 if zoom else 1), title, selection)
+        figure = sheet(
+            height_of(len(curves) + 1, 2 if zoom else 1), title, selection, seeds=seeds_told(whole)
+        )
         panels = figure.subplots(2 if zoom else 1, 1, sharex=True, squeeze=False)[:, 0].tolist()
         for axes in panels:
-            _dense_line(axes, selection)
-            _draw(axes, curves)
+            dense_line(axes, selection)
+            draw_curves(axes, curves, winners=winners, limits=zoom if axes is panels[0] else None)
             accuracy_axis(axes, "test accuracy")
         if zoom:
             panels[0].set_ylim(zoom)
@@ -80,75 +132,116 @@ def trained(selection: Selection, title: str, pair: tuple[Curve, Curve] | None =
             panels[0].tick_params(labelbottom=True)
             panels[0].set_xlabel("")
         if pair:
-            _stars(panels[0], selection, *pair)
-        _density(panels, curves)
+            _stars(panels[0], whole, *pair)
+        density_axes(panels, curves)
+        _name_ends(panels[0], curves, winners, zoom)
         legend(figure, panels[0])
-        return Drawing(figure, all_levels(selection), _alt(title, selection, curves))
+        return Drawing(figure, all_levels(selection), alt_of(title, selection, curves))
+
+
+def seeds_told(whole: Selection) -> str:
+    """What the head says of them, where some curves have more than are drawn."""
+    shared = whole.shared
+    if shared is whole or shared.seeds == whole.seeds:
+        return ""
+    count = shared.seeds.partition(" ")[0]
+    return f"the {count} seeds that all curves have"
+
+
+def _name_ends(
+    axes: Axes,
+    curves: Sequence[tuple[Curve, Sequence[Level]]],
+    winners: Collection[str],
+    limits: tuple[float, float] | None,
+) -> None:
+    """The names of the winners at the last point of their curves that is in sight."""
+    ends = []
+    for curve, its_levels in curves:
+        if curve.fields["criterion"] not in winners:
+            continue
+        seen = [x for x in its_levels if limits is None or limits[0] <= x.mean <= limits[1]]
+        if seen:
+            color = CRITERION[curve.fields["criterion"]].color
+            at_end = seen[-1] is its_levels[-1]
+            ends.append((curve.words, seen[-1].density, seen[-1].mean, color, at_end))
+    end_labels(axes, ends)
 
 
 def early_stop(selection: Selection) -> Drawing:
     """The iteration of the lowest validation loss over density: earlier is faster."""
     title = "How fast: iteration of the lowest validation loss"
+    whole, selection = selection, selection.shared
     curves = [(curve, curve.levels(ITERATION)) for curve in selection.curves]
     with style():
-        figure = sheet(_height(len(curves) + 1, 1), title, selection)
+        figure = sheet(height_of(len(curves) + 2, 1), title, selection, seeds=seeds_told(whole))
         axes = figure.subplots()
-        _dense_line(axes, selection, ITERATION)
-        _draw(axes, curves)
+        dense_line(axes, selection, ITERATION)
+        draw_curves(axes, curves)
+        _published_speed(axes, selection)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
         axes.set_ylabel("iteration")
-        _density([axes], curves)
+        density_axes([axes], curves)
         legend(figure, axes)
         numbers = all_levels(selection, ITERATION)
-        return Drawing(figure, numbers, _alt(title, selection, curves, ITERATION))
+        return Drawing(figure, numbers, alt_of(title, selection, curves, ITERATION))
 
 
-def supermasks(selection: Selection) -> Drawing:
-    """Figure 7: masked, never trained; initial weights first, signed constants second.
-
-    Learned masks stand where their density is, dashed lines are trained dense networks and chance.
-    """
-    title = "Masked, but never trained"
-    parts = {"init": "initial weights", "signed_constant": "signed constants"}
-    shown = {
-        weights: [(c, c.levels()) for c in selection.curves if c.fields["weights"] == weights]
-        for weights in parts
-    }
-    shown = {weights: curves for weights, curves in shown.items() if curves}
-    count = max((len(curves) for curves in shown.values()), default=0)
-    with style():
-        figure = sheet(_height(count + 3, len(shown)), title, selection)
-        panels = figure.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0].tolist()
-        for axes, (weights, curves) in zip(panels, shown.items(), strict=False):
-            _dense_line(axes, selection)
-            axes.axhline(CHANCE, color="black", linewidth=1, linestyle=":", label="chance")
-            _draw(axes, curves, by_criterion=True)
-            _learned(axes, selection, weights)
-            accuracy_axis(axes, "test accuracy, untrained")
-            axes.set_ylim(0, 1.02)
-            axes.set_title(parts[weights], loc="left")
-            axes.tick_params(labelbottom=True)
-        every = [curve for curves in shown.values() for curve in curves]
-        _density(panels, every)
-        legend(figure, panels[0])
-        return Drawing(figure, all_levels(selection), _alt(title, selection, every))
+def _published_speed(axes: Axes, selection: Selection) -> None:
+    """A tick where Frankle & Carbin's number puts the ticket of the round that they name."""
+    dense = [row[ITERATION] for row in selection.dense]
+    for network, number, _, times in SOONER:
+        curve = selection.find(criterion="large_final", mask1="rewind")
+        if network != selection.network or not dense or curve is None:
+            continue
+        for level in curve.levels(ITERATION):
+            if level.round == number:
+                label = f"Frankle & Carbin: dense / {times:.2g}"
+                axes.plot(level.density, mean(dense) / times, marker="_", markersize=16,
+                          markeredgewidth=2.5, color="black", linestyle="none", label=label,
+                          zorder=5)  # fmt: skip
 
 
-def _draw(
-    axes: Axes, curves: Sequence[tuple[Curve, Sequence[Level]]], by_criterion: bool = False
+GREY = "#8a8a8a"
+
+
+def draw_curves(
+    axes: Axes,
+    curves: Sequence[tuple[Curve, Sequence[Level]]],
+    among: Sequence[Curve] = (),
+    by_criterion: bool = False,
+    winners: Collection[str] = (),
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    counts = {level.n for _, levels in curves for level in levels}
-    for i, (curve, levels) in enumerate(curves):
-        look = _style(curve, i, [other for other, _ in curves], by_criterion)
-        label = look.label or (curve.fields["criterion"] if by_criterion else curve.label)
-        if len(counts) > 1:
-            label += f" (n = {_range([level.n for level in levels])})"
-        density = [level.density for level in levels]
-        axes.plot(density, [level.mean for level in levels], label=label, **look.plot)
-        if any(level.n > 1 for level in levels):
-            low, high = [level.low for level in levels], [level.high for level in levels]
-            axes.fill_between(density, low, high, color=look.color, alpha=0.13, linewidth=0)
+    """Lines with markers, and bands.
+
+    Args:
+        among: the curves that these are told apart from, where there are more.
+        winners: criteria that keep their colours; the others are grey, if there are any.
+        limits: of the axis: points beyond them have no marker, which would be cut.
+    """
+    others = list(among) or [curve for curve, _ in curves]
+    for curve, its_levels in curves:
+        look = _style(curve, others.index(curve), others, by_criterion)
+        grey = bool(winners) and curve.fields["criterion"] not in winners
+        if grey:
+            look = replace(look, color="black" if look.marker == "x" else GREY)  # x: random
+        label = words.arm(curve.fields["criterion"], curve.fields) if by_criterion else curve.words
+        density = [level.density for level in its_levels]
+        means = [level.mean for level in its_levels]
+        axes.plot(density, means, label=label, zorder=2 if grey else 3, **look.plot,
+                  markevery=_in_sight(means, limits))  # fmt: skip
+        if any(level.n > 1 for level in its_levels):
+            low, high = [x.low for x in its_levels], [x.high for x in its_levels]
+            shade = 0.07 if grey else 0.13
+            axes.fill_between(density, low, high, color=look.color, alpha=shade, linewidth=0)
+
+
+def _in_sight(means: Sequence[float], limits: tuple[float, float] | None) -> list[int]:
+    if limits is None:
+        return list(range(len(means)))
+    pad = 0.02 * (limits[1] - limits[0])
+    return [i for i, y in enumerate(means) if limits[0] + pad <= y <= limits[1] - pad]
 
 
 def _style(curve: Curve, i: int, curves: Sequence[Curve], by_criterion: bool) -> Style:
@@ -164,56 +257,32 @@ def _style(curve: Curve, i: int, curves: Sequence[Curve], by_criterion: bool) ->
     return CYCLE[i % len(CYCLE)]
 
 
-def _dense_line(axes: Axes, selection: Selection, value: str = ACCURACY) -> None:
-    """Over the seeds that all curves have: seeds differ by as much as some arms do."""
-    seeds = set.intersection(*({row["seed"] for row in curve.rows} for curve in selection.curves))
-    values = [
-        row[value]
-        for row in selection.dense
-        if row.get(value) is not None and (row["seed"] in seeds or not seeds)
-    ]
+def dense_line(axes: Axes, selection: Selection, value: str = ACCURACY) -> None:
+    """Of the seeds of the curves: seeds differ by as much as some arms do."""
+    values = [row[value] for row in selection.dense if row.get(value) is not None]
     if values:
         label = f"dense, trained (mean, n = {len(values)})"
         axes.axhline(mean(values), color="black", linewidth=1.1, linestyle="--", label=label)
-
-
-def _learned(axes: Axes, selection: Selection, weights: str) -> None:
-    """Learned masks without and with rescaling: mean over seeds, at their density."""
-    for rescale, marker in ((False, "*"), (True, "X")):
-        rows = rows_of(selection.rows, {**LEARNED, "weights": weights, "rescale": rescale})
-        rows = [row for row in rows if row["round"] == 1]
-        if not rows:
-            continue
-        axes.plot(
-            mean([row["density"] for row in rows]),
-            mean([row[ACCURACY] for row in rows]),
-            marker=marker,
-            markersize=11,
-            color="black",
-            markerfacecolor="white" if rescale else "black",
-            linestyle="none",
-            label="learned mask" + (", rescaled" if rescale else ""),
-        )
 
 
 def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
     """Two rows above the panel: p < 0.05 as in the paper, and the same by Holm's p."""
     tests = selection.compare(a, b)
     place = axes.get_xaxis_transform()
-    names = f"{a.label} and {b.label}"
+    names = f"{a.words} and {b.words}"
     if all(test.p is None for test in tests):
-        counts = _range([min(test.n_a, test.n_b) for test in tests] or [0])
+        counts = _range([test.n for test in tests] or [0])
         text = f"{names}: too few runs for a test (n = {counts})"
         axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
         return
     if not any(test.p is not None and test.p < ALPHA for test in tests):
-        text = f"{names} differ at no level (Welch, p < {ALPHA})"
+        text = f"{names} differ at no level (by seed, p < {ALPHA})"
         axes.text(0, 1.02, text, transform=axes.transAxes, fontsize=7.5)
         return
     axes.text(
         0,
         1.12,
-        f"* {names}: p < {ALPHA} (Welch); lower row: Holm's p",
+        f"* {names}: p < {ALPHA} (by seed); lower row: Holm's p",
         transform=axes.transAxes,
         fontsize=7.5,
     )
@@ -223,8 +292,8 @@ def _stars(axes: Axes, selection: Selection, a: Curve, b: Curve) -> None:
                 axes.text(test.density, height, "*", transform=place, ha="center", fontsize=10)
 
 
-def _density(panels: Sequence[Axes], curves: Sequence[tuple[Curve, Sequence[Level]]]) -> None:
-    lowest = min((level.density for _, levels in curves for level in levels), default=0.012)
+def density_axes(panels: Sequence[Axes], curves: Sequence[tuple[Curve, Sequence[Level]]]) -> None:
+    lowest = min((x.density for _, its_levels in curves for x in its_levels), default=0.012)
     for axes in panels:
         density_axis(axes, lowest)
     for axes in panels[:-1]:
@@ -233,8 +302,8 @@ def _density(panels: Sequence[Axes], curves: Sequence[tuple[Curve, Sequence[Leve
 
 def _zoom(curves: Sequence[Sequence[Level]]) -> tuple[float, float] | None:
     """The range of the upper three quarters of all points, if the rest would squash them."""
-    means = sorted(level.mean for levels in curves for level in levels)
-    highs = [level.high for levels in curves for level in levels]
+    means = sorted(level.mean for its_levels in curves for level in its_levels)
+    highs = [level.high for its_levels in curves for level in its_levels]
     if len(means) < 8:
         return None
     lower, top = means[len(means) // 4], max(highs)
@@ -244,7 +313,7 @@ def _zoom(curves: Sequence[Sequence[Level]]) -> tuple[float, float] | None:
     return lower - pad, top + pad
 
 
-def _height(entries: int, panels: int) -> float:
+def height_of(entries: int, panels: int) -> float:
     """Inches: panels, and a legend of two columns below."""
     return 0.75 + 2.75 * max(1, panels) + 0.4 + 0.19 * ((entries + 1) // 2)
 
@@ -254,7 +323,7 @@ def _range(counts: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _alt(
+def alt_of(
     title: str,
     selection: Selection,
     curves: Sequence[tuple[Curve, Sequence[Level]]],
@@ -262,8 +331,9 @@ def _alt(
 ) -> str:
     """The figure in words: each curve at one level in the middle of the axis."""
     parts = [f"{title}: {selection.place}, {selection.seeds}, over the share of weights kept."]
-    for tick in (0.168, 0.41, 0.069):
-        found = {curve.label: nearest(levels, tick) for curve, levels in curves}
+    ticks = ticks_of(its_levels for _, its_levels in curves)
+    for tick in sorted(ticks, key=lambda tick: abs(math.log(tick / 0.168))):
+        found = {curve.words: nearest(its_levels, tick) for curve, its_levels in curves}
         if any(found.values()):
             words: Mapping[str, str] = {
                 label: f"{level.mean:,.0f}" if value == ITERATION else f"{percent(level.mean, 1)}%"

@@ -1,32 +1,26 @@
-"""Figures without a density axis: bars, learned masks, early masks, and the plane of weights."""
+"""Figures without a density axis: bars and dots, learned masks, early masks."""
 
-from collections.abc import Mapping, Sequence
+import math
+import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.ticker import FuncFormatter, PercentFormatter
-from torch import Tensor
 
-import lottery_sparse as ls
-from experiments.figures.canvas import WIDTH, Drawing, accuracy_axis, legend, sheet, style
-from experiments.figures.curves import CHANCE
+from experiments import words
+from experiments.figures.canvas import Drawing, accuracy_axis, legend, sheet, style
 from experiments.figures.styles import CYCLE
-from experiments.networks import NETWORKS, build
+from experiments.published import CHANCE, LEARNED_MASKS
+from experiments.published import MASKS as PUBLISHED
 from experiments.runs import Run
-from experiments.selection import ACCURACY, Row, Selection
+from experiments.selection import ACCURACY, Selection
 from experiments.statistics import Level, mean
-from experiments.tables import Table, all_levels, best, masks, nearest, percent
+from experiments.tables import all_levels, best, masks, nearest, percent
 
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++", "oo")
 SHADES = ("#c9d6ea", "#7f9fd0", "#dddddd", "#f0c9a8", "#b9d8bd", "#d6bfe0", "#f2f2f2")
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind text that lines cross
-PLANE = (
-    "large_final", "small_final", "random",
-    "large_init", "small_init", "magnitude_increase",
-    "large_init_large_final", "small_init_small_final", "movement",
-)  # fmt: skip
-SIGNS = ("large_final_same_sign", "large_final_diff_sign")
 
 
 # ---- bars ---------------------------------------------------------------------------------------
@@ -42,19 +36,26 @@ def first_bars(selection: Selection) -> Drawing:
         bars["initial weights"] = next((x for x in ticket.levels() if x.round == 0), None)
     if random and top:
         bars["random mask"] = nearest(random.levels(), top.density)
-    bars["large_final mask"] = top
-    note = f"masks keep {percent(top.density, 1)}%" if top else ""
-    return _bars(selection, "What a mask does to a network that knows nothing", bars, note)
+    bars["large final mask"] = top
+    note = "each mask at its best density" if top else ""
+    title = "What a mask does to a network that knows nothing"
+    ours = {"fc": "mnist"}.get(selection.network, "cifar10")
+    article: dict[str, float] = {"initial weights": CHANCE, "random mask": CHANCE}
+    for found in PUBLISHED:
+        same = {"fc": "mnist"}.get(found.network, "cifar10") == ours
+        if same and (found.fields["criterion"], found.fields["weights"]) == ("large_final", "init"):
+            article["large final mask"] = found.value
+    return _bars(selection, title, bars, note, article)
 
 
 def learned(selection: Selection) -> Drawing:
-    """Table 1 as bars: learned masks, by weights and rescaling."""
-    return _bars(selection, "Learned masks on untrained weights", _firsts(selection))
+    """Table 1 as dots, one for each seed, on the scale that tells them apart."""
+    return _dots(selection, "Learned masks on untrained weights", _firsts(selection))
 
 
 def learned_trained(selection: Selection) -> Drawing:
     """A learned mask on initial weights, and once the weights that it keeps are trained."""
-    return _bars(selection, "A learned mask, and its weights trained", _firsts(selection))
+    return _dots(selection, "A learned mask, and its weights trained", _firsts(selection))
 
 
 def permutation(selection: Selection) -> Drawing:
@@ -64,21 +65,79 @@ def permutation(selection: Selection) -> Drawing:
         names[str(curve.fields["permuted"])]: next(iter(curve.levels()), None)
         for curve in selection.curves
     }
-    return _bars(selection, "One random network, a learned mask per task", bars)
+    return _dots(selection, "One random network, a learned mask per task", bars)
 
 
 def _firsts(selection: Selection) -> dict[str, Level | None]:
-    return {curve.label: next(iter(curve.levels()), None) for curve in selection.curves}
+    return {curve.words: next(iter(curve.levels()), None) for curve in selection.curves}
+
+
+def _dots(selection: Selection, title: str, lines: Mapping[str, Level | None]) -> Drawing:
+    """A line of dots per arm: hollow the seeds, filled their mean; ticks are published values.
+
+    The axis spans what is shown, in half points at least: bars from zero would hide it.
+    """
+    there = {name: level for name, level in lines.items() if level}
+    seeds = set.union(*(set(level.seeds) for level in there.values()))
+    dense = [row[ACCURACY] for row in selection.dense if row["seed"] in seeds]
+    published = [p for p in LEARNED_MASKS if any(p.of(c.fields) for c in selection.curves)]
+    values = [value for level in there.values() for value in level.values]
+    values += [p.value for p in published] + ([mean(dense)] if dense else [])
+    low, high = 0.005 * math.floor(min(values) / 0.005), 0.005 * math.ceil(max(values) / 0.005)
+    with style():
+        figure = sheet(1.75 + 0.4 * max(len(lines), 2), title, selection)
+        axes = figure.subplots()
+        for place, (name, level) in enumerate(lines.items()):
+            if level is None:
+                axes.text(low, place, "not run", va="center")
+                continue
+            look: dict[str, Any] = {"linestyle": "none", "color": "#00306e"}
+            axes.plot(level.values, [place] * level.n, "o", markersize=5,
+                      markerfacecolor="white", label="a seed", **look)  # fmt: skip
+            axes.plot(level.mean, place, "D", markersize=7, label="mean", **look)
+            text = f"{percent(level.mean)}%"
+            axes.annotate(text, (level.mean, place), (0, 7), textcoords="offset points",
+                          ha="center", fontsize=8, bbox=PAPER)  # fmt: skip
+            for found in published:
+                if name == next(c.words for c in selection.curves if found.of(c.fields)):
+                    axes.plot(found.value, place, marker="|", markersize=15, markeredgewidth=2.5,
+                              color="#b2182b", linestyle="none",
+                              label=f"published: {found.words}")  # fmt: skip
+        if dense:
+            text = f"dense, trained ({percent(mean(dense))}%, n = {len(dense)})"
+            axes.axvline(mean(dense), color="black", linewidth=1.1, linestyle="--", label=text)
+        axes.set_yticks(range(len(lines)), [_wrapped(name) for name in lines])
+        axes.set_ylim(max(len(lines), 2) - 0.5, -0.7)
+        pad = 0.06 * (high - low)
+        axes.set_xlim(low - pad, high + pad)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{round(100 * x, 3):g}%"))
+        axes.set_xlabel("test accuracy")
+        axes.grid(axis="x", alpha=0.25)
+        legend(figure, axes)
+    told = ", ".join(
+        f"{name} {percent(level.mean)}%" if level else f"{name} not run"
+        for name, level in lines.items()
+    )
+    numbers = masks(selection) if "mask_bits" in selection.curves[0].fields else None
+    return Drawing(figure, numbers or all_levels(selection), f"{title}, {selection.place}: {told}.")
+
+
+def _wrapped(name: str) -> str:
+    return "\n".join(textwrap.wrap(name, 22))
 
 
 def _bars(
-    selection: Selection, title: str, bars: Mapping[str, Level | None], note: str = ""
+    selection: Selection,
+    title: str,
+    bars: Mapping[str, Level | None],
+    note: str,
+    published: Mapping[str, float],
 ) -> Drawing:
-    """One horizontal bar per mean, a whisker from the lowest to the highest seed."""
+    """One horizontal bar per mean, a whisker from the lowest to the highest seed, and ticks."""
     with style():
         figure = sheet(1.55 + 0.5 * max(len(bars), 2), title, selection, note)
         axes = figure.subplots()
-        for place, level in enumerate(bars.values()):
+        for place, (name, level) in enumerate(bars.items()):
             if level is None:
                 axes.text(0.01, place, "not run", va="center")
                 continue
@@ -90,7 +149,12 @@ def _bars(
             whisker = [[level.mean - level.low], [level.high - level.mean]]
             axes.errorbar(level.mean, place, xerr=whisker, color="black", capsize=3, linewidth=1.2)
             text = f"{percent(level.mean, 1)}% (n = {level.n})"
-            axes.text(level.high + 0.02, place, text, va="center", fontsize=8.5, bbox=PAPER)
+            right = max(level.high, published.get(name, 0.0)) + 0.02
+            axes.text(right, place, text, va="center", fontsize=8.5, bbox=PAPER)
+        for place, name in enumerate(bars):
+            if name in published:
+                axes.plot(published[name], place, marker="|", markersize=15, markeredgewidth=2.5,
+                          color="#b2182b", linestyle="none", label="article")  # fmt: skip
         axes.axvline(CHANCE, color="black", linewidth=1, linestyle=":", label="chance")
         if selection.dense:
             dense = mean([row[ACCURACY] for row in selection.dense])
@@ -107,8 +171,7 @@ def _bars(
         f"{label} {percent(level.mean, 1)}%" if level else f"{label} not run"
         for label, level in bars.items()
     )
-    numbers = masks(selection) if "mask_bits" in selection.curves[0].fields else None
-    return Drawing(figure, numbers or all_levels(selection), f"{title}, {selection.place}: {told}.")
+    return Drawing(figure, all_levels(selection), f"{title}, {selection.place}: {told}.")
 
 
 # ---- learned masks and early masks ---------------------------------------------------------------
@@ -161,13 +224,13 @@ def early_masks(selection: Selection) -> Drawing:
             groups.setdefault(key, []).append((at, level))
     told = []
     with style():
-        figure = sheet(4.3, title, selection, "each mask at its best density")
+        figure = sheet(4.3, title, selection, "each run at its best density")
         axes = figure.subplots()
         for i, ((criterion, weights), points) in enumerate(groups.items()):
             points.sort(key=lambda point: point[0])
             look = CYCLE[i % len(CYCLE)]
             at = [point[0] for point in points]
-            label = f"{criterion}, {weights.replace('_', ' ')}"
+            label = f"{words.CRITERIA.get(criterion, criterion)}, {words.WEIGHTS[weights]}"
             axes.plot(at, [x.mean for _, x in points], label=label, **look.plot)
             low, high = [x.low for _, x in points], [x.high for _, x in points]
             axes.fill_between(at, low, high, color=look.color, alpha=0.13, linewidth=0)
@@ -181,88 +244,3 @@ def early_masks(selection: Selection) -> Drawing:
         axes.grid(alpha=0.25)
         legend(figure, axes, 1)
     return Drawing(figure, all_levels(selection), f"{title} {selection.place}: {', '.join(told)}.")
-
-
-# ---- the plane of initial and final weights ------------------------------------------------------
-
-
-def plane(
-    selection: Selection,
-    w_init: Tensor,
-    w_final: Tensor,
-    layer: str,
-    criteria: Sequence[str] = PLANE,
-    keep: float = 0.2,
-    points: int = 2500,
-    seed: int = 0,
-) -> Drawing:
-    """Figures 2 and 6 with real weights: where each criterion's kept weights lie.
-
-    Args:
-        w_init, w_final: weights of one layer at the start and the end of the dense training.
-        keep: share of them that each criterion keeps; all of the layer are ranked.
-        points: how many are drawn, a fixed random subset.
-    """
-    kept = {
-        name: ls.prune(
-            {layer: w_init},
-            {layer: w_final},
-            {layer: torch.ones(w_init.shape, dtype=torch.bool)},
-            name,
-            keep,
-        )[layer].flatten()
-        for name in criteria
-    }
-    drawn = np.random.default_rng(0).permutation(w_init.numel())[:points]
-    x, y = (w.flatten().numpy()[drawn] for w in (w_init, w_final))
-    # an axis each: weights of a long training reach ten times as far as they started
-    reaches = [float(np.abs(side).max()) * 1.05 or 1.0 for side in (x, y)]
-    columns = min(3, len(criteria))
-    rows = -(-len(criteria) // columns)
-    title = "Which weights each criterion keeps"
-    note = f"layer {layer}, {100 * keep:g}% kept"
-    with style():
-        height = 0.95 + (WIDTH - 0.6) / columns * rows
-        figure = sheet(height, title, selection, note, f"seed {seed}")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, (name, mask) in zip(grid.flat, kept.items(), strict=False):
-            chosen = mask.numpy()[drawn]
-            axes.axhline(0, color="#999999", linewidth=0.6)
-            axes.axvline(0, color="#999999", linewidth=0.6)
-            dots: dict[str, Any] = {"linestyle": "none", "rasterized": True}
-            axes.plot(x[~chosen], y[~chosen], ".", color="#c4c4c4", markersize=1.6, **dots)
-            axes.plot(x[chosen], y[chosen], "o", color="#00306e", markersize=1.9, **dots)
-            axes.set_title(name, fontsize=7.5)
-            axes.set_xlim(-reaches[0], reaches[0])
-            axes.set_ylim(-reaches[1], reaches[1])
-            axes.set_box_aspect(1)
-            axes.tick_params(labelsize=7)
-        figure.supxlabel("initial weight", fontsize=9)
-        figure.supylabel("final weight", fontsize=9)
-    table = Table(
-        ("w_init", "w_final", *criteria),
-        tuple(
-            (float(w_init.flatten()[i]), float(w_final.flatten()[i]))
-            + tuple(int(mask[i]) for mask in kept.values())
-            for i in drawn
-        ),
-        "a sample of the weights; 1 = kept",
-    )
-    flipped = (w_init.flatten() * w_final.flatten()) < 0
-    told = ", ".join(
-        f"{n} {percent(float(flipped[m].float().mean()), 0)}%" for n, m in kept.items()
-    )
-    alt = f"{title}: initial against final weights, {note}. Share of kept weights with a new sign: "
-    return Drawing(figure, table, f"{alt}{told}.")
-
-
-def layer_shown(network: str) -> str:
-    """The layer that the plane shows: the first that is not tiny."""
-    return "conv2.weight" if NETWORKS[network].convolutions else "fc1.weight"
-
-
-def dense_pair(row: Row, tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
-    """Initial and final weights of a layer of a dense run, from its row and its checkpoint."""
-
-    initial = dict(build(NETWORKS[row["network"]], row["seed"]).named_parameters())
-    return initial[layer].detach(), tensors[f"final.{layer}"]

@@ -14,7 +14,6 @@ class Style:
     line: Any  # a matplotlib line style
     color: str
     filled: bool = True
-    label: str = ""  # instead of the arm's
 
     @property
     def plot(self) -> dict[str, Any]:
@@ -50,30 +49,30 @@ CRITERION = {
 
 MASK1 = {
     "rewind": Style("o", SOLID, BLUE),
-    "reinit": Style("s", DOTTED, ORANGE, False, "reinit, signs drawn too"),
-    "signed_reinit": Style("s", SOLID, ORANGE, True, "reinit, signs kept"),
-    "reinit_permute": Style("P", DOTTED, BROWN, False, "permuted, signs too"),
-    "signed_reinit_permute": Style("P", SOLID, BROWN, True, "permuted, signs kept"),
-    "reshuffle": Style("^", DOTTED, GREEN, False, "reshuffle, signs too"),
-    "signed_reshuffle": Style("^", SOLID, GREEN, True, "reshuffle, signs kept"),
-    "constant": Style("D", DOTTED, PURPLE, False, "constant, random signs"),
-    "signed_constant": Style("D", SOLID, PURPLE, True, "constant, signs kept"),
-    "reinit_rescaling": Style("v", DASHED, RED, False, "reinit / density, signs drawn too"),
-    "signed_reinit_rescaling": Style("v", LONG, RED, True, "reinit / density, signs kept"),
-    "constant_rescaling": Style("<", DASHED, TEAL, False, "constant / density, random signs"),
-    "signed_constant_rescaling": Style("<", LONG, TEAL, True, "constant / density, signs kept"),
+    "reinit": Style("s", DOTTED, ORANGE, False),
+    "signed_reinit": Style("s", SOLID, ORANGE, True),
+    "reinit_permute": Style("P", DOTTED, BROWN, False),
+    "signed_reinit_permute": Style("P", SOLID, BROWN, True),
+    "reshuffle": Style("^", DOTTED, GREEN, False),
+    "signed_reshuffle": Style("^", SOLID, GREEN, True),
+    "constant": Style("D", DOTTED, PURPLE, False),
+    "signed_constant": Style("D", SOLID, PURPLE, True),
+    "reinit_rescaling": Style("v", DASHED, RED, False),
+    "signed_reinit_rescaling": Style("v", LONG, RED, True),
+    "constant_rescaling": Style("<", DASHED, TEAL, False),
+    "signed_constant_rescaling": Style("<", LONG, TEAL, True),
     "mask_init": Style("*", DASH_DOT, TEAL),
 }
 
 MASK0 = {
-    "zero": Style("o", SOLID, BLUE, True, "zero"),
-    "freeze_init": Style("s", DASHED, ORANGE, False, "frozen at init"),
-    "freeze_init_zero_mask": Style("^", DASH_DOT, GREEN, True, "variant 1: zero if it shrank"),
-    "freeze_init_zero_all": Style("D", LONG, PURPLE, True, "variant 2: kept ones too"),
-    "freeze_init_zero_reshuffle": Style("v", DOTTED, BROWN, False, "control: as many, at random"),
-    "freeze_init_zero_rev": Style("x", DOTTED, RED, True, "control: zero if it grew"),
-    "freeze_reinit": Style("P", DOTTED, TEAL, False, "frozen at new draws"),
-    "original": Style("*", SOLID, GREY, True, "nothing frozen"),
+    "zero": Style("o", SOLID, BLUE, True),
+    "freeze_init": Style("s", DASHED, ORANGE, False),
+    "freeze_init_zero_mask": Style("^", DASH_DOT, GREEN, True),
+    "freeze_init_zero_all": Style("D", LONG, PURPLE, True),
+    "freeze_init_zero_reshuffle": Style("v", DOTTED, BROWN, False),
+    "freeze_init_zero_rev": Style("x", DOTTED, RED, True),
+    "freeze_reinit": Style("P", DOTTED, TEAL, False),
+    "original": Style("*", SOLID, GREY, True),
 }
 
 # For curves that differ in a number, or in what has no style above.

@@ -11,17 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import lottery_sparse as ls
-from experiments import data, quickstart, speed, step_speed, studies, tune
-from experiments.engines import ENGINES
 from experiments.files import make_folder, write_whole
-from experiments.networks import NETWORKS
-from experiments.numbering import figures_of, studies_of
-from experiments.progress import INSTALL, warning_line
-from experiments.provenance import provenance
-from experiments.runs import LITERALS, PROFILES
-from experiments.status import Times, as_text, progress, together
-from experiments.store import Store
-from experiments.sweep import run_study
+from experiments.show.numbering import figures_of, studies_of
+from experiments.store.provenance import provenance
+from experiments.store.store import Store
+from experiments.study import studies
+from experiments.study.networks import NETWORKS
+from experiments.study.runs import LITERALS, PROFILES
+from experiments.sweep.engines import ENGINES
+from experiments.sweep.progress import INSTALL, warning_line
+from experiments.sweep.status import Times, as_text, progress, together
+from experiments.sweep.sweep import run_study
+from experiments.tools import quickstart, speed, step_speed, tune
+from experiments.train import data
 
 STORE = Path("out/experiments")
 SHOWS = {  # what shows results: where it writes by default, and its help
@@ -281,7 +283,7 @@ def run_quickstart(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no figure: matplotlib is not installed ({INSTALL})")
         return
-    from experiments.figures.quickstart import quickstart as draw
+    from experiments.show.figures.quickstart import quickstart as draw
 
     write_whole(options.png, draw(numbers))
     print(f"figure: {options.png}")
@@ -366,7 +368,7 @@ def _step_speed(options: argparse.Namespace) -> None:
 
 def run_compare(options: argparse.Namespace) -> None:
     _check_shows("compare")
-    from experiments.compare import compare  # it loads scipy
+    from experiments.show.compare import compare  # it loads scipy
 
     rows = [row for folder in options.store for row in Store(folder, create=False).rows()]
     profile, other = options.profiles
@@ -425,7 +427,7 @@ def _check_shows(name: str) -> None:
 
 def show(name: str, options: argparse.Namespace) -> None:
     _check_shows(name)
-    from experiments import show as shows  # it loads both
+    from experiments.show import commands as shows
 
     getattr(shows, name)(options)
 

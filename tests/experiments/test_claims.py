@@ -6,13 +6,14 @@ from itertools import product
 import pytest
 import study_rows
 
-from experiments import claims, predicates, studies
-from experiments.claim import DENSE_ARM, ITERATION, RANDOM, Claim
-from experiments.claims import CLAIMS
-from experiments.judging import Verdict, asked, curves_of, judge, statistics, verdict
-from experiments.runs import Run, rounds_of
-from experiments.selection import select
-from experiments.studies import Arm
+from experiments.findings import claims, predicates
+from experiments.findings.claim import DENSE_ARM, ITERATION, RANDOM, Claim
+from experiments.findings.claims import CLAIMS
+from experiments.findings.judging import Verdict, asked, curves_of, judge, statistics, verdict
+from experiments.findings.selection import select
+from experiments.study import studies
+from experiments.study.runs import Run, rounds_of
+from experiments.study.studies import Arm
 
 SHARES = (0.02, 0.1, 0.24, 0.39, 0.5, 0.654, 0.8, 0.855, 0.938, 0.945, 0.953, 0.99)
 ITERATIONS = (2_000, 3_300, 3_500, 5_300, 9_000)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import engines
 from experiments.__main__ import main, only_profile
-from experiments.machine import numerics
-from experiments.runs import Run
-from experiments.store import Store
+from experiments.store.machine import numerics
+from experiments.store.store import Store
+from experiments.study.runs import Run
+from experiments.sweep import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")

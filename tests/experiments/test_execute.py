@@ -8,11 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from experiments import claims, data, studies
-from experiments import execute as execution
 from experiments.__main__ import main
-from experiments.arithmetic import marked
-from experiments.execute import (
+from experiments.findings import claims
+from experiments.store.arithmetic import marked
+from experiments.store.store import Store
+from experiments.study import studies
+from experiments.study.networks import FC, NETWORKS
+from experiments.study.runs import DENSE, PROFILES, Run
+from experiments.sweep import execute as execution
+from experiments.sweep.execute import (
     dense_of,
     execute,
     groups,
@@ -21,12 +25,10 @@ from experiments.execute import (
     packed,
     unpacked,
 )
-from experiments.lottery import Lottery, lottery
-from experiments.networks import FC, NETWORKS
-from experiments.runs import DENSE, PROFILES, Run
-from experiments.store import Store
-from experiments.sweep import check_only, chosen
-from experiments.train import minibatches
+from experiments.sweep.sweep import check_only, chosen
+from experiments.train import data
+from experiments.train.loop import minibatches
+from experiments.train.lottery import Lottery, lottery
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 DENSE_RUN = SMOKE(criterion=DENSE)

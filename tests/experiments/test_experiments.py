@@ -9,10 +9,12 @@ import torch
 from tolerances import close
 
 import lottery_sparse as ls
-from experiments import data, quickstart, train
 from experiments.__main__ import main
-from experiments.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
-from experiments.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
+from experiments.study.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
+from experiments.tools import quickstart
+from experiments.train import data
+from experiments.train import loop as train
+from experiments.train.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
 
 
 @pytest.fixture(scope="module")

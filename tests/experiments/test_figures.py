@@ -12,10 +12,11 @@ import torch
 from matplotlib.text import Text
 from study_rows import STUDIES
 
-from experiments import figures, tables
-from experiments.figures import plane as planes
-from experiments.networks import NETWORKS, build
-from experiments.selection import select
+from experiments.findings import tables
+from experiments.findings.selection import select
+from experiments.show import figures
+from experiments.show.figures import plane as planes
+from experiments.study.networks import NETWORKS, build
 
 DRAWN = [name for name in STUDIES if name != "dense"]
 

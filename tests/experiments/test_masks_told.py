@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import lottery_sparse as ls
-from experiments import compression, densities, heading, studies
-from experiments.beside import joined
-from experiments.networks import NETWORKS, build
-from experiments.remakes import readable
-from experiments.store import Store
-from experiments.sweep import run_study
+from experiments.findings import compression, densities
+from experiments.store.beside import joined
+from experiments.store.remakes import readable
+from experiments.store.store import Store
+from experiments.study import studies
+from experiments.study.networks import NETWORKS, build
+from experiments.sweep.sweep import run_study
+from experiments.train import heading
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 

@@ -10,11 +10,12 @@ import pytest
 import study_rows
 from study_rows import STUDIES, Study
 
-from experiments import numbering, overview, page, report, studies
-from experiments.claim import Claim
-from experiments.judging import Verdict
-from experiments.predicates import near
-from experiments.tables import Table
+from experiments.findings.claim import Claim
+from experiments.findings.judging import Verdict
+from experiments.findings.predicates import near
+from experiments.findings.tables import Table
+from experiments.show import numbering, overview, page, report
+from experiments.study import studies
 
 CHOSEN = [STUDIES[name] for name in ("mask-criteria", "mask-0", "supermasks", "learned")]
 VOID = {"meta", "img", "br", "wbr", "link"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import (
+from experiments.findings.statistics import (
     TOO_FEW,
     compare,
     detectable,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sweep_problems import RECORD, ROW, RUN
 
-from experiments.store import Store
+from experiments.store.store import Store
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ SMALL = replace(
     lr=1e-2,
 )
 COARSE = {"precision": "bfloat16", "layout": "channels_last", "form": "masked"}
-RESULTS = Path(__file__).parent.parent / "experiments" / "results"
+RESULTS = Path(data.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")

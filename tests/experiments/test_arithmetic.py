@@ -166,7 +166,7 @@ def test_an_unknown_instruction_set_is_one_sentence(monkeypatch):
 
 def test_libraries_that_are_held_back_are_another_arithmetic():
     code = (
-        "from experiments import arithmetic, machine;"
+        "from experiments.store import arithmetic, machine;"
         "print(arithmetic.here('cpu')); print(machine.blas()['held'])"
     )
     held = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

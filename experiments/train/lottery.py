@@ -27,6 +27,7 @@ from experiments.train.models import (
     products_of,
     weights_of,
 )
+from lottery_sparse.tickets.round import Began, Rules, next_round
 
 
 @dataclass(frozen=True)
@@ -232,32 +233,25 @@ def next_start(run: Lottery, number: int, scored: Round, rewind: Rewind) -> Star
 
     Scores and mask-0 actions compare the weights that it really started from with its final ones.
     """
-    last, w_final = scored.start, scored.w_final
-    masks = ls.prune(
-        last.weights,
-        w_final,
-        last.masks,
-        run.criterion,
-        keep_of(run, rounds=number if run.one_shot else number - scored.number),
-        scope=run.scope,
-        generator=ls.random.derive(run.seed, "prune", number),
+    last = scored.start
+    names = list(last.masks)
+    rules = Rules(
+        run.criterion, run.mask1, run.mask0, run.scope, run.seed,
+        std=rewind.std, keys={name: name for name in names},
+    )  # fmt: skip
+    began = next_round(
+        rules,
+        number,
+        Began(last.masks, last.weights, {n: f for n, f in last.frozen.items() if f is not None}),
+        effective={name: last.effective(name) for name in names},
+        final=scored.w_final,
+        # round 1 has nothing to compound: it starts from the dense run's weights either way
+        origin=last.weights if run.compounding and scored.number else rewind.weights,
+        keep=keep_of(run, rounds=number if run.one_shot else number - scored.number),
     )
-    # round 1 has nothing to compound: it starts from the dense run's (rewind) weights either way
-    base = last.weights if run.compounding and scored.number else rewind.weights
-    weights = dict(rewind.weights)  # biases: never masked, always rewound
-    frozen: dict[str, Tensor | None] = {}
-    masked = True
-    for name, mask in masks.items():
-        gen = ls.random.Stream(ls.random.derive(run.seed, "mask-1", number), name)
-        weights[name] = ls.pruning.MASK1_ACTIONS[run.mask1](base[name], mask, rewind.std[name], gen)
-        gen = ls.random.Stream(ls.random.derive(run.seed, "mask-0", number), name)
-        action = ls.pruning.MASK0_ACTIONS[run.mask0](
-            last.effective(name), w_final[name], mask, last.masks[name], last.frozen[name], gen
-        )
-        frozen[name], masked = action.frozen, not action.released
-        if action.start_at_zero is not None:
-            weights[name] = weights[name].masked_fill(action.start_at_zero, 0)
-    return Start(masks, weights, frozen, masked)
+    weights = rewind.weights | began.weights  # biases: never masked, always rewound
+    frozen = dict.fromkeys(names) | began.frozen
+    return Start(began.masks, weights, frozen, masked=not began.released)
 
 
 def keep_of(run: Lottery, rounds: int) -> Fraction | dict[str, Fraction]:

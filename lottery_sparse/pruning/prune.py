@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ def prune(
     )
 
 
-def find(choice, table: Mapping, what: str):
+def find(choice: Any, table: Mapping[str, Any], what: str) -> Any:
     """A function as it is, a name from its table; unknown names list the known ones."""
     if callable(choice):
         return choice

@@ -63,16 +63,22 @@ def check(layer: Any) -> None:
     """
     if not layer.slots_before.were_written(layer.weight):
         return
-    if not _are_copied(layer, layer.weight_mask.age[0]):
+    if not _are_copied(layer, _age(layer)):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
         raise RuntimeError(text)
     layer.slots_before = None
 
 
-def _are_copied(layer: Any, age: int) -> bool:
+def _age(layer: Any) -> int | None:
+    """When the layer's mask was chosen; None: somebody put a tensor of torch in its place."""
+    mask = layer.weight_mask
+    return mask.age[0] if isinstance(mask, MaskTensor) else None
+
+
+def _are_copied(layer: Any, age: int | None) -> bool:
     """Whether a live layer with a mask of this age has the same slots."""
     for other in layers():
-        if other is not layer and other.weight_mask.age[0] == age:
+        if other is not layer and age is not None and _age(other) == age:
             weight, mine = other.weight.detach(), layer.weight.detach()
             if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
                 return True
@@ -82,7 +88,7 @@ def _are_copied(layer: Any, age: int) -> bool:
 def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
     """Before a mask takes that of another (`source`), or after another write to it."""
     for layer in layers():
-        if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
+        if getattr(layer.weight_mask, "age", None) is not mask.age or layer.weight.is_meta:
             continue
         if source is not None and _are_copied(layer, source.age[0]):
             layer.slots_before = None  # everything is

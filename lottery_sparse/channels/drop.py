@@ -27,6 +27,12 @@ from lottery_sparse.nn.masked import Masked, has_hooks
 class Channels:
     """Which channels of a model its narrow version has, and the way back.
 
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> narrow, channels = ls.channels.drop_channels(model, images)
+    >>> channels.flop_ratio  # all channels matter here
+    1.0
+    >>> channels.restore_(model, narrow)
+
     Attributes:
         outputs: layer name -> int64 [N'], its output channels in the model, ascending; for layers
             with weights and batch norms.
@@ -125,6 +131,14 @@ def drop_channels(
 
     Without, narrow.eval() computes what model.eval() does, and every weight that is not 0 counts as
     kept.
+
+    >>> model = ls.sparsify_(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 3)))
+    >>> mask = torch.ones(8, 3, 3, 3, dtype=torch.bool)
+    >>> mask[6:] = False  # two channels that nothing leads to
+    >>> ls.set_masks_(model, {"0.weight": mask})
+    >>> narrow, channels = ls.channels.drop_channels(model, images)
+    >>> narrow[0].out_channels
+    6
 
     Args:
         model: an nn.Sequential (nested too) of linear, convolutional, masked and compact layers,

@@ -54,6 +54,10 @@ class Constant(_Value):
 
     Signs are those of the layer's weight when the mask is set (0 counts as plus).
 
+    >>> ls.set_masks_(model, masks, frozen=ls.frozen.Constant(0.05))
+    >>> model[0].weight[~masks["0.weight"]].detach().abs().unique()
+    tensor([0.0500])
+
     Args:
         constant: the magnitude, at least 0; None = population standard deviation of the layer's
             weight.
@@ -72,6 +76,8 @@ class Constant(_Value):
 @dataclass(frozen=True)
 class Seeded(_Value):
     """Frozen source drawn from a seed: stored as the seed, the same on every machine.
+
+    >>> ls.set_masks_(model, masks, frozen=ls.frozen.Seeded("normal", seed=1, std=0.1))
 
     Args:
         law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
@@ -106,6 +112,8 @@ class Seeded(_Value):
 class SignOf(_Value):
     """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
     `Ticket` that needs no more room than a seed.
+
+    >>> ls.frozen.SignOf(ls.frozen.Seeded("normal", seed=1, std=1.0), constant=0.05)
 
     Args:
         source: what is drawn.

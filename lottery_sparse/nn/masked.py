@@ -383,6 +383,11 @@ class MaskedLinear(Masked, nn.Linear):
     Constructor, shapes and attributes are nn.Linear's. A new layer keeps every weight; set its
     mask with `ls.set_masks_`. Gradients at pruned entries are exactly zero, and no optimizer,
     decay or load can move the effective weight there. See `Masked` for buffers and state_dict.
+
+    >>> layer = ls.nn.MaskedLinear(784, 300)
+    >>> ls.set_masks_(layer, {"weight": torch.rand(300, 784) < 0.1})
+    >>> layer(torch.randn(60, 784)).shape
+    torch.Size([60, 300])
     """
 
     dense_type, rank = nn.Linear, 2
@@ -412,6 +417,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
 
     Constructor, shapes and attributes are nn.Conv2d's, with every stride, padding, padding_mode,
     dilation and groups. See `MaskedLinear`.
+
+    >>> layer = ls.nn.MaskedConv2d(3, 16, 3, padding="same")
+    >>> layer(images).shape, layer.density
+    (torch.Size([4, 16, 8, 8]), 1.0)
     """
 
     dense_type, rank = nn.Conv2d, 4

@@ -32,6 +32,10 @@ class PackedLinear(nn.Module):
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
+    >>> layer = ls.nn.PackedLinear(weight.sign() * mask)
+    >>> layer.format, layer.bytes, layer.dense_bytes
+    ('ternary', 132, 800)
+
     Args:
         weight: [N, K], floating.
         bias: [N] or None.

@@ -303,6 +303,10 @@ class SupermaskLinear(Supermask, nn.Linear):
     Constructor, shapes and attributes are nn.Linear's, with the options of `Supermask` by name; the
     bias is frozen too, at 0. `ls.supermask_` turns the layers of a model into these.
 
+    >>> layer = ls.nn.SupermaskLinear(20, 10, weights="signed_constant", rescale=True)
+    >>> layer(x).shape, layer.expected_density
+    (torch.Size([8, 10]), 0.5)
+
     Args:
         weights: "init": the initial ones; "signed_constant": their signs times their population
             standard deviation.
@@ -338,7 +342,12 @@ class SupermaskLinear(Supermask, nn.Linear):
 
 
 class SupermaskConv2d(Supermask, nn.Conv2d):
-    """nn.Conv2d whose weights are frozen and whose mask is learned. See `SupermaskLinear`."""
+    """nn.Conv2d whose weights are frozen and whose mask is learned. See `SupermaskLinear`.
+
+    >>> layer = ls.nn.SupermaskConv2d(3, 16, 3, padding=1)
+    >>> layer(images).shape
+    torch.Size([4, 16, 8, 8])
+    """
 
     dense_type, rank = nn.Conv2d, 4
     __signature__ = _signature(nn.Conv2d)

@@ -220,6 +220,9 @@ class SGD(_KernelStep, torch.optim.SGD):
 
     Arguments, groups and state (`momentum_buffer`) are torch's. `foreach` and `fused` choose
     nothing where the kernel runs.
+
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     """
 
     _torch_step = _unhooked(torch.optim.SGD.step)
@@ -325,6 +328,9 @@ class Adam(_AdamStep, torch.optim.Adam):
     Arguments, groups and state (`step`, `exp_avg`, `exp_avg_sq`) are torch's. `foreach` and `fused`
     choose nothing where the kernel runs; `amsgrad` is torch's own step.
 
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.Adam(model.parameters(), lr=1e-3))
+
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv 1412.6980.
     """
 
@@ -335,6 +341,9 @@ class AdamW(_AdamStep, torch.optim.AdamW):
     """Adam with decoupled weight decay, torch.optim.AdamW with a quicker step.
 
     `Adam` with w ← (1 − lr · weight_decay) w before the step, instead of weight decay in g.
+
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.AdamW(ls.optim.param_groups(model, 0.01), lr=1e-3))
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
     """

@@ -74,6 +74,10 @@ def plan(
     reaches. Of zeros among the weights that a mask keeps the table says what prunes them; the
     packed form leaves them out by itself.
 
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> found = ls.plan(model, x, optimizer=optimizer, report=None)
+    >>> print(found)
+
     Args:
         model: a model with masked or compact layers.
         inputs, kwargs: what the model is called with, model(*inputs, **kwargs). One tuple is all

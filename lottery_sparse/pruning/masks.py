@@ -22,10 +22,16 @@ class Masks(dict[str, Tensor]):
     whose entries stay: make new masks, `ls.Masks({**masks, name: mask})`. Inside a checkpoint of
     torch.save it comes back with the default torch.load, once lottery_sparse is imported.
 
-    >>> a, b = ls.masks_of(model), ls.prune(w_init, w_final, masks, "large_final", keep=0.8)
-    >>> (a & ~b).density        # share of all weights that this step pruned
-    >>> a.overlap(b)            # kept by both / kept by either
+    >>> a = ls.masks_of(model)
+    >>> b = ls.prune(w_init, model.state_dict(), a, "large_final", keep=0.5)
+    >>> (a & ~b).density  # share of all weights that this step pruned
+    0.1
+    >>> a.overlap(b)  # kept by both / kept by either
+    0.5
     >>> print(b.table())
+    0.weight  10x20           20 of         200    0.1000
+    2.weight  2x10             2 of          20    0.1000
+    total                     22 of         220    0.1000
 
     Args:
         masks: name -> tensor of any shape holding 0 and 1 only, of any dtype.
@@ -129,6 +135,7 @@ class Masks(dict[str, Tensor]):
         return (self & other).kept / either if either else 1.0
 
     def to(self, device: torch.device | str) -> Masks:
+        """The masks on a device."""
         return Masks({n: m.to(device) for n, m in self.items()})
 
     def table(self) -> str:

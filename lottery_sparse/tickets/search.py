@@ -61,6 +61,10 @@ def find_ticket(
     follows the last pruning, so train_fn runs rounds + 1 times (and once more for late rewinding).
     One-shot pruning is rounds=1.
 
+    >>> ticket = ls.find_ticket(dense(), train, rounds=2, keep=0.5)
+    >>> ticket.masks.density
+    0.25
+
     Args:
         model: any module. Its nn.Linear and nn.Conv2d become masked (see `sparsify_`, which you
             can call before with a filter); it is left as the last training leaves it.

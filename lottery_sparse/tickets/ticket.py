@@ -44,6 +44,11 @@ class Ticket:
     A start may also be a source instead of a tensor: `ls.frozen.Seeded` or `ls.frozen.SignOf` (with
     `rescale`, drawn weights are multiplied by weights / kept), or "zero". With such starts a ticket
     is a mask and a seed.
+
+    >>> ls.Ticket.of(model).save("ticket.safetensors")
+    >>> ticket = ls.Ticket.load("ticket.safetensors").verify()
+    >>> ls.masks_of(ticket.apply_(dense()))
+    Masks(2 tensors, 44 of 220 kept)
     """
 
     masks: Masks

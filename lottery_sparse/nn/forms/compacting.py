@@ -121,6 +121,11 @@ def refresh_(model: nn.Module) -> nn.Module:
     A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
     `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
     rank 0, after wrapping the model.
+
+    >>> model[0].weight.data[0, 1:3] = 7.0  # counts no version, and one of the two is pruned
+    >>> ls.nn.refresh_(model)
+    >>> model[0].weight[0, 1].item()
+    0.0
     """
     for module in model.modules():
         if isinstance(module, Compact):

@@ -96,6 +96,9 @@ def masks_of(model: nn.Module) -> Masks:
     Names are those that the model's state_dict has, wrapped or not.
     Of a layer that learns its mask it is the one that evaluations are told to use
     (`ls.learning.use_masks_`), else the weights more probable than not.
+
+    >>> ls.masks_of(model)
+    Masks(2 tensors, 44 of 220 kept)
     """
     found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
@@ -125,6 +128,11 @@ def set_masks_(
     (AveragedModel, target networks) need it in any case: slots of two masks stand for different
     weights, and the next use of such a copy raises RuntimeError. Vectors that somebody keeps
     outside of any layer (Lookahead, lists of shadow Parameters) nobody can refuse: start them anew.
+
+    >>> ls.set_masks_(model, {"0.weight": torch.rand(10, 20) < 0.5})
+    >>> pruned = ~ls.masks_of(model)["0.weight"]
+    >>> bool((model[0].weight[pruned] == 0).all())
+    True
 
     Args:
         model: a model with masked layers, see `sparsify_`.

@@ -91,6 +91,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     is in it as one tensor, for the dense model without that parametrization: one with it would
     compute pruned weights anew.
 
+    >>> dense().load_state_dict(ls.dense_state_dict(model))
+    <All keys matched successfully>
+
     Raises:
         ValueError: a layer learns its mask, or layers share a weight under two masks.
         TypeError: hooks compute the weight of a masked layer (torch.nn.utils.weight_norm).

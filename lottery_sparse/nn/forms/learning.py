@@ -86,6 +86,11 @@ def _why_none(model: nn.Module) -> str:
 def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:
     """Choose the masks that supermask layers evaluate with (model.eval()), and `masks_of` gives.
 
+    >>> ls.supermask_(model).eval()
+    >>> ls.learning.use_masks_(model, "threshold")  # one mask, the same in every call
+    >>> torch.equal(model(x), model(x))
+    True
+
     Args:
         masks: "sample": a fresh mask in every call; "threshold": the weights more probable than
             not; a number i: evaluation sample i, the same whenever it is asked for; or masks by
@@ -129,8 +134,8 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
 def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
     """Go through `samples` evaluation samples of the masks; each is yielded while it is in use.
 
-    >>> model.eval()
-    >>> accuracies = [accuracy(model, test) for masks in ls.learning.sampled(model, 10)]
+    >>> ls.supermask_(model).eval()
+    >>> accuracies = [accuracy(model) for masks in ls.learning.sampled(model, 10)]
 
     Samples are functions of the scores, the seed and their number. Afterwards the model evaluates
     as before, and its training never notices.

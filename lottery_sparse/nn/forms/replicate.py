@@ -42,6 +42,10 @@ def replicate(
     interact: with the sum over E of each network's mean as the loss, every network trains as it
     would alone, under any optimizer that works element by element.
 
+    >>> models = ls.ensemble.replicate(model, seeds=[1, 2, 3])
+    >>> models(x).shape  # [E, B, out]
+    torch.Size([3, 8, 2])
+
     Args:
         model: an nn.Sequential (nested too) of linear and masked layers, elementwise modules,
             pooling and nn.Flatten, of which E copies are made; or a list of such models of equal
@@ -85,6 +89,10 @@ def replicate(
 
 def select(model: nn.Module, e: int) -> nn.Module:
     """Network e of a module from `replicate`, as a new module with Parameters of its own.
+
+    >>> models = ls.ensemble.replicate(model, E=3)
+    >>> torch.allclose(ls.ensemble.select(models, 1)(x), model(x), atol=1e-6)
+    True
 
     Raises:
         ValueError: there is no such network, or the module holds only one.

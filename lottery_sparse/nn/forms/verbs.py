@@ -203,6 +203,10 @@ def supermask_(
     the dense layer, and a byte a weight more after `ls.learning.use_masks_` with a number or with
     masks. `ls.Ticket.of` saves the mask, a bit a weight, and the seed that gave the weights.
 
+    >>> model = ls.supermask_(dense(), weights="signed_constant", rescale=True)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.score', '2.score']
+
     Args:
         model: any module; a single layer too.
         weights: "init": those the model holds; "signed_constant": their signs times the population
@@ -265,6 +269,11 @@ def pack_(
     The model is set to eval mode, and Parameters that it still has no longer require grad. The
     other verbs are the ways back.
 
+    >>> layer = ls.sparsify_(nn.Linear(784, 300))
+    >>> ls.set_masks_(layer, {"weight": torch.rand(300, 784) < 0.05})
+    >>> ls.pack_(layer, report=None).format
+    'csr'
+
     Args:
         model: any module; a single layer too.
         activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
@@ -295,6 +304,9 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     gives. The masks are gone: further training refills pruned weights. What `ls.pack_` froze stays
     frozen, the weights and biases of packed layers among it: `model.requires_grad_()` comes before
     a training. Layers that shared a weight before `ls.pack_` have one each.
+
+    >>> ls.densify_(model)[0]
+    Linear(in_features=20, out_features=10, bias=True)
 
     Args:
         model: any model; other layers stay as they are.

@@ -43,6 +43,11 @@ def compact_linear(
 ) -> Tensor:
     """Linear layer whose parameter is the vector of its kept weights: y = x Wᵀ + b.
 
+    >>> layer = ls.compact_(model)[0]
+    >>> y = ls.ops.compact_linear(x, layer.weight, layer.kept, layer.weight_effective, zero=True)
+    >>> y.shape
+    torch.Size([8, 10])
+
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         values: [C] or [E, C], dtype of `x`; row-major kept weights, spare slots are ignored.
@@ -138,6 +143,10 @@ def compact_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """2-D convolution whose parameter is the vector of its kept weights.
+
+    >>> layer = ls.compact_(nn.Conv2d(3, 16, 3))
+    >>> ls.ops.compact_conv2d(images, layer.weight, layer.kept, layer.weight_effective).shape
+    torch.Size([4, 16, 6, 6])
 
     Args:
         x: [B, C, H, W] or [C, H, W]; for E networks [B, C, H, W], shared, or [E, B, C, H, W].

@@ -48,13 +48,14 @@ class Masks(dict[str, Tensor]):
 
     @classmethod
     def of_nonzero(cls, model: nn.Module) -> Masks:
-        """Masks that keep what is not zero, of the weights of a network pruned elsewhere.
+        """Masks of a network that was pruned elsewhere: they keep every nonzero weight.
 
         >>> ls.sparsify_(model)
         >>> ls.set_masks_(model, ls.Masks.of_nonzero(model))
 
-        Of masked layers, by their effective weights, or, if there is none, of every nn.Linear and
-        nn.Conv2d; tied weights come once. A weight that is zero by chance is pruned too.
+        A model with masked layers gives masks of their effective weights; another model gives masks
+        of every nn.Linear and nn.Conv2d. Tied weights come once. A weight that is zero by chance is
+        pruned, too.
         """
         found: dict[int, tuple[str, Tensor]] = {}
         layers = [
@@ -192,12 +193,17 @@ torch.serialization.add_safe_globals([Masks])
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:
-    """The tensor as bool, if it holds only 0 and 1."""
+    """The tensor as bool.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it holds something else than 0 and 1.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of {shown(name)} must be a tensor, got {type(mask).__name__}.")
     if mask.dtype == torch.bool:
         return mask
-    one = mask_in(mask)  # of state_dicts that were averaged
+    one = mask_in(mask)  # the entry of an averaged state_dict
     if one is not None:
         return one
     wrong = (mask != 0) & (mask != 1)

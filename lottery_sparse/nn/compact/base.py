@@ -1,4 +1,4 @@
-"""Compact: what masked layers whose Parameter holds kept weights only have in common."""
+"""Compact, the base of layers whose Parameter holds the kept weights only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What masked layers become compact with, and what they ask of masks, weights and state."""
+"""Helpers that turn a masked layer into a compact one, and checks that its state can move."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SLOTS = 16  # of a network's kept weights, compared to see writes
 
 
 class Shrunk(NamedTuple):
-    """What a masked layer needs to become compact: all of it that takes memory.
+    """The tensors of a masked layer's compact form.
 
-    Made before the layer changes, so that it stays as it is where there is too little.
+    They are allocated before the layer changes, so that a lack of memory leaves it as it is.
     """
 
     effective: Tensor  # a blank where no op reads it

@@ -55,11 +55,11 @@ def replicate(
             order, as after torch.manual_seed(seed); pruned weights stay pruned.
 
     Returns:
-        A new module. Its first nn.Flatten takes an x that could be either for a shared one, unless
-        it is [E, B, K].
+        A new module. Where x could be shared or one per network, its first nn.Flatten takes it for
+        shared, unless it is [E, B, K].
 
     Raises:
-        TypeError: a module that has no form for E networks, named.
+        TypeError: a module has no form for E networks; the message names it.
         ValueError: models that differ in structure, or arguments that contradict each other.
     """
     models = _models(model, E, seeds)

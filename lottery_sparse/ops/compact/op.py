@@ -117,10 +117,10 @@ def linear(
 
 @cache
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/linear/eager.cpp, if it is here.
+    """The compact linear layer of csrc/linear/eager.cpp, if it is built.
 
-    With it, by what a layer wants: up to which density the forward and dx, the same where they are
-    quick or dense is slow, and the dvalues run on sparse kernels.
+    Also returns, per value of `layer.products`, three density limits of the sparse kernels: for
+    forward and dx; for both at shapes where they are fast, or dense is slow; and for dvalues.
     """
     module = eager()
     if module is None:

@@ -1,4 +1,4 @@
-"""The picture of README.md: its title says what rows and times say."""
+"""The pictures of README.md and quickstart: their titles say what rows and times say."""
 
 import json
 
@@ -7,6 +7,7 @@ import study_rows
 from study_rows import STUDIES
 
 from experiments.__main__ import main
+from experiments.figures import quickstart as pictures
 from experiments.figures.overview import overview
 from experiments.selection import select
 
@@ -59,3 +60,32 @@ def test_the_command_names_what_is_missing(tmp_path, capsys):
     (tmp_path / "speed.json").write_text(json.dumps(speed()))
     assert main(["overview", "--store", str(tmp_path)]) == 1
     assert "is no store of results" in capsys.readouterr().err
+
+
+# ---- the figure of quickstart --------------------------------------------------------------------
+
+
+def tour(accuracies):
+    """Numbers of a quickstart whose tickets of 50%, 25%, ... have these accuracies."""
+    points = [{"density": 0.5 ** (i + 1), "accuracy": a} for i, a in enumerate(accuracies)]
+    masks = {name: [{"density": 0.5, "accuracy": 0.2}] for name in pictures.UNTRAINED}
+    masks["large_final"] = [{"density": 0.5, "accuracy": 0.3}, {"density": 0.1, "accuracy": 0.9}]
+    return {
+        "dense": {"accuracy": 0.94},
+        "ticket": points,
+        "supermask": {"init": [{"accuracy": 0.1}], **masks},
+    }
+
+
+def test_the_tours_titles_are_its_results():
+    assert pictures.ticket_result(tour([0.95, 0.941, 0.93])) == (
+        "A ticket of 25.0% of the weights reaches 94.1%,\nthe dense network 94.0%"
+    )
+    assert pictures.ticket_result(tour([0.8, 0.92])) == (
+        "The best ticket reaches 92.0%, the dense network 94.0%"
+    )
+    assert "from 10.0% to 90.0%" in pictures.supermask_result(tour([0.95]))
+    timings = {"step": {"dense_ms": 3.0, "compact_ms": 2.0}, "density": 0.1, "batch": 60}
+    assert "1.5 times as fast\n(batch 60, 2 threads)" in pictures.time_result(
+        {**timings, "threads": 2}
+    )

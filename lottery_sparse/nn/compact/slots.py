@@ -1,10 +1,10 @@
 """Slots of compact Parameters whose copies have different masks.
 
-Slot n holds the weight of the n-th kept entry of the mask. The average of two vectors of slots has a
-meaning only if both vectors belong to one mask. So when a layer takes another mask, its live copies
-note what their slots hold. A copy that then takes the new mask, too, moves its weights to their new
-slots. A copy whose slots were written since, by anything but an optimizer or a load, mixes weights
-of two masks, and is refused.
+Slot n holds the weight of the n-th kept entry of the mask. An average of two vectors of slots means
+something only if both vectors belong to one mask. So when a layer takes another mask, its live
+copies note what their slots hold. A copy that then takes the new mask moves its weights to their
+new slots. A copy whose slots were written since, by anything but an optimizer or a load, mixes
+weights of two masks, and is refused.
 """
 
 from __future__ import annotations

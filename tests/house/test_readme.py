@@ -1,4 +1,4 @@
-"""What README.md shows: every block of Python runs, and the names and counts of pages are right."""
+"""What README.md shows: every block of Python runs, and the names in pages are there."""
 
 from __future__ import annotations
 
@@ -89,9 +89,3 @@ def test_names_are_there():
             for part in name[1:].split("."):
                 value = getattr(value, part)
 
-
-def test_counts_are_those_of_the_tables():
-    for table in ("CRITERIA", "MASK1_ACTIONS", "MASK0_ACTIONS"):
-        found = re.search(rf"one of\s+(\d+)[\s\w]*(?:\s+in)? `ls\.pruning\.{table}`", GUIDE)
-        assert found is not None, table
-        assert int(found[1]) == len(getattr(ls.pruning, table)), table

@@ -123,7 +123,7 @@ def set_masks_(
 
     Averages that are copies of the model:
 
-    - An average that copies or averages buffers (AveragedModel with use_buffers, timm) follows.
+    - An average that copies buffers or averages them (AveragedModel, timm) follows.
     - An average of Parameters alone stays under its masks: call `ls.set_masks_(average, masks)`.
     - An average of a compact model goes slot by slot, and always needs that call: slots of two
       masks stand for different weights. Without it the next use of the copy raises RuntimeError.

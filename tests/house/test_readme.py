@@ -88,4 +88,3 @@ def test_names_are_there():
             value = ls
             for part in name[1:].split("."):
                 value = getattr(value, part)
-

@@ -25,7 +25,7 @@ from lottery_sparse.nn.masked import Masked, has_hooks
 
 @dataclass(frozen=True)
 class Channels:
-    """Which channels of a model its narrow version has, and the way back.
+    """The channels of a model that its narrow version has, and the way back.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> narrow, channels = ls.channels.drop_channels(model, images)

@@ -1,4 +1,4 @@
-"""A load_state_dict as the masked layers in it see it: what it holds of them all.
+"""Load: one call of load_state_dict, with the entries of all masked layers in it.
 
 torch hands each layer its own entries and nothing else. Two things need all layers: a weight that
 layers share has one mask, which may be saved under any of their names; and one warning should name
@@ -24,7 +24,7 @@ _HELD_AS = "_lottery_sparse_load"  # attribute of torch's copy of the state_dict
 
 
 class Entries(NamedTuple):
-    """What a state_dict holds of one layer under one name; None = nothing."""
+    """The entries of one layer under one name in a state_dict; None = there is none."""
 
     weight: Tensor | None
     mask: Tensor | None

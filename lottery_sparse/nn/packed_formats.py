@@ -129,7 +129,7 @@ def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Te
 def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
     blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
     fits = codes.dtype == torch.int32 and codes.shape == blocks and _fits_scale(rows, scale)
-    # no code is 3, both of its bits: kernels would differ in what it stands for
+    # no code is 3, both bits set: kernels would differ in its meaning
     return fits and not bool((codes & (codes >> 1) & 0x55555555).any())
 
 

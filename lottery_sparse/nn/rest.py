@@ -53,7 +53,7 @@ class Rest(NamedTuple):
     address: int = 0  # of the weight
     kept: int = -1  # entries that the mask keeps
     spots: Tensor | None = None  # flat indices of some pruned entries
-    values: Tensor | None = None  # and what they hold; None: none is looked at
+    values: Tensor | None = None  # of these entries; None: none is looked at
     least_rows: tuple[int, int] = (0, 0)  # of x, for the sparse kernel in float32 and in bfloat16
     node: Callable | None = None  # of `ops.eager`: the forward of a plain eager call
 

@@ -125,7 +125,7 @@ class Call:
         self.layers: list[Any] = []
 
     def add_targets(self, references: list[weakref.ref]) -> None:
-        """Those of the Parameter that was added last."""
+        """Add the targets of the Parameter that was added last."""
         parameter, owner = self.params[-1], len(self.params) - 1
         for reference in references:
             layer: Any = reference()

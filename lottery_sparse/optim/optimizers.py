@@ -102,7 +102,7 @@ class _KernelStep:
         self._plans = ()  # load_state_dict brings other states
 
     def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
-        """Whether the kernel knows what the group's options ask for."""
+        """Whether the kernel supports the options of the group."""
         raise NotImplementedError
 
     def _collect(self, plan: StepPlan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
@@ -110,7 +110,7 @@ class _KernelStep:
         raise NotImplementedError
 
     def _note(self, call: Call) -> None:
-        """Keeps what a call has made."""
+        """Keep the states that a call has made."""
 
     def step(self, closure: Any = None) -> Any:
         """One step of all Parameters that have a gradient.

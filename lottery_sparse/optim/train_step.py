@@ -323,7 +323,7 @@ def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 
 
 def _function(step: Any) -> Any:
-    """The function below what torch and its schedulers wrap around a step."""
+    """The step method without the wrappers of torch and its schedulers."""
     return inspect.unwrap(getattr(step, "__func__", step))
 
 
@@ -401,7 +401,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
 
 
 def _frozen(layer: nn.Linear) -> list[Tensor]:
-    """What does not train of a layer with a learned mask."""
+    """The tensors of a layer with a learned mask that do not train."""
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 

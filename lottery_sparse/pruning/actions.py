@@ -189,7 +189,7 @@ def _towards_zero(w_init: Tensor, w_final: Tensor) -> Tensor:
 def _freeze(
     value: Tensor, mask: Tensor, previous_mask: Tensor, previous_frozen: Tensor | None
 ) -> Tensor:
-    """`value` where this round pruned, what was frozen earlier elsewhere, 0 where kept."""
+    """`value` where this round pruned, the earlier value where another did, 0 where kept."""
     earlier = torch.zeros_like(value) if previous_frozen is None else previous_frozen
     frozen = torch.where(previous_mask, value, earlier)
     return torch.where(mask, 0.0, frozen)

@@ -81,7 +81,7 @@ class Masks(dict[str, Tensor]):
         return type(self), (dict(self),)  # a call, so that what a file holds is checked
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of pickles that were written when Masks was no dict."""
+        """Read pickles from the time when Masks was no dict."""
         super().update(Masks(state["_masks"]))
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 # torch.compile, FullyShardedDataParallel, checkpoint_wrapper: names that nobody gives a module
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# those that a state_dict does not name
+# the wrappers that a state_dict does not name
 HIDDEN = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MODULE = "module"  # DistributedDataParallel, DataParallel, AveragedModel
 

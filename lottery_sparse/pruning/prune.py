@@ -1,4 +1,4 @@
-"""From scores to the next masks: exact counts, layer-wise or global."""
+"""prune: from scores to the next masks, with exact counts, layer by layer or globally."""
 
 from __future__ import annotations
 

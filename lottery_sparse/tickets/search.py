@@ -184,7 +184,7 @@ def find_ticket(
 
 
 def _assembled(acted: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
-    """The effective weights a round starts from: what the actions gave, and frozen values."""
+    """The effective weights at the start of a round: those of the actions, and frozen values."""
     if decision.released:
         return acted
     return torch.where(mask, acted, 0.0 if decision.frozen is None else decision.frozen)

@@ -262,7 +262,7 @@ class Ticket:
         if all(name == now for name, now in there.items()):
             return self
 
-        def now(name: str) -> str:  # beside a weight: its mask, what it is frozen to
+        def now(name: str) -> str:  # an entry beside a weight: its mask or its frozen value
             weight, _, kind = name.rpartition("_")
             return there[name] if name in there else f"{there[weight]}_{kind}"
 
@@ -315,7 +315,7 @@ class Ticket:
         for name, value in _without_masks(self._keyed_start(), there).items():
             like, said = there[name], f"the start of {shown(name)}"
             if not isinstance(like, Tensor):
-                made[name] = value  # extra state, whose module knows what it is
+                made[name] = value  # extra state, which its module understands
                 continue
             if is_lazy(like) and (name in self.masks or not isinstance(value, Tensor)):
                 raise ValueError(

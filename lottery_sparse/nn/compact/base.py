@@ -82,7 +82,7 @@ class Compact(Effective):
     # ---- becoming compact, and back --------------------------------------------------------------
 
     def _shrink(self, parts: Shrunk) -> None:
-        """From plain to compact."""
+        """Turn the masked layer into a compact one."""
         self.kept, self.weight, self._skips = parts.kept, parts.parameter, parts.skips
         self._dense, self._blank = parts.effective, is_blank(parts.effective)
         self._lent, self._lent_at, self._watch, self._twins = None, 0, None, False
@@ -93,7 +93,7 @@ class Compact(Effective):
         self.mark_fresh()
 
     def _grow(self, parameter: nn.Parameter | None = None) -> None:
-        """From compact to plain, with the Parameter of a layer that shares it, if there is one."""
+        """Turn the compact layer into a masked one; `parameter`: of a layer that shares it."""
         parameter = self._dense_parameter() if parameter is None else parameter
         for name in (
             "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent",

@@ -171,7 +171,7 @@ def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
 def _replacement(
     optimizer: torch.optim.Optimizer | None, old: Tensor, new: nn.Parameter, move: Any
 ) -> Callable[[], None]:
-    """What gives an optimizer `new` for `old`, with the state and gradient moved.
+    """A function that gives an optimizer `new` for `old`, and moves state and gradient.
 
     They are moved here, which takes memory; what is returned takes none.
     """

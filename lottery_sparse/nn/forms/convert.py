@@ -112,7 +112,7 @@ def set_masks_(
     frozen: Source | Mapping[str, Source] = "zero",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Set masks, and what pruned weights hold, by parameter name; in place.
+    """Set masks and the values of pruned weights, by parameter name; in place.
 
     Mask buffers keep their identity, so a compiled model runs on without a new graph. Parameters
     that `masks` leaves out keep their masks. If anything is wrong, nothing is changed.
@@ -242,7 +242,7 @@ def why_unmasked(model: nn.Module) -> str | None:
 
 
 def check_not_learned(model: nn.Module) -> None:
-    """Raises ValueError for a model of which any layer learns its mask."""
+    """Raises ValueError if any layer of the model learns its mask."""
     if any(isinstance(m, Supermask) for m in model.modules()):
         raise ValueError(LEARNED)
 

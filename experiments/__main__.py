@@ -14,6 +14,7 @@ import lottery_sparse as ls
 from experiments.files import make_folder, write_whole
 from experiments.show.numbering import figures_of, studies_of
 from experiments.store.provenance import provenance
+from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study import studies
 from experiments.study.networks import NETWORKS
@@ -209,6 +210,14 @@ def parser() -> argparse.ArgumentParser:
             metavar="FOLDER",
             help="where to write" + (" (default: %(default)s)" if out else " files, too"),
         )
+    command = commands.add_parser(
+        "overview", help="the picture of README.md: accuracy and time of a step over density"
+    )
+    command.set_defaults(command=overview)
+    _store_option(command)
+    command.add_argument(
+        "--out", type=Path, default=Path("out/figures"), metavar="FOLDER", help="where to write"
+    )
     return top
 
 
@@ -423,6 +432,20 @@ def status(options: argparse.Namespace) -> None:
 def _check_shows(name: str) -> None:
     if any(importlib.util.find_spec(needed) is None for needed in ("matplotlib", "scipy")):
         raise ValueError(f"{name} needs matplotlib and scipy, which are not here: {INSTALL}.")
+
+
+def overview(options: argparse.Namespace) -> None:
+    _check_shows("overview")
+    from experiments.findings.selection import select
+    from experiments.show.figures.overview import (
+        overview as draw,  # matplotlib loads slowly
+    )
+
+    speed = json.loads((options.store / "speed.json").read_text("utf-8"))
+    rows = Store(options.store, create=False).rows()
+    selection = select(studies.find("mask-criteria"), "fc", "paper", readable(rows))
+    for path in draw(selection, speed).save(options.out, "overview"):
+        print(path)
 
 
 def show(name: str, options: argparse.Namespace) -> None:

@@ -58,13 +58,15 @@ def keep_old_modules() -> None:
     for old, new in OLD_MODULES.items():
         module = importlib.import_module(f"lottery_sparse.{new}")
         sys.modules.setdefault(f"lottery_sparse.{old}", module)
-        known: list[Any] = [(vars(module)[n], f"lottery_sparse.{old}.{n}") for n in SAFE if n in vars(module)]
+        known: list[Any] = [
+            (vars(module)[n], f"lottery_sparse.{old}.{n}") for n in SAFE if n in vars(module)
+        ]
         torch.serialization.add_safe_globals(known)
 
 
 @cache
 def old_name(name: str) -> Any:
-    """What an old name of `lottery_sparse` stands for; the first use of each warns.
+    """The object that an old name of `lottery_sparse` means; the first use of each name warns.
 
     Raises:
         AttributeError: it was never one.

@@ -32,6 +32,10 @@ class PackedLinear(nn.Module):
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
+    >>> layer = ls.nn.PackedLinear(weight.sign() * mask)
+    >>> layer.format, layer.bytes, layer.dense_bytes
+    ('ternary', 132, 800)
+
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
@@ -132,12 +136,12 @@ class PackedLinear(nn.Module):
 
     @property
     def bytes(self) -> int:
-        """What the packed weight takes, without the bias."""
+        """Bytes of the packed weight, without the bias."""
         return sum(part.numel() * part.element_size() for part in self._parts())
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense weight took."""
+        """Bytes of the dense weight."""
         return self.in_features * self.out_features * self.dtype.itemsize
 
     def extra_repr(self) -> str:
@@ -158,7 +162,7 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the format, and the sizes, that the state has: all of it, or nothing."""
+        """Load the format, and the tensors, of the state: all of them, or nothing."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         try:  # check all of it before anything is written, whatever is missing
             taken = self._taken(state_dict, prefix, assign)

@@ -1,4 +1,4 @@
-"""What a compact layer computes with: kept weights as lists, and the dense weight as a cache."""
+"""Effective: the lists of kept weights of a compact layer, and its dense weight as a cache."""
 
 from __future__ import annotations
 

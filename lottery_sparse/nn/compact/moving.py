@@ -1,4 +1,4 @@
-"""What masked layers become compact with, and what they ask of masks, weights and state."""
+"""Helpers that turn a masked layer into a compact one, and checks that its state can move."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SLOTS = 16  # of a network's kept weights, compared to see writes
 
 
 class Shrunk(NamedTuple):
-    """What a masked layer needs to become compact: all of it that takes memory.
+    """The tensors of a masked layer's compact form.
 
-    Made before the layer changes, so that it stays as it is where there is too little.
+    They are allocated before the layer changes, so that a lack of memory leaves it as it is.
     """
 
     effective: Tensor  # a blank where no op reads it
@@ -35,7 +35,7 @@ class Shrunk(NamedTuple):
 
     @classmethod
     def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
-        """For so many slots, with the Parameter of a layer that shares it, if there is one."""
+        """The tensors for `capacity` slots; `parameter` is that of a layer which shares it."""
         effective = effective_weight(
             layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _in_place(tensor: Tensor, kind: str) -> np.ndarray:
 
 
 class Watch:
-    """What a Parameter held when a layer last read it, for writes that count no version.
+    """The contents of a Parameter when a layer last read it, to notice writes without a version.
 
     Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
     shared memory. One that replaces or changes the whole vector changes its address or one of the
@@ -115,7 +115,7 @@ class Watch:
             self.seen = self.slots.tobytes()
 
     def notes(self, weight: Tensor) -> bool:
-        """Remember what the weight holds now; False: it lies elsewhere, which takes a new watch."""
+        """Note the contents of the weight; False: it has moved, so a new Watch is needed."""
         if self._lies_elsewhere(weight):
             return False
         if self.slots is not None:
@@ -149,7 +149,7 @@ def version_of(weight: Tensor) -> int:
 
 
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
-    """Those of a layer's buffers; written out, since each forward asks."""
+    """The versions of a layer's buffers; no loop, since each forward asks."""
     if frozen is None:
         return (plain(mask)._version,)
     return plain(mask)._version, frozen._version, 0 if signs is None else plain(signs)._version

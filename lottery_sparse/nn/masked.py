@@ -13,9 +13,10 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from lottery_sparse import ops
+from lottery_sparse.nn import registry
 from lottery_sparse.nn.frozen import Constant, Held, decode, encode, remake
 from lottery_sparse.nn.loading import Entries, Load, take_pruned
-from lottery_sparse.nn.rest import KeptGradient, Own, Rest, watch
+from lottery_sparse.nn.rest import KeptGradient, Own, Rest
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.common.autograd import is_plain_eager
 from lottery_sparse.ops.dispatch import overrides
@@ -136,7 +137,7 @@ class Masked(nn.Module):
             return False
         self._rest = rest.reached(self.rank)
         if self._rest.prunes:
-            watch(self, own.weight)
+            registry.masked.add(self)
         return True
 
     def _rests_here(self) -> None:

@@ -4,24 +4,19 @@ Pruned entries of `weight` hold their frozen values. Whatever can move them (an 
 load, a write in place) is followed by writing the frozen values again, so `layer.weight`, the
 state_dict and the forward all see one weight.
 
-A step of any torch optimizer is followed by a hook. Other writes are seen at the next forward, or
-when the state_dict is asked for: by version counters, and where a write counts no version
-(`.data`, another process) by the address and by up to sixteen pruned entries. A write through
-`.data` to part of the weight may stay unseen until `ls.nn.refresh_`.
+A step of any torch optimizer is followed by a hook (`registry`). Other writes are seen at the next
+forward, or when the state_dict is asked for: by version counters, and where a write counts no
+version (`.data`, another process) by the address and by up to sixteen pruned entries. A write
+through `.data` to part of the weight may stay unseen until `ls.nn.refresh_`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.eager import eager
@@ -170,46 +165,6 @@ def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
     if not dense or any(t is not None and t.stride() != weight.stride() for t in others):
         return None
     return [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (weight, *others)]
-
-
-# ---- after the step of an optimizer --------------------------------------------------------------
-
-# Parameter -> layers, by id: torch swaps tensors that nobody holds weakly only. A layer that has
-# another Parameter by now is passed over.
-_layers: dict[int, WeakSet[Any]] = {}
-
-
-def watch(layer: nn.Module, weight: Tensor) -> None:
-    """Put the layer to rest after each step of an optimizer that has its weight."""
-    _watch_steps()
-    if id(weight) not in _layers:
-        for key in [key for key, layers in _layers.items() if not layers]:
-            del _layers[key]
-    _layers.setdefault(id(weight), WeakSet()).add(layer)
-
-
-@cache
-def _watch_steps() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
-        _outside_graph(optimizer)
-    else:
-        _put_to_rest(optimizer)
-
-
-def _put_to_rest(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for layer in _layers.get(id(parameter), ()):
-                if layer._parameters.get("weight") is parameter:
-                    # without a look at versions: torch's fused optimizers count none
-                    layer._put_back()
-
-
-_outside_graph: Any = torch._disable_dynamo(_put_to_rest)  # pyright: ignore
 
 
 # ---- the gradient --------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from lottery_sparse.nn import rest
 from lottery_sparse.nn.compact import registry
+from lottery_sparse.nn.registry import after_step, masked, put_to_rest
 from lottery_sparse.ops import dispatch
 from lottery_sparse.optim.calls import Call, GroupPlan, StepPlan
 
@@ -67,9 +67,9 @@ def _hooked(step: Callable) -> Callable:
         )
         if not watched and _only_ours():
             registry.take_back()
-            loss = step(self, *args, **kwargs)  # after which compact's hook has nothing to do
-            if rest._after_step in _global_optimizer_post_hooks.values():
-                rest._after_step(self, args, kwargs)
+            loss = step(self, *args, **kwargs)  # which tells compact layers by itself
+            if masked:
+                put_to_rest(self)
             return loss
         return full(self, *args, **kwargs)
 
@@ -80,8 +80,8 @@ def _hooked(step: Callable) -> Callable:
 def _only_ours() -> bool:
     """Whether nobody but this package has hooks on the steps of all optimizers."""
     before, after = _global_optimizer_pre_hooks.values(), _global_optimizer_post_hooks.values()
-    return all(hook is registry._before_step for hook in before) and all(
-        hook in (registry._after_step, rest._after_step) for hook in after
+    return all(hook is registry.before_step for hook in before) and all(
+        hook is after_step for hook in after
     )
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lottery_sparse.nn import registry
 from lottery_sparse.nn.compact.moving import Watch, version_of
-from lottery_sparse.nn.compact.registry import layers
 from lottery_sparse.pruning import mask_tensor
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 
@@ -47,7 +47,7 @@ def leave_copies(layer: Any, mask: Tensor) -> None:
     old = plain(layer.weight_mask)
     if torch.equal(old, mask.to(old.device, torch.bool)):
         return
-    for other in layers():
+    for other in registry.compact.all():
         if other.weight is layer.weight or other.slots_before is not None or other.weight.is_meta:
             continue
         mask, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
@@ -71,7 +71,7 @@ def check(layer: Any) -> None:
 
 def _are_copied(layer: Any, age: int) -> bool:
     """Whether a live layer with a mask of this age has the same slots."""
-    for other in layers():
+    for other in registry.compact.all():
         if other is not layer and other.weight_mask.age[0] == age:
             weight, mine = other.weight.detach(), layer.weight.detach()
             if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
@@ -81,7 +81,7 @@ def _are_copied(layer: Any, age: int) -> bool:
 
 def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
     """Before a mask takes that of another (`source`), or after another write to it."""
-    for layer in layers():
+    for layer in registry.compact.all():
         if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
             continue
         if source is not None and _are_copied(layer, source.age[0]):

@@ -73,7 +73,7 @@ def test_compact_and_expand(kind):
         steps(model, optimizer)
         before, kinds = snapshot(model), [type(m) for m in model.modules()]
         with pytest.raises(ValueError, match=rf"{kind} keeps state for 0.weight in a form that"):
-            change(model, optimizer)
+            change(model, optimizer=optimizer)
         assert unchanged(before, snapshot(model))
         assert kinds == [type(m) for m in model.modules()]
 

@@ -357,6 +357,6 @@ def test_layers_that_share_a_weight():
     for model in (plain, compact):
         model.load_state_dict(copy.deepcopy(compact.state_dict()))
     steps()
-    ls.sparsify_(compact, optimizers[1])
+    ls.sparsify_(compact, optimizer=optimizers[1])
     assert compact[0].weight is compact[2].weight
     steps()

@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from lottery_sparse import ops
 from lottery_sparse.nn import registry
 from lottery_sparse.nn.frozen import Constant, Held, decode, encode, remake
-from lottery_sparse.nn.loading import Entries, Load, take_pruned
+from lottery_sparse.nn.loading import CheckedLoad, Entries, LayerLoad, Load, take_pruned
 from lottery_sparse.nn.rest import KeptGradient, Own, Rest
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.common.autograd import is_plain_eager
@@ -59,7 +59,7 @@ def one_node(layer: nn.Module, input: Proxy) -> Any:
     return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
-class Masked(nn.Module):
+class Masked(CheckedLoad):
     """What masked layers share: the mask, the frozen values, and a state_dict that stays dense.
 
     `weight` is what the layer computes with: pruned entries hold their frozen values, and are given
@@ -279,62 +279,40 @@ class Masked(nn.Module):
             reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        try:  # check all of it before anything is written
-            entries = self._entries(state_dict, prefix)
-        except (TypeError, ValueError) as error:
-            if str(error) not in error_msgs:  # once, of layers that share a weight
-                error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if entries is None:
-            return
+    def _take(self, load: LayerLoad, entries: Any) -> None:
         _, mask, held = entries
-        for name in names[1:]:
-            if name in unexpected_keys:
-                unexpected_keys.remove(name)
-        self._report_shared(names, state_dict, missing_keys)
+        self._report_shared(load)
         like = self.weight  # its device and dtype after the load, also with assign=True
-        if local_metadata.get("assign_to_params_buffers", False):
+        if load.assign:
             self.weight_mask = MaskTensor.of(normal(mask))
-            Load.of(self, Masked, state_dict, prefix).tie(self)
+            Load.of(self, Masked, load.state, load.prefix).tie(self)
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
         self._rests_here()
 
-    def _report_shared(self, names: list[str], state_dict: Any, missing_keys: list[str]) -> None:
+    def _report_shared(self, load: LayerLoad) -> None:
         """Report frozen values that a file names once, with the weight, under another name.
 
         The weight is reported already; safetensors' load_model asks for all that it left out.
         """
+        weight, frozen = load.names("weight", "weight_frozen")
         tensor = self.weight_frozen is not None and self._frozen_descriptor is None
-        if tensor and names[0] not in state_dict and names[2] not in state_dict:
-            missing_keys.append(names[2])
+        if tensor and weight not in load.state and frozen not in load.state:
+            load.missing.append(frozen)
 
-    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+    def _entries(self, load: LayerLoad) -> Any:
         """The weight, mask and source that a state_dict makes; None: it holds no weight.
 
-        What torch.nn.utils.prune saves becomes what a masked layer saves, in `state_dict`.
+        What torch.nn.utils.prune saves becomes what a masked layer saves, in the state_dict.
         """
+        state, prefix = load.state, load.prefix
         name, shape = f"{prefix}weight", self.weight_mask.shape
-        load = Load.of(self, Masked, state_dict, prefix)
-        take_pruned(self, state_dict, prefix)
-        weight, mask, frozen = load.entries(self, Entries.of(self, state_dict, prefix))
+        whole = Load.of(self, Masked, state, prefix)
+        take_pruned(self, state, prefix)
+        weight, mask, frozen = whole.entries(self, Entries.of(self, state, prefix))
         computed = weight is None and "weight" not in self._parameters
-        if computed and mask is not None and _has_parts(state_dict, prefix):
+        if computed and mask is not None and _has_parts(state, prefix):
             weight = self.effective_weight.detach()
         if weight is None:
             return None
@@ -354,6 +332,7 @@ class Masked(nn.Module):
                 f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
                 "give a tensor of them, as this version saves it."
             )
+        load.own.update(load.names("weight_mask", "weight_frozen"))
         return weight, mask, held
 
 

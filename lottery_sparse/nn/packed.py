@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Proxy
 
+from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
 from lottery_sparse.nn.masked import one_node
 from lottery_sparse.nn.packed_formats import FORMATS, check_parts, check_tensor, format_of, scale_of
 from lottery_sparse.ops.bits.reference import words_per_row
@@ -25,7 +26,7 @@ LEAST_CSR = 2**16
 LEAST_BITMAP = 2**20
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CheckedLoad):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
     `format` is "ternary", "binary", "seeded", "csr", "delta", "bitmap" or "dense"; the buffers are
@@ -148,38 +149,23 @@ class PackedLinear(nn.Module):
             f"{', activations=int8' if int8 else ''}"
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take the format, and the sizes, that the state has: all of it, or nothing."""
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:  # check all of it before anything is written, whatever is missing
-            taken = self._taken(state_dict, prefix, assign)
+    def _entries(self, load: LayerLoad) -> Any:
+        """The format, and the tensors of it in the sizes that the state has."""
+        try:
+            taken = self._taken(load.state, load.prefix, load.assign)
         except ValueError as error:
-            error_msgs.append(f"{prefix}{error}")
-            return
+            raise ValueError(f"{load.prefix}{error}") from error
         if taken is not None:
-            format, parts = taken
-            for name in FORMATS[self.format].names:
-                del self._buffers[name]
-            self.format = format
-            for name, part in parts.items():
-                self.register_buffer(name, part)
-            keys = {prefix + name for name in parts}
-            state_dict = {name: v for name, v in state_dict.items() if name not in keys}
-        loaded = {prefix + name for name in FORMATS[self.format].names} if taken else set()
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
-        missing_keys += [name for name in missing if name not in loaded]
+            load.hide(load.names(*taken[1]))
+            load.own.update(load.names(*taken[1], *FORMATS[self.format].names))
+        return taken
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        for name in FORMATS[self.format].names:
+            del self._buffers[name]
+        self.format, parts = entries
+        for name, part in parts.items():
+            self.register_buffer(name, part)
 
     def _taken(
         self, state_dict: Any, prefix: str, assign: bool

@@ -17,6 +17,7 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops
 from lottery_sparse.nn.frozen import std_of
+from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
 from lottery_sparse.nn.masked import normal, one_node, redraw_
 from lottery_sparse.nn.recompute import key_and_next, next_key
 from lottery_sparse.ops.bits.reference import mask_as_bool
@@ -31,7 +32,7 @@ FIRST_SAMPLE = 2**31
 _FIRST_STEPS = {"key": 0, "sample_key": FIRST_SAMPLE}
 
 
-class Supermask(nn.Module):
+class Supermask(CheckedLoad):
     """What layers with a learned mask share: scores, frozen weights, and how masks are drawn.
 
     Parameters:
@@ -213,39 +214,26 @@ class Supermask(nn.Module):
         if self.held_mask is not None:
             destination[prefix + "held_mask"] = self.held_mask
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in ("evaluates_with", "held_mask")]
-        number, mask = (state_dict.get(name) for name in names)
-        try:  # check all of it before anything is written
-            evaluation = self.evaluation if number is None else _evaluation(names[0], number)
-            if mask is not None:
-                mask = as_mask(names[1], mask)
-                if mask.shape != self.score.shape:
-                    raise ValueError(
-                        f"{names[1]} has shape {tuple(mask.shape)}, the model needs "
-                        f"{tuple(self.score.shape)}."
-                    )
-        except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for name in names:
-            if name in unexpected_keys:
-                unexpected_keys.remove(name)
-        if number is not None or mask is not None:
-            self.evaluation = evaluation
-            self.evaluate_with(mask)
+    def _entries(self, load: LayerLoad) -> Any:
+        """What evaluations use, and the mask that they are told to use."""
+        names = load.names("evaluates_with", "held_mask")
+        number, mask = (load.state.get(name) for name in names)
+        if number is None and mask is None:
+            return None
+        evaluation = self.evaluation if number is None else _evaluation(names[0], number)
+        if mask is not None:
+            mask = as_mask(names[1], mask)
+            if mask.shape != self.score.shape:
+                raise ValueError(
+                    f"{names[1]} has shape {tuple(mask.shape)}, the model needs "
+                    f"{tuple(self.score.shape)}."
+                )
+        load.own.update(names)
+        return evaluation, mask
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        self.evaluation, mask = entries
+        self.evaluate_with(mask)
 
     def extra_repr(self) -> str:
         density = "?" if self.score.is_meta else f"{self.expected_density:.4g}"

@@ -31,7 +31,7 @@ from lottery_sparse.nn.compact.registry import (
 )
 from lottery_sparse.nn.compact.slots import Slots, leave_copies
 from lottery_sparse.nn.frozen import Held, remake
-from lottery_sparse.nn.loading import Load
+from lottery_sparse.nn.loading import LayerLoad, Load
 from lottery_sparse.nn.masked import Masked, normal
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
@@ -283,60 +283,47 @@ class Compact(Effective):
             self.effective_weight if keep_vars else self.weight_effective
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        try:  # check all of it before anything is written
-            entries = self._entries(state_dict, prefix)
-            state = {name: value for name, value in state_dict.items() if name not in names}
-            if entries is None:  # "weight" is then reported as missing
-                nn.Module._load_from_state_dict(
-                    self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                    error_msgs,
-                )  # fmt: skip
-                return
-            if self.weight_mask.is_meta:
-                raise ValueError(
-                    f"{names[0]} is compact and on the meta device, where it has lost which "
-                    "weights it keeps; load the masked model, then call ls.compact_."
-                )
-            weight, mask, held = entries
-            mask = mask.to(self.weight_mask.device)
-            check_capacity(names[0], mask, self.rank, self.capacity)
-            other_mask = not torch.equal(mask, self.weight_mask)
-            if other_mask:
-                find_optimizers()
-                self._fit_states()
-                check_optimizers(names[0], self.weight)
-        except (TypeError, ValueError) as error:
-            if str(error) not in error_msgs:  # once, of layers that share a weight
-                error_msgs.append(str(error))
-            return
-        if names[0] not in state_dict:
-            missing_keys.append(names[0])
-        self._report_shared(names, state_dict, missing_keys)
+    def _entries(self, load: LayerLoad) -> Any:
+        """The mask, its lists and source; torch is given the weights that the mask keeps."""
+        entries = super()._entries(load)
+        if entries is None:
+            return None
+        names = load.names("weight", "weight_mask", "weight_frozen")
+        if self.weight_mask.is_meta:
+            raise ValueError(
+                f"{names[0]} is compact and on the meta device, where it has lost which "
+                "weights it keeps; load the masked model, then call ls.compact_."
+            )
+        weight, mask, held = entries
+        mask = mask.to(self.weight_mask.device)
+        check_capacity(names[0], mask, self.rank, self.capacity)
+        other_mask = not torch.equal(mask, self.weight_mask)
+        if other_mask:
+            find_optimizers()
+            self._fit_states()
+            check_optimizers(names[0], self.weight)
         like = self._dense
+        with torch.no_grad():
+            new = KeptLists.of(as_matrix(mask, self.rank), self.capacity)
+            weight = weight.to(like.device, like.dtype)
+            values = normal(gather_kept(weight, new.starts, new.columns))
+        load.hide(names)
+        load.seen[names[0]] = values
+        if names[0] not in load.state:
+            load.missing.append(names[0])
+        return mask, new, held.like(like), other_mask
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        mask, new, held, other_mask = entries
+        self._report_shared(load)
         if other_mask:
             self.weight.grad = None  # of weights that were kept
             leave_copies(self, mask)
         with torch.no_grad():
             self.weight_mask.copy_(mask)
-            self._list(KeptLists.of(as_matrix(self.weight_mask, self.rank), self.capacity))
-            weight, kept = weight.to(like.device, like.dtype), self.kept
-            state[names[0]] = normal(gather_kept(weight, kept.starts, kept.columns))
-        nn.Module._load_from_state_dict(
-            self, state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._hold(held.like(like))
+            self._list(new)
+        self._hold(held)
         self._note_slots(again=False)
         self._fill()
-        if local_metadata.get("assign_to_params_buffers", False):
-            Load.of(self, Masked, state_dict, prefix).tie(self)
+        if load.assign:
+            Load.of(self, Masked, load.state, load.prefix).tie(self)

@@ -99,7 +99,7 @@ def after_step(optimizer: Optimizer) -> None:
             for layer in masked.of(parameter):
                 layer._put_back()
             for layer in compact.of(parameter):
-                layer.written()
+                layer.weight_changed()
 
 
 @cache

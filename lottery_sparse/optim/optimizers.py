@@ -195,7 +195,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in registry.holders_of(parameter):
-                    holder.written()  # a fused step of torch raises no version
+                    holder.weight_changed()  # a fused step of torch raises no version
 
 
 def _numbers(*values: Any) -> bool:

@@ -259,7 +259,7 @@ def test_copies_that_go_their_own_way():
             for parameter in network.parameters():
                 parameter.sub_(parameter.grad, alpha=0.1)
     trained(X)
-    with pytest.raises(RuntimeError, match=r"its numbers are meant, call ls\.refresh_"):
+    with pytest.raises(RuntimeError, match=r"its numbers are meant, call ls\.nn\.refresh_"):
         by_hand(X)
     ls.nn.refresh_(by_hand)(X)
     with torch.no_grad():

@@ -32,7 +32,7 @@ class Holder(Protocol):
     def stepped(self) -> None:
         """Called by a step that wrote `weight`, and `target` where there is one."""
 
-    def written(self) -> None:
+    def weight_changed(self) -> None:
         """Called by what wrote `weight` alone."""
 
     def fit_state(self, optimizer: Optimizer) -> None:

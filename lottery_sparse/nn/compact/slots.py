@@ -48,11 +48,15 @@ def leave_copies(layer: Any, mask: Tensor) -> None:
     if torch.equal(old, mask.to(old.device, torch.bool)):
         return
     for other in registry.compact.all():
-        if other.weight is layer.weight or other.slots_before is not None or other.weight.is_meta:
+        if (
+            other.weight is layer.weight
+            or other._derived.slots_before is not None
+            or other.weight.is_meta
+        ):
             continue
         mask, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
         if fits and mask.shape == old.shape and torch.equal(mask, old.to(mask.device)):
-            other.slots_before = Slots.of(other)
+            other._derived.slots_before = Slots.of(other)
 
 
 def check(layer: Any) -> None:
@@ -61,12 +65,12 @@ def check(layer: Any) -> None:
     Raises:
         RuntimeError: they were written, and are not those of a live layer with the same mask.
     """
-    if not layer.slots_before.were_written(layer.weight):
+    if not layer._derived.slots_before.were_written(layer.weight):
         return
     if not _are_copied(layer, layer.weight_mask.age[0]):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
         raise RuntimeError(text)
-    layer.slots_before = None
+    layer._derived.slots_before = None
 
 
 def _are_copied(layer: Any, age: int) -> bool:
@@ -85,9 +89,9 @@ def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
         if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
             continue
         if source is not None and _are_copied(layer, source.age[0]):
-            layer.slots_before = None  # everything is
-        elif layer.slots_before is None:
-            layer.slots_before = Slots.of(layer)
+            layer._derived.slots_before = None  # everything is
+        elif layer._derived.slots_before is None:
+            layer._derived.slots_before = Slots.of(layer)
 
 
 mask_tensor.watchers.append(_mask_is_written)

@@ -93,13 +93,25 @@ class Masked(CheckedLoad):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._add_mask()
+        self._enter_masked()
 
-    def _add_mask(self) -> None:
+    def _enter_masked(self, mask: Tensor | None = None) -> None:
+        """From a dense layer to a masked one, that keeps every weight or those of a mask."""
+        every = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
         # not persistent: saved and loaded by hand below
-        mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
-        self.register_buffer("weight_mask", MaskTensor.of(normal(mask)), persistent=False)
+        self.register_buffer("weight_mask", MaskTensor.of(normal(every)), persistent=False)
         self._hold(Held())
+        if mask is not None:
+            self.weight_mask.copy_(mask)
+            self._rests_here()
+
+    def _leave_masked(self) -> None:
+        """From masked to dense: the Parameters stay."""
+        for name in ("weight_mask", "weight_frozen", "weight_signs"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("_frozen_descriptor", "_rest", "_sources"):
+            self.__dict__.pop(name, None)
 
     # ---- at rest ---------------------------------------------------------------------------------
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
-from lottery_sparse.nn.masked import one_node
+from lottery_sparse.nn.masked import normal, one_node
 from lottery_sparse.nn.packed_formats import FORMATS, check_parts, check_tensor, format_of, scale_of
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.compact.kept import NARROW
@@ -89,6 +89,24 @@ class PackedLinear(CheckedLoad):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.dtype = weight.dtype
+
+    def _enter_packed(self, weight: Tensor, bias: Tensor | None, activations: str) -> None:
+        """From a linear layer to a packed one: of its tensors nothing else stays."""
+        for held in (self._parameters, self._buffers, self._non_persistent_buffers_set):
+            held.clear()
+        self._pack(weight, bias, None, activations)
+
+    def _leave_packed(self) -> None:
+        """From packed to linear: the weight and the bias become Parameters, which are frozen."""
+        own = {"weight": self.effective_weight, "bias": self.bias}
+        self._buffers.clear()
+        for name in ("format", "activations", "dtype"):
+            del self.__dict__[name]
+        for name, value in own.items():
+            parameter = None
+            if value is not None:
+                parameter = nn.Parameter(normal(value.detach().clone()), requires_grad=False)
+            self.register_parameter(name, parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dtype of x; RuntimeError if x requires grad under grad mode."""

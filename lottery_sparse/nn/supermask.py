@@ -76,7 +76,7 @@ class Supermask(CheckedLoad):
     evaluation: str
     init_score: float
 
-    def _learn(
+    def _enter_supermask(
         self,
         weights: str,
         rescale: bool,
@@ -101,6 +101,21 @@ class Supermask(CheckedLoad):
         for name, step in _FIRST_STEPS.items():
             self.register_buffer(name, normal(random_key(seed, stream, step, self.weight.device)))
         self.register_buffer("held_mask", None, persistent=False)  # saved and loaded by hand below
+
+    @torch.no_grad()
+    def _leave_supermask(self) -> None:
+        """From supermask to dense: weight and bias stay, and train again."""
+        for name in (*_FIRST_STEPS, "held_mask"):
+            del self._buffers[name]
+        self._non_persistent_buffers_set.discard("held_mask")
+        del self._parameters["score"]
+        for name in (
+            "weights", "rescale", "round_mask", "evaluation", "init_score", "_seed", "_stream",
+        ):  # fmt: skip
+            del self.__dict__[name]
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _restart(self) -> None:
@@ -308,7 +323,7 @@ class SupermaskLinear(Supermask, nn.Linear):
         options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
         check_options(options["weights"], options["init_score"], options["evaluation"])
         super().__init__(*args, **kwargs)
-        self._learn(**options)
+        self._enter_supermask(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -335,7 +350,7 @@ class SupermaskConv2d(Supermask, nn.Conv2d):
         options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
         check_options(options["weights"], options["init_score"], options["evaluation"])
         super().__init__(*args, **kwargs)
-        self._learn(**options)
+        self._enter_supermask(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

@@ -79,10 +79,7 @@ def mask_layers_(
         if name not in skipped:
             mask = _take_from_prune(module) if name in pruned else None
             become(module, MASKED_TYPES[type(module)])
-            cast(Masked, module)._add_mask()
-            if mask is not None:
-                cast(Masked, module).weight_mask.copy_(mask)
-                cast(Masked, module)._rests_here()
+            cast(Masked, module)._enter_masked(mask)
     _match_tied_masks(model, swapped)
     if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
         why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"

@@ -25,7 +25,6 @@ from lottery_sparse.nn.compact.moving import (
     zeros_of,
 )
 from lottery_sparse.nn.compact.registry import (
-    find_optimizers,
     holders_of,
     lends,
     lends_no_more,
@@ -546,7 +545,6 @@ class Compact(Masked):
         check_capacity(names[0], mask, self.rank, self.capacity)
         other_mask = not torch.equal(mask, self.weight_mask)
         if other_mask:
-            find_optimizers()
             self._fit_states()
             check_optimizers(names[0], self.weight)
         like = self._derived.dense

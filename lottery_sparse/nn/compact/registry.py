@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -77,22 +76,6 @@ def optimizers_of(parameter: Tensor) -> list[Optimizer]:
 def note_optimizer(optimizer: Optimizer) -> None:
     """Say that the optimizer may hold state for a compact Parameter."""
     _optimizers.add(optimizer)
-
-
-def find_optimizers() -> None:
-    """Note every optimizer of this process that holds state for a compact Parameter.
-
-    One that steps is known; one whose state was loaded, and which has not stepped since, is not.
-    """
-    if not _holders:
-        return
-    for found in gc.get_objects():
-        if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
-            if not found.__dict__.get("state"):
-                continue
-            for group in found.param_groups:  # not the state's keys: LBFGS has one for all of them
-                if any(holders_of(parameter) for parameter in group["params"]):
-                    note_optimizer(found)
 
 
 @cache

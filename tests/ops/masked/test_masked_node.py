@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -210,6 +211,13 @@ def test_a_write_that_counts_no_version_is_seen(kind, density):
         close(y, F.linear(x, wanted, made.bias))
     else:
         close(y, F.conv2d(x, wanted, made.bias, padding=1))
+
+
+def test_a_copy_chooses_as_its_layer_from_the_first_call_on():
+    made, x = layer("linear", 0.5)
+    copied = copy.deepcopy(made)  # its weight was never seen at rest
+    assert copied(x).grad_fn.name() == DENSE
+    assert torch.equal(copied(x), made(x))
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,13 @@ class Masked(CheckedLoad):
         computed, and in graphs: there the op selects. `looks`: whether pruned entries are looked
         at, too, which a kernel that skips them can do without.
         """
-        if torch.compiler.is_compiling():
-            return False
-        rest, own = self._rest, self._own()
+        return not is_compiling() and self._rests(looks)
+
+    def _rests(self, looks: bool = True) -> bool:
+        """The same of an eager call."""
+        rest = self._rest
         if rest is not None:
-            if not rest.is_of(own):
+            if not rest.is_of(self._parameters, self._buffers):
                 return False
             if rest.versions and rest.holds(looks):
                 return True
@@ -141,10 +143,10 @@ class Masked(CheckedLoad):
 
     def _put_back(self) -> bool:
         """Write frozen values into pruned entries now; whether the weight is at rest."""
-        own, rest = self._own(), self._rest
-        if rest is None or not rest.is_of(own):
-            rest = Rest.of(own)
-        weight, mask, *_ = rest.tensors
+        rest = self._rest
+        if rest is None or not rest.is_of(self._parameters, self._buffers):
+            rest = Rest.of(self._own())
+        own, (weight, mask, *_) = rest.own, rest.tensors
         if type(own.weight) is not nn.Parameter or weight.is_inference() or mask.is_meta:
             return False
         self._rest = rest.reached(self.rank)
@@ -256,7 +258,7 @@ class Masked(CheckedLoad):
         rest: Any = self._rest
         weight = rest.own.weight
         if rest.prunes and weight.requires_grad and torch.is_grad_enabled():
-            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore[reportReturnType]
+            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore
         return weight
 
     @property
@@ -388,12 +390,12 @@ class MaskedLinear(Masked, nn.Linear):
             y = rest.node(input, rest, self._parameters, self._buffers)
             if y is not None:  # nobody watches ops, or has written to the weight
                 return y
-        if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
+        if is_plain_eager(input) and self._rests(looks=False):
             rest = self._rest
-            way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
-            if way == "kernel" and self._come_to_rest(looks=False):
+            way = linear.way_of(input, rest.own.weight, rest.least_rows)
+            if way == "kernel":
                 return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
-            if way == "dense" and self._come_to_rest():
+            if way == "dense" and self._rests():
                 return F.linear(input, self._kept_gradient(), self.bias)
         mask = plain(self.weight_mask)
         return masked_linear(input, self.weight, mask, self.bias, self._frozen_source())
@@ -424,7 +426,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
                 return self._conv_forward(input, weight, self.bias)
         if (
             is_plain_eager(input)
-            and self._come_to_rest()
+            and self._rests()
             and conv2d.is_dense(input, self.weight, self.groups)
         ):
             return self._conv_forward(input, self._kept_gradient(), self.bias)

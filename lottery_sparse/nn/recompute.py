@@ -62,27 +62,26 @@ def next_key(counter: Tensor) -> Tensor:
         RuntimeError: the layer runs in a backward, and not in a recomputation of
             torch.utils.checkpoint.
     """
-    if torch.compiler.is_exporting():
-        return _advance(counter)
     backward = torch._C._current_graph_task_id()
     if backward == -1:  # cheap, as every forward asks: checkpoint sets hooks, or forbids gradients
         hooked = _hooks(False) is not None
         if not hooked and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
-            return _advance(counter)
+            return advance(counter)
     drawing, repeating, number = _calls()
     if repeating is not None:
         key = Draws.of(repeating).take(backward if number is None else number)
     elif backward != -1:
         raise RuntimeError(OTHERWISE)
     else:
-        key = _advance(counter)
+        key = advance(counter)
     for call in drawing:
         if call is not None:
             Draws.of(call).keys.append(key)
     return key
 
 
-def _advance(counter: Tensor) -> Tensor:
+def advance(counter: Tensor) -> Tensor:
+    """The key that `counter` is at, after which it is at the next one."""
     key = counter.clone()
     counter.select(-1, 2).add_(1)
     return key
@@ -101,7 +100,7 @@ def _key_and_next(counter: Tensor) -> tuple[Tensor, Tensor]:
     """
     after = counter.clone()
     if torch._C._current_graph_task_id() != -1 and _calls()[1] is None:
-        return _advance(after), after
+        return advance(after), after
     return next_key(after).clone(), after  # Inductor reuses the memory of what an op returns
 
 

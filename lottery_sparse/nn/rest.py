@@ -12,6 +12,7 @@ through `.data` to part of the weight may stay unseen until `ls.nn.refresh_`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.autograd import EagerFunction
 from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
 from lottery_sparse.pruning.mask_tensor import plain
@@ -86,11 +88,18 @@ class Rest(NamedTuple):
     def prunes(self) -> bool:
         return self.kept < self.tensors[1].numel()
 
-    def is_of(self, own: Own) -> bool:
-        """Whether these are the layer's own tensors, and not those of a functional call."""
-        a, b, c, d = own
-        mine = self.own
-        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3]
+    def is_of(self, parameters: dict[str, Any], buffers: dict[str, Any]) -> bool:
+        """Whether a layer, of which these are the dicts, holds these tensors.
+
+        It holds others within a functional call.
+        """
+        weight, mask, frozen, signs = self.own
+        return (
+            parameters.get("weight") is weight
+            and buffers["weight_mask"] is mask
+            and buffers["weight_frozen"] is frozen
+            and buffers["weight_signs"] is signs
+        )
 
     def holds(self, looks: bool) -> bool:
         """Whether nobody has written to the tensors since, as far as can be seen.
@@ -119,7 +128,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
     """From so many rows of x on dispatch takes the sparse kernel of `masked_linear`."""
     if not dispatch.built("cpu"):
-        return 0
+        return sys.maxsize
     cpu = dispatch.rules_of("cpu")
     if frozen is not None:  # nothing to skip
         return cpu.NEVER
@@ -170,7 +179,7 @@ def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
 # ---- the gradient --------------------------------------------------------------------------------
 
 
-class KeptGradient(torch.autograd.Function):
+class KeptGradient(EagerFunction):
     """The weight itself, with a gradient that is exactly zero at pruned entries."""
 
     @staticmethod

@@ -7,20 +7,22 @@ sigmoid(score). A mask is drawn anew in every training step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx import Proxy
 
 from lottery_sparse import ops
 from lottery_sparse.nn.frozen import std_of
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
 from lottery_sparse.nn.masked import normal, one_node, redraw_
-from lottery_sparse.nn.recompute import key_and_next, next_key
+from lottery_sparse.nn.recompute import advance, key_and_next, next_key
 from lottery_sparse.ops.bits.reference import mask_as_bool
+from lottery_sparse.ops.common.eager import eager
+from lottery_sparse.ops.dispatch import overrides
 from lottery_sparse.ops.random.op import key as random_key
 from lottery_sparse.pruning.masks import as_mask
 from lottery_sparse.text import shown
@@ -191,24 +193,25 @@ class Supermask(CheckedLoad):
     def _flat(self, score: Tensor) -> Tensor:
         return score.flatten(1 - self.rank) if self.rank > 2 else score
 
-    def _next(self, name: str) -> Tensor:
+    def _next(self, name: str, compiles: bool) -> Tensor:
         """The key of the next draw, after which it is another one."""
         buffer = self._buffers[name]
         assert buffer is not None
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            key, self._buffers[name] = key_and_next(buffer)
-            return key
-        return next_key(buffer)
+        if not compiles:
+            return next_key(buffer)
+        if is_exporting():
+            return advance(buffer)
+        key, self._buffers[name] = key_and_next(buffer)
+        return key
 
-    def _masked(self, call: Callable[..., Tensor], soft: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output: call(key=... or mask=...) with a mask of bits, soft(w m r) with any other."""
+    def _key_or_mask(self, compiles: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the mask of this call is drawn from; or it itself, of an evaluation that has one."""
         if self.training:
-            if not self.round_mask:
-                return call(key=self._next("key"))
-            return soft(self._half_rounded(self._next("key")))
-        if self.held_mask is None and self.evaluation == "sample" and not self.round_mask:
-            return call(key=self._next("sample_key"))
-        return call(mask=self.weight_mask)
+            return self._next("key", compiles), None
+        held = self._buffers["held_mask"]
+        if held is None and self.evaluation == "sample" and not self.round_mask:
+            return self._next("sample_key", compiles), None
+        return None, self.weight_mask
 
     def _half_rounded(self, key: Tensor) -> Tensor:
         """w m r with m as `round_mask` says; r, which is not detached, is 1 without `rescale`."""
@@ -328,16 +331,20 @@ class SupermaskLinear(Supermask, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-
-        def call(key: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-            return ops.supermask_linear(
-                input, self.score, self.weight, key, self.bias, mask=mask, rescale=self.rescale
-            )
-
-        def soft(w: Tensor) -> Tensor:
+        compiles = is_dynamo_compiling()
+        if self.training and self.round_mask:
+            w = self._half_rounded(self._next("key", compiles))
             return ops.masked_linear(input, w, _every(w), self.bias)
-
-        return self._masked(call, soft)
+        key, mask = self._key_or_mask(compiles)
+        score, weight, bias = self.score, self.weight, self.bias
+        node = None if compiles or overrides else eager()
+        if node is not None:
+            y = node.supermask_linear(input, score, weight, bias, key, mask, self.rescale)
+            if y is not None:  # nobody watches ops, and the tensors fit
+                return y
+        return ops.supermask_linear(
+            input, score, weight, key, bias, mask=mask, rescale=self.rescale
+        )
 
 
 class SupermaskConv2d(Supermask, nn.Conv2d):
@@ -360,14 +367,12 @@ class SupermaskConv2d(Supermask, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         geometry = self.stride, padding, self.dilation, self.groups
-
-        def call(key: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-            return ops.supermask_conv2d(
-                input, self.score, self.weight, key, self.bias, *geometry,
-                mask=mask, rescale=self.rescale,
-            )  # fmt: skip
-
-        def soft(w: Tensor) -> Tensor:
+        compiles = is_dynamo_compiling()
+        if self.training and self.round_mask:
+            w = self._half_rounded(self._next("key", compiles))
             return ops.masked_conv2d(input, w, _every(w), self.bias, None, *geometry)
-
-        return self._masked(call, soft)
+        key, mask = self._key_or_mask(compiles)
+        return ops.supermask_conv2d(
+            input, self.score, self.weight, key, self.bias, *geometry,
+            mask=mask, rescale=self.rescale,
+        )  # fmt: skip

@@ -264,7 +264,7 @@ def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):
     dispatch._say_not_built.cache_clear()
     with caplog.at_level("WARNING", logger="lottery_sparse"):
         for _ in range(2):
-            dispatch.kernel("masked_linear", torch.device("cuda"))
+            dispatch.kernel("ternary_linear", torch.device("cuda"))
     dispatch._say_not_built.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "Triton" in line] == [

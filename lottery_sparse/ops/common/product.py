@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import differentiable
-from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
+from lottery_sparse.ops.common.autograd import Differentiable
+from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
 from lottery_sparse.ops.limits import rounds
 
 
-def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
+def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Differentiable:
     """Give the defined ops `stem` and `stem`_backward everything but their schema.
 
     Args:
@@ -36,17 +36,6 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         the differentiable forward function.
     """
     name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
-    op = getattr(torch.ops.lottery_sparse, stem).default
-    op_backward = getattr(torch.ops.lottery_sparse, f"{stem}_backward").default
-
-    def run(*args: Any) -> Tensor:
-        return dispatch.kernel(stem, args[0].device, args)(*args)
-
-    def run_backward(*args: Any) -> tuple[Tensor, Tensor]:
-        return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args)
-
-    torch.library.impl(name, "default", run)
-    torch.library.impl(name_backward, "default", run_backward)
     torch.library.register_fake(name, dispatch.function(stem, "reference"))
     torch.library.register_fake(name_backward, dispatch.function(f"{stem}_backward", "reference"))
 
@@ -64,7 +53,7 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
             dw if need_dw else None,
             None,
             dy.sum(bias_dims) if need_db else None,
-            *(None for _ in ("frozen", "signs", *ctx.rest)),
+            *(None,) * (2 + len(ctx.rest)),  # frozen, signs
         )
 
     def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -85,26 +74,17 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
             g_x, _ = backward(dy, x, ddw, mask, None, None, *ctx.rest, True, False)
         if need_w and ctx.asked_dx:
             _, g_w = backward(dy, ddx, weight, mask, None, None, *ctx.rest, False, True)
-        others = ("mask", "frozen", "signs", *ctx.rest, "need_dx", "need_dw")
-        return (g_dy, g_x, g_w, *(None for _ in others))
+        # mask, frozen, signs, need_dx, need_dw
+        return (g_dy, g_x, g_w, *(None,) * (5 + len(ctx.rest)))
 
-    forward = differentiable(name, op, run, save, gradients, partial(vmap_forward, rank, 6))
-    backward = differentiable(
-        name_backward,
-        op_backward,
-        run_backward,
-        save_backward,
-        second_gradients,
-        partial(vmap_backward, rank, 6),
+    forward = Differentiable(
+        stem, save, gradients, partial(vmap_forward, rank, 6), cast=cast_all_of
     )
-    register_autocast(name, op)
-
-    def forward_autocast(*args: Any) -> Tensor:
-        # cast before torch.func saves anything, or dy and x would differ in dtype
-        device = args[0].device.type
-        return forward(*(cast_all_of(args, device) if autocasts(device) else args))
-
-    return forward_autocast
+    backward = Differentiable(
+        f"{stem}_backward", save_backward, second_gradients, partial(vmap_backward, rank, 6)
+    )
+    register_autocast(name, getattr(torch.ops.lottery_sparse, stem).default)
+    return forward
 
 
 def register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:

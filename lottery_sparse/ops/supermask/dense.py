@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.ops.masked import reference as masked_reference
@@ -30,7 +31,7 @@ def supermask_linear(
 ) -> Tensor:
     w = _masked_source(2, score, weight, bits, signs)[1]
     if kept is None:
-        return masked_reference.linear(x, w, bias)
+        return F.linear(x, w, bias) if w.dim() == 2 else masked_reference.linear(x, w, bias)
     return _rescaled(masked_reference.linear(x, w, None), score, kept, 2, bias)
 
 
@@ -138,7 +139,7 @@ def _masked_source(
     """The weight before the mask, and after it."""
     integer = INTEGERS[weight.element_size()]
     if signs is None:
-        source = masked_reference.source(weight, signs, score, rank).contiguous().view(integer)
+        source = weight.contiguous().view(integer)
     else:
         sign_bit = torch.iinfo(integer).min
         minus = _spread(signs, score, rank, integer).bitwise_not_().bitwise_and_(sign_bit)

@@ -17,6 +17,7 @@ from experiments.files import make_folder, write_whole
 from experiments.networks import NETWORKS
 from experiments.progress import INSTALL, warning_line
 from experiments.provenance import provenance
+from experiments.remakes import readable
 from experiments.runs import LITERALS, PROFILES
 from experiments.status import Times, as_text, progress, together
 from experiments.store import Store
@@ -201,6 +202,14 @@ def parser() -> argparse.ArgumentParser:
             metavar="FOLDER",
             help="where to write" + (" (default: %(default)s)" if out else " files, too"),
         )
+    command = commands.add_parser(
+        "overview", help="the picture of README.md: accuracy and time of a step over density"
+    )
+    command.set_defaults(command=overview)
+    _store_option(command)
+    command.add_argument(
+        "--out", type=Path, default=Path("out/figures"), metavar="FOLDER", help="where to write"
+    )
     return top
 
 
@@ -399,6 +408,18 @@ def status(options: argparse.Namespace) -> None:
 def _check_shows(name: str) -> None:
     if any(importlib.util.find_spec(needed) is None for needed in ("matplotlib", "scipy")):
         raise ValueError(f"{name} needs matplotlib and scipy, which are not here: {INSTALL}.")
+
+
+def overview(options: argparse.Namespace) -> None:
+    _check_shows("overview")
+    from experiments.figures.overview import overview as draw  # matplotlib loads slowly
+    from experiments.selection import select
+
+    speed = json.loads((options.store / "speed.json").read_text("utf-8"))
+    rows = Store(options.store, create=False).rows()
+    selection = select(studies.find("mask-criteria"), "fc", "paper", readable(rows))
+    for path in draw(selection, speed).save(options.out, "overview"):
+        print(path)
 
 
 def show(name: str, options: argparse.Namespace) -> None:

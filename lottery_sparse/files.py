@@ -90,7 +90,7 @@ def check_no_folder(path: Path) -> None:
 
 
 def _followed(path: Path) -> Path:
-    """Where a symbolic link, or a chain of them, leads; a descriptor's link is the end of one."""
+    """The target of a symbolic link, or of a chain; the link of a descriptor ends a chain."""
     for _ in range(40):  # as many as Linux follows; the system itself refuses a longer chain
         if not path.is_symlink() or _descriptor(path) is not None:
             break
@@ -99,7 +99,7 @@ def _followed(path: Path) -> Path:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether the path stands for what can only be written to: a device, a pipe, a descriptor."""
+    """Whether the path can only be written to, as a device, a pipe or a descriptor can."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

@@ -38,7 +38,7 @@ OLD_NAMES: dict[str, tuple[str, str, str]] = {
 
 @cache
 def old_name(name: str) -> Any:
-    """What an old name of `lottery_sparse` stands for; the first use of each warns.
+    """The object that an old name of `lottery_sparse` means; the first use of each name warns.
 
     Raises:
         AttributeError: it was never one.

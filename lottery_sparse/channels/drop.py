@@ -25,7 +25,13 @@ from lottery_sparse.nn.masked import Masked, has_hooks
 
 @dataclass(frozen=True)
 class Channels:
-    """Which channels of a model its narrow version has, and the way back.
+    """The channels of a model that its narrow version has, and the way back.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> narrow, channels = ls.channels.drop_channels(model, images)
+    >>> channels.flop_ratio  # all channels matter here
+    1.0
+    >>> channels.restore_(model, narrow)
 
     Attributes:
         outputs: layer name -> int64 [N'], its output channels in the model, ascending; for layers
@@ -101,30 +107,38 @@ def drop_channels(
 ) -> tuple[nn.Module, Channels]:
     """A narrower model with the same outputs: without the channels that cannot matter.
 
-    A channel is dropped, with the weights into it and out of it,
+    A channel is dropped, with the weights into it and out of it, by one of three rules:
 
-    1. if no kept weight of a channel that stays reads it;
-    2. if no kept weight leads to it and what the next layer then reads is 0 for good: the layer has
-       no bias (or one of 0 that does not train), or one <= 0 with a ReLU behind it, which lets no
-       gradient through. Behind a batch norm this needs an input and a running mean of 0, and the
-       bias of the norm takes that role;
-    3. `training=False` only: if no kept weight leads to it, whatever constant the next layer reads.
-       It goes into that layer's bias. Zeros around an image are not that constant, so before a
-       convolution with zero padding only constants of 0 go.
+    1. No kept weight of a channel that stays reads it.
+    2. No kept weight leads to it, and the next layer reads 0 from it for good. That is so if the
+       layer has no bias, or a bias of 0 that does not train, or a bias <= 0 with a ReLU behind it,
+       which lets no gradient through. Behind a batch norm the input and the running mean must be 0,
+       and the bias of the norm takes the place of the layer's.
+    3. With `training=False` only: no kept weight leads to it, and the next layer reads a constant
+       from it. The constant goes into the bias of the next layer. Zeros around an image differ from
+       the constant, so before a convolution with zero padding only constants of 0 go.
 
-    All apply again to what they leave. A layer keeps at least one channel; the model's own inputs
-    and outputs stay. Names in the state_dict stay. Every weight of an unmasked layer counts as kept
-    in training.
+    The rules apply again to what they leave. A layer keeps at least one channel; the model's own
+    inputs and outputs stay, and so do names in the state_dict. In a training every weight of an
+    unmasked layer counts as kept; without, every weight that is not 0 does.
 
-    With `training`, what is dropped has a gradient of exactly 0 in the model at every step. So the
-    narrow model trains as the model does, within rounding (dropout draws other numbers), with masks
-    that stay or shrink, under any optimizer that starts without state and moves each weight by its
-    own gradients alone; also with gradients clipped by norm. Weight decay goes on shrinking what is
-    dropped, which no output shows unless it carries a bias of rule 2 past 0. That of AdamW cannot,
-    nor that of SGD while lr x decay <= (1 - sqrt(momentum))^2; that of torch.optim.Adam can.
+    With `training` the dropped weights have a gradient of exactly 0 in the model at every step. So
+    the narrow model trains as the model does, within rounding (dropout draws other numbers). This
+    holds for masks that stay or shrink, and for any optimizer that starts without state and moves
+    each weight by its own gradients alone, with gradients clipped by norm too. Weight decay goes on
+    shrinking dropped weights in the model. No output shows that, unless the decay carries a bias of
+    rule 2 past 0: AdamW cannot, SGD cannot while lr x decay <= (1 - sqrt(momentum))^2, and
+    torch.optim.Adam can.
 
-    Without, narrow.eval() computes what model.eval() does, and every weight that is not 0 counts as
-    kept.
+    With `training=False`, narrow.eval() computes what model.eval() does.
+
+    >>> model = ls.sparsify_(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 3)))
+    >>> mask = torch.ones(8, 3, 3, 3, dtype=torch.bool)
+    >>> mask[6:] = False  # two channels that nothing leads to
+    >>> ls.set_masks_(model, {"0.weight": mask})
+    >>> narrow, channels = ls.channels.drop_channels(model, images)
+    >>> narrow[0].out_channels
+    6
 
     Args:
         model: an nn.Sequential (nested too) of linear, convolutional, masked and compact layers,

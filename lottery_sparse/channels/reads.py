@@ -1,4 +1,4 @@
-"""Which channels of a feed-forward model are constant, and which are read: see `drop_channels`."""
+"""Constant channels of a feed-forward model, and channels that are read: see `drop_channels`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Layer:
     norms: list[tuple[str, int]]  # names of batch norms behind it, and their features per channel
 
     def constant(self, which: Tensor) -> Tensor:
-        """What constants add to the outputs: float64 [N]."""
+        """The share of constants in the outputs: float64 [N]."""
         values = torch.where(which, self.entering.value, 0.0)
         if not values.any():
             return torch.zeros(len(self.reads), dtype=torch.float64)
@@ -145,7 +145,7 @@ def _pads_zeros(module: Any) -> bool:
 
 
 def _leaving(layer: Layer) -> Constants:
-    """Outputs that nothing leads to: their bias, and what settled constants add."""
+    """The constants of outputs that no kept weight leads to: bias, and settled constants."""
     known, bias = ~layer.reads.any(1), layer.module.bias
     value = layer.constant(layer.settled)
     if bias is not None:
@@ -201,7 +201,7 @@ def _behind_norm(norm: Any, constants: Constants, training: bool) -> Constants:
 
 
 def staying(layers: list[Layer]) -> list[Tensor]:
-    """Which input channels each layer keeps, and which outputs the last one: bool."""
+    """The input channels that each layer keeps, and the outputs of the last layer: bool."""
     if not layers:
         return []
     rows = torch.ones(len(layers[-1].reads), dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""What pruned weights hold: zero, a tensor, sign x constant, or values drawn from a seed.
+"""Frozen sources, the values of pruned weights: zero, a tensor, sign x constant, or a seed's draws.
 
-A layer keeps a source as tensors the op understands, and a descriptor that its state_dict stores
-instead of them where the values can be made again.
+A layer keeps a source as tensors for the op. Where a few numbers suffice to make these again, the
+layer also keeps a descriptor, and its state_dict stores the descriptor instead of the tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _magnitude(value: Any, what: str, most: float = float("inf")) -> float:
 
 
 class _Value:
-    """Pickled as a call of the type, so that what a file holds goes through the type's checks."""
+    """A value that is pickled as a call of its type, so that loading runs the type's checks."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(vars(self).values())
@@ -53,6 +53,10 @@ class Constant(_Value):
     """Frozen source sign x constant: each pruned weight keeps its sign at one magnitude.
 
     Signs are those of the layer's weight when the mask is set (0 counts as plus).
+
+    >>> ls.set_masks_(model, masks, frozen=ls.frozen.Constant(0.05))
+    >>> model[0].weight[~masks["0.weight"]].detach().abs().unique()
+    tensor([0.0500])
 
     Args:
         constant: the magnitude, at least 0; None = population standard deviation of the layer's
@@ -72,6 +76,8 @@ class Constant(_Value):
 @dataclass(frozen=True)
 class Seeded(_Value):
     """Frozen source drawn from a seed: stored as the seed, the same on every machine.
+
+    >>> ls.set_masks_(model, masks, frozen=ls.frozen.Seeded("normal", seed=1, std=0.1))
 
     Args:
         law: "normal", "truncated_normal", "uniform" or "sign" (±std); all have mean 0.
@@ -104,8 +110,11 @@ class Seeded(_Value):
 
 @dataclass(frozen=True)
 class SignOf(_Value):
-    """sign x constant with the signs of values drawn from a seed (0 where one is 0): a start of a
-    `Ticket` that needs no more room than a seed.
+    """A start of a `Ticket`: sign x constant, with the signs of values that a seed draws.
+
+    It takes the room of a seed. A drawn value of 0 gives 0.
+
+    >>> ls.frozen.SignOf(ls.frozen.Seeded("normal", seed=1, std=1.0), constant=0.05)
 
     Args:
         source: what is drawn.
@@ -132,7 +141,7 @@ Source = str | Tensor | Constant | Seeded | None
 
 
 def keyed(source: Any, key: str) -> Any:
-    """The source; a seeded one without a stream with that of a parameter's key.
+    """The source. A seeded source without a stream gets the stream of the parameter's key.
 
     Args:
         key: the name of the parameter as `names.keys_of` gives it.
@@ -171,7 +180,7 @@ def _finite(values: Tensor, what: str, source: Constant | Seeded) -> Tensor:
 
 
 class Held(NamedTuple):
-    """A source made ready for one weight."""
+    """A frozen source, prepared for one weight."""
 
     frozen: Tensor | None = None  # None = zero; like the weight; [] = the constant of `signs`
     signs: Tensor | None = None  # packed int32
@@ -183,7 +192,7 @@ class Held(NamedTuple):
         return self.frozen
 
     def like(self, weight: Tensor) -> Held:
-        """On the device, and of the dtype, of a weight."""
+        """The same on the device, and in the dtype, of a weight."""
         return Held(
             None if self.frozen is None else self.frozen.to(weight.device, weight.dtype),
             None if self.signs is None else self.signs.to(weight.device),
@@ -192,7 +201,7 @@ class Held(NamedTuple):
 
 
 def hold(name: str, source: Source, weight: Tensor) -> Held:
-    """Make `source` ready for the parameter `name`, whose value is `weight`.
+    """Prepare `source` for the parameter `name`, whose value is `weight`.
 
     Raises:
         ValueError, TypeError: the source is unknown or does not fit; the message names `name`.
@@ -237,7 +246,7 @@ def _hold_seeded(source: Seeded, weight: Tensor) -> Held:
 
 
 def remake(held: Held, weight: Tensor) -> Held:
-    """The values of a descriptor at the dtype that `weight` has now."""
+    """The source with its values made again, in the dtype that `weight` has now."""
     if isinstance(held.descriptor, Seeded) and not weight.is_meta:
         return _hold_seeded(held.descriptor, weight)
     if isinstance(held.descriptor, Constant) and held.frozen is not None:

@@ -1,8 +1,9 @@
-"""How our layers load a state_dict: all of a layer is checked before any of it is written.
+"""CheckedLoad: how our layers load a state_dict. Load: one call, with all masked layers in it.
 
-torch hands each layer its own entries and nothing else. But a weight that layers share has one
-mask, under whatever names it is saved, and masks that a checkpoint takes away are worth one warning
-and not one per layer. So the first masked layer of a load looks for the call that it is part of.
+torch hands each layer its own entries and nothing else. Two things need all layers: a weight that
+layers share has one mask, which may be saved under any of their names; and one warning should name
+all masks that a checkpoint takes away. So the first masked layer of a load finds the running call
+of load_state_dict on the stack.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lottery_sparse.pruning.masks import as_mask
 from lottery_sparse.pruning.names import prefix_of
 
 _LOAD_STATE_DICT = nn.Module.load_state_dict.__code__
-_HELD_AS = "_lottery_sparse_load"  # by torch's own copy of the state_dict, which ends with the call
+_HELD_AS = "_lottery_sparse_load"  # attribute of torch's copy of the state_dict, gone with the call
 
 
 class LayerLoad:
@@ -92,7 +93,7 @@ class CheckedLoad(nn.Module):
 
 
 class Entries(NamedTuple):
-    """What a state_dict holds of one layer under one name; None = nothing."""
+    """The entries of one layer under one name in a state_dict; None = there is none."""
 
     weight: Tensor | None
     mask: Tensor | None
@@ -124,14 +125,14 @@ class Load:
 
     @classmethod
     def of(cls, layer: Any, kind: type[nn.Module], state: Any, prefix: str) -> Load:
-        """The load that a layer is part of; of the layer alone, if torch runs none.
+        """The load that a layer is part of; a load of the layer alone, if torch runs none.
 
         Args:
             kind: the type of masked layers.
-            state, prefix: what the layer is given.
+            state, prefix: the arguments of the layer's _load_from_state_dict.
 
         Warns:
-            UserWarning: once in a load, what it takes away.
+            UserWarning: the load takes masks or pruned biases away; once in a load.
         """
         running = _running()
         if running is not None:
@@ -148,7 +149,7 @@ class Load:
         return load
 
     def entries(self, layer: Any, own: Entries) -> Entries:
-        """What the load holds of a layer: `own`, and what is under other names of its weight.
+        """The entries of a layer: its `own`, and those under other names of its weight.
 
         Raises:
             ValueError: it holds two masks for the weight, or two frozen sources.
@@ -157,7 +158,7 @@ class Load:
         if len(found) == 1:
             return own
         masked = {name: entries for name, entries in found.items() if entries.mask is not None}
-        # a file that names shared tensors once leaves out frozen values as it does the weight
+        # a file that names shared tensors once has frozen values where it has the weight
         whole = {n: e for n, e in masked.items() if e.weight is not None or e.frozen is not None}
         for telling, part in ((masked, "mask"), (whole, "frozen")):
             for name, entries in telling.items():
@@ -173,7 +174,7 @@ class Load:
         return Entries(next(iter(weights), None), mask, frozen)
 
     def tie(self, layer: Any) -> None:
-        """Have a weight that the load names once be one Parameter again, after assign=True."""
+        """After assign=True, make a shared weight one Parameter again."""
         names = self._names[id(layer)]
         sharing = {id(other): other for _, other in self.layers if self._names[id(other)] is names}
         named = {
@@ -188,7 +189,7 @@ class Load:
                     other.weight = owner.weight
 
     def _warn(self) -> None:
-        """Before anything is written, as a warning may be an error."""
+        """Warn before anything is written, since a warning may be an error."""
         self._warn_of_masks()
         for prefix, layer in self.layers:
             mask = self.state.get(f"{prefix}bias_mask")
@@ -231,10 +232,10 @@ class Load:
 
 
 def take_pruned(layer: Any, state: MutableMapping[str, Any], prefix: str) -> None:
-    """What torch.nn.utils.prune saves of a layer, as that of a masked one; in `state`, in place.
+    """Replace entries of torch.nn.utils.prune by those of a masked layer, in `state`.
 
-    `weight_orig` and `weight_mask` become the weight, zero where pruned, and the mask; `bias_orig`
-    and `bias_mask` what is left of the bias.
+    `weight_orig` becomes `weight`, zero where `weight_mask` prunes. `bias_orig` and `bias_mask`
+    become `bias`, zero where pruned.
     """
     if _is_pruned(layer, state, prefix):
         original = state.pop(f"{prefix}weight_orig")
@@ -263,7 +264,7 @@ def _takes_bias(layer: Any, state: Any, prefix: str) -> bool:
 
 
 def _left(original: Tensor, mask: Tensor) -> Tensor:
-    """What a mask leaves; a mask that does not fit is for the layer to refuse."""
+    """The tensor, zero where pruned. The layer refuses a mask whose shape does not fit."""
     if mask.shape != original.shape:
         return original
     return torch.where(mask.to(original.device) != 0, original, torch.zeros_like(original))
@@ -307,7 +308,7 @@ def _running() -> tuple[nn.Module, Any] | None:
 
 
 def _warn(text: str) -> None:
-    """At the line that calls load_state_dict."""
+    """Warn at the line that calls load_state_dict."""
     frame, level = sys._getframe(0), 1
     while frame is not None and frame.f_code is not _LOAD_STATE_DICT:
         frame, level = frame.f_back, level + 1

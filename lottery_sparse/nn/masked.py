@@ -26,10 +26,10 @@ from lottery_sparse.pruning.masks import as_mask
 
 
 def normal(tensor: Tensor) -> Tensor:
-    """The tensor; a copy outside inference mode if it was made inside.
+    """The tensor, or a copy of it if it was created in torch.inference_mode.
 
-    Layers hold none of torch.inference_mode, which autograd cannot save and nobody may write to
-    later. What torch itself makes (Parameters, copies of them) is its own.
+    Autograd cannot save an inference tensor, and nobody may write to one outside of the mode. So
+    layers never store one.
     """
     if not tensor.is_inference():
         return tensor
@@ -38,17 +38,18 @@ def normal(tensor: Tensor) -> Tensor:
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody changes or watches the tensor's gradient."""
+    """Whether the tensor has hooks on its gradient."""
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 def one_node(layer: nn.Module, input: Proxy) -> Any:
-    """The call of a layer in a graph of torch.fx.symbolic_trace, as for the layers of torch.nn.
+    """The node that torch.fx.symbolic_trace puts into its graph for a call of the layer.
 
-    The traced module then holds the layer itself: its masks, its state_dict, what it keeps fresh.
+    A layer of ours stays one node, as torch's layers do: the traced module holds the layer itself,
+    with its masks and its state_dict.
 
     Raises:
-        TypeError: the layer is what is traced, and not a part of it.
+        TypeError: the layer itself is traced, and not a model that calls it.
     """
     path = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
     if not path:
@@ -60,26 +61,31 @@ def one_node(layer: nn.Module, input: Proxy) -> Any:
 
 
 class Masked(CheckedLoad):
-    """What masked layers share: the mask, the frozen values, and a state_dict that stays dense.
+    """The base of masked layers: the mask, the frozen values, and a state_dict that stays dense.
 
-    `weight` is what the layer computes with: pruned entries hold their frozen values, and are given
-    them again after whatever can move them, see `rest`. The op does not depend on it: wherever
-    somebody may have written, it selects, where(mask, weight, frozen). The buffers:
+    The Parameter `weight` is at rest: its pruned entries hold their frozen values. The layer writes
+    them again after everything that can move them; the module `rest` says how. The op does not
+    depend on that: wherever somebody may have written to the weight, the op selects,
+    where(mask, weight, frozen). The buffers:
 
         weight_mask    bool, the weight's shape, True = kept
         weight_frozen  None (zero), a tensor like the weight, or [] with `weight_signs`
         weight_signs   None, or packed signs: pruned weights hold sign x weight_frozen
 
-    Mask and signs are of the type `MaskTensor`: averages of models keep them whole.
+    Mask and signs are of the type `MaskTensor`, which averages of models keep whole.
 
-    state_dict: `weight`, the tensor itself; `weight_mask`; and `weight_frozen` unless zero,
-    a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON descriptor. On load a
-    missing `weight_mask` means all kept, so dense checkpoints load strictly, with a warning if that
-    takes masks away; a mask without its weight is reported as unexpected, and not taken. Layers
-    that share a weight take one mask, under whatever of their names it is, and refuse two. What
-    torch.nn.utils.prune saves (`weight_orig`, `weight_mask`) loads, too. Where something else
-    computes `weight` (torch.nn.utils.parametrizations), its parts are saved in place of `weight`,
-    and sign x constant values as a tensor, as there is no weight to take signs of.
+    A state_dict holds `weight`, the live tensor; `weight_mask`; and, unless pruned weights are
+    zero, `weight_frozen`: a tensor or, for seeded and sign x constant values, a 1-D uint8 JSON
+    descriptor. Where something else computes `weight` (torch.nn.utils.parametrizations), the
+    state_dict holds its parts in place of `weight`, and sign x constant values as a tensor.
+
+    Loading:
+
+    - A missing `weight_mask` means that all is kept, so dense checkpoints load strictly. A warning
+      says so if that takes masks away.
+    - A mask without its weight is reported as unexpected, and not taken.
+    - Layers that share a weight take one mask, under any of their names, and refuse two.
+    - Checkpoints of torch.nn.utils.prune (`weight_orig`, `weight_mask`) load directly.
     """
 
     dense_type: type[nn.Module]
@@ -123,11 +129,14 @@ class Masked(CheckedLoad):
         )
 
     def _come_to_rest(self, looks: bool = True) -> bool:
-        """Put the weight to rest where somebody may have written; whether it is at rest now.
+        """Put the weight to rest if somebody may have written to it; whether it is at rest now.
 
-        It is not where its tensors are those of a functional call or a replica, where it is
-        computed, and in graphs: there the op selects. `looks`: whether pruned entries are looked
-        at, too, which a kernel that skips them can do without.
+        A weight is not at rest in a graph, if another module computes it, or if its tensors are
+        those of a functional call or a replica. Then the op selects.
+
+        Args:
+            looks: compare some pruned entries with their frozen values, too. A kernel that skips
+                pruned entries does not need it.
         """
         return not is_compiling() and self._rests(looks)
 
@@ -155,7 +164,7 @@ class Masked(CheckedLoad):
         return True
 
     def _rests_here(self) -> None:
-        """The tensors that are here now are the layer's own."""
+        """Take the tensors that the layer has now as its own, and put the weight to rest."""
         self._rest = None
         self._put_back()
 
@@ -165,8 +174,8 @@ class Masked(CheckedLoad):
     # ---- becoming masked, and changes ------------------------------------------------------------
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse torch's pruning of the weight, whose mask would take the place of this one."""
-        # what it registers first; spectral_norm takes the same name, but removes `weight` before
+        """Refuse torch.nn.utils.prune, whose buffer `weight_mask` would replace the layer's own."""
+        # prune registers the weight under this name first; spectral_norm removes `weight` before
         if name == "weight_orig" and param is self._parameters.get("weight"):
             raise TypeError(
                 f"torch.nn.utils.prune cannot prune the weight of a {type(self).__name__}, which "
@@ -191,7 +200,7 @@ class Masked(CheckedLoad):
         self._rest = None
 
     def _hold_normal(self) -> None:
-        """What torch made of the buffers, a copy or another dtype, as normal tensors."""
+        """Make normal tensors of the buffers after torch has copied or converted them."""
         for name, value in self._buffers.items():
             if value is not None:
                 bits = name in ("weight_mask", "weight_signs")
@@ -207,10 +216,10 @@ class Masked(CheckedLoad):
         was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
         super()._apply(fn, recurse)
         self._hold_normal()
-        if was_meta and not self.weight_mask.is_meta:  # to_empty: not what memory happened to hold
+        if was_meta and not self.weight_mask.is_meta:  # to_empty left arbitrary memory
             self.weight_mask.fill_(True)
         if frozen is not None and self.weight.dtype != frozen.dtype:
-            # made again, not rounded: .half().float() loses nothing
+            # from the descriptor: rounding what is there would make .half().float() lossy
             self._hold(remake(self._held(), self.weight))
         self._rests_here()
         return self
@@ -224,7 +233,7 @@ class Masked(CheckedLoad):
         return self._held().for_op()
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
-        """Whether the layer can take a mask of the right shape; raises ValueError."""
+        """Raises ValueError if the layer cannot take this mask, whose shape is right."""
 
     @torch.no_grad()
     def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
@@ -244,7 +253,7 @@ class Masked(CheckedLoad):
     def effective_weight(self) -> Tensor:
         """where(mask, weight, frozen), what the layer computes with; differentiable.
 
-        The gradient is zero at pruned entries. Where none is asked for it is `weight`.
+        The gradient is zero at pruned entries. Without gradients the result is `weight` itself.
         """
         if self._come_to_rest():
             return self._kept_gradient()
@@ -283,7 +292,7 @@ class Masked(CheckedLoad):
             destination[prefix + "weight_frozen"] = entry
 
     def _to_save(self) -> Held:
-        """The source; as values if they are signs of a weight that the state_dict does not hold."""
+        """The frozen source to save. Signs of a weight that is not saved become a tensor."""
         held = self._held()
         if "weight" in self._parameters or held.signs is None:
             return held
@@ -306,9 +315,10 @@ class Masked(CheckedLoad):
         self._rests_here()
 
     def _report_shared(self, load: LayerLoad) -> None:
-        """Report frozen values that a file names once, with the weight, under another name.
+        """Report frozen values as missing if the file has them under the name of another layer.
 
-        The weight is reported already; safetensors' load_model asks for all that it left out.
+        safetensors saves shared tensors under one name, and its load_model asks that every other
+        name be reported as missing.
         """
         weight, frozen = load.names("weight", "weight_frozen")
         tensor = self.weight_frozen is not None and self._frozen_descriptor is None
@@ -316,9 +326,9 @@ class Masked(CheckedLoad):
             load.missing.append(frozen)
 
     def _entries(self, load: LayerLoad) -> Any:
-        """The weight, mask and source that a state_dict makes; None: it holds no weight.
+        """The weight, mask and frozen source that a state_dict holds; None: it has no weight.
 
-        What torch.nn.utils.prune saves becomes what a masked layer saves, in the state_dict.
+        Entries of torch.nn.utils.prune are replaced in the state_dict by those of a masked layer.
         """
         state, prefix = load.state, load.prefix
         name, shape = f"{prefix}weight", self.weight_mask.shape
@@ -351,7 +361,7 @@ class Masked(CheckedLoad):
 
 
 def _has_parts(state_dict: Any, prefix: str) -> bool:
-    """Whether a state_dict holds what a weight is computed from (weight_norm): a layer's own."""
+    """Whether a state_dict holds the parts that a weight is computed from (weight_norm)."""
     parts = f"{prefix}parametrizations.weight.", f"{prefix}weight_"
     ours = f"{prefix}weight_mask", f"{prefix}weight_frozen"
     return any(name.startswith(parts) and name not in ours for name in state_dict)
@@ -361,7 +371,8 @@ def _has_parts(state_dict: Any, prefix: str) -> bool:
 def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], rank: int) -> None:
     """Draw a weight and bias by the `reset_parameters` of the dense layer.
 
-    Of E networks side by side one after another, as the law asks for the inputs of one network.
+    E networks side by side are drawn one after another, since the law of a draw depends on the
+    number of inputs of one network.
     """
     reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
     if weight.dim() == rank:
@@ -377,6 +388,11 @@ class MaskedLinear(Masked, nn.Linear):
     Constructor, shapes and attributes are nn.Linear's. A new layer keeps every weight; set its
     mask with `ls.set_masks_`. Gradients at pruned entries are exactly zero, and no optimizer,
     decay or load can move the effective weight there. See `Masked` for buffers and state_dict.
+
+    >>> layer = ls.nn.MaskedLinear(784, 300)
+    >>> ls.set_masks_(layer, {"weight": torch.rand(300, 784) < 0.1})
+    >>> layer(torch.randn(60, 784)).shape
+    torch.Size([60, 300])
     """
 
     dense_type, rank = nn.Linear, 2
@@ -406,6 +422,10 @@ class MaskedConv2d(Masked, nn.Conv2d):
 
     Constructor, shapes and attributes are nn.Conv2d's, with every stride, padding, padding_mode,
     dilation and groups. See `MaskedLinear`.
+
+    >>> layer = ls.nn.MaskedConv2d(3, 16, 3, padding="same")
+    >>> layer(images).shape, layer.density
+    (torch.Size([4, 16, 8, 8]), 1.0)
     """
 
     dense_type, rank = nn.Conv2d, 4

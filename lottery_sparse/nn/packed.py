@@ -40,6 +40,10 @@ class PackedLinear(CheckedLoad):
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
+    >>> layer = ls.nn.PackedLinear(weight.sign() * mask)
+    >>> layer.format, layer.bytes, layer.dense_bytes
+    ('ternary', 132, 800)
+
     Args:
         weight: [N, K], floating.
         bias: [N] or None.
@@ -149,12 +153,12 @@ class PackedLinear(CheckedLoad):
 
     @property
     def bytes(self) -> int:
-        """What the packed weight takes, without the bias."""
+        """Bytes of the packed weight, without the bias."""
         return sum(part.numel() * part.element_size() for part in self._parts())
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense weight took."""
+        """Bytes of the dense weight."""
         return self.in_features * self.out_features * self.dtype.itemsize
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The formats of a packed weight: what packs, unpacks, checks and multiplies. See `formats`."""
+"""The table of packed formats: how each packs, unpacks, checks and multiplies. See `formats`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def format_of(names: Iterable[str]) -> str | None:
 
 
 def check_tensor(name: str, part: Any) -> None:
-    """Raises ValueError for what has no numbers that could be looked at."""
+    """Raises ValueError for anything but an ordinary tensor with numbers."""
     if not isinstance(part, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(part).__name__}.")
     if part.is_meta:
@@ -79,12 +79,12 @@ def check_tensor(name: str, part: Any) -> None:
 
 
 def check_parts(format: str, parts: dict[str, Any], rows: int, columns: int) -> None:
-    """Whether tensors of a checkpoint are a packed weight [rows, columns].
+    """Check that tensors of a checkpoint are a packed weight [rows, columns].
 
-    Kernels trust them later.
+    Kernels trust these tensors later.
 
     Raises:
-        ValueError: they are not; the message begins with the name of the first.
+        ValueError: the tensors do not fit; the message begins with a tensor's name.
     """
     names = FORMATS[format].names
     for name in names:
@@ -99,7 +99,7 @@ def check_parts(format: str, parts: dict[str, Any], rows: int, columns: int) -> 
 
 
 def scale_of(weight: Tensor) -> Tensor | None:
-    """The one magnitude of all weights but zeros, [1], or of each row, [N]; None if there are more.
+    """The one magnitude of all nonzero weights, [1], or one per row, [N]; None if there are more.
 
     A matrix, or row, of zeros has the magnitude 0.
     """
@@ -132,7 +132,7 @@ def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Te
 def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
     blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
     fits = codes.dtype == torch.int32 and codes.shape == blocks and _fits_scale(rows, scale)
-    # no code is 3, both of its bits: kernels would differ in what it stands for
+    # no code is 3, both bits set: kernels would differ in its meaning
     return fits and not bool((codes & (codes >> 1) & 0x55555555).any())
 
 
@@ -194,7 +194,7 @@ def _fits_dense(rows: int, columns: int, weight: Tensor) -> bool:
 
 
 def _exact(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An op (x, *parts, bias) that needs no number of rows and never rounds x, as `multiply`."""
+    """`multiply` of a format whose op, (x, *parts, bias), needs no row count and rounds nothing."""
 
     def multiply(*args: Tensor | None, rows: int, activations: str) -> Tensor:
         return op(*args)

@@ -1,9 +1,9 @@
 """One draw for a forward and its recomputation, under torch.utils.checkpoint.
 
-Gradient checkpointing forgets what a forward saved and runs it again in the backward. A layer that
-draws must then draw the same. torch keeps one object for each checkpointed call, which the forward
-and the recomputation both have on their stacks. The keys that were drawn in the call are kept on
-it, for as long as it lives, and given out again in the order in which they were drawn.
+Gradient checkpointing drops what a forward saved, and runs the forward again in the backward. A
+layer that draws a mask must draw the same mask again. torch keeps one object for each checkpointed
+call; the forward and the recomputation both have it on their stacks. The keys that a call draws are
+kept on that object. The recomputation takes them from there, in the order of the draws.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Draws:
         return getattr(call, _HELD_AS)
 
     def take(self, backward: Any) -> Tensor:
-        """The next one for a backward, by its number: each begins with the first."""
+        """The next key for a backward; each backward begins with the first key."""
         at = self.taken.get(backward, 0)
         if at == len(self.keys):
             raise RuntimeError(OTHERWISE)
@@ -50,10 +50,10 @@ OTHERWISE = (
 
 
 def next_key(counter: Tensor) -> Tensor:
-    """The key of the next draw, after which `counter` is at another one.
+    """The key of the next draw; `counter` moves on to the draw after it.
 
-    Where a checkpointed forward is computed again it is the key that this forward drew, and the
-    counter stays.
+    In a recomputation of a checkpointed forward the result is the key that the forward drew, and
+    the counter stays.
 
     Args:
         counter: int64 [3] or [E, 3], of `ls.random.key`; changed in place.
@@ -93,10 +93,10 @@ key_and_next = torch.ops.lottery_sparse.next_key.default
 
 @torch.library.impl("lottery_sparse::next_key", "default")
 def _key_and_next(counter: Tensor) -> tuple[Tensor, Tensor]:
-    """What a compiled graph calls as it runs: the key, and the counter that follows.
+    """The key of the next draw and the counter after it, for compiled graphs.
 
-    The counter is another tensor then, as a compiled backward that computes its own forward again
-    reads the one that the forward read.
+    The new counter is another tensor: a compiled backward may compute its forward again, and then
+    reads the counter that the forward read.
     """
     after = counter.clone()
     if torch._C._current_graph_task_id() != -1 and _calls()[1] is None:
@@ -142,7 +142,7 @@ def _nested(kind: Any, name: str) -> CodeType | None:
     return next((code for code in codes if code.co_name == name), None)
 
 
-# Of torch itself: were one of these another one, a recomputation would raise, and not draw anew.
+# Code of torch itself. If a torch changes one of these, a recomputation raises instead of drawing.
 _hooks: Any = getattr(
     torch._C._autograd,  # pyright: ignore[reportAttributeAccessIssue]
     "_top_saved_tensors_default_hooks",

@@ -4,10 +4,10 @@ Pruned entries of `weight` hold their frozen values. Whatever can move them (an 
 load, a write in place) is followed by writing the frozen values again, so `layer.weight`, the
 state_dict and the forward all see one weight.
 
-A step of any torch optimizer is followed by a hook (`registry`). Other writes are seen at the next
-forward, or when the state_dict is asked for: by version counters, and where a write counts no
-version (`.data`, another process) by the address and by up to sixteen pruned entries. A write
-through `.data` to part of the weight may stay unseen until `ls.nn.refresh_`.
+A hook runs after each step of any torch optimizer (`registry`). The next forward, and state_dict(),
+notice all other writes: by version counters, or, for writes that count no version (`.data`, another
+process), by the address and by up to sixteen pruned entries. A write through `.data` to a part of
+the weight may stay unseen until `ls.nn.refresh_`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRIED = 256  # entries, spread over the weight, among which pruned ones are loo
 
 
 class Own(NamedTuple):
-    """The tensors of a masked layer that its weight at rest is made of."""
+    """The tensors that a masked layer computes its weight from."""
 
     weight: Tensor | None  # the Parameter
     mask: Tensor  # these are its buffers
@@ -39,29 +39,29 @@ class Own(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What was true when a layer's weight was last at rest.
+    """The state of a layer's tensors when its weight was last at rest.
 
     csrc/linear/eager_masked.h reads the fields in this order.
     """
 
     own: Own
-    tensors: tuple[Any, ...]  # the same; mask and signs of torch's own type, quicker to ask
+    tensors: tuple[Any, ...]  # the same, with mask and signs as plain tensors, which are quicker
     versions: tuple[int, ...] = ()  # of these; empty: never at rest so far
     address: int = 0  # of the weight
     kept: int = -1  # entries that the mask keeps
     spots: Tensor | None = None  # flat indices of some pruned entries
-    values: Tensor | None = None  # and what they hold; None: none is looked at
+    values: Tensor | None = None  # of these entries; None: none is looked at
     least_rows: tuple[int, int] = (0, 0)  # of x, for the sparse kernel in float32 and in bfloat16
     node: Callable | None = None  # of `ops.eager`: the forward of a plain eager call
 
     @classmethod
     def of(cls, own: Own) -> Rest:
-        """Of tensors that may be in any state."""
+        """A start, for tensors of which nothing is known yet."""
         weight, mask, frozen, signs = own
         return cls(own, (weight, plain(mask), frozen, None if signs is None else plain(signs)))
 
     def reached(self, rank: int) -> Rest:
-        """Put the weight to rest, in place; what is true then."""
+        """Put the weight to rest, in place; returns the state of the tensors after it."""
         weight, mask, frozen, signs = self.tensors
         same = self.versions[1:] == versions_of(self.tensors)[1:]
         kept = self.kept if same else int(mask.count_nonzero())
@@ -115,7 +115,7 @@ class Rest(NamedTuple):
 
 
 def _node(weight: Tensor, rank: int) -> Callable | None:
-    """What computes a plain eager forward of one network on the CPU; None: it is not built."""
+    """The C++ node for plain eager forwards of one network on the CPU; None: it is not built."""
     module = eager() if weight.is_cpu and weight.dim() == rank else None
     if module is None:
         return None
@@ -126,7 +126,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
-    """From so many rows of x on dispatch takes the sparse kernel of `masked_linear`."""
+    """The number of rows of x from which on dispatch takes the sparse kernel."""
     if not dispatch.built("cpu"):
         return sys.maxsize
     cpu = dispatch.rules_of("cpu")
@@ -136,7 +136,7 @@ def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.d
 
 
 def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
-    """Of (weight, mask, frozen, signs); written out, since each forward asks."""
+    """The versions of (weight, mask, frozen, signs); no loop, since each forward asks."""
     weight, mask, frozen, signs = tensors
     if frozen is None:
         return weight._version, mask._version
@@ -167,7 +167,7 @@ def put_back_(
 
 
 def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
-    """The tensors as vectors, in the order in which they lie; None: it is not one of all."""
+    """The tensors as vectors in memory order; None: their memory orders differ."""
     dense = weight.is_contiguous() or (
         weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
     )

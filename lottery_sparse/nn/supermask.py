@@ -1,7 +1,7 @@
 """SupermaskLinear and SupermaskConv2d: frozen weights under a mask that is learned.
 
-Which weights a layer uses is all that trains: each has a score, and is used with the probability
-sigmoid(score). A mask is drawn anew in every training step.
+Each weight has a score, and is used with the probability sigmoid(score). Only the scores train.
+Every training step draws a new mask.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FIRST_STEPS = {"key": 0, "sample_key": FIRST_SAMPLE}
 
 
 class Supermask(CheckedLoad):
-    """What layers with a learned mask share: scores, frozen weights, and how masks are drawn.
+    """The base of layers with a learned mask: scores, frozen weights, and how masks are drawn.
 
     Parameters:
 
@@ -48,9 +48,9 @@ class Supermask(CheckedLoad):
         sample_key  the same of evaluations, which leave the training's draws alone
         held_mask   None, or bool like the weight: what evaluations use instead of `evaluation`
 
-    The state_dict also says what evaluations use, `evaluates_with` (uint8: the place of
-    `evaluation` in EVALUATIONS), and loading it takes that over. One that does not, of an earlier
-    version, loads strictly and leaves the layer's own choice.
+    The state_dict also holds `evaluates_with` (uint8: the place of `evaluation` in EVALUATIONS).
+    Loading it sets `evaluation`. Older checkpoints lack this entry; they still load, and the layer
+    keeps its setting.
 
     Attributes:
 
@@ -60,8 +60,8 @@ class Supermask(CheckedLoad):
         evaluation  what a layer in evaluation mode uses: "sample", a fresh mask per call; or
                     "threshold", weights more probable than not (a probability of 1/2 is not used)
 
-    Under torch.utils.checkpoint the recomputed forward uses the masks that the first one drew.
-    Other ways to run a forward again in the backward raise, as nobody knows which masks it drew.
+    Under torch.utils.checkpoint the recomputed forward uses the masks that the first forward drew.
+    Other ways to run a forward again in the backward raise, since its masks are not known there.
     """
 
     dense_type: type[nn.Module]
@@ -88,7 +88,7 @@ class Supermask(CheckedLoad):
         seed: int,
         stream: int,
     ) -> None:
-        """Freeze what is here and add the scores."""
+        """Freeze weight and bias, and add the scores."""
         self.weights, self.rescale, self.init_score = weights, bool(rescale), float(init_score)
         self.round_mask, self.evaluation = bool(round_mask), evaluation
         if weights == "signed_constant":
@@ -121,7 +121,7 @@ class Supermask(CheckedLoad):
 
     @torch.no_grad()
     def _restart(self) -> None:
-        """Scores and draws as at the start."""
+        """Reset scores and draws to the start."""
         self.score.fill_(self.init_score)
         for name, step in _FIRST_STEPS.items():
             self._buffers[name][..., 2] = step  # pyright: ignore[reportOptionalSubscript]
@@ -129,7 +129,7 @@ class Supermask(CheckedLoad):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_meta = self.key.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.key.is_meta:  # to_empty: not what memory happened to hold
+        if was_meta and not self.key.is_meta:  # to_empty left arbitrary memory
             for name in _FIRST_STEPS:
                 self._buffers[name].copy_(random_key(self._seed, self._stream))  # pyright: ignore
             self._restart()
@@ -174,7 +174,7 @@ class Supermask(CheckedLoad):
 
     @property
     def weight_mask(self) -> Tensor:
-        """bool: the mask that evaluations are told to use, else that of the threshold."""
+        """bool: the mask chosen for evaluations, else the weights more probable than not."""
         if self.held_mask is not None:
             return self.held_mask
         return self.score.detach() > 0  # sigmoid > 1/2; a half rounds to even, which is 0
@@ -194,7 +194,7 @@ class Supermask(CheckedLoad):
         return score.flatten(1 - self.rank) if self.rank > 2 else score
 
     def _next(self, name: str, compiles: bool) -> Tensor:
-        """The key of the next draw, after which it is another one."""
+        """The key of the next draw; the counter moves on."""
         buffer = self._buffers[name]
         assert buffer is not None
         if not compiles:
@@ -272,7 +272,7 @@ def check_options(weights: str, init_score: float, evaluation: str) -> None:
 
 
 def _evaluation(name: str, number: Tensor) -> str:
-    """What the entry `evaluates_with` of a state_dict says."""
+    """The evaluation that the entry `evaluates_with` of a state_dict names."""
     if number.numel() != 1 or not 0 <= int(number) < len(EVALUATIONS):
         raise ValueError(
             f"{name} is {shown(repr(number.tolist()))}, but this version knows 0 to "
@@ -297,7 +297,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 def _signature(dense: type[nn.Module]) -> inspect.Signature:
-    """That of the dense layer, and our options by name."""
+    """The signature of the dense layer, and our options by name."""
     keyword = inspect.Parameter.KEYWORD_ONLY
     ours = [inspect.Parameter(n, keyword, default=v) for n, v in _OPTIONS.items()]
     return inspect.Signature([*inspect.signature(dense).parameters.values(), *ours])
@@ -308,6 +308,10 @@ class SupermaskLinear(Supermask, nn.Linear):
 
     Constructor, shapes and attributes are nn.Linear's, with the options of `Supermask` by name; the
     bias is frozen too, at 0. `ls.supermask_` turns the layers of a model into these.
+
+    >>> layer = ls.nn.SupermaskLinear(20, 10, weights="signed_constant", rescale=True)
+    >>> layer(x).shape, layer.expected_density
+    (torch.Size([8, 10]), 0.5)
 
     Args:
         weights: "init": the initial ones; "signed_constant": their signs times their population
@@ -348,7 +352,12 @@ class SupermaskLinear(Supermask, nn.Linear):
 
 
 class SupermaskConv2d(Supermask, nn.Conv2d):
-    """nn.Conv2d whose weights are frozen and whose mask is learned. See `SupermaskLinear`."""
+    """nn.Conv2d whose weights are frozen and whose mask is learned. See `SupermaskLinear`.
+
+    >>> layer = ls.nn.SupermaskConv2d(3, 16, 3, padding=1)
+    >>> layer(images).shape
+    torch.Size([4, 16, 8, 8])
+    """
 
     dense_type, rank = nn.Conv2d, 4
     __signature__ = _signature(nn.Conv2d)

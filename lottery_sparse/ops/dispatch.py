@@ -191,6 +191,9 @@ def use_backend(name: str) -> Iterator[None]:
     block in one thread, or around an `await` or a `yield`, holds for the other threads and tasks
     that run meanwhile.
 
+    >>> with ls.use_backend("reference"):
+    ...     y = model(x)
+
     Args:
         name: a key of `BACKENDS`: "reference" (plain PyTorch), "dense" (the dense library on the
             effective weight), "cpu" (C++ kernels), "triton" or "cuda" (CUDA kernels).

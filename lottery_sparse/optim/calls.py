@@ -1,4 +1,4 @@
-"""What the steps of `optim` know from one call to the next, and the tensors of a call."""
+"""Plans of optimizer steps, which last from call to call, and the tensors of one call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepPlan:
     refused: list[bool]  # per Parameter: the kernel does not take it
 
     def refuse(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Remembers what the kernel did not take."""
+        """Remember Parameters that the kernel did not take; returns them."""
         for parameter in parameters:
             self.refused[next(i for i, p in enumerate(self.params) if p is parameter)] = True
         return parameters
@@ -39,7 +39,7 @@ class StepPlan:
 
 @dataclass
 class GroupPlan:
-    """The Parameters of a group, by what steps them."""
+    """The Parameters of a group, sorted by the backend that steps them."""
 
     params: list[Tensor]
     plans: list[StepPlan]
@@ -126,7 +126,7 @@ class Call:
         self.layers: list[Any] = []
 
     def add_targets(self, references: list[weakref.ref]) -> None:
-        """Those of the Parameter that was added last."""
+        """Add the targets of the Parameter that was added last."""
         parameter, owner = self.params[-1], len(self.params) - 1
         for reference in references:
             layer: Any = reference()

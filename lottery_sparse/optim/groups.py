@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lottery_sparse.nn.masked import Masked
 
-# whose weights scale what they normalise, of whatever shape
+# normalisation layers, whose weights of any shape scale the normalised values
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

@@ -1,10 +1,10 @@
 """SGD, Adam and AdamW of torch.optim, with a step that is one call of a kernel.
 
-Each is a subclass of torch's and takes its place: same arguments, same state, same hooks, same
-schedulers, state_dicts in both directions. `step` updates all contiguous float32 Parameters on the
-CPU in one call, and those of each device and dtype (float16 and bfloat16, too) on CUDA in one
-launch. It also writes the new values of compact Parameters (`ls.compact_`) into the dense effective
-weights of their layers. Spare slots of compact Parameters are not touched.
+Each class is a subclass of torch's and takes its place, with the same arguments, state, hooks and
+schedulers, and state_dicts in both directions. `step` updates all contiguous float32 Parameters on
+the CPU in one call. On CUDA one launch updates all Parameters of a device and dtype, float16 and
+bfloat16 among them. `step` also writes the new values of compact Parameters (`ls.compact_`) into
+the dense effective weights of their layers. It does not touch spare slots of compact Parameters.
 
 On CUDA a step can be captured in a graph: SGD as it is, Adam with `capturable` or `fused`, where
 one more launch counts the steps; `lr` may then be a float32 tensor on the device.
@@ -42,14 +42,15 @@ from lottery_sparse.optim.calls import Call, GroupPlan, StepPlan
 
 
 def _unhooked(step: Any) -> Callable:
-    """A step method of torch without the wrapper that runs hooks: here, ours does."""
+    """A step method of torch without torch's wrapper that runs hooks; ours runs them."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _hooked(step: Callable) -> Callable:
-    """torch's wrapper of step methods, but only for calls that it has something to do for.
+    """A step method that goes through torch's wrapper only if somebody needs it.
 
-    It tells the profiler of the step and runs hooks. The first takes 6 us, profiling or not.
+    The wrapper tells the profiler of the step, which takes 6 us without profiling too, and runs
+    hooks.
     """
     full: Any = Optimizer.profile_hook_step(step)
 
@@ -89,7 +90,7 @@ _WITH_KERNELS = (None, "cpu", "triton", "cuda")  # backends that may be forced
 
 
 class _KernelStep:
-    """What the steps share; comes before the class of torch among the bases."""
+    """The common part of the steps; a base class, before the class of torch."""
 
     state: Any
     param_groups: list[dict[str, Any]]
@@ -101,15 +102,15 @@ class _KernelStep:
         self._plans = ()  # load_state_dict brings other states
 
     def _plain(self, group: dict[str, Any], backend: str | None) -> bool:
-        """Whether the kernel knows what the group's options ask for."""
+        """Whether the kernel supports the options of the group."""
         raise NotImplementedError
 
     def _collect(self, plan: StepPlan, group: dict[str, Any], calls: list[Call]) -> list[Tensor]:
-        """Adds the calls that step what the kernel takes; returns the other Parameters."""
+        """Add the calls for Parameters that the kernel takes; returns the other Parameters."""
         raise NotImplementedError
 
     def _note(self, call: Call) -> None:
-        """Keeps what a call has made."""
+        """Keep the states that a call has made."""
 
     def step(self, closure: Any = None) -> Any:
         """One step of all Parameters that have a gradient.
@@ -220,6 +221,9 @@ class SGD(_KernelStep, torch.optim.SGD):
 
     Arguments, groups and state (`momentum_buffer`) are torch's. `foreach` and `fused` choose
     nothing where the kernel runs.
+
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     """
 
     _torch_step = _unhooked(torch.optim.SGD.step)
@@ -325,6 +329,9 @@ class Adam(_AdamStep, torch.optim.Adam):
     Arguments, groups and state (`step`, `exp_avg`, `exp_avg_sq`) are torch's. `foreach` and `fused`
     choose nothing where the kernel runs; `amsgrad` is torch's own step.
 
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.Adam(model.parameters(), lr=1e-3))
+
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv 1412.6980.
     """
 
@@ -335,6 +342,9 @@ class AdamW(_AdamStep, torch.optim.AdamW):
     """Adam with decoupled weight decay, torch.optim.AdamW with a quicker step.
 
     `Adam` with w ← (1 − lr · weight_decay) w before the step, instead of weight decay in g.
+
+    >>> ls.compact_(model)
+    >>> train(model, ls.optim.AdamW(ls.optim.param_groups(model, 0.01), lr=1e-3))
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
     """

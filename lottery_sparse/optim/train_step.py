@@ -20,8 +20,8 @@ from lottery_sparse.optim import optimizers
 from lottery_sparse.pruning.mask_tensor import plain
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
-# Shares of a layer's weights above which dense products are quicker than those over kept weights:
-# for its output and its input's gradient, and for the gradients of its weights.
+# Densities of a layer above which dense products are quicker than products over kept weights: for
+# its output and the gradient of its input, and for the gradients of its weights.
 DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
 
 _LISTS = len(KeptLists._fields) + 1  # and the mask
@@ -38,11 +38,15 @@ def train_step(
 
         loss = F.cross_entropy(model(x), y); loss.backward(); optimizer.step()
 
-    in training mode within float32 rounding: parameters, optimizer state, effective weights and the
-    keys of learned masks (which are the same ones) are updated in place.
-    For E networks side by side (`ls.ensemble.replicate`) it is E such steps; a network gets the
-    same bits alone, in company, and with any number of threads. At small sizes most of a step by
-    modules is the time of their calls, which this does without.
+    in training mode, within float32 rounding. Parameters, optimizer state, effective weights and
+    the keys of learned masks are updated in place; the masks are those that the modules would draw.
+    For E networks side by side (`ls.ensemble.replicate`) the call makes E such steps; a network
+    gets the same bits alone, in company, and with any number of threads. In small networks most of
+    a step by modules is the overhead of their calls, which this call avoids.
+
+    >>> ls.compact_(model)
+    >>> step = ls.train_step(model, ls.optim.Adam(model.parameters()))
+    >>> loss = step(x, y)
 
     Args:
         model: the network; forward hooks are not run.
@@ -56,14 +60,15 @@ def train_step(
         or [E, B]; loss [], or [E].
 
     Raises:
-        ValueError, TypeError: something in the model or the optimizer that the op does not do.
-        RuntimeError: (the step) another backend than "cpu" is forced, see `ls.use_backend`.
+        ValueError, TypeError: the op cannot do something in the model or the optimizer; the message
+            says what.
+        RuntimeError: raised by the step, if another backend than "cpu" is forced.
     """
     return _Step(model, optimizer)
 
 
 class _Layer:
-    """A layer's tensors as the op takes them, and what was true when they were looked up."""
+    """A layer's tensors as the op takes them, and the state of the layer when they were read."""
 
     def __init__(self, layer: nn.Linear):
         self.layer: Any = layer
@@ -84,7 +89,7 @@ class _Layer:
         self.keep = False  # whether the op writes `effective`
 
     def look(self) -> bool:
-        """Make the effective weight fresh if the op reads it; whether a tensor is another one."""
+        """Refresh the effective weight if the op reads it; whether a tensor was replaced."""
         # the dicts of nn.Module, which are quicker than its attributes
         held, buffers = self.layer._parameters, self.layer._buffers
         weight, bias = self.weight, self.bias
@@ -318,7 +323,7 @@ def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
 
 
 def _function(step: Any) -> Any:
-    """The function below what torch and its schedulers wrap around a step."""
+    """The step method without the wrappers of torch and its schedulers."""
     return inspect.unwrap(getattr(step, "__func__", step))
 
 
@@ -396,7 +401,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
 
 
 def _frozen(layer: nn.Linear) -> list[Tensor]:
-    """What does not train of a layer with a learned mask."""
+    """The tensors of a layer with a learned mask that do not train."""
     return [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
 
 

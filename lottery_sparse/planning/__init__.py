@@ -1,1 +1,1 @@
-"""Which form is the fastest, layer by layer, by measurement."""
+"""The fastest form of each layer, by measurement."""

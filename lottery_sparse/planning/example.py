@@ -1,4 +1,4 @@
-"""An example call of a model, and what each of its layers gets in it."""
+"""An example call of a model, and the input that each layer gets in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def call_of(
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    """That of the forward; of a wrapper that hands everything on, that of what it wraps."""
+    """The signature of the forward; of a wrapper that hands everything on, that of its inside."""
     try:
         signature = inspect.signature(model.forward)
     except (TypeError, ValueError):  # of a compiled object that has none

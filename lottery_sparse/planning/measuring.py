@@ -1,4 +1,4 @@
-"""The forms of one layer, side by side: what each takes in time and memory on this machine."""
+"""Time and memory of each form of one layer on this machine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.packed import choose_format
 from lottery_sparse.ops.common.eager import has_node
 
-# A try is so many rounds, in which each form is timed one after another, for so long in all.
+# A try has 5 rounds. A round times one form after another; all rounds of a form take 0.03 s.
 _ROUNDS = 5
 _SECONDS = 0.03
 _TRIES = 3
-# Steps longer than this are run once a round; others twice at least, since the first finds the
-# cache full of another form's weights.
+# A step longer than this, in seconds, runs once a round. Others run twice at least: the first run
+# finds the cache full of another form's weights.
 _LONG = 0.1
-# Repetitions agree if so many rounds are as good as the best one but for this share.
+# Repetitions agree if the third best round is at most a tenth slower than the best one.
 _AGREEING = 3
 _MOST_SPREAD = 0.1
 
-# what a compact layer computes with -> the form's name
+# `products` of a compact layer -> the name of the form
 COMPACT_FORMS = {"auto": "compact", "sparse": "sparse product", "dense": "dense product"}
 FORMS = ("dense", "masked", *COMPACT_FORMS.values(), "packed")  # in the order of a table
 
@@ -41,9 +41,9 @@ class Cost:
 
     Attributes:
         ms: the best time of all rounds.
-        bytes: Parameters, buffers, and what else the layer holds: lists, a dense weight. Gradients
+        bytes: of all Parameters, buffers, lists and dense weights that the layer holds. Gradients
             and optimizer state come on top, each as large as the Parameters.
-        spread: how far repetitions disagree: third best round over best round, less 1.
+        spread: the third best round over the best round, less 1.
     """
 
     ms: float
@@ -57,13 +57,13 @@ class Cost:
 
 
 class Candidate(NamedTuple):
-    """A copy of a layer in one form; `products` is what a compact one computes with."""
+    """A copy of a layer in one form; `products` says how a compact copy multiplies."""
 
     module: nn.Module
     products: str | None = None
 
     def take(self) -> None:
-        """Compact forms share one copy, which is set to this one."""
+        """Set the copy, which all compact forms share, to the products of this form."""
         if self.products is not None:
             vars(self.module)["products"] = self.products  # past nn.Module's setter, which is timed
 
@@ -96,7 +96,7 @@ def candidates(layer: Masked, training: bool) -> dict[str, Candidate]:
         found["dense"] = Candidate(dense)
     compact = _made(compact_, plain)
     if compact is not None:
-        for products in ("sparse", "auto", "dense"):  # what may need a dense weight comes last
+        for products in ("sparse", "auto", "dense"):  # "dense" last, as it may make a dense weight
             if products == "auto" or _chooses(layer):
                 found[COMPACT_FORMS[products]] = Candidate(compact, products)
     if format_of(layer, training) != "dense":
@@ -124,14 +124,15 @@ def _made(form: Callable[[nn.Module], nn.Module], plain: nn.Module) -> nn.Module
 def measured(
     forms: dict[str, Candidate], x: Tensor, training: bool, before: dict[str, Cost] | None = None
 ) -> dict[str, Cost]:
-    """Time and memory of each form; timed in more rounds, up to a limit, until they agree.
+    """Time and memory of each form; up to three tries, until repetitions agree.
 
-    Times `before`, of the same forms, are taken as they are.
+    Args:
+        before: times of the same forms that were measured before, which are taken as they are.
     """
     steps, sizes = {}, {}
     for name, form in forms.items():
         steps[name] = _step(form, x, training)
-        steps[name]()  # to warm up, and to hold what it holds in use
+        steps[name]()  # warms up; the layer then holds all that it holds in use
         sizes[name] = bytes_of(form.module)
     if before is not None:
         return {name: replace(cost, bytes=sizes[name]) for name, cost in before.items()}
@@ -193,7 +194,7 @@ def _step(form: Candidate, x: Tensor, training: bool) -> Callable[[], None]:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """All that a layer holds, each tensor once."""
+    """Bytes of all that a layer holds, each tensor once."""
     held = [*module.parameters(), *module.buffers()]
     held += [t for m in module.modules() if isinstance(m, Compact) for t in m.derived()]
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values())

@@ -39,11 +39,11 @@ from lottery_sparse.planning.measuring import (
 )
 from lottery_sparse.planning.table import Plan, Row
 
-# A gain in time of less counts as none.
+# A gain in time below this share counts as none.
 _LEAST_GAIN = 0.05
-# Measurements are kept for so many days.
+# Measurements are kept for this many days.
 _DAYS = 14
-# what holds the dense libraries to an instruction set
+# environment variables that hold the dense libraries to an instruction set
 _LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 # densities that share a cache entry: thirds of an octave
 _BUCKETS_PER_OCTAVE = 3
@@ -61,35 +61,47 @@ def plan(
 ) -> Plan:
     """Time every form of every masked layer at the shapes of an example; apply the best.
 
-    Forms in a training (forward and backward): masked; compact, on kernels as dispatch takes them;
-    compact with all products over kept weights ("sparse product"), or all on the dense library
-    ("dense product"). The dense layer is measured too, and never applied, since it has no mask. For
-    inference (forward only) dense may be applied, by `ls.densify_`, and so may packed, by
-    `ls.pack_`: such layers have no mask any more, and compute the same.
+    Forms in a training (forward and backward):
 
-    A layer changes its form only for one that is not slower; one that holds more memory must be a
-    twentieth faster; of forms that close to the fastest, the smallest is taken. Forms whose
-    repetitions do not agree, after three tries, are not taken, and a layer whose own do not keeps
-    its form. Layers that share a weight get one form, the best for all of them that the example
-    reaches. Of zeros among the weights that a mask keeps the table says what prunes them; the
-    packed form leaves them out by itself.
+        masked          the layer as it is
+        compact         its products as dispatch chooses them
+        sparse product  compact, all products over kept weights
+        dense product   compact, all products on the dense library
+        dense           measured for comparison, and never applied, since it has no mask
+
+    For inference (forward only) `dense` may be applied, by `ls.densify_`, and so may `packed`, by
+    `ls.pack_`. Such layers have no mask any more, and compute the same.
+
+    Rules of the choice:
+
+    - A layer changes its form only for a form that is not slower. A form that holds more memory
+      must be a twentieth faster. Of forms that close to the fastest, the smallest is taken.
+    - A form whose repetitions do not agree, after three tries, is not taken. A layer whose present
+      form is such a form keeps it.
+    - Layers that share a weight get one form: the best for all of them that the example reaches.
+    - Zeros that a mask keeps are not pruned; the table says which call prunes them. The packed form
+      leaves them out by itself.
+
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> found = ls.plan(model, x, optimizer=optimizer, report=None)
+    >>> print(found)
 
     Args:
         model: a model with masked or compact layers.
-        inputs, kwargs: what the model is called with, model(*inputs, **kwargs). One tuple is all
-            positional arguments, one mapping all keyword arguments if the model's forward has such
-            names, else an argument like any other. An argument of the model that has a name of
-            those below goes into such a mapping.
+        inputs, kwargs: the arguments of a call, model(*inputs, **kwargs). A single tuple holds all
+            positional arguments. A single mapping holds all keyword arguments, if the model's
+            forward has such names; else it is an argument like any other. An argument of the model
+            with a name of those below goes into such a mapping.
         training: time forward and backward; False: forward only.
         optimizer: of the model, if it exists already: `compact_` gives it the new Parameters.
-        apply: give each layer the form that was best for it, in place.
-        cache: read and write what was measured before on this machine, with these versions and
-            threads, at the same shape and nearly the same density. LS_CACHE_DIR says where. What
-            is older than two weeks is measured anew, and what was not reliable is not written.
+        apply: give each layer its best form, in place.
+        cache: use measurements of this machine, with these versions and threads, at the same shape
+            and nearly the same density; write new ones. LS_CACHE_DIR names the folder. Measurements
+            older than two weeks are made anew; unreliable ones are not written.
         report: called with the table, once the forms are applied; None = silence.
 
     Returns:
-        the plan; as text it is the table.
+        The plan; as text it is the table.
 
     Raises:
         ValueError: the model has no masked layer, the inputs reach none of them or do not fit the
@@ -136,7 +148,7 @@ def _row(name: str, layer: Masked, x: Tensor, costs: dict[str, Cost], choice: st
 
 
 def _choice(costs: list[dict[str, Cost]], present: str, training: bool, tied: bool) -> str:
-    """The form for layers that share a weight, of which `costs` are; see `plan`."""
+    """The form for layers that share a weight, from the costs of each; see `plan`."""
     # a dense layer has no mask; tied packed layers would hold the weight once each
     barred = {"dense"} if training else {"packed"} if tied else set()
     names = [
@@ -186,7 +198,7 @@ def _apply(
 
 
 def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) -> dict[str, Cost]:
-    """What each form takes: times of now, or of before; memory as it is."""
+    """The cost of each form: times measured now or before, and its memory."""
     key, forms = _key(layer, x, training), candidates(layer, training)
     before = store.get(key) if store else None
     if before is not None and before.keys() != forms.keys():
@@ -215,7 +227,7 @@ def _kind(layer: Masked) -> str:
 
 
 def _key(layer: Masked, x: Tensor, training: bool) -> str:
-    """Everything that a time depends on, but the exact density."""
+    """A text of everything that a time depends on, except the exact density."""
     parts = {
         "machine": platform.node() + " " + _processor(),
         "threads": torch.get_num_threads(),
@@ -249,7 +261,7 @@ def _autocast(device: str) -> str:
 
 
 def _type(layer: Masked) -> str:
-    """Of the masked layer that it is, or would be."""
+    """The name of the layer's type in the masked form."""
     kind = layer.masked_type if isinstance(layer, Compact) else type(layer)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -312,7 +324,7 @@ class _Store:
 
 
 def _costs(entry: Any) -> dict[str, Cost] | None:
-    """What an entry says, if it is whole, of these versions, and of the last days."""
+    """The costs of an entry that is whole, of these versions, and young enough; else None."""
     same = _is_young(entry) and all(entry.get(name) == value for name, value in _stamp().items())
     if not same:
         return None
@@ -343,7 +355,7 @@ def _number(value: Any) -> float:
 
 
 def _stamp() -> dict[str, Any]:
-    """What makes a measurement void as it changes; the rest that counts is in the key."""
+    """Versions; a measurement under other versions does not count. The rest is in the key."""
     return {
         "torch": torch.__version__,
         "lottery_sparse": lottery_sparse.__version__,

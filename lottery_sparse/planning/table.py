@@ -1,4 +1,4 @@
-"""What `ls.plan` found, as a value and as a table."""
+"""The result of `ls.plan`, as a value and as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lottery_sparse.planning.measuring import FORMS, Cost
 
 @dataclass(frozen=True)
 class Row:
-    """A layer, what was measured, the form it has, and the one that is best.
+    """A layer with its measured costs, its present form, and the best form.
 
     Attributes:
         shape: of the layer's input.
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """What becomes of the layer, and why."""
+        """A sentence: the form that the layer gets, and why."""
         now = self.paths[self.present]
         beside = ""
         if "dense" in self.paths and self.choice != "dense":
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found, and whether it was applied; as text it is a table."""
+    """The result of `plan`, and whether it was applied; as text it is a table."""
 
     rows: list[Row]
     training: bool

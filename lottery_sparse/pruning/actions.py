@@ -1,4 +1,4 @@
-"""What weights do after a mask is chosen: kept ones restart (mask-1), pruned ones hold (mask-0).
+"""Mask-1 actions, which restart kept weights, and mask-0 actions, which give pruned ones a value.
 
 Names: Zhou et al. 2019, sections 4 and 5, and the authors' code where the paper has none.
 generator: an int seed or an `ls.random.Stream`.
@@ -20,18 +20,18 @@ Mask1 = Callable[[Tensor, Tensor, float, Any], Tensor]
 
 
 def rewind(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
-    """Back to where they started."""
+    """The start itself: w_i."""
     return w_start.clone()
 
 
 def reinit(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
-    """Drawn anew from the init law, a truncated normal of the layer's std."""
+    """New draws from the init law, a truncated normal of the layer's std."""
     drawn = as_stream(generator).truncated_normal(w_start.shape, std)
     return drawn.to(w_start.device, w_start.dtype)
 
 
 def signed_reinit(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
-    """Drawn anew, each with the sign it had."""
+    """New draws from the init law, each with the sign that its weight had."""
     return _with_sign_of(w_start, reinit(w_start, mask, std, generator))
 
 
@@ -71,7 +71,7 @@ def signed_constant(w_start: Tensor, mask: Tensor, std: float, generator: Any = 
 
 
 def mask_init(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
-    """Rewound where kept, 0 where pruned; with mask-0 "original" those zeros train too."""
+    """w_i where kept, 0 where pruned; with mask-0 "original" these zeros train, too."""
     return torch.where(mask, w_start, 0.0)
 
 
@@ -80,7 +80,7 @@ def _with_sign_of(w_start: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _rescaled(action: Mask1) -> Mask1:
-    """The action, then times size / kept: the layer keeps its summed scale."""
+    """The action, then times size / kept, so that the summed scale of the layer stays."""
 
     def rescaled(w_start: Tensor, mask: Tensor, std: float, generator: Any = None) -> Tensor:
         scale = mask.numel() / max(int(mask.count_nonzero()), 1)
@@ -109,7 +109,7 @@ MASK1_ACTIONS: dict[str, Mask1] = {
 
 
 class Mask0(NamedTuple):
-    """What a mask-0 action decides for one layer."""
+    """The decision of a mask-0 action for one layer."""
 
     frozen: Tensor | None  # values that pruned weights hold; None = zero
     start_at_zero: Tensor | None = None  # weights that train on from 0; None = none
@@ -189,7 +189,7 @@ def _towards_zero(w_init: Tensor, w_final: Tensor) -> Tensor:
 def _freeze(
     value: Tensor, mask: Tensor, previous_mask: Tensor, previous_frozen: Tensor | None
 ) -> Tensor:
-    """`value` where this round pruned, what was frozen earlier elsewhere, 0 where kept."""
+    """`value` where this round pruned, the earlier value where another did, 0 where kept."""
     earlier = torch.zeros_like(value) if previous_frozen is None else previous_frozen
     frozen = torch.where(previous_mask, value, earlier)
     return torch.where(mask, 0.0, frozen)

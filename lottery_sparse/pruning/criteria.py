@@ -86,7 +86,7 @@ def magnitude_increase_diff_sign(w_init: Tensor, w_final: Tensor, generator: Any
 
 
 def _same_sign(w_init: Tensor, w_final: Tensor) -> Tensor:
-    """Both positive or both negative: a weight of exactly 0 has no sign, so never the same."""
+    """Whether both are positive or both negative; a weight of exactly 0 has no sign, so never."""
     return w_init.sign() * w_final.sign() > 0
 
 

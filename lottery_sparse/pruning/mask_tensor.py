@@ -1,9 +1,9 @@
-"""MaskTensor: a buffer of bits that nobody averages by mistake.
+"""MaskTensor: a buffer of bits that averages of models keep whole.
 
-Averages of models go over all buffers with arithmetic made for numbers. What they want of a mask is
-that of the model that changed it last, and that is what they get: arithmetic between masks and
-numbers gives its plain value, which remembers the masks that went into it. Written into a mask, it
-writes the newest of these.
+Averages of models do arithmetic with all buffers. The average of two masks means nothing; an
+average should have the mask of the model that changed it last. So arithmetic between masks and
+numbers gives its plain value, and the value remembers the masks in it. Writing such a value into a
+mask writes the newest of these masks.
 
     ema.weight_mask.copy_(0.9 * ema.weight_mask + 0.1 * model.weight_mask)   # the model's mask
 
@@ -78,7 +78,7 @@ class MaskTensor(Tensor):
 
 
 class _Blend(Tensor):
-    """What arithmetic with masks gave, and the masks in it."""
+    """The result of arithmetic with masks, and the masks in it."""
 
     masks: list[MaskTensor]
 
@@ -101,7 +101,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def mask_in(tensor: Tensor) -> Tensor | None:
-    """The one mask that arithmetic took part in, plain; None: none, or several that differ."""
+    """The one mask in a result of arithmetic, plain; None: it has none, or several that differ."""
     if not isinstance(tensor, _Blend):
         return None
     first, *others = (plain(mask) for mask in tensor.masks)
@@ -115,7 +115,7 @@ def _plain(func: Callable, args: Any, kwargs: Any) -> Any:
 
 
 def _masks_in(operands: Iterable[Any]) -> list[MaskTensor]:
-    """The masks that went into operands; none if one of these is no mask and no number."""
+    """The masks in operands; none if one operand is neither a mask nor a number."""
     found: list[MaskTensor] = []
     for operand in operands:
         if isinstance(operand, MaskTensor):
@@ -148,7 +148,7 @@ def _copy(mask: MaskTensor, source: MaskTensor) -> None:
 
 
 def _blend(func: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A new tensor with the plain value, in float32 where bool has none."""
+    """A new tensor with the plain value; differences, which bool lacks, are float32."""
     masks = _masks_in(args)
     if not masks:
         return NotImplemented
@@ -160,7 +160,7 @@ def _blend(func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _take_newest(func: Callable, mask: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place: the newest of the masks. Numbers alone change none."""
+    """Write the newest of the masks in place. Arithmetic with numbers alone changes nothing."""
     if not isinstance(mask, MaskTensor) or not (masks := _masks_in((mask, *args))):
         return NotImplemented
     _copy(mask, _newest(masks))

@@ -22,10 +22,16 @@ class Masks(dict[str, Tensor]):
     whose entries stay: make new masks, `ls.Masks({**masks, name: mask})`. Inside a checkpoint of
     torch.save it comes back with the default torch.load, once lottery_sparse is imported.
 
-    >>> a, b = ls.masks_of(model), ls.prune(w_init, w_final, masks, "large_final", keep=0.8)
-    >>> (a & ~b).density        # share of all weights that this step pruned
-    >>> a.overlap(b)            # kept by both / kept by either
+    >>> a = ls.masks_of(model)
+    >>> b = ls.prune(w_init, model.state_dict(), a, "large_final", keep=0.5)
+    >>> (a & ~b).density  # share of all weights that this step pruned
+    0.1
+    >>> a.overlap(b)  # kept by both / kept by either
+    0.5
     >>> print(b.table())
+    0.weight  10x20           20 of         200    0.1000
+    2.weight  2x10             2 of          20    0.1000
+    total                     22 of         220    0.1000
 
     Args:
         masks: name -> tensor of any shape holding 0 and 1 only, of any dtype.
@@ -42,13 +48,14 @@ class Masks(dict[str, Tensor]):
 
     @classmethod
     def of_nonzero(cls, model: nn.Module) -> Masks:
-        """Masks that keep what is not zero, of the weights of a network pruned elsewhere.
+        """Masks of a network that was pruned elsewhere: they keep every nonzero weight.
 
         >>> ls.sparsify_(model)
         >>> ls.set_masks_(model, ls.Masks.of_nonzero(model))
 
-        Of masked layers, by their effective weights, or, if there is none, of every nn.Linear and
-        nn.Conv2d; tied weights come once. A weight that is zero by chance is pruned too.
+        A model with masked layers gives masks of their effective weights; another model gives masks
+        of every nn.Linear and nn.Conv2d. Tied weights come once. A weight that is zero by chance is
+        pruned, too.
         """
         found: dict[int, tuple[str, Tensor]] = {}
         layers = [
@@ -74,7 +81,7 @@ class Masks(dict[str, Tensor]):
         return type(self), (dict(self),)  # a call, so that what a file holds is checked
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of pickles that were written when Masks was no dict."""
+        """Read pickles from the time when Masks was no dict."""
         super().update(Masks(state["_masks"]))
 
     def __repr__(self) -> str:
@@ -129,6 +136,7 @@ class Masks(dict[str, Tensor]):
         return (self & other).kept / either if either else 1.0
 
     def to(self, device: torch.device | str) -> Masks:
+        """The masks on a device."""
         return Masks({n: m.to(device) for n, m in self.items()})
 
     def table(self) -> str:
@@ -185,12 +193,17 @@ torch.serialization.add_safe_globals([Masks])
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:
-    """The tensor as bool, if it holds only 0 and 1."""
+    """The tensor as bool.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it holds something else than 0 and 1.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of {shown(name)} must be a tensor, got {type(mask).__name__}.")
     if mask.dtype == torch.bool:
         return mask
-    one = mask_in(mask)  # of state_dicts that were averaged
+    one = mask_in(mask)  # the entry of an averaged state_dict
     if one is not None:
         return one
     wrong = (mask != 0) & (mask != 1)

@@ -6,8 +6,8 @@ and a component into the names of its parameters: "0.weight" becomes "_orig_mod.
 components, so that one seed gives one mask for the model however it is wrapped; and a name of the
 plain model is found in the wrapped one.
 
-A module of your own may be called `module`, too. Its component is left out like a wrapper's, but
-where that makes two names equal, both keep it.
+A module of your own may be called `module`, too. Its component is left out like a wrapper's. If
+that would make two names equal, both keep the component.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from collections.abc import Iterable
 
 # torch.compile, FullyShardedDataParallel, checkpoint_wrapper: names that nobody gives a module
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# those that a state_dict does not name
+# the wrappers that a state_dict does not name
 HIDDEN = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MODULE = "module"  # DistributedDataParallel, DataParallel, AveragedModel
 
 
 def plain(name: str) -> str:
-    """The name without what wrappers add, anywhere in it: "module.0._orig_mod.fc" -> "0.fc"."""
+    """The name without the components of wrappers: "module.0._orig_mod.fc" -> "0.fc"."""
     return _without(name, *WRAPPERS, MODULE)
 
 
 def in_state(name: str) -> str:
-    """The name that a state_dict has for what named_parameters() calls so.
+    """The name in a state_dict of a parameter that named_parameters() calls `name`.
 
-    FSDP and checkpoint_wrapper are in names of modules and parameters, but not of a state_dict.
+    FSDP and checkpoint_wrapper add a component to names of parameters, but not in a state_dict.
     """
     return _without(name, *HIDDEN)
 
 
 def prefix_of(name: str) -> str:
-    """What the entries of a module that named_modules() calls so begin with, "" or "0."."""
+    """The prefix in a state_dict of a module that named_modules() calls `name`: "" or "0."."""
     return in_state(f"{name}." if name else "")
 
 
 def keys_of(names: Iterable[str]) -> dict[str, str]:
-    """Name -> what its random draws are keyed by; different names have different keys.
+    """Name -> the key of its random draws; different names have different keys.
 
-    That is the plain name. Where two names have the same one, as a module of the model's own is
-    called `module`, both keep that component, but for what all names begin with.
+    The key is the plain name. Two names may have one plain name, if a module of the model's own is
+    called `module`. Then both keep that component, except one that all names begin with.
     """
     bare = {name: _without(name, *WRAPPERS) for name in names}
     while bare and all(name.startswith(f"{MODULE}.") for name in bare.values()):
@@ -54,10 +54,10 @@ def keys_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def matched(given: Iterable[str], known: Iterable[str], what: str) -> dict[str, str]:
-    """Each given name -> the one of `known` that names the same in a model wrapped otherwise.
+    """Each given name -> the name of the same parameter in `known`, of a model wrapped otherwise.
 
-    If all are known they stay as they are. A name that is nowhere stays, too, for the caller to
-    refuse.
+    Names stay as they are if all of them are known. A name without a counterpart stays, too, and
+    the caller refuses it.
 
     Args:
         what: the argument that holds the names, for the message.

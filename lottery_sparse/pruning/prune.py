@@ -1,4 +1,4 @@
-"""From scores to the next masks: exact counts, layer-wise or global."""
+"""prune: from scores to the next masks, with exact counts, layer by layer or globally."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ def prune(
     generator: int | torch.Generator | None = None,
 ) -> Masks:
     """The next masks: of the weights kept so far, the `keep` fraction that scores highest.
+
+    >>> train(model)
+    >>> ls.prune(w_init, model.state_dict(), masks, "large_final", keep=0.5).kept  # of 44
+    22
 
     Args:
         w_init, w_final: parameter name -> weights at the start and the end of the training;
@@ -110,7 +114,11 @@ def prune(
 
 
 def find(choice, table: Mapping, what: str):
-    """A function as it is, a name from its table; unknown names list the known ones."""
+    """The function that a choice means: itself, or the one of its name in the table.
+
+    Raises:
+        ValueError: the table has no such name; the message lists those it has.
+    """
     if callable(choice):
         return choice
     if choice not in table:
@@ -123,7 +131,7 @@ def find(choice, table: Mapping, what: str):
 def _scores(
     name: str, score: Criterion, w_init: Tensor, w_final: Tensor, mask: Tensor, stream: Stream
 ) -> Tensor:
-    """Scores of one layer at its own shape; pruned entries, never looked at, hold 0."""
+    """Scores of one layer in the layer's shape; pruned entries, which nobody reads, hold 0."""
     live = score(w_init.detach()[mask], w_final.detach()[mask], stream)
     if live.shape != (int(mask.count_nonzero()),):
         raise ValueError(
@@ -139,7 +147,7 @@ def _scores(
 
 
 def _check_kinds(w_init: object, w_final: object, masks: object) -> None:
-    """Models in place of what they hold, and no masks at all."""
+    """Raises TypeError for a model in place of its state_dict or masks, ValueError for no masks."""
     for argument, given, instead in (
         ("w_init", w_init, "model.state_dict()"),
         ("w_final", w_final, "model.state_dict()"),
@@ -174,7 +182,11 @@ def _named(argument: str, weights: Mapping[str, Tensor], masks: Masks) -> dict[s
 
 
 def check_keep(keep: Keep | Mapping[str, Keep], scope: str, masks: Masks) -> dict[str, Keep]:
-    """The fraction of each name; ValueError if it is none, or does not fit scope and names."""
+    """The fraction to keep of each name.
+
+    Raises:
+        ValueError: a fraction is outside [0, 1], a name has no mask, or scope is unknown.
+    """
     if scope not in ("layer", "global"):
         raise ValueError(f'scope must be "layer" or "global", got {scope!r}.')
     if not isinstance(keep, Mapping):

@@ -1,1 +1,1 @@
-"""Tickets: masks and what their weights start from, found, stored and applied."""
+"""Tickets, masks and the starts of their weights: found, stored and applied."""

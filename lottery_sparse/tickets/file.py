@@ -133,7 +133,7 @@ def load(path: str | os.PathLike[str]) -> Parts:
 
 
 def check_frozen(frozen: Mapping[str, Any]) -> None:
-    """What pruned weights hold is numbers with a point, as weights are: TypeError, ValueError."""
+    """Raises TypeError or ValueError for frozen values that are not floating tensors."""
     for name, value in frozen.items():
         what = f"frozen values of {shown(name)} must be a floating tensor, got "
         if not isinstance(value, Tensor):
@@ -162,7 +162,7 @@ def _parts(
 
 
 def _check_header(header: Mapping[str, Any]) -> None:
-    """What stands in a header has the kinds that it must have, and nothing else stands there."""
+    """Raises ValueError if a header has an entry of the wrong kind, or an unknown one."""
     _known(header, FIELDS)
     for name, kind in FIELDS.items():
         if name not in header:
@@ -251,7 +251,7 @@ def digests(
 def differing(
     saved: Saved, now: Mapping[str, str], masks: Masks, start: Mapping[str, Any]
 ) -> str | None:
-    """What is not as it was saved, in words; None: all of `now` is, and nothing is missing.
+    """The part that differs from the saved one, in words; None: none differs or is missing.
 
     Sources whose values were not drawn, which `now` has no digest of, are left out.
     """
@@ -282,7 +282,7 @@ def _of_text(text: str) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    """Of dtype, shape and bytes."""
+    """The sha256 of dtype, shape and bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     content = flat.view(torch.uint8).numpy().tobytes()
     kind = f"{tensor.dtype} {list(tensor.shape)} "

@@ -1,4 +1,4 @@
-"""What a ticket takes from a model with learned masks."""
+"""The parts of a ticket of a model with learned masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lottery_sparse.pruning.names import keys_of, matched
 def masks_and_start(
     model: nn.Module, sources: Mapping[str, Seeded | SignOf] | None
 ) -> tuple[Masks, dict[str, Any], bool]:
-    """The masks that `masks_of` gives now, where the weights come from, and whether they rescale.
+    """The masks of `masks_of`, the start (tensors or sources), and whether layers rescale.
 
     See `Ticket.of`.
     """

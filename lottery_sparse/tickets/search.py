@@ -61,13 +61,17 @@ def find_ticket(
     follows the last pruning, so train_fn runs rounds + 1 times (and once more for late rewinding).
     One-shot pruning is rounds=1.
 
+    >>> ticket = ls.find_ticket(dense(), train, rounds=2, keep=0.5)
+    >>> ticket.masks.density
+    0.25
+
     Args:
         model: any module. Its nn.Linear and nn.Conv2d become masked (see `sparsify_`, which you
             can call before with a filter); it is left as the last training leaves it.
         train_fn: (model, stop_at=None) -> metrics. Trains in place, with an optimizer of its own.
-            Metrics are kept as Python's numbers: tensors and NumPy's are converted as they come.
-            With late rewinding it is called once with stop_at=rewind_to, for the weights that
-            tickets restart from; data order must then be the same as in a full training.
+            Tensors and NumPy's numbers among the metrics become Python's numbers. Late rewinding
+            calls it once with stop_at=rewind_to, for the weights that tickets restart from; the
+            order of the data must then be that of a full training.
         rounds: number of prunings.
         keep: fraction of the weights kept so far that each round keeps, or a dict by name.
         criterion, mask1, mask0: names in `CRITERIA`, `MASK1_ACTIONS`, `MASK0_ACTIONS`, or functions
@@ -78,28 +82,28 @@ def find_ticket(
         generator: int seed or CPU Generator: ties, reinitialisations, the random criterion.
         compounding: mask-1 actions start from the previous round's start instead of the dense
             run's, as the authors' code does.
-        on_round: called after each training with the ticket that it started from, the dense one
-            of round 0 first; `history[-1]` is that round's. To save each of them:
+        on_round: called after each training with the ticket that the training started from, first
+            with the dense one of round 0; `history[-1]` is the record of the round. To save each:
             `lambda t: t.save(f"round-{t.history[-1]['round']}.safetensors")`.
-        resume: such a ticket, to go on from where a search was cut off. Its round is trained once
-            more, as a ticket does not hold what a training ended with. The result is the same, bit
-            for bit, if all else is: the model as it was at first, a train_fn that repeats itself,
-            criterion, actions, generator (a seed), keep. `rounds` may be more than before.
+        resume: a ticket of `on_round`, from which a search that was cut off goes on. Its round is
+            trained once more, since a ticket does not hold the weights at the end of a training.
+            The result is the same, bit for bit, if all else is the same: the model at its start, a
+            train_fn that repeats itself, criterion, actions, generator (a seed), keep. `rounds` may
+            be more than before.
 
     Returns:
         The `Ticket` the last training started from.
 
     Raises:
-        ValueError: an argument has no such value, the model learns its masks, or `resume` is not of
-            such a search; before the first training, but for what late rewinding trains.
-        TypeError: a masked layer computes its weight (weight_norm); before the first training. And
-            metrics that no file of a ticket can hold; as soon as they are returned.
+        ValueError: an argument has a bad value, the model learns its masks, or `resume` does not
+            fit this search. Raised before the first training, but for that of late rewinding.
+        TypeError: a masked layer computes its weight (weight_norm), raised before the first
+            training; or train_fn returned metrics that a ticket's file cannot hold.
 
-    Draws are keyed by the seed, the purpose, the round and the name (without what wrappers such as
-    torch.compile add to it), as those of the studies are:
-    with the network, seed, batches and kept shares of one of them, and a train_fn that takes its
-    steps, the tickets are those of `python -m experiments`, bit for bit. With late rewinding they
-    are if train_fn trains a ticket for what is left of the training, from iteration rewind_to on.
+    The seed, the purpose, the round and the parameter's name key all draws, as in the studies of
+    `python -m experiments`. With the network, seed, batches, steps and kept shares of a study the
+    tickets are those of the study, bit for bit. With late rewinding this asks that train_fn trains
+    a ticket for the rest of the training, from iteration rewind_to on.
 
     Source: Frankle & Carbin 2019; Zhou et al. 2019; late rewinding: Frankle et al. 2019.
     """
@@ -180,7 +184,7 @@ def find_ticket(
 
 
 def _assembled(acted: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
-    """The effective weights a round starts from: what the actions gave, and frozen values."""
+    """The effective weights at the start of a round: those of the actions, and frozen values."""
     if decision.released:
         return acted
     return torch.where(mask, acted, 0.0 if decision.frozen is None else decision.frozen)
@@ -205,7 +209,7 @@ def _record(round: int, masks: Masks, metrics: Any) -> dict[str, Any]:
 
 
 def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) -> None:
-    """Whether a search of these masks and arguments can go on from the ticket."""
+    """Raises ValueError if a search with these masks and arguments cannot go on from the ticket."""
     number = ticket.history[-1].get("round") if ticket.history else None
     if type(number) is not int or number < 0:
         raise ValueError(
@@ -231,7 +235,7 @@ def _check_resume(ticket: Ticket, masks: Masks, rounds: int, compounding: bool) 
 
 
 def _check_base(ticket: Ticket, base: Mapping[str, Any], masked: set[str]) -> None:
-    """Whether what is never masked, and restarts every round, is the model's."""
+    """Raises ValueError if an unmasked tensor restarts from other values than the model has."""
     if ticket.start.keys() != base.keys():
         odd = min(ticket.start.keys() ^ base.keys())
         raise ValueError(f"resume is of another model: only one of them has {shown(odd)}.")

@@ -1,4 +1,4 @@
-"""A ticket: masks, what pruned weights hold, and where kept ones start."""
+"""Ticket: masks, the frozen values of pruned weights, and the start of kept ones."""
 
 from __future__ import annotations
 
@@ -35,14 +35,24 @@ from lottery_sparse.tickets import learned
 
 @dataclass
 class Ticket:
-    """Masks, what pruned weights hold, and the state the kept ones start from.
+    """A lottery ticket: masks, the state that kept weights start from, and frozen values.
 
-    `start` is a state_dict of the whole model (biases and buffers too), `frozen` has no entry
-    where pruned weights are zero, `history` one dict per round: round, density, metrics.
+    A start may be a source instead of a tensor: `ls.frozen.Seeded`, `ls.frozen.SignOf` or "zero".
+    With such starts a ticket is a mask and a seed.
 
-    A start may also be a source instead of a tensor: `ls.frozen.Seeded` or `ls.frozen.SignOf` (with
-    `rescale`, drawn weights are multiplied by weights / kept), or "zero". With such starts a ticket
-    is a mask and a seed.
+    Attributes:
+        masks: `ls.Masks`, by parameter name.
+        start: a state_dict of the whole model, biases and buffers too, of tensors or sources.
+        frozen: the values of pruned weights by name; a name left out means zero.
+        history: a dict for each round: round, density, metrics.
+        released: every weight trains (mask-0 "original"); masks only shape the start.
+        rescale: drawn weights are multiplied by weights / kept.
+        saved: where the ticket was loaded from.
+
+    >>> ls.Ticket.of(model).save("ticket.safetensors")
+    >>> ticket = ls.Ticket.load("ticket.safetensors").verify()
+    >>> ls.masks_of(ticket.apply_(dense()))
+    Masks(2 tensors, 44 of 220 kept)
     """
 
     masks: Masks
@@ -55,7 +65,7 @@ class Ticket:
 
     @property
     def bits(self) -> dict[str, int]:
-        """What the ticket takes: bits of its "masks", of its "seeds", and of "tensors" beside."""
+        """The size of the ticket in bits, by part: "masks", "seeds" and "tensors"."""
         drawn_from = [v for v in self.start.values() if isinstance(v, Seeded | SignOf)]
         seeds = {v.source.seed if isinstance(v, SignOf) else v.seed for v in drawn_from}
         tensors = [v for part in (self.start, self.frozen) for v in part.values()]
@@ -118,13 +128,14 @@ class Ticket:
         return cls(masks, start, frozen, **others, saved=saved)
 
     def verify(self) -> Ticket:
-        """Recompute what the ticket says of itself; returns the ticket.
+        """Check the ticket against itself, and against its file; returns the ticket.
 
-        Starts and frozen values have the shapes of the masks; the last record of `history` has
-        their density. Of a ticket that was loaded, all is as it was saved: masks and tensors bit by
-        bit, and the weights that its seeds draw here are those that were drawn where it was saved
-        (whatever machine that was). Digests find damage and mistakes; who forges a file can forge
-        them too.
+        - Starts and frozen values have the shapes of the masks.
+        - The last record of `history` has the density of the masks.
+        - A ticket that was loaded is as it was saved: masks and tensors bit by bit, and its seeds
+          draw here what they drew on the machine that saved it.
+
+        Digests find damage and mistakes. Whoever forges a file can forge its digests, too.
 
         Raises:
             ValueError: something is not as the ticket says; the message names it and the file.
@@ -179,9 +190,9 @@ class Ticket:
         Warns:
             UserWarning: a layer keeps no weight at all.
 
-        All of it is checked before the first write: where this raises, nothing has changed. That
-        holds for warnings that are errors, and, by putting back what was there, for models whose
-        modules load in their own way and raise.
+        Everything is checked before the first write: if this raises, nothing has changed. That also
+        holds for warnings that are errors. Modules with a loading of their own may raise later;
+        then the model gets its former state back.
         """
         check_not_learned(model)
         there = state_without_masks(model)
@@ -211,10 +222,10 @@ class Ticket:
             raise
 
     def _mask_layers(self, model: nn.Module) -> list[nn.Module]:
-        """Mask the layers that the ticket has masks of; those that were dense before.
+        """Mask the layers that the ticket has masks of; returns those that were dense before.
 
         Raises:
-            ValueError: one cannot be masked; then they are all as they were.
+            ValueError: a layer cannot be masked; then all layers are as they were.
         """
         before = {id(layer) for _, layer in masked_modules(model)}
         weights = {
@@ -237,9 +248,9 @@ class Ticket:
         return new
 
     def named_as(self, model: nn.Module) -> Ticket:
-        """The ticket by the names of a model that is wrapped otherwise; its seeds draw the same.
+        """The ticket with the names of a model that is wrapped otherwise; its seeds draw the same.
 
-        Names that the model has not stay as they are.
+        Names without a counterpart in the model stay as they are.
 
         Raises:
             ValueError: a name of the ticket may mean several of the model's.
@@ -250,7 +261,7 @@ class Ticket:
         if all(name == now for name, now in there.items()):
             return self
 
-        def now(name: str) -> str:  # beside a weight: its mask, what it is frozen to
+        def now(name: str) -> str:  # an entry beside a weight: its mask or its frozen value
             weight, _, kind = name.rpartition("_")
             return there[name] if name in there else f"{there[weight]}_{kind}"
 
@@ -263,12 +274,12 @@ class Ticket:
         )
 
     def _keyed_start(self) -> dict[str, Any]:
-        """`start` with sources that say their stream, which is that of the name here."""
+        """`start`, its sources with an explicit stream: that of their name in this ticket."""
         keys = keys_of(self.start)
         return {name: keyed(value, keys[name]) for name, value in self.start.items()}
 
     def _check_names(self, there: Mapping[str, Any]) -> None:
-        """Whether names and shapes are those of a model's state; raises ValueError."""
+        """Raises ValueError if names or shapes differ from those of a model's state."""
         ours = _without_masks(self.start, there)
         ours |= {name: mask for name, mask in self.masks.items() if name not in ours}
         way = "give a model of the same architecture"
@@ -294,16 +305,16 @@ class Ticket:
                     )
 
     def _start_like(self, there: Mapping[str, Any]) -> dict[str, Any]:
-        """The start of all that a model's state has, with tensors in place of sources.
+        """The start of every entry of a model's state, with tensors in place of sources.
 
         Raises:
-            ValueError: a start cannot be made, or is none of the numbers that the model has there.
+            ValueError: a start cannot be made, or has another kind of numbers than the model's.
         """
         made = {}
         for name, value in _without_masks(self._keyed_start(), there).items():
             like, said = there[name], f"the start of {shown(name)}"
             if not isinstance(like, Tensor):
-                made[name] = value  # extra state, whose module knows what it is
+                made[name] = value  # extra state, which its module understands
                 continue
             if is_lazy(like) and (name in self.masks or not isinstance(value, Tensor)):
                 raise ValueError(
@@ -336,7 +347,7 @@ class Ticket:
         return made
 
     def _check_frozen(self, there: Mapping[str, Any]) -> None:
-        """Whether pruned weights of a model's state can hold what they shall."""
+        """Raises ValueError if pruned weights of a model cannot hold the frozen values."""
         for name, source in self.frozen.items():
             if name not in self.masks:
                 raise ValueError(
@@ -360,9 +371,9 @@ torch.serialization.add_safe_globals([Ticket, ticket_file.Saved])
 
 
 def _check_layers(model: nn.Module, masks: Masks) -> None:
-    """Whether a model can be written to, and its masked layers take the masks; raises ValueError.
+    """Raises ValueError if a model cannot be written to, or a masked layer cannot take its mask.
 
-    Layers that have no mask among them get the one that keeps all.
+    A layer without a mask among `masks` gets the mask that keeps all.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if torch.is_inference_mode_enabled() or is_lazy(tensor):
@@ -397,9 +408,9 @@ def _loads_in_its_own_way(module: nn.Module) -> bool:
 
 
 def _without_masks(state: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-    """A start without what masked layers have beside a weight: one may be a whole state_dict.
+    """A start without masks and frozen values, which it has if it is a state_dict of masked layers.
 
-    What `there`, a model's state without masks, has too is a buffer of the model's own.
+    An entry that `there`, a model's state without masks, has too is a buffer of the model's own.
     """
     ours = "weight_mask", "weight_frozen"
     return {
@@ -413,9 +424,9 @@ def _without_masks(state: Mapping[str, Any], there: Mapping[str, Any]) -> dict[s
 def restart(
     model: nn.Module, start: Mapping[str, Any], masks: Masks, frozen: Mapping[str, Tensor]
 ) -> nn.Module:
-    """Load a dense start together with the masks: compact layers have no slots for all of it.
+    """Load a dense start together with the masks, since compact layers have no slots for all of it.
 
-    Layers whose weights have no mask among them keep all.
+    Layers whose weights have no mask among `masks` keep all.
     """
     shared = {id(layer): name for name, layers in by_parameter(model) for layer in layers}
     state = dict(start)

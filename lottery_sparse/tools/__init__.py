@@ -1,1 +1,1 @@
-"""What `python -m lottery_sparse doctor` runs."""
+"""The checks of `python -m lottery_sparse doctor`."""

@@ -1,4 +1,4 @@
-"""Compact: what masked layers whose Parameter holds kept weights only have in common."""
+"""Compact, the base of layers whose Parameter holds the kept weights only."""
 
 from __future__ import annotations
 
@@ -42,33 +42,34 @@ from lottery_sparse.pruning.mask_tensor import plain
 
 
 class Compact(Masked):
-    """What compact layers share. The Parameter `weight` is the vector of kept weights.
+    """The base of compact layers, whose Parameter `weight` is the vector of kept weights.
 
     `weight` is [C], or [E, C] for E networks side by side: kept weights in row-major order, then
     spare slots, which hold 0 and get no gradient. C is fixed when the layer becomes compact, so a
-    change of masks changes no shape. Besides the buffers of `Masked`, and made of them:
+    change of masks changes no shape. A layer derives two things from the buffers of `Masked`:
 
         weight_effective   dense, what the layer computes with: kept and frozen values
-        kept               where kept weights are, see `KeptLists`
+        kept               the places of kept weights, see `KeptLists`
 
-    They move with the layer, but are no buffers: nobody broadcasts, averages or stacks them. Where
-    buffers were written (DistributedDataParallel copies those of rank 0 as it wraps a model) the
-    next forward makes them anew. A call that brings buffers of its own (torch.func, replicas of
+    Both move with the layer, but are no buffers: nobody broadcasts, averages or stacks them. After
+    a write to the buffers (DistributedDataParallel copies those of rank 0 as it wraps a model) the
+    next forward derives them again. A call that brings buffers of its own (torch.func, replicas of
     nn.DataParallel) computes with its own mask, as the masked layer would.
 
-    The dense weight exists where a dense library or a reader asks for it; kernels that skip what
-    is pruned (`refreshes_lazily`) need none. It follows `weight`: as `ls.optim` steps, by a hook
-    after any other torch optimizer's step, and at the next eager forward after any other write that
-    counts a version. Of writes that count none (`weight.data = t`, `weight.data.copy_(t)`,
-    nn.utils.vector_to_parameters, another process in shared memory) that forward notices those
-    that replace or change the whole vector, by its address and some sixteen of its slots; on other
-    devices than the CPU, whose numbers it cannot read without waiting, by the address alone. After
-    one that changes less call `ls.nn.refresh_`. A write during a forward is undefined.
+    The dense weight exists only if a dense library or a reader asks for it; kernels that skip
+    pruned weights (`refreshes_lazily`) need none. It follows `weight`:
 
-    state_dict and loading are those of `Masked`: the effective weight, the mask, the source. The
-    weight that state_dict() gives is that of the layer, as for a dense one: it goes on to follow
-    the training, and what is written to it, with a version counted, is taken into `weight` by the
-    next forward, optimizer step or state_dict(), while frozen values stay.
+    - `ls.optim` writes it in the step; a hook does so after the step of any other torch optimizer.
+    - The next eager forward notices every other write that counts a version.
+    - A write without a version (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters,
+      another process in shared memory) is noticed if it replaces or changes the whole vector: by
+      the address and some sixteen slots, on devices other than the CPU by the address alone. After
+      a smaller one call `ls.nn.refresh_`. A write during a forward is undefined.
+
+    state_dict and loading are those of `Masked`: the effective weight, the mask, the frozen source.
+    The weight in a state_dict is live, as that of a dense layer: it follows the training. The next
+    forward, optimizer step or state_dict() takes a write to it into `weight`, if the write counted
+    a version; frozen values stay.
     """
 
     masked_type: type[Masked]
@@ -81,20 +82,20 @@ class Compact(Masked):
         self._enter_compact(CompactParts.of(self, self.weight.shape[-self.rank :].numel()))
 
     def _put_back(self) -> bool:
-        """Never at rest, as the Parameter has no pruned entries: ops get the dense weight."""
+        """A compact layer is never at rest: its Parameter has no pruned entries to write."""
         return False
 
     # ---- becoming compact, and back --------------------------------------------------------------
 
     def _enter_compact(self, parts: CompactParts) -> None:
-        """From masked to compact."""
+        """Turn the masked layer into a compact one."""
         self.weight = parts.parameter
         self._derived = Derived(parts, self._buffers)
         self._share_dense()
         self.mark_fresh()
 
     def _leave_compact(self, parameter: nn.Parameter | None = None) -> None:
-        """From compact to masked, with the Parameter of a layer that shares it, if there is one."""
+        """Turn the compact layer into a masked one; `parameter`: of a layer that shares it."""
         parameter = self._dense_parameter() if parameter is None else parameter
         del self._derived
         lends_no_more(self)
@@ -120,7 +121,7 @@ class Compact(Masked):
             holder.weight_changed()
 
     def apply(self, fn: Any) -> Any:
-        """As nn.Module.apply; torch's functions get the dense weight where `fn` gives the compact.
+        """nn.Module.apply, in which torch's functions get the dense weight in place of the vector.
 
         So an `fn` that initialises by the weight's fans (torch.nn.init) draws what it would draw
         for the masked layer. Pruned entries keep their frozen values.
@@ -424,14 +425,14 @@ class Compact(Masked):
     def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
         """Keep other weights: values, gradient and optimizer state move to their new slots.
 
-        A weight that was pruned starts from what it held, with a state of zero. `leader` is the
-        layer that moves the Parameter which several layers may share.
+        A weight that was pruned starts from its frozen value, with a state of zero. Several layers
+        may share the Parameter; only the one that is `leader` moves it.
         """
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         moving = [self.weight.grad] if self.weight.grad is not None else []
         moving += elementwise(state, self.weight)
         self._update_derived()  # or the old lists may be those of another mask
-        # first all that takes memory: where there is too little, nothing has changed
+        # everything is allocated first, so that a lack of memory changes nothing
         mask = mask.to(self.weight_mask.device, torch.bool)
         leave_copies(self, mask)
         old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)

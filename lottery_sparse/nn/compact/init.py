@@ -63,7 +63,7 @@ class DenseInit(TorchFunctionMode):
 
     @torch.no_grad()
     def take(self) -> None:
-        """Take what was written to kept weights, if the layer is still what it was."""
+        """Take over writes to kept weights, unless the layer has changed."""
         layer, weight = self.layer, self.weight
         if self.dense is None or layer.__dict__["_parameters"].get("weight") is not weight:
             return

@@ -20,6 +20,10 @@ class CompactLinear(Compact, nn.Linear):
     """A MaskedLinear whose Parameter, gradient and optimizer state hold kept weights only.
 
     Made by `ls.compact_`. A new one, `CompactLinear(K, N)`, keeps every weight.
+
+    >>> layer = ls.compact_(model)[0]
+    >>> layer.weight.shape, layer.effective_weight.shape
+    (torch.Size([40]), torch.Size([10, 20]))
     """
 
     rank = 2
@@ -56,6 +60,11 @@ class CompactConv2d(Compact, nn.Conv2d):
     """A MaskedConv2d whose Parameter, gradient and optimizer state hold kept weights only.
 
     Made by `ls.compact_`; a new one keeps every weight.
+
+    >>> layer = ls.sparsify_(nn.Conv2d(3, 16, 3))
+    >>> ls.set_masks_(layer, {"weight": torch.arange(432).view(16, 3, 3, 3) % 8 == 0})
+    >>> ls.compact_(layer).weight.shape
+    torch.Size([54])
     """
 
     rank = 4

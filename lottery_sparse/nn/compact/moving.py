@@ -65,7 +65,7 @@ def _in_place(tensor: Tensor, kind: str) -> np.ndarray:
 
 
 class Watch:
-    """What a Parameter held when a layer last read it, for writes that count no version.
+    """The contents of a Parameter when a layer last read it, to notice writes without a version.
 
     Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
     shared memory. One that replaces or changes the whole vector changes its address or one of the
@@ -87,7 +87,7 @@ class Watch:
             self.seen = self.slots.tobytes()
 
     def notes(self, weight: Tensor) -> bool:
-        """Remember what the weight holds now; False: it lies elsewhere, which takes a new watch."""
+        """Note the contents of the weight; False: it has moved, so a new Watch is needed."""
         if self._lies_elsewhere(weight):
             return False
         if self.slots is not None:
@@ -121,7 +121,7 @@ def version_of(weight: Tensor) -> int:
 
 
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
-    """Those of a layer's buffers; written out, since each forward asks."""
+    """The versions of a layer's buffers; no loop, since each forward asks."""
     if frozen is None:
         return (mask._version,)
     return mask._version, frozen._version, 0 if signs is None else signs._version

@@ -1,9 +1,9 @@
-"""What the slots of a compact Parameter stand for, where masks change under somebody's hands.
+"""Slots of compact Parameters whose copies have different masks.
 
-A slot holds the weight of the n-th kept entry, whichever that is. An average of two vectors of
-slots is one of weights as long as both stand for one mask. So when a layer takes another mask, its
-live copies note what their slots hold. A copy that takes the new mask too, alone, moves its weights
-to their new slots. One whose slots were written since, by other than an optimizer or a load, mixes
+Slot n holds the weight of the n-th kept entry of the mask. An average of two vectors of slots means
+something only if both vectors belong to one mask. So when a layer takes another mask, its live
+copies note what their slots hold. A copy that then takes the new mask moves its weights to their
+new slots. A copy whose slots were written since, by anything but an optimizer or a load, mixes
 weights of two masks, and is refused.
 """
 
@@ -29,7 +29,7 @@ MIXED = (
 
 
 class Slots(NamedTuple):
-    """What a Parameter held when its slots were known to stand for the lists of its layer."""
+    """The contents of a Parameter when its slots last matched the lists of its layer."""
 
     version: int
     watch: Watch
@@ -43,7 +43,7 @@ class Slots(NamedTuple):
 
 
 def leave_copies(layer: Any, mask: Tensor) -> None:
-    """Have the live copies of a layer note their slots, before it takes another mask."""
+    """Make the live copies of a layer note their slots, before the layer takes another mask."""
     old = plain(layer.weight_mask)
     if torch.equal(old, mask.to(old.device, torch.bool)):
         return
@@ -60,10 +60,10 @@ def leave_copies(layer: Any, mask: Tensor) -> None:
 
 
 def check(layer: Any) -> None:
-    """Whether the slots of a layer, noted before, still stand for its lists, or for its new mask.
+    """Check that the noted slots of a layer still match its lists or its new mask.
 
     Raises:
-        RuntimeError: they were written, and are not those of a live layer with the same mask.
+        RuntimeError: the slots were written, and no live layer with the same mask has the same.
     """
     if not layer._derived.slots_before.were_written(layer.weight):
         return
@@ -84,7 +84,7 @@ def _are_copied(layer: Any, age: int) -> bool:
 
 
 def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
-    """Before a mask takes that of another (`source`), or after another write to it."""
+    """Called before a mask takes the one of `source`, and after any other write to a mask."""
     for layer in registry.compact.all():
         if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
             continue

@@ -1,1 +1,1 @@
-"""From one form of a model to another, and the masks of whole models."""
+"""Conversions between the forms of a model, and the masks of whole models."""

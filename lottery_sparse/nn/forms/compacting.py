@@ -22,7 +22,7 @@ from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
 def shrink_layers_(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, spare: int = 0
 ) -> nn.Module:
-    """Masked layers to compact ones: `ls.compact_`, which see.
+    """`ls.compact_` for masked and compact layers.
 
     Compact layers stay compact, and give up dense weights that nothing reads any more.
     """
@@ -75,9 +75,12 @@ def expand_layers_(
     optimizer: torch.optim.Optimizer | None = None,
     leaves: Collection[int] = (),
 ) -> nn.Module:
-    """Compact layers to masked ones, whose pruned weights have a state of 0; others stay.
+    """Turn compact layers into masked ones; other layers stay.
 
-    leaves: ids of layers that stay as they are.
+    Optimizer state of pruned weights becomes 0.
+
+    Args:
+        leaves: ids of layers that stay as they are.
     """
     groups = [
         (name, group)
@@ -109,19 +112,28 @@ def expand_layers_(
 def refresh_(model: nn.Module) -> nn.Module:
     """Make layers compute with what `weight` holds now; returns `model`.
 
-    Pruned entries of masked layers get their frozen values again, and kept weights of compact ones
+    Pruned entries of masked layers get their frozen values again. Kept weights of compact layers
     are copied into the dense effective weight, where there is one.
 
-    To be called after a write that counts no version to *part* of a `weight` (`weight.data[3] = 0`,
-    or one of another process in shared memory). The next eager forward notices all others by
-    itself: those that count a version, and those that do not but replace or change the whole
-    tensor (`weight.data = t`, `weight.data.copy_(t)`, vector_to_parameters), by its address and
-    some sixteen of its entries; on other devices than the CPU, whose numbers it cannot read without
-    waiting, by the address alone. A write during a forward is undefined.
+    Call it after a write that changes *part* of a `weight` and counts no version: through
+    `weight.data[3] = 0`, or from another process in shared memory. The next eager forward notices
+    all other writes by itself:
 
-    A compiled forward notices nothing: it needs this call after all writes but those of optimizers,
-    `set_masks_` and load_state_dict; for DistributedDataParallel, which copies weights and masks of
-    rank 0, after wrapping the model.
+    - Writes that count a version, by the counter.
+    - Writes that replace or change the whole tensor (`weight.data = t`, `weight.data.copy_(t)`,
+      vector_to_parameters), by the address and some sixteen entries. On devices other than the CPU
+      only by the address, since reading entries would wait for the device.
+
+    A write during a forward is undefined.
+
+    A compiled forward notices no write. It needs this call after every write but those of
+    optimizers, `set_masks_` and load_state_dict, and once after DistributedDataParallel has wrapped
+    the model, which copies weights and masks of rank 0.
+
+    >>> model[0].weight.data[0, 1:3] = 7.0  # counts no version, and one of the two is pruned
+    >>> ls.nn.refresh_(model)
+    >>> model[0].weight[0, 1].item()
+    0.0
     """
     for module in model.modules():
         if isinstance(module, Compact):
@@ -147,7 +159,7 @@ def _check_dense(name: str, layer: Masked, optimizer: torch.optim.Optimizer) -> 
 
 
 def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
-    """Before the first change, as a warning may be an error."""
+    """Warn before the first change, since a warning may be an error."""
     for name, layers in groups:
         if has_hooks(layers[0].weight):
             warnings.warn(
@@ -160,7 +172,7 @@ def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
 def _replacement(
     optimizer: torch.optim.Optimizer | None, old: Tensor, new: nn.Parameter, move: Any
 ) -> Callable[[], None]:
-    """What gives an optimizer `new` for `old`, with the state and gradient moved.
+    """A function that gives an optimizer `new` for `old`, and moves state and gradient.
 
     They are moved here, which takes memory; what is returned takes none.
     """

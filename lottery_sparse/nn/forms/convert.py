@@ -27,8 +27,8 @@ MASKED_TYPES: dict[type[nn.Module], type[Masked]] = {
 }
 
 
-# Modules that read the weights of their children instead of calling them (some on a fast path),
-# and what to use in their place.
+# Modules that read the weights of their children instead of calling them (some on a fast path) ->
+# the way out, for the message.
 READERS: dict[str, str] = {
     "MultiheadAttention": "use an attention module that calls nn.Linear layers of its own "
     "(F.scaled_dot_product_attention between them)",
@@ -89,9 +89,11 @@ def mask_layers_(
 def masks_of(model: nn.Module) -> Masks:
     """A copy of the model's masks by parameter name ("0.weight"); tied weights come once.
 
-    Names are those that the model's state_dict has, wrapped or not.
-    Of a layer that learns its mask it is the one that evaluations are told to use
-    (`ls.learning.use_masks_`), else the weights more probable than not.
+    Names are those of the model's state_dict, wrapped or not. A supermask layer gives the mask that
+    `ls.learning.use_masks_` has chosen, else the weights more probable than not.
+
+    >>> ls.masks_of(model)
+    Masks(2 tensors, 44 of 220 kept)
     """
     found = {name: plain(layers[0].weight_mask).clone() for name, layers in by_parameter(model)}
     for name, module in model.named_modules():
@@ -106,34 +108,41 @@ def set_masks_(
     frozen: Source | Mapping[str, Source] = "zero",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Set masks, and what pruned weights hold, by parameter name; in place.
+    """Set masks and the values of pruned weights, by parameter name; in place.
 
-    Mask buffers keep their identity, so a compiled model runs on without a new graph. Names left
-    out keep what they have. Nothing is changed if anything is wrong.
+    Mask buffers keep their identity, so a compiled model runs on without a new graph. Parameters
+    that `masks` leaves out keep their masks. If anything is wrong, nothing is changed.
 
     `layer.weight` holds the frozen values in its pruned entries from here on, and a weight that
     becomes kept again goes on from what it held while it was pruned: zero, as in RigL and SET, or
     its frozen value. To rewind it, write to `layer.weight` after this call.
 
-    Averages that are copies of the model follow where they copy or average buffers (AveragedModel,
-    timm); where they take numbers alone they go on under the masks they have, so set them there,
-    too: `ls.set_masks_(average, masks)`. Copies of a compact model that are averaged slot by slot
-    (AveragedModel, target networks) need it in any case: slots of two masks stand for different
-    weights, and the next use of such a copy raises RuntimeError. Vectors that somebody keeps
-    outside of any layer (Lookahead, lists of shadow Parameters) nobody can refuse: start them anew.
+    Averages that are copies of the model:
+
+    - An average that copies buffers or averages them (AveragedModel, timm) follows.
+    - An average of Parameters alone stays under its masks: call `ls.set_masks_(average, masks)`.
+    - An average of a compact model goes slot by slot, and always needs that call: slots of two
+      masks stand for different weights. Without it the next use of the copy raises RuntimeError.
+    - Vectors outside of any layer (Lookahead, lists of shadow Parameters) cannot be checked: start
+      them anew.
+
+    >>> ls.set_masks_(model, {"0.weight": torch.rand(10, 20) < 0.5})
+    >>> pruned = ~ls.masks_of(model)["0.weight"]
+    >>> bool((model[0].weight[pruned] == 0).all())
+    True
 
     Args:
         model: a model with masked layers, see `sparsify_`.
         masks: parameter name -> tensor of the weight's shape holding 0 and 1, 1 = kept. Names of
             the model wrapped otherwise will do (torch.compile, DistributedDataParallel, FSDP).
-        frozen: what pruned weights hold: "zero", a tensor, `ls.frozen.Constant(c)` (sign x
-            constant, the signs those of the current weight) or `ls.frozen.Seeded(law, seed)`; or a
-            dict of them by name (names left out: zero).
-        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; of
-            compact layers it moves with the kept weights. Required for a compact layer whose
-            weights an optimizer holds such state for. Without it, that is an error where the
-            optimizer has stepped in this process; one whose state was loaded and that has not
-            stepped since is not known, and must be given.
+        frozen: the values of pruned weights: "zero", a tensor, `ls.frozen.Constant(c)` (sign x
+            constant, with the signs of the current weight) or `ls.frozen.Seeded(law, seed)`; or a
+            dict of these by name, where a name left out means zero.
+        optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; the
+            state of compact layers moves with the kept weights. A compact layer requires it once
+            an optimizer holds such state. Without it, that is an error where the optimizer has
+            stepped in this process; one whose state was loaded and that has not stepped since is
+            not known, and must be given.
 
     Returns:
         `model`.
@@ -210,7 +219,7 @@ def check_masked(model: nn.Module) -> None:
 
 
 def why_unmasked(model: nn.Module) -> str | None:
-    """What keeps `sparsify_` from masking any layer of a dense model; None: nothing does."""
+    """Why `sparsify_` can mask no layer of a dense model; None: it can mask one."""
     owners, refused = owners_of(model), {}
     for name, module in model.named_modules():
         if not isinstance(module, tuple(MASKED_TYPES)):
@@ -228,7 +237,7 @@ def why_unmasked(model: nn.Module) -> str | None:
 
 
 def check_not_learned(model: nn.Module) -> None:
-    """Raises ValueError for a model of which any layer learns its mask."""
+    """Raises ValueError if any layer of the model learns its mask."""
     if any(isinstance(m, Supermask) for m in model.modules()):
         raise ValueError(LEARNED)
 
@@ -244,9 +253,9 @@ def check_own(prefix: str, layer: nn.Module, tensor: str) -> None:
 
 
 def check_tied(model: nn.Module) -> None:
-    """Raises ValueError for layers that share a weight under two masks, or frozen sources.
+    """Raises ValueError for layers that share a weight under two masks, or two frozen sources.
 
-    Nothing here makes such layers; who writes to their buffers can.
+    This package makes no such layers; a user who writes to their buffers can.
     """
     names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
     for name, (first, *others) in by_parameter(model):
@@ -275,7 +284,7 @@ def become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def masked_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Masked]]:
-    """(prefix ending in a dot, layer) of every masked layer, each module once unless said.
+    """(prefix ending in a dot, layer) of every masked layer, by default each module once.
 
     Prefixes are those of the state_dict.
     """
@@ -294,7 +303,7 @@ def by_parameter(model: nn.Module) -> list[tuple[str, list[Masked]]]:
 
 
 def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
-    """Layers that share a weight share its mask's values: the one masked earlier is right."""
+    """Give layers that share a weight one mask, that of the layer which was masked first."""
     for _, layers in by_parameter(model):
         right = next((layer for layer in layers if id(layer) not in new), layers[0])
         for layer in layers:

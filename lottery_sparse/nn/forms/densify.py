@@ -27,7 +27,7 @@ from lottery_sparse.pruning.names import prefix_of
 
 
 def densify_layers_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Masked, compact and packed layers to dense ones: `ls.densify_`, which see."""
+    """`ls.densify_` for masked, compact and packed layers."""
     check_not_learned(model)
     check_tied(model)
     known = {*MASKED_TYPES.values(), *COMPACT_TYPES.values(), PackedLinear}
@@ -70,13 +70,15 @@ def unpack_(layer: PackedLinear) -> None:
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A state_dict that the dense model loads strictly: effective weights and biases, no masks.
 
-    As of any state_dict, a tensor that the model holds in this form is in it itself, and changes
-    as the model trains; clone what must stay. Packed weights are decoded: a ternary one is exactly
-    its magnitude times the signs.
+    The tensors are live, as in any state_dict: they change as the model trains; clone what must
+    stay. Packed weights are decoded: a ternary weight is exactly its magnitude times its signs.
 
-    What a parametrization of a masked layer computes (torch.nn.utils.parametrizations.weight_norm)
-    is in it as one tensor, for the dense model without that parametrization: one with it would
+    A parametrized weight of a masked layer (torch.nn.utils.parametrizations.weight_norm) becomes
+    one tensor, for the dense model without the parametrization. The dense model with it would
     compute pruned weights anew.
+
+    >>> dense().load_state_dict(ls.dense_state_dict(model))
+    <All keys matched successfully>
 
     Raises:
         ValueError: a layer learns its mask, or layers share a weight under two masks.
@@ -131,6 +133,6 @@ def _parametrized(layer: nn.Module) -> list[str]:
 
 
 def settle_bias(module: nn.Module) -> None:
-    """Where torch.nn.utils.prune computes the bias, what it leaves of it becomes the Parameter."""
+    """Make a Parameter of a bias that torch.nn.utils.prune computes, zero where pruned."""
     if hooks_of_prune(module, "bias"):
         torch_prune.remove(module, "bias")

@@ -1,4 +1,4 @@
-"""Whole models with learned masks: from dense, evaluated, and to masked layers."""
+"""Learned masks of whole models: make supermask layers, choose their masks, fix these."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def supermask_layers_(
     evaluation: str = "sample",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
-    """Dense layers to ones that learn their mask: `ls.supermask_`, which see."""
+    """`ls.supermask_` for dense layers."""
     check_options(weights, init_score, evaluation)
     seed = as_seed(seed)
     owners = owners_of(model)
@@ -86,15 +86,24 @@ def _why_none(model: nn.Module) -> str:
 def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.Module:
     """Choose the masks that supermask layers evaluate with (model.eval()), and `masks_of` gives.
 
+    >>> ls.supermask_(model).eval()
+    >>> ls.learning.use_masks_(model, "threshold")  # one mask, the same in every call
+    >>> torch.equal(model(x), model(x))
+    True
+
     Args:
         masks: "sample": a fresh mask in every call; "threshold": the weights more probable than
             not; a number i: evaluation sample i, the same whenever it is asked for; or masks by
             parameter name, as from `masks_of`. Numbers and masks stay until the next choice.
 
     The choice is part of the state_dict, so a loaded model evaluates as the saved one did.
+    Training draws its masks as before.
 
     Returns:
-        `model`. Training draws its masks as before.
+        `model`.
+
+    Raises:
+        ValueError: the model has no supermask layer, or `masks` is none of these.
     """
     layers = learned_layers(model)
     if isinstance(masks, str):
@@ -129,11 +138,11 @@ def use_masks_(model: nn.Module, masks: str | int | Mapping[str, Tensor]) -> nn.
 def sampled(model: nn.Module, samples: int) -> Iterator[Masks]:
     """Go through `samples` evaluation samples of the masks; each is yielded while it is in use.
 
-    >>> model.eval()
-    >>> accuracies = [accuracy(model, test) for masks in ls.learning.sampled(model, 10)]
+    >>> ls.supermask_(model).eval()
+    >>> accuracies = [accuracy(model) for masks in ls.learning.sampled(model, 10)]
 
-    Samples are functions of the scores, the seed and their number. Afterwards the model evaluates
-    as before, and its training never notices.
+    A sample is a function of the scores, the seed and its number. Afterwards the model evaluates
+    as before, and its training draws as if nothing had happened.
     """
     layers = learned_layers(model).values()
     before = [layer.held_mask for layer in layers]
@@ -152,10 +161,11 @@ def fix_masks_(
     masks: str | int | Mapping[str, Tensor] | None = None,
     leaves: Collection[int] = (),
 ) -> nn.Module:
-    """Layers that learn their mask to masked ones; what rescales is multiplied into the weights.
+    """Turn supermask layers into masked ones; the weights are multiplied by what rescales them.
 
-    masks: as for `use_masks_`, but that "sample" is sample 0; None: what `masks_of` gives now.
-    leaves: ids of layers that stay as they are.
+    Args:
+        masks: as for `use_masks_`, except that "sample" is sample 0; None: those of `masks_of`.
+        leaves: ids of layers that stay as they are.
     """
     layers = {name: m for name, m in learned_layers(model).items() if id(m) not in leaves}
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ def pack_layers_(
     activations: str = "exact",
     report: Callable[[str], object] | None = print,
 ) -> nn.Module:
-    """Masked and compact layers to packed ones: `ls.pack_`, which see."""
+    """`ls.pack_` for masked and compact layers."""
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
     check_masked(model)

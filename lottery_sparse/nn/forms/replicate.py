@@ -42,6 +42,10 @@ def replicate(
     interact: with the sum over E of each network's mean as the loss, every network trains as it
     would alone, under any optimizer that works element by element.
 
+    >>> models = ls.ensemble.replicate(model, seeds=[1, 2, 3])
+    >>> models(x).shape  # [E, B, out]
+    torch.Size([3, 8, 2])
+
     Args:
         model: an nn.Sequential (nested too) of linear and masked layers, elementwise modules,
             pooling and nn.Flatten, of which E copies are made; or a list of such models of equal
@@ -51,11 +55,11 @@ def replicate(
             order, as after torch.manual_seed(seed); pruned weights stay pruned.
 
     Returns:
-        A new module. Its first nn.Flatten takes an x that could be either for a shared one, unless
-        it is [E, B, K].
+        A new module. Where x could be shared or one per network, its first nn.Flatten takes it for
+        shared, unless it is [E, B, K].
 
     Raises:
-        TypeError: a module that has no form for E networks, named.
+        TypeError: a module has no form for E networks; the message names it.
         ValueError: models that differ in structure, or arguments that contradict each other.
     """
     models = _models(model, E, seeds)
@@ -85,6 +89,10 @@ def replicate(
 
 def select(model: nn.Module, e: int) -> nn.Module:
     """Network e of a module from `replicate`, as a new module with Parameters of its own.
+
+    >>> models = ls.ensemble.replicate(model, E=3)
+    >>> torch.allclose(ls.ensemble.select(models, 1)(x), model(x), atol=1e-6)
+    True
 
     Raises:
         ValueError: there is no such network, or the module holds only one.

@@ -82,10 +82,10 @@ def sparsify_(
         model: any module; a single nn.Linear or nn.Conv2d too.
         filter_fn: (module, name) -> whether that layer becomes masked; None = all of them. Layers
             that it leaves out stay as they are, without a warning.
-        masks: set by `set_masks_` at the end; None: those that the form had.
-        learned: of supermask layers, the masks to take, as for `ls.learning.use_masks_`, but that
-            "sample" is sample 0; None: what `masks_of` gives now.
-        optimizer: one that has the Parameters of compact layers; see also `set_masks_`.
+        masks: masks to set at the end, by `set_masks_`; None: the model keeps those it has.
+        learned: which masks supermask layers take, as for `ls.learning.use_masks_`, except that
+            "sample" is sample 0; None: those of `masks_of`.
+        optimizer: the optimizer of compact layers' Parameters; see also `set_masks_`.
 
     Returns:
         `model`.
@@ -130,13 +130,13 @@ def compact_(
     become masked first, as by `sparsify_`; of a dense model every weight is kept.
 
     The number of slots is fixed from here on: a later mask may keep as many weights, or fewer.
-    A vector has no fans: torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
-    itself. Inside `model.apply(fn)` they are given a dense weight, and draw what they draw for the
-    masked layer; elsewhere use layer.reset_parameters(), or initialise before this call.
+    A vector has no fans, so torch.nn.init's xavier_ and kaiming_ functions raise for `layer.weight`
+    itself. Inside `model.apply(fn)` they get a dense weight, and draw what they draw for the masked
+    layer. Elsewhere use layer.reset_parameters(), or initialise before this call.
 
-    Averages through state_dict() are those of the dense weights. Those of Parameters
-    (AveragedModel, target networks) go slot by slot, and are refused once a mask changed on one
-    side: see `set_masks_`.
+    Averages through state_dict() average dense weights. Averages of Parameters (AveragedModel,
+    target networks) go slot by slot: do not average across a mask change, since the same slot then
+    holds different weights. Such a copy raises; see `set_masks_`.
 
     Rules that go by `p.dim()` (weight decay for two dimensions and more, Muon for matrices) take a
     compact Parameter, a vector, for a bias. `ls.optim.param_groups` sorts by what a Parameter was,
@@ -192,16 +192,20 @@ def supermask_(
 ) -> nn.Module:
     """Turn a model into its supermask form, in place: weights are frozen, and masks are learned.
 
-    Modules keep their identity, weights, biases, device, dtype and hooks. Without a `filter_fn` the
-    layers that are masked, compact or packed learn a mask, or all nn.Linear and nn.Conv2d layers of
-    a model that has none; they freeze what they computed with. Afterwards the scores are the only
-    Parameters with requires_grad: those of layers that `filter_fn` leaves out and of other modules
-    (normalisation, say) are frozen too; set requires_grad again where they should train. Build the
-    optimizer afterwards.
+    Modules keep their identity, weights, biases, device, dtype and hooks. Without a `filter_fn`,
+    masked, compact and packed layers learn a mask; in a model that has none of these, all nn.Linear
+    and nn.Conv2d layers do. They freeze the weights they computed with. Afterwards the scores are
+    the only Parameters with requires_grad. Parameters of layers that `filter_fn` leaves out, and of
+    other modules (normalisation, say), are frozen too; set requires_grad again where they should
+    train. Build the optimizer afterwards.
 
     A layer holds a score beside each weight, in memory and in the state_dict: twice the bytes of
     the dense layer, and a byte a weight more after `ls.learning.use_masks_` with a number or with
     masks. `ls.Ticket.of` saves the mask, a bit a weight, and the seed that gave the weights.
+
+    >>> model = ls.supermask_(dense(), weights="signed_constant", rescale=True)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.score', '2.score']
 
     Args:
         model: any module; a single layer too.
@@ -265,6 +269,11 @@ def pack_(
     The model is set to eval mode, and Parameters that it still has no longer require grad. The
     other verbs are the ways back.
 
+    >>> layer = ls.sparsify_(nn.Linear(784, 300))
+    >>> ls.set_masks_(layer, {"weight": torch.rand(300, 784) < 0.05})
+    >>> ls.pack_(layer, report=None).format
+    'csr'
+
     Args:
         model: any module; a single layer too.
         activations: "exact", or "int8": ternary layers round each row of their input to 8 bits.
@@ -296,6 +305,9 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     frozen, the weights and biases of packed layers among it: `model.requires_grad_()` comes before
     a training. Layers that shared a weight before `ls.pack_` have one each.
 
+    >>> ls.densify_(model)[0]
+    Linear(in_features=20, out_features=10, bias=True)
+
     Args:
         model: any model; other layers stay as they are.
         optimizer: as in `ls.compact_`, for models with compact layers.
@@ -319,7 +331,7 @@ def _has(model: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _masked_or_compact(model: nn.Module, packs: bool = False) -> None:
-    """Have the layers of our forms masked or compact; dense layers too, if there are no others."""
+    """Make layers of our forms masked, unless they are compact; else the dense layers."""
     dense = not any(isinstance(module, OURS) for module in model.modules())
     if _has(model, Supermask):
         fix_masks_(model)
@@ -333,7 +345,7 @@ def _masked_or_compact(model: nn.Module, packs: bool = False) -> None:
 
 
 def _mask_packed(model: nn.Module, leaves: Collection[int] = ()) -> None:
-    """Packed layers to masked ones that keep what is not zero."""
+    """Turn packed layers into masked ones that keep every nonzero weight."""
     for layer in [m for _, m in packed_modules(model) if id(m) not in leaves]:
         unpack_(layer)
         become(layer, MaskedLinear)

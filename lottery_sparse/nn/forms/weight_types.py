@@ -1,4 +1,4 @@
-"""Which types of modules hold the weights of a model, in words."""
+"""The types of modules that hold the weights of a model, in words."""
 
 from __future__ import annotations
 

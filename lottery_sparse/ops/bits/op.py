@@ -12,6 +12,9 @@ from lottery_sparse.ops.bits import reference
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack the last dimension of a bool mask into 32-bit words.
 
+    >>> ls.ops.pack_mask(mask).shape
+    torch.Size([10, 4])
+
     Args:
         mask: [..., K], bool.
 
@@ -34,6 +37,9 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, columns: int) -> Tensor:
     """The inverse of `pack_mask`.
+
+    >>> torch.equal(ls.ops.unpack_mask(ls.ops.pack_mask(mask), 20), mask)
+    True
 
     Args:
         bits: [..., W], int32.

@@ -14,6 +14,10 @@ class SignConstant(NamedTuple):
     """The source sign x constant: +constant where the sign bit is 1, else -constant.
 
     signs: packed int32 like a packed mask, [..., N, W]. constant: [] or, per network, [E].
+
+    >>> source = ls.ops.SignConstant.of(weight, 0.05)
+    >>> ls.ops.masked_linear(x, weight, mask, frozen=source).shape
+    torch.Size([8, 10])
     """
 
     signs: Tensor

@@ -43,6 +43,11 @@ def compact_linear(
 ) -> Tensor:
     """Linear layer whose parameter is the vector of its kept weights: y = x Wᵀ + b.
 
+    >>> layer = ls.compact_(model)[0]
+    >>> y = ls.ops.compact_linear(x, layer.weight, layer.kept, layer.weight_effective, zero=True)
+    >>> y.shape
+    torch.Size([8, 10])
+
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         values: [C] or [E, C], dtype of `x`; row-major kept weights, spare slots are ignored.
@@ -112,10 +117,10 @@ def linear(
 
 @cache
 def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/linear/eager.cpp, if it is here.
+    """The compact linear layer of csrc/linear/eager.cpp, if it is built.
 
-    With it, by what a layer wants: up to which density the forward and dx, the same where they are
-    quick or dense is slow, and the dvalues run on sparse kernels.
+    Also returns, per value of `layer.products`, three density limits of the sparse kernels: for
+    forward and dx; for both at shapes where they are fast, or dense is slow; and for dvalues.
     """
     module = eager()
     if module is None:
@@ -138,6 +143,10 @@ def compact_conv2d(
     groups: int = 1,
 ) -> Tensor:
     """2-D convolution whose parameter is the vector of its kept weights.
+
+    >>> layer = ls.compact_(nn.Conv2d(3, 16, 3))
+    >>> ls.ops.compact_conv2d(images, layer.weight, layer.kept, layer.weight_effective).shape
+    torch.Size([4, 16, 6, 6])
 
     Args:
         x: [B, C, H, W] or [C, H, W]; for E networks [B, C, H, W], shared, or [E, B, C, H, W].

@@ -28,6 +28,10 @@ def masked_conv2d(
 ) -> Tensor:
     """2-D convolution on the kept weights and frozen values: F.conv2d with where(m, w, f).
 
+    >>> kernels = torch.randn(16, 3, 3, 3)
+    >>> ls.ops.masked_conv2d(images, kernels, kernels > 0, padding=1).shape
+    torch.Size([4, 16, 8, 8])
+
     Args:
         x: [B, C, H, W] or [C, H, W], any floating dtype; for E networks [B, C, H, W], shared by
             all, or [E, B, C, H, W].

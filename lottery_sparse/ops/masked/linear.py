@@ -25,6 +25,9 @@ def masked_linear(
     With one weight, [N, K], this is F.linear on the effective weight. A leading dimension E on
     the weight (and mask, bias, frozen) computes E networks side by side.
 
+    >>> ls.ops.masked_linear(x, weight, mask).shape
+    torch.Size([8, 10])
+
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         weight: [N, K] or [E, N, K], dtype and device of `x` (any floating dtype under autocast).

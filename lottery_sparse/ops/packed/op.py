@@ -39,6 +39,10 @@ def ternary_linear(
 ) -> Tensor:
     """Linear layer on weights of -c, 0 and +c: y = c · (x tᵀ) + b.
 
+    >>> layer = ls.nn.PackedLinear(weight.sign() * mask, format="ternary")
+    >>> ls.ops.ternary_linear(x, layer.codes, layer.scale, rows=10).shape
+    torch.Size([8, 10])
+
     Args:
         x: [..., K], any floating dtype.
         codes: int32 [ceil(N / 16), ceil(K / 16), 16], see `formats.pack_ternary`.
@@ -77,6 +81,10 @@ def csr_linear(
 ) -> Tensor:
     """Linear layer on kept weights by row, with their columns: y = x wᵀ + b.
 
+    >>> layer = ls.nn.PackedLinear(weight * mask, format="csr")
+    >>> ls.ops.csr_linear(x, layer.values, layer.starts, layer.columns).shape
+    torch.Size([8, 10])
+
     Args:
         x: [..., K], any floating dtype.
         values: [C], floating; bfloat16 values are read as such.
@@ -107,6 +115,10 @@ def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Linear layer on kept weights by row, with their mask as bits: y = x wᵀ + b.
+
+    >>> layer = ls.nn.PackedLinear(weight * mask, format="bitmap")
+    >>> ls.ops.bitmap_linear(x, layer.values, layer.starts, layer.bits).shape
+    torch.Size([8, 10])
 
     Args:
         x, values, starts, bias: as in `csr_linear`.

@@ -36,7 +36,11 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 def stream_of(name: str) -> int:
-    """The stream of a name: the first four bytes of its SHA-256, little endian."""
+    """The stream of a name: the first four bytes of its SHA-256, little endian.
+
+    >>> ls.random.stream_of("0.weight") == ls.random.stream_of("2.weight")
+    False
+    """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
@@ -44,13 +48,20 @@ def derive(seed: int, *labels: object) -> int:
     """A new 64-bit seed from a seed and labels (a round, a purpose): their SHA-256.
 
     Labels are written as text and joined by "/", so use none that holds one.
+
+    >>> ls.random.derive(0, "prune", 1) == ls.random.derive(0, "prune", 2)
+    False
     """
     text = "/".join(map(str, (seed, *labels)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def as_seed(generator: int | torch.Generator | None) -> int:
-    """An int seed as it is; 64 bits drawn from a CPU Generator; 0 for None."""
+    """An int seed as it is; 64 bits drawn from a CPU Generator; 0 for None.
+
+    >>> ls.random.as_seed(7), ls.random.as_seed(None)
+    (7, 0)
+    """
     if generator is None:
         return 0
     if isinstance(generator, torch.Generator):
@@ -69,45 +80,76 @@ def as_seed(generator: int | torch.Generator | None) -> int:
 
 
 def words(shape: Shape, seed: int, stream: int = 0, step: int = 0) -> Tensor:
-    """int32 tensor of `shape` on the CPU, each element the bits of one random uint32."""
+    """int32 tensor of `shape` on the CPU, each element the bits of one random uint32.
+
+    >>> ls.random.words((2, 3), seed=0).shape
+    torch.Size([2, 3])
+    """
     return _draw("random_words", shape, seed, stream, step)
 
 
 def signs(shape: Shape, seed: int, stream: int = 0, step: int = 0) -> Tensor:
-    """float32 tensor of +1 and -1, one random bit each."""
+    """float32 tensor of +1 and -1, one random bit each.
+
+    >>> ls.random.signs(1000, seed=0).unique()
+    tensor([-1.,  1.])
+    """
     return _draw("random_signs", shape, seed, stream, step)
 
 
 def uniform(shape: Shape, seed: int, stream: int = 0, step: int = 0) -> Tensor:
-    """float32 tensor in [0, 1), multiples of 2^-24."""
+    """float32 tensor in [0, 1), multiples of 2^-24.
+
+    >>> bool((ls.random.uniform(1000, seed=0) < 1).all())
+    True
+    """
     return _draw("random_uniform", shape, seed, stream, step)
 
 
 def normal(shape: Shape, std: float = 1.0, *, seed: int, stream: int = 0, step: int = 0) -> Tensor:
-    """float32 tensor of N(0, std²), rounded as the module docstring says."""
+    """float32 tensor of N(0, std²), rounded as the module docstring says.
+
+    >>> torch.equal(ls.random.normal(5, seed=1), ls.random.normal(5, seed=1))
+    True
+    """
     return _draw("random_normal", shape, seed, stream, step, _normal_table()) * std
 
 
 def truncated_normal(
     shape: Shape, std: float = 1.0, *, seed: int, stream: int = 0, step: int = 0
 ) -> Tensor:
-    """float32 tensor of a normal truncated at two sigma, its standard deviation being `std`."""
+    """float32 tensor of a normal truncated at two sigma, its standard deviation being `std`.
+
+    >>> bool((ls.random.truncated_normal(1000, 0.1, seed=0).abs() < 0.23).all())
+    True
+    """
     return _draw("random_normal", shape, seed, stream, step, _truncated_normal_table()) * std
 
 
 def permutation(count: int, seed: int, stream: int = 0, step: int = 0) -> Tensor:
-    """int64 [count]: a random order, the positions sorted by (word, position)."""
+    """int64 [count]: a random order, the positions sorted by (word, position).
+
+    >>> ls.random.permutation(4, seed=0).sort().values
+    tensor([0, 1, 2, 3])
+    """
     keys = words(count, seed, stream, step).to(torch.int64) & 0xFFFFFFFF
     return keys.argsort(stable=True)
 
 
 def key(seed: int, stream: int = 0, step: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """int64 [3]: (seed, stream, step) as `ops.sample_mask` takes it; add 1 to [2] per step."""
+    """int64 [3]: (seed, stream, step) as `ops.sample_mask` takes it; add 1 to [2] per step.
+
+    >>> ls.random.key(seed=1, stream=2, step=3)
+    tensor([1, 2, 3])
+    """
     return torch.tensor(key_numbers(seed, stream, step)).to(device)
 
 
 def key_numbers(seed: int, stream: int = 0, step: int = 0) -> tuple[int, int, int]:
     """A key as the integers that kernels take: the seed as the int64 with the same bits.
+
+    >>> ls.random.key_numbers(2**64 - 1)
+    (-1, 0, 0)
 
     Raises:
         ValueError: a seed beyond 64 bits, a stream or step beyond 32.
@@ -118,8 +160,10 @@ def key_numbers(seed: int, stream: int = 0, step: int = 0) -> tuple[int, int, in
 class Stream:
     """Draws in order: each call takes the next step of one (seed, name), so no two repeat.
 
-    >>> gen = Stream(0, "fc1.weight")
-    >>> a, b = gen.normal(3), gen.normal(3)      # independent
+    >>> stream = ls.random.Stream(0, "fc1.weight")
+    >>> a, b = stream.normal(3), stream.normal(3)  # independent
+    >>> stream.step
+    2
     """
 
     def __init__(self, seed: int, name: str = ""):
@@ -130,23 +174,29 @@ class Stream:
         return f"Stream(seed={self.seed}, name={self.name!r}, step={self.step})"
 
     def words(self, shape: Shape) -> Tensor:
+        """The next words, int32, see `ls.random.words`."""
         return words(shape, *self._next())
 
     def signs(self, shape: Shape) -> Tensor:
+        """The next signs, +1 and -1 in float32."""
         return signs(shape, *self._next())
 
     def uniform(self, shape: Shape) -> Tensor:
+        """The next float32 numbers of [0, 1)."""
         return uniform(shape, *self._next())
 
     def normal(self, shape: Shape, std: float = 1.0) -> Tensor:
+        """The next float32 numbers of N(0, std²)."""
         seed, stream, step = self._next()
         return normal(shape, std, seed=seed, stream=stream, step=step)
 
     def truncated_normal(self, shape: Shape, std: float = 1.0) -> Tensor:
+        """The next float32 numbers of a normal truncated at two sigma."""
         seed, stream, step = self._next()
         return truncated_normal(shape, std, seed=seed, stream=stream, step=step)
 
     def permutation(self, count: int) -> Tensor:
+        """The next random order, int64 [count]."""
         return permutation(count, *self._next())
 
     def _next(self) -> tuple[int, int, int]:
@@ -155,7 +205,11 @@ class Stream:
 
 
 def as_stream(generator: Stream | int | torch.Generator | None, name: str = "") -> Stream:
-    """A Stream as it is; otherwise a new one on the seed of `generator`."""
+    """A Stream as it is; otherwise a new one on the seed of `generator`.
+
+    >>> ls.random.as_stream(0, "fc1.weight")
+    Stream(seed=0, name='fc1.weight', step=0)
+    """
     return generator if isinstance(generator, Stream) else Stream(as_seed(generator), name)
 
 
@@ -183,7 +237,11 @@ def _draw(law: str, shape: Shape, seed: int, stream: int, step: int, *table: Ten
 
 
 def whole_seed(seed: int) -> int:
-    """A seed as an int, if it is a whole number (NumPy's too) of 64 bits."""
+    """A seed as an int, if it is a whole number (NumPy's too) of 64 bits.
+
+    >>> ls.random.whole_seed(7)
+    7
+    """
     seed = _whole(seed, "seed")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit 64 bits, got {shown(seed)}; take it modulo 2**64.")
@@ -191,7 +249,11 @@ def whole_seed(seed: int) -> int:
 
 
 def word_of(value: int, name: str) -> int:
-    """A stream or step as an int, if it is a whole number (NumPy's too) of 32 bits."""
+    """A stream or step as an int, if it is a whole number (NumPy's too) of 32 bits.
+
+    >>> ls.random.word_of(7, "stream")
+    7
+    """
     value = _whole(value, name)
     if not 0 <= value < 2**32:
         raise ValueError(f"{name} must be in [0, 2**32), got {shown(value)}.")

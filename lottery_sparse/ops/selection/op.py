@@ -26,6 +26,10 @@ def keep_top(
     index, descending; equal words by position, tensors in the order given. So the result is
     exact and the same on every device and thread count.
 
+    >>> scores, masks = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([False, True, True])
+    >>> ls.ops.keep_top(scores, masks, count=1)
+    tensor([False, False,  True])
+
     Args:
         scores: a tensor [...] of any real dtype, or a list of them.
         masks: bool, the shape of each score; True = kept so far. A pruned entry never returns.

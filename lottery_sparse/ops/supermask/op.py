@@ -30,6 +30,10 @@ from lottery_sparse.ops.supermask import reference
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """The mask of `sample_mask` as bits, and its number of ones.
 
+    >>> bits, kept = ls.ops.sample_bits(torch.zeros(10, 20), ls.random.key(seed=0))
+    >>> int(ls.ops.unpack_mask(bits, 20).sum()) == int(kept)
+    True
+
     Args:
         score: [N, K], any floating dtype; or [E, N, K] for E networks.
         key: int64 [3], or [E, 3], as for `sample_mask`.
@@ -65,6 +69,10 @@ def supermask_linear(
     m ~ Bernoulli(p), p = sigmoid(score), one draw per call; r = 1, or with `rescale` the number
     of weights over the number of ones. A leading dimension E on the score (and weight, key, bias)
     computes E networks side by side.
+
+    >>> score = torch.zeros(10, 20, requires_grad=True)  # each weight with probability 1/2
+    >>> y = ls.ops.supermask_linear(x, score, weight, ls.random.key(seed=0), rescale=True)
+    >>> y.sum().backward()  # to score.grad
 
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
@@ -130,6 +138,11 @@ def supermask_conv2d(
     rescale: bool = False,
 ) -> Tensor:
     """2-D convolution under a mask drawn from its scores: F.conv2d with w m r.
+
+    >>> kernels = torch.randn(16, 3, 3, 3)
+    >>> score, key = torch.zeros(16, 3, 3, 3), ls.random.key(seed=0)
+    >>> ls.ops.supermask_conv2d(images, score, kernels, key, padding=1).shape
+    torch.Size([4, 16, 8, 8])
 
     Args:
         x: [B, C, H, W] or [C, H, W], any floating dtype; for E networks [B, C, H, W], shared by

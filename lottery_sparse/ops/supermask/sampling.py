@@ -18,6 +18,10 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
     p of the score as a float32. A pure function of score and key: the same key gives the same mask
     on every device.
 
+    >>> score = torch.zeros(10, 20, requires_grad=True)
+    >>> ls.ops.sample_mask(score, ls.random.key(seed=0, step=7)).unique().detach()
+    tensor([0., 1.])
+
     Args:
         score: [...], any floating dtype; or [E, ...] with one key per network.
         key: int64 [3], (seed, stream, step) from `ls.random.key`, on the score's device; or

@@ -13,10 +13,11 @@ from functools import cache, wraps
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lottery_sparse.ops.common.torch_private import disable_dynamo
 
 
 class Layers:
@@ -73,7 +74,7 @@ masked, compact = Layers(), Layers()
 
 def outside_graph(hook: Callable[[Optimizer], None]) -> Callable[..., None]:
     """A hook on steps that runs as it is where torch.compile compiles the step."""
-    disabled: Any = torch._disable_dynamo(hook)  # pyright: ignore[reportPrivateImportUsage]
+    disabled: Any = disable_dynamo(hook)
 
     @wraps(hook)
     def run(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:

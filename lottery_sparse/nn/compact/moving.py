@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lottery_sparse.nn.compact.registry import optimizers_of
 from lottery_sparse.nn.masked import normal, redraw_
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.ops.limits import may_lag
@@ -53,8 +54,7 @@ def zeros_of(blank: Tensor) -> Tensor:
 
 def has_readers(tensor: Tensor) -> bool:
     """Whether other tensors share the memory of this one."""
-    uses: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
-    return uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
+    return storage_uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
 
 
 def _in_place(tensor: Tensor, kind: str) -> np.ndarray:

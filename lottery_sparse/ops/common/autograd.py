@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-
-# The base of an autograd.Function that torch.func never sees: its `apply` is C++ alone, without a
-# Python call for each argument, which that of torch.autograd.Function makes for torch.func.
-from torch.autograd.function import _SingleLevelFunction as EagerFunction
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
+from lottery_sparse.ops.common.torch_private import (
+    EagerFunction,
+    dispatch_modes,
+    forward_ad,
+    functorch_is_active,
+    is_functorch_wrapped,
+)
 
 
 class Differentiable:
@@ -96,9 +98,9 @@ class Differentiable:
             args = self._cast(args, kind)
         if is_dynamo_compiling():
             return self._op(*args)
-        if torch._C._are_functorch_transforms_active():
+        if functorch_is_active():
             return self._under_transforms(*args)
-        if torch._C._len_torch_dispatch_stack() != 0:
+        if dispatch_modes() != 0:
             return self._op(*args)
         asks, enabled = forward_ad._current_level >= 0, torch.is_grad_enabled()
         for a in args:  # written out: a frame of Python for each would show
@@ -131,11 +133,7 @@ class Direct:
         torch.library.impl(f"lottery_sparse::{stem}", "default", partial(dispatch.run, stem))
 
     def __call__(self, *args: Any) -> Any:
-        if (
-            is_dynamo_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() != 0
-        ):
+        if is_dynamo_compiling() or functorch_is_active() or dispatch_modes() != 0:
             return self._op(*args)
         for a in args:
             if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta or _outlived(a)):
@@ -145,7 +143,7 @@ class Direct:
 
 _PLAIN = (Tensor, nn.Parameter)
 # a tensor of a transform, which it has outlived where none is active
-_outlived: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+_outlived = is_functorch_wrapped
 
 
 def is_plain_eager(x: Any) -> bool:
@@ -153,15 +151,15 @@ def is_plain_eager(x: Any) -> bool:
     return (
         type(x) in _PLAIN
         and not is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
+        and dispatch_modes() == 0
+        and not functorch_is_active()
         and forward_ad._current_level < 0
     )
 
 
 def unwatched(args: Iterable[Any]) -> bool:
     """Whether the tensors among these are real ones, and nobody watches the dispatcher."""
-    if torch._C._len_torch_dispatch_stack() != 0:
+    if dispatch_modes() != 0:
         return False
     for a in args:
         if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta or _outlived(a)):

@@ -21,6 +21,7 @@ from torch import Tensor
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.autograd import Differentiable
 from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
+from lottery_sparse.ops.common.torch_private import below
 from lottery_sparse.ops.limits import rounds
 
 
@@ -93,8 +94,7 @@ def register_autocast(name: str, op: Callable, cast_all: Callable | None = None)
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Any:
-            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            with torch._C._ExcludeDispatchKeyGuard(below):
+            with below(key):
                 return op(*cast_all(args, device))
 
         torch.library.impl(name, key, cast)

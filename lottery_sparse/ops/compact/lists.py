@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops.common.autograd import unwatched
+from lottery_sparse.ops.common.torch_private import functorch_is_active
 from lottery_sparse.ops.compact.kept import KeptLists
 
 # By the id of a check's first argument: it, weakly; its version; the other arguments, theirs.
@@ -46,7 +47,7 @@ def readable(*args: Any) -> bool:
     """Whether these tensors hold numbers that Python may look at."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
         and unwatched(_tensors(args))
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lottery_sparse._C_cuda as _built  # pyright: ignore[reportMissingImports]
+from lottery_sparse.ops.common.torch_private import cuda_driver
 from lottery_sparse.ops.compact import cuda as compact_cuda
 from lottery_sparse.ops.packed import formats
 
@@ -178,7 +179,7 @@ def fails_on(device: torch.device) -> str | None:
             f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and build again."
         )
     # of one major version, code runs on older drivers, too; what PTX needs, a launch says itself
-    driver = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    driver = cuda_driver()
     if driver // 1000 < _built.toolkit // 1000:
         return (
             f"it is built with CUDA {_version_text(_built.toolkit)}, and the driver is for CUDA "

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.common.autograd import unwatched
 from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.common.product import cast_one
+from lottery_sparse.ops.common.torch_private import below, forward_ad, functorch_is_active
 from lottery_sparse.ops.compact.lists import (
     check_bitmap,
     check_codes,
@@ -240,7 +240,7 @@ def _register(name: str):
 
     def call(*args) -> Tensor:
         """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
-        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        watched = torch.compiler.is_compiling() or functorch_is_active()
         if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
             return op(*args)
         return run(*_autocast(args, args[0].device.type))
@@ -249,9 +249,8 @@ def _register(name: str):
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
-            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             args = _autocast(args, device)
-            with torch._C._ExcludeDispatchKeyGuard(below):
+            with below(key):
                 return op(*args)
 
         torch.library.impl(qualified, key, cast)

@@ -1,6 +1,6 @@
-// _eager: the forward and backward of compact and masked layers as C++ autograd nodes, called from
-// Python without a schema. A Python autograd.Function costs 70 us more a layer, as much as the
-// products of a small one; torch's C++ Function and a registered op 20 us.
+// _eager: the forward and backward of compact, masked and supermask layers as C++ autograd nodes,
+// called from Python without a schema. A Python autograd.Function costs 70 us more a layer, as much
+// as the products of a small one; torch's C++ Function and a registered op 20 us.
 //
 // The module that uses torch's C++ interface, which is no stable ABI: its name holds the torch
 // version it was built with, no other loads it, and everything works without it.
@@ -18,6 +18,7 @@
 
 #include "linear/eager_compact.h"
 #include "linear/eager_masked.h"
+#include "linear/eager_supermask.h"
 
 namespace lottery_sparse {
 namespace {
@@ -128,6 +129,36 @@ PyObject* kept_weight_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
     END_HANDLE_TH_ERRORS
 }
 
+// supermask_linear(x, score, weight, bias, key, mask, rescale) -> y, or None: a call for the
+// registered op, whose errors say what does not fit. One of key and mask is None.
+PyObject* supermask_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK(count == 7, "supermask_linear takes 7 arguments, got ", count, ".");
+    if (watched()) Py_RETURN_NONE;
+    std::array<Tensor, 6> tensors;
+    for (int i = 0; i < 6; ++i) {
+        if (i >= 3 && args[i] == Py_None) continue;
+        if (!THPVariable_CheckExact(args[i])) Py_RETURN_NONE;
+        tensors[i] = THPVariable_Unpack(args[i]);
+    }
+    const auto& [x, score, weight, bias, key, mask] = tensors;
+    if (!plain(x) || !plain(score) || !plain(weight) || (bias.defined() && !plain(bias)) ||
+        key.defined() == mask.defined())
+        Py_RETURN_NONE;
+    const int rescale = PyObject_IsTrue(args[6]);
+    if (rescale < 0) return nullptr;
+    const auto drawn = key.defined() ? key_of(key) : std::nullopt;
+    if (key.defined() && !drawn) Py_RETURN_NONE;
+    Tensor y;
+    {
+        const pybind11::gil_scoped_release released;
+        y = supermask_linear(x, score, weight, bias, drawn, mask, rescale == 1);
+    }
+    if (!y.defined()) Py_RETURN_NONE;
+    return THPVariable_Wrap(std::move(y));
+    END_HANDLE_TH_ERRORS
+}
+
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -135,6 +166,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef kMethods[] = {{"compact_linear", fast(&compact_linear_py), METH_FASTCALL, nullptr},
                           {"masked_linear", fast(&masked_linear_py), METH_FASTCALL, nullptr},
                           {"kept_weight", fast(&kept_weight_py), METH_FASTCALL, nullptr},
+                          {"supermask_linear", fast(&supermask_linear_py), METH_FASTCALL, nullptr},
                           {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -99,6 +99,22 @@ Tensor fresh_like(const Tensor& t, at::ScalarType dtype) {
     return at::detail::empty_strided_cpu(t.sizes(), t.strides(), dtype);
 }
 
+// where(mask, values, 0) of tensors that lie in memory alike, without gaps.
+Tensor where_kept(const Tensor& mask, const Tensor& values) {
+    constexpr int64_t kGrain = 1 << 16;
+    Tensor kept = fresh_like(mask, values.scalar_type());
+    const auto width = static_cast<int64_t>(values.element_size());
+    const auto* from = static_cast<const char*>(values.const_data_ptr());
+    auto* to = static_cast<char*>(kept.mutable_data_ptr());
+    const auto* bytes = static_cast<const uint8_t*>(mask.const_data_ptr());
+    const auto select = LS_CHOSEN_KERNELS(select_kept).select;
+    kParallel(values.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        select(bytes + begin, from + begin * width, nullptr, to + begin * width, end - begin,
+               static_cast<int>(width));
+    });
+    return kept;
+}
+
 struct KeptGradient {
     static constexpr const char* kName = "KeptGradientBackward";
 
@@ -112,18 +128,7 @@ struct KeptGradient {
             return {at::where(mask, grad, at::zeros({}, grad.options()))};
         Tensor dw = grad;
         if (grad.strides() != mask.strides()) dw = fresh_like(mask, grad.scalar_type()).copy_(grad);
-        Tensor kept = fresh_like(mask, grad.scalar_type());
-        constexpr int64_t kGrain = 1 << 16;
-        const auto width = static_cast<int64_t>(dw.element_size());
-        const auto* from = static_cast<const char*>(dw.const_data_ptr());
-        auto* to = static_cast<char*>(kept.mutable_data_ptr());
-        const auto* bytes = static_cast<const uint8_t*>(mask.const_data_ptr());
-        const auto select = LS_CHOSEN_KERNELS(select_kept).select;
-        kParallel(dw.numel(), kGrain, [&](int64_t begin, int64_t end) {
-            select(bytes + begin, from + begin * width, nullptr, to + begin * width, end - begin,
-                   static_cast<int>(width));
-        });
-        return {kept};
+        return {where_kept(mask, dw)};
     }
 };
 

@@ -97,7 +97,7 @@ def kernels_on(device: torch.device) -> str:
 def products_of(model: nn.Module) -> list[str]:
     """Of each layer "sparse", where kernels skip what is pruned, or "dense"."""
     return [
-        "sparse" if isinstance(layer, Compact) and layer.lags else "dense"
+        "sparse" if isinstance(layer, Compact) and layer.refreshes_lazily else "dense"
         for layer in model.modules()
         if isinstance(layer, nn.Linear | nn.Conv2d | Compact)
     ]

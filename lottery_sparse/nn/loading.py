@@ -1,4 +1,4 @@
-"""Load: one call of load_state_dict, with the entries of all masked layers in it.
+"""CheckedLoad: how our layers load a state_dict. Load: one call, with all masked layers in it.
 
 torch hands each layer its own entries and nothing else. Two things need all layers: a weight that
 layers share has one mask, which may be saved under any of their names; and one warning should name
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,75 @@ from lottery_sparse.pruning.names import prefix_of
 
 _LOAD_STATE_DICT = nn.Module.load_state_dict.__code__
 _HELD_AS = "_lottery_sparse_load"  # attribute of torch's copy of the state_dict, gone with the call
+
+
+class LayerLoad:
+    """One layer's part of a load.
+
+    Attributes:
+        state, prefix: what the layer is given.
+        assign: whether tensors of the state_dict take the place of the layer's.
+        missing: names to be reported as missing.
+        own: names that the layer takes, and torch does not report.
+        seen: what torch loads.
+    """
+
+    def __init__(self, state: MutableMapping[str, Any], prefix: str, assign: bool):
+        self.state, self.prefix, self.assign = state, prefix, assign
+        self.missing: list[str] = []
+        self.own: set[str] = set()
+        self.seen = state
+
+    def names(self, *parts: str) -> tuple[str, ...]:
+        return tuple(self.prefix + part for part in parts)
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Have torch load the other entries only; `seen` is a dict of the layer's own then."""
+        names = set(names)
+        self.seen = {name: value for name, value in self.state.items() if name not in names}
+
+
+class CheckedLoad(nn.Module):
+    """A layer that takes some entries of a state_dict by itself."""
+
+    def _entries(self, load: LayerLoad) -> Any:
+        """What the layer takes by itself; None: nothing. All is checked, nothing is written.
+
+        Raises:
+            TypeError, ValueError: reported; nothing of the layer is loaded then.
+        """
+        raise NotImplementedError
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        """Write what `_entries` has found; torch has loaded everything else."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        load = LayerLoad(state_dict, prefix, assign)
+        try:
+            entries = self._entries(load)
+        except (TypeError, ValueError) as error:
+            if str(error) not in error_msgs:  # once, of layers that share a weight
+                error_msgs.append(str(error))
+            return
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            load.seen, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        if entries is not None:
+            self._take(load, entries)
+        missing_keys += [name for name in missing if name not in load.own] + load.missing
+        unexpected_keys[:] = [name for name in unexpected_keys if name not in load.own]
 
 
 class Entries(NamedTuple):

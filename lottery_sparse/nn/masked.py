@@ -13,9 +13,10 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from lottery_sparse import ops
+from lottery_sparse.nn import registry
 from lottery_sparse.nn.frozen import Constant, Held, decode, encode, remake
-from lottery_sparse.nn.loading import Entries, Load, take_pruned
-from lottery_sparse.nn.rest import KeptGradient, Own, Rest, watch
+from lottery_sparse.nn.loading import CheckedLoad, Entries, LayerLoad, Load, take_pruned
+from lottery_sparse.nn.rest import KeptGradient, Own, Rest
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.common.autograd import is_plain_eager
 from lottery_sparse.ops.dispatch import overrides
@@ -59,7 +60,7 @@ def one_node(layer: nn.Module, input: Proxy) -> Any:
     return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
-class Masked(nn.Module):
+class Masked(CheckedLoad):
     """The base of masked layers: the mask, the frozen values, and a state_dict that stays dense.
 
     The Parameter `weight` is at rest: its pruned entries hold their frozen values. The layer writes
@@ -98,13 +99,26 @@ class Masked(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._add_mask()
+        self._enter_masked()
 
-    def _add_mask(self) -> None:
+    def _enter_masked(self, mask: Tensor | None = None) -> None:
+        """From a dense layer to a masked one, that keeps every weight or those of a mask."""
+        every = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
         # not persistent: saved and loaded by hand below
-        mask = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
-        self.register_buffer("weight_mask", MaskTensor.of(normal(mask)), persistent=False)
+        self.register_buffer("weight_mask", MaskTensor.of(normal(every)), persistent=False)
         self._hold(Held())
+        if mask is not None:
+            self.weight_mask.copy_(mask)
+            self._rests_here()
+
+    def _leave_masked(self) -> None:
+        """From masked to dense: the Parameters stay."""
+        registry.masked.drop(self)
+        for name in ("weight_mask", "weight_frozen", "weight_signs"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("_frozen_descriptor", "_rest", "_sources"):
+            self.__dict__.pop(name, None)
 
     # ---- at rest ---------------------------------------------------------------------------------
 
@@ -125,11 +139,13 @@ class Masked(nn.Module):
             looks: compare some pruned entries with their frozen values, too. A kernel that skips
                 pruned entries does not need it.
         """
-        if torch.compiler.is_compiling():
-            return False
-        rest, own = self._rest, self._own()
+        return not is_compiling() and self._rests(looks)
+
+    def _rests(self, looks: bool = True) -> bool:
+        """The same of an eager call."""
+        rest = self._rest
         if rest is not None:
-            if not rest.is_of(own):
+            if not rest.is_of(self._parameters, self._buffers):
                 return False
             if rest.versions and rest.holds(looks):
                 return True
@@ -137,15 +153,15 @@ class Masked(nn.Module):
 
     def _put_back(self) -> bool:
         """Write frozen values into pruned entries now; whether the weight is at rest."""
-        own, rest = self._own(), self._rest
-        if rest is None or not rest.is_of(own):
-            rest = Rest.of(own)
-        weight, mask, *_ = rest.tensors
+        rest = self._rest
+        if rest is None or not rest.is_of(self._parameters, self._buffers):
+            rest = Rest.of(self._own())
+        own, (weight, mask, *_) = rest.own, rest.tensors
         if type(own.weight) is not nn.Parameter or weight.is_inference() or mask.is_meta:
             return False
         self._rest = rest.reached(self.rank)
         if self._rest.prunes:
-            watch(self, own.weight)
+            registry.masked.add(self)
         return True
 
     def _rests_here(self) -> None:
@@ -252,7 +268,7 @@ class Masked(nn.Module):
         rest: Any = self._rest
         weight = rest.own.weight
         if rest.prunes and weight.requires_grad and torch.is_grad_enabled():
-            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore[reportReturnType]
+            return KeptGradient.apply(weight, rest.mask)  # pyright: ignore
         return weight
 
     @property
@@ -287,63 +303,41 @@ class Masked(nn.Module):
             reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in ("weight", "weight_mask", "weight_frozen")]
-        try:  # check all of it before anything is written
-            entries = self._entries(state_dict, prefix)
-        except (TypeError, ValueError) as error:
-            if str(error) not in error_msgs:  # once, of layers that share a weight
-                error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if entries is None:
-            return
+    def _take(self, load: LayerLoad, entries: Any) -> None:
         _, mask, held = entries
-        for name in names[1:]:
-            if name in unexpected_keys:
-                unexpected_keys.remove(name)
-        self._report_shared(names, state_dict, missing_keys)
+        self._report_shared(load)
         like = self.weight  # its device and dtype after the load, also with assign=True
-        if local_metadata.get("assign_to_params_buffers", False):
+        if load.assign:
             self.weight_mask = MaskTensor.of(normal(mask))
-            Load.of(self, Masked, state_dict, prefix).tie(self)
+            Load.of(self, Masked, load.state, load.prefix).tie(self)
         else:
             self.weight_mask.copy_(mask)
         self._hold(held.like(like))
         self._rests_here()
 
-    def _report_shared(self, names: list[str], state_dict: Any, missing_keys: list[str]) -> None:
+    def _report_shared(self, load: LayerLoad) -> None:
         """Report frozen values as missing if the file has them under the name of another layer.
 
         safetensors saves shared tensors under one name, and its load_model asks that every other
         name be reported as missing.
         """
+        weight, frozen = load.names("weight", "weight_frozen")
         tensor = self.weight_frozen is not None and self._frozen_descriptor is None
-        if tensor and names[0] not in state_dict and names[2] not in state_dict:
-            missing_keys.append(names[2])
+        if tensor and weight not in load.state and frozen not in load.state:
+            load.missing.append(frozen)
 
-    def _entries(self, state_dict: Any, prefix: str) -> tuple[Tensor, Tensor, Held] | None:
+    def _entries(self, load: LayerLoad) -> Any:
         """The weight, mask and frozen source that a state_dict holds; None: it has no weight.
 
-        Entries of torch.nn.utils.prune are replaced in `state_dict` by those of a masked layer.
+        Entries of torch.nn.utils.prune are replaced in the state_dict by those of a masked layer.
         """
+        state, prefix = load.state, load.prefix
         name, shape = f"{prefix}weight", self.weight_mask.shape
-        load = Load.of(self, Masked, state_dict, prefix)
-        take_pruned(self, state_dict, prefix)
-        weight, mask, frozen = load.entries(self, Entries.of(self, state_dict, prefix))
+        whole = Load.of(self, Masked, state, prefix)
+        take_pruned(self, state, prefix)
+        weight, mask, frozen = whole.entries(self, Entries.of(self, state, prefix))
         computed = weight is None and "weight" not in self._parameters
-        if computed and mask is not None and _has_parts(state_dict, prefix):
+        if computed and mask is not None and _has_parts(state, prefix):
             weight = self.effective_weight.detach()
         if weight is None:
             return None
@@ -363,6 +357,7 @@ class Masked(nn.Module):
                 f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
                 "give a tensor of them, as this version saves it."
             )
+        load.own.update(load.names("weight_mask", "weight_frozen"))
         return weight, mask, held
 
 
@@ -412,12 +407,12 @@ class MaskedLinear(Masked, nn.Linear):
             y = rest.node(input, rest, self._parameters, self._buffers)
             if y is not None:  # nobody watches ops, or has written to the weight
                 return y
-        if is_plain_eager(input) and (self._rest is not None or self._come_to_rest()):
+        if is_plain_eager(input) and self._rests(looks=False):
             rest = self._rest
-            way = linear.way_of(input, rest.own.weight, rest.kept, rest.own.frozen is None)
-            if way == "kernel" and self._come_to_rest(looks=False):
+            way = linear.way_of(input, rest.own.weight, rest.least_rows)
+            if way == "kernel":
                 return linear.by_kernel(input, rest.own.weight, rest.mask, self.bias)
-            if way == "dense" and self._come_to_rest():
+            if way == "dense" and self._rests():
                 return F.linear(input, self._kept_gradient(), self.bias)
         mask = plain(self.weight_mask)
         return masked_linear(input, self.weight, mask, self.bias, self._frozen_source())
@@ -452,7 +447,7 @@ class MaskedConv2d(Masked, nn.Conv2d):
                 return self._conv_forward(input, weight, self.bias)
         if (
             is_plain_eager(input)
-            and self._come_to_rest()
+            and self._rests()
             and conv2d.is_dense(input, self.weight, self.groups)
         ):
             return self._conv_forward(input, self._kept_gradient(), self.bias)

@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lottery_sparse.nn.masked import one_node
-from lottery_sparse.nn.packed_formats import FORMATS, check_parts, check_tensor, format_of, scale_of
+from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
+from lottery_sparse.nn.masked import normal, one_node
+from lottery_sparse.nn.packed_formats import (
+    FORMATS,
+    GONE,
+    check_parts,
+    check_tensor,
+    format_of,
+    scale_of,
+)
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.compact.kept import NARROW
 from lottery_sparse.ops.packed.formats import BLOCK
@@ -25,10 +33,10 @@ LEAST_CSR = 2**16
 LEAST_BITMAP = 2**20
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CheckedLoad):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
-    `format` is "ternary", "binary", "seeded", "csr", "delta", "bitmap" or "dense"; the buffers are
+    `format` is "ternary", "csr", "bitmap" or "dense"; the buffers are
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
@@ -40,11 +48,8 @@ class PackedLinear(nn.Module):
         weight: [N, K], floating.
         bias: [N] or None.
         format: None = the fastest that holds `weight` exactly in fewer bytes than dense, see
-            `choose_format`, which never takes "binary", "seeded" and "delta": their kernels are for
-            CUDA. A format that is named may take more than dense: `bytes`, `dense_bytes`.
+            `choose_format`. A named one may take more than dense: see `bytes` and `dense_bytes`.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
-        key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
-            0 have.
 
     Raises:
         ValueError: the format cannot hold the weight, or an unknown name.
@@ -62,18 +67,12 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = None,
         format: str | None = None,
         activations: str = "exact",
-        key: Tensor | None = None,
     ):
         super().__init__()
-        self._pack(weight, bias, format, activations, key)
+        self._pack(weight, bias, format, activations)
 
     def _pack(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        format: str | None,
-        activations: str,
-        key: Tensor | None = None,
+        self, weight: Tensor, bias: Tensor | None, format: str | None, activations: str
     ) -> None:
         if activations not in ("exact", "int8"):
             raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
@@ -88,10 +87,28 @@ class PackedLinear(nn.Module):
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
         form = FORMATS[self.format]
-        for name, tensor in zip(form.names, form.pack(weight, key), strict=True):
+        for name, tensor in zip(form.names, form.pack(weight), strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.dtype = weight.dtype
+
+    def _enter_packed(self, weight: Tensor, bias: Tensor | None, activations: str) -> None:
+        """From a linear layer to a packed one: of its tensors nothing else stays."""
+        for held in (self._parameters, self._buffers, self._non_persistent_buffers_set):
+            held.clear()
+        self._pack(weight, bias, None, activations)
+
+    def _leave_packed(self) -> None:
+        """From packed to linear: the weight and the bias become Parameters, which are frozen."""
+        own = {"weight": self.effective_weight, "bias": self.bias}
+        self._buffers.clear()
+        for name in ("format", "activations", "dtype"):
+            del self.__dict__[name]
+        for name, value in own.items():
+            parameter = None
+            if value is not None:
+                parameter = nn.Parameter(normal(value.detach().clone()), requires_grad=False)
+            self.register_parameter(name, parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dtype of x; RuntimeError if x requires grad under grad mode."""
@@ -152,38 +169,23 @@ class PackedLinear(nn.Module):
             f"{', activations=int8' if int8 else ''}"
         )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the format, and the tensors, of the state: all of them, or nothing."""
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:  # check all of it before anything is written, whatever is missing
-            taken = self._taken(state_dict, prefix, assign)
+    def _entries(self, load: LayerLoad) -> Any:
+        """The format, and the tensors of it in the sizes that the state has."""
+        try:
+            taken = self._taken(load.state, load.prefix, load.assign)
         except ValueError as error:
-            error_msgs.append(f"{prefix}{error}")
-            return
+            raise ValueError(f"{load.prefix}{error}") from error
         if taken is not None:
-            format, parts = taken
-            for name in FORMATS[self.format].names:
-                del self._buffers[name]
-            self.format = format
-            for name, part in parts.items():
-                self.register_buffer(name, part)
-            keys = {prefix + name for name in parts}
-            state_dict = {name: v for name, v in state_dict.items() if name not in keys}
-        loaded = {prefix + name for name in FORMATS[self.format].names} if taken else set()
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
-        )
-        missing_keys += [name for name in missing if name not in loaded]
+            load.hide(load.names(*taken[1]))
+            load.own.update(load.names(*taken[1], *FORMATS[self.format].names))
+        return taken
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        for name in FORMATS[self.format].names:
+            del self._buffers[name]
+        self.format, parts = entries
+        for name, part in parts.items():
+            self.register_buffer(name, part)
 
     def _taken(
         self, state_dict: Any, prefix: str, assign: bool
@@ -201,7 +203,7 @@ class PackedLinear(nn.Module):
                     f"bias must be floating {tuple(self.bias.shape)}, got {bias.dtype} "
                     f"{tuple(bias.shape)}."
                 )
-        names = {name for form in FORMATS.values() for name in form.names}
+        names = {name for form in FORMATS.values() for name in form.names}.union(*GONE.values())
         format = format_of(name for name in names if prefix + name in state_dict)
         if format is None:
             return None

@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from lottery_sparse.ops.common.torch_private import (
+    checkpoint_hook,
+    current_backward,
+    top_saved_tensors_hooks,
+)
+
 _HELD_AS = "_lottery_sparse_draws"
 
 
@@ -62,27 +68,26 @@ def next_key(counter: Tensor) -> Tensor:
         RuntimeError: the layer runs in a backward, and not in a recomputation of
             torch.utils.checkpoint.
     """
-    if torch.compiler.is_exporting():
-        return _advance(counter)
-    backward = torch._C._current_graph_task_id()
+    backward = current_backward()
     if backward == -1:  # cheap, as every forward asks: checkpoint sets hooks, or forbids gradients
-        hooked = _hooks(False) is not None
+        hooked = top_saved_tensors_hooks(False) is not None
         if not hooked and (torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
-            return _advance(counter)
+            return advance(counter)
     drawing, repeating, number = _calls()
     if repeating is not None:
         key = Draws.of(repeating).take(backward if number is None else number)
     elif backward != -1:
         raise RuntimeError(OTHERWISE)
     else:
-        key = _advance(counter)
+        key = advance(counter)
     for call in drawing:
         if call is not None:
             Draws.of(call).keys.append(key)
     return key
 
 
-def _advance(counter: Tensor) -> Tensor:
+def advance(counter: Tensor) -> Tensor:
+    """The key that `counter` is at, after which it is at the next one."""
     key = counter.clone()
     counter.select(-1, 2).add_(1)
     return key
@@ -100,8 +105,8 @@ def _key_and_next(counter: Tensor) -> tuple[Tensor, Tensor]:
     reads the counter that the forward read.
     """
     after = counter.clone()
-    if torch._C._current_graph_task_id() != -1 and _calls()[1] is None:
-        return _advance(after), after
+    if current_backward() != -1 and _calls()[1] is None:
+        return advance(after), after
     return next_key(after).clone(), after  # Inductor reuses the memory of what an op returns
 
 
@@ -144,12 +149,7 @@ def _nested(kind: Any, name: str) -> CodeType | None:
 
 
 # Code of torch itself. If a torch changes one of these, a recomputation raises instead of drawing.
-_hooks: Any = getattr(
-    torch._C._autograd,  # pyright: ignore[reportAttributeAccessIssue]
-    "_top_saved_tensors_default_hooks",
-    lambda _: (),
-)
 _CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 _REENTRANT_AGAIN = checkpoint.CheckpointFunction.backward.__code__
-_AGAIN = _nested(getattr(checkpoint, "_checkpoint_hook", None), "unpack_hook")
+_AGAIN = _nested(checkpoint_hook, "unpack_hook")

@@ -4,26 +4,23 @@ Pruned entries of `weight` hold their frozen values. Whatever can move them (an 
 load, a write in place) is followed by writing the frozen values again, so `layer.weight`, the
 state_dict and the forward all see one weight.
 
-A hook runs after each step of any torch optimizer. The next forward, and state_dict(), notice all
-other writes: by version counters, or, for writes that count no version (`.data`, another process),
-by the address and by up to sixteen pruned entries. A write through `.data` to a part of the weight
-may stay unseen until `ls.nn.refresh_`.
+A hook runs after each step of any torch optimizer (`registry`). The next forward, and state_dict(),
+notice all other writes: by version counters, or, for writes that count no version (`.data`, another
+process), by the address and by up to sixteen pruned entries. A write through `.data` to a part of
+the weight may stay unseen until `ls.nn.refresh_`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.autograd import EagerFunction
 from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
 from lottery_sparse.pruning.mask_tensor import plain
@@ -91,11 +88,18 @@ class Rest(NamedTuple):
     def prunes(self) -> bool:
         return self.kept < self.tensors[1].numel()
 
-    def is_of(self, own: Own) -> bool:
-        """Whether these are the layer's own tensors, and not those of a functional call."""
-        a, b, c, d = own
-        mine = self.own
-        return a is mine[0] and b is mine[1] and c is mine[2] and d is mine[3]
+    def is_of(self, parameters: dict[str, Any], buffers: dict[str, Any]) -> bool:
+        """Whether a layer, of which these are the dicts, holds these tensors.
+
+        It holds others within a functional call.
+        """
+        weight, mask, frozen, signs = self.own
+        return (
+            parameters.get("weight") is weight
+            and buffers["weight_mask"] is mask
+            and buffers["weight_frozen"] is frozen
+            and buffers["weight_signs"] is signs
+        )
 
     def holds(self, looks: bool) -> bool:
         """Whether nobody has written to the tensors since, as far as can be seen.
@@ -124,7 +128,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
     """The number of rows of x from which on dispatch takes the sparse kernel."""
     if not dispatch.built("cpu"):
-        return 0
+        return sys.maxsize
     cpu = dispatch.rules_of("cpu")
     if frozen is not None:  # nothing to skip
         return cpu.NEVER
@@ -172,50 +176,10 @@ def _flat(weight: Tensor, *others: Tensor | None) -> list[Tensor | None] | None:
     return [None if t is None else t.as_strided((t.numel(),), (1,)) for t in (weight, *others)]
 
 
-# ---- after the step of an optimizer --------------------------------------------------------------
-
-# id of a Parameter -> its layers. A weak reference to the Parameter would keep torch from swapping
-# it. A layer that has another Parameter by now is passed over.
-_layers: dict[int, WeakSet[Any]] = {}
-
-
-def watch(layer: nn.Module, weight: Tensor) -> None:
-    """Put the layer to rest after each step of an optimizer that has its weight."""
-    _watch_steps()
-    if id(weight) not in _layers:
-        for key in [key for key, layers in _layers.items() if not layers]:
-            del _layers[key]
-    _layers.setdefault(id(weight), WeakSet()).add(layer)
-
-
-@cache
-def _watch_steps() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
-        _outside_graph(optimizer)
-    else:
-        _put_to_rest(optimizer)
-
-
-def _put_to_rest(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for layer in _layers.get(id(parameter), ()):
-                if layer._parameters.get("weight") is parameter:
-                    # without a look at versions: torch's fused optimizers count none
-                    layer._put_back()
-
-
-_outside_graph: Any = torch._disable_dynamo(_put_to_rest)  # pyright: ignore
-
-
 # ---- the gradient --------------------------------------------------------------------------------
 
 
-class KeptGradient(torch.autograd.Function):
+class KeptGradient(EagerFunction):
     """The weight itself, with a gradient that is exactly zero at pruned entries."""
 
     @staticmethod

@@ -7,19 +7,22 @@ Every training step draws a new mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx import Proxy
 
 from lottery_sparse import ops
 from lottery_sparse.nn.frozen import std_of
+from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
 from lottery_sparse.nn.masked import normal, one_node, redraw_
-from lottery_sparse.nn.recompute import key_and_next, next_key
+from lottery_sparse.nn.recompute import advance, key_and_next, next_key
 from lottery_sparse.ops.bits.reference import mask_as_bool
+from lottery_sparse.ops.common.eager import eager
+from lottery_sparse.ops.dispatch import overrides
 from lottery_sparse.ops.random.op import key as random_key
 from lottery_sparse.pruning.masks import as_mask
 from lottery_sparse.text import shown
@@ -31,7 +34,7 @@ FIRST_SAMPLE = 2**31
 _FIRST_STEPS = {"key": 0, "sample_key": FIRST_SAMPLE}
 
 
-class Supermask(nn.Module):
+class Supermask(CheckedLoad):
     """The base of layers with a learned mask: scores, frozen weights, and how masks are drawn.
 
     Parameters:
@@ -75,7 +78,7 @@ class Supermask(nn.Module):
     evaluation: str
     init_score: float
 
-    def _learn(
+    def _enter_supermask(
         self,
         weights: str,
         rescale: bool,
@@ -100,6 +103,21 @@ class Supermask(nn.Module):
         for name, step in _FIRST_STEPS.items():
             self.register_buffer(name, normal(random_key(seed, stream, step, self.weight.device)))
         self.register_buffer("held_mask", None, persistent=False)  # saved and loaded by hand below
+
+    @torch.no_grad()
+    def _leave_supermask(self) -> None:
+        """From supermask to dense: weight and bias stay, and train again."""
+        for name in (*_FIRST_STEPS, "held_mask"):
+            del self._buffers[name]
+        self._non_persistent_buffers_set.discard("held_mask")
+        del self._parameters["score"]
+        for name in (
+            "weights", "rescale", "round_mask", "evaluation", "init_score", "_seed", "_stream",
+        ):  # fmt: skip
+            del self.__dict__[name]
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(True)
 
     @torch.no_grad()
     def _restart(self) -> None:
@@ -175,24 +193,25 @@ class Supermask(nn.Module):
     def _flat(self, score: Tensor) -> Tensor:
         return score.flatten(1 - self.rank) if self.rank > 2 else score
 
-    def _next(self, name: str) -> Tensor:
+    def _next(self, name: str, compiles: bool) -> Tensor:
         """The key of the next draw; the counter moves on."""
         buffer = self._buffers[name]
         assert buffer is not None
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            key, self._buffers[name] = key_and_next(buffer)
-            return key
-        return next_key(buffer)
+        if not compiles:
+            return next_key(buffer)
+        if is_exporting():
+            return advance(buffer)
+        key, self._buffers[name] = key_and_next(buffer)
+        return key
 
-    def _masked(self, call: Callable[..., Tensor], soft: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output: call(key=... or mask=...) with a mask of bits, soft(w m r) with any other."""
+    def _key_or_mask(self, compiles: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the mask of this call is drawn from; or it itself, of an evaluation that has one."""
         if self.training:
-            if not self.round_mask:
-                return call(key=self._next("key"))
-            return soft(self._half_rounded(self._next("key")))
-        if self.held_mask is None and self.evaluation == "sample" and not self.round_mask:
-            return call(key=self._next("sample_key"))
-        return call(mask=self.weight_mask)
+            return self._next("key", compiles), None
+        held = self._buffers["held_mask"]
+        if held is None and self.evaluation == "sample" and not self.round_mask:
+            return self._next("sample_key", compiles), None
+        return None, self.weight_mask
 
     def _half_rounded(self, key: Tensor) -> Tensor:
         """w m r with m as `round_mask` says; r, which is not detached, is 1 without `rescale`."""
@@ -213,39 +232,26 @@ class Supermask(nn.Module):
         if self.held_mask is not None:
             destination[prefix + "held_mask"] = self.held_mask
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in ("evaluates_with", "held_mask")]
-        number, mask = (state_dict.get(name) for name in names)
-        try:  # check all of it before anything is written
-            evaluation = self.evaluation if number is None else _evaluation(names[0], number)
-            if mask is not None:
-                mask = as_mask(names[1], mask)
-                if mask.shape != self.score.shape:
-                    raise ValueError(
-                        f"{names[1]} has shape {tuple(mask.shape)}, the model needs "
-                        f"{tuple(self.score.shape)}."
-                    )
-        except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for name in names:
-            if name in unexpected_keys:
-                unexpected_keys.remove(name)
-        if number is not None or mask is not None:
-            self.evaluation = evaluation
-            self.evaluate_with(mask)
+    def _entries(self, load: LayerLoad) -> Any:
+        """What evaluations use, and the mask that they are told to use."""
+        names = load.names("evaluates_with", "held_mask")
+        number, mask = (load.state.get(name) for name in names)
+        if number is None and mask is None:
+            return None
+        evaluation = self.evaluation if number is None else _evaluation(names[0], number)
+        if mask is not None:
+            mask = as_mask(names[1], mask)
+            if mask.shape != self.score.shape:
+                raise ValueError(
+                    f"{names[1]} has shape {tuple(mask.shape)}, the model needs "
+                    f"{tuple(self.score.shape)}."
+                )
+        load.own.update(names)
+        return evaluation, mask
+
+    def _take(self, load: LayerLoad, entries: Any) -> None:
+        self.evaluation, mask = entries
+        self.evaluate_with(mask)
 
     def extra_repr(self) -> str:
         density = "?" if self.score.is_meta else f"{self.expected_density:.4g}"
@@ -324,21 +330,25 @@ class SupermaskLinear(Supermask, nn.Linear):
         options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
         check_options(options["weights"], options["init_score"], options["evaluation"])
         super().__init__(*args, **kwargs)
-        self._learn(**options)
+        self._enter_supermask(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-
-        def call(key: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-            return ops.supermask_linear(
-                input, self.score, self.weight, key, self.bias, mask=mask, rescale=self.rescale
-            )
-
-        def soft(w: Tensor) -> Tensor:
+        compiles = is_dynamo_compiling()
+        if self.training and self.round_mask:
+            w = self._half_rounded(self._next("key", compiles))
             return ops.masked_linear(input, w, _every(w), self.bias)
-
-        return self._masked(call, soft)
+        key, mask = self._key_or_mask(compiles)
+        score, weight, bias = self.score, self.weight, self.bias
+        node = None if compiles or overrides else eager()
+        if node is not None:
+            y = node.supermask_linear(input, score, weight, bias, key, mask, self.rescale)
+            if y is not None:  # nobody watches ops, and the tensors fit
+                return y
+        return ops.supermask_linear(
+            input, score, weight, key, bias, mask=mask, rescale=self.rescale
+        )
 
 
 class SupermaskConv2d(Supermask, nn.Conv2d):
@@ -356,7 +366,7 @@ class SupermaskConv2d(Supermask, nn.Conv2d):
         options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
         check_options(options["weights"], options["init_score"], options["evaluation"])
         super().__init__(*args, **kwargs)
-        self._learn(**options)
+        self._enter_supermask(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -366,14 +376,12 @@ class SupermaskConv2d(Supermask, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         geometry = self.stride, padding, self.dilation, self.groups
-
-        def call(key: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-            return ops.supermask_conv2d(
-                input, self.score, self.weight, key, self.bias, *geometry,
-                mask=mask, rescale=self.rescale,
-            )  # fmt: skip
-
-        def soft(w: Tensor) -> Tensor:
+        compiles = is_dynamo_compiling()
+        if self.training and self.round_mask:
+            w = self._half_rounded(self._next("key", compiles))
             return ops.masked_conv2d(input, w, _every(w), self.bias, None, *geometry)
-
-        return self._masked(call, soft)
+        key, mask = self._key_or_mask(compiles)
+        return ops.supermask_conv2d(
+            input, self.score, self.weight, key, self.bias, *geometry,
+            mask=mask, rescale=self.rescale,
+        )  # fmt: skip

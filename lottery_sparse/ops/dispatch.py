@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -76,19 +77,17 @@ PLACES: dict[str, tuple[str, str]] = {
     "sample_bits": ("supermask", "sampling"),
     "supermask_linear": ("supermask", ""),
     "supermask_linear_backward": ("supermask", ""),
-    "supermask_linear_sgd": ("supermask", ""),
     "supermask_conv2d": ("supermask", "conv2d"),
     "supermask_conv2d_backward": ("supermask", "conv2d"),
     "ternary_linear": ("packed", "ternary"),
-    "binary_linear": ("packed", ""),
-    "seeded_linear": ("packed", ""),
     "csr_linear": ("packed", ""),
-    "delta_linear": ("packed", ""),
     "bitmap_linear": ("packed", ""),
     "sgd_step": ("steps", ""),
     "adam_step": ("steps", ""),
     "prepare_step": ("steps", ""),
 }
+
+_TAKE_ALL = ("reference", "dense")  # plain torch, for every call and on every device
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
 # An op that is not listed runs on "reference". A kernel is listed only where benchmarks/results
@@ -111,7 +110,6 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "scatter_kept_": ("cpu", "reference"),
         "ternary_linear": ("cpu", "reference"),
         "csr_linear": ("cpu", "reference"),
-        "delta_linear": ("cpu", "reference"),
         "bitmap_linear": ("cpu", "reference"),
         "masked_conv2d": ("dense",),
         "masked_conv2d_backward": ("dense",),
@@ -119,7 +117,6 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "sample_mask": ("cpu", "reference"),
         "supermask_linear": ("dense",),
         "supermask_linear_backward": ("dense",),
-        "supermask_linear_sgd": ("dense",),
         "supermask_conv2d": ("dense",),
         "supermask_conv2d_backward": ("dense",),
     },
@@ -142,14 +139,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "random_normal": ("triton", "reference"),
         "keep_top": ("triton", "reference"),
         "ternary_linear": ("triton", "reference"),
-        "binary_linear": ("cuda", "reference"),
-        "seeded_linear": ("cuda", "reference"),
         "csr_linear": ("triton", "reference"),
-        "delta_linear": ("cuda", "reference"),
         "bitmap_linear": ("triton", "reference"),
         "supermask_linear": ("dense", "triton"),
         "supermask_linear_backward": ("dense", "triton"),
-        "supermask_linear_sgd": ("dense", "triton"),
         "supermask_conv2d": ("dense", "triton"),
         "supermask_conv2d_backward": ("dense", "triton"),
     },
@@ -163,6 +156,11 @@ class _Block:
     backend: str
 
 
+# What os.environ looks into, and the name as it is there: every op asks, and os.environ itself
+# takes four Python calls and an exception to say that a name is not set.
+_ENVIRONMENT: dict[Any, Any] = os.environ._data  # pyright: ignore[reportAttributeAccessIssue]
+_LS_BACKEND = os.environ.encodekey("LS_BACKEND")
+
 # Process-wide, not per thread: the backward of CUDA tensors runs on threads of autograd's own.
 overrides: list[_Block] = []  # the blocks that are open, the one entered last counts
 
@@ -170,7 +168,10 @@ overrides: list[_Block] = []  # the blocks that are open, the one entered last c
 def forced() -> str | None:
     """The backend that `use_backend` or the environment variable LS_BACKEND forces, or None."""
     last = overrides[-1:]  # at once: another thread may leave its block meanwhile
-    return last[0].backend if last else os.environ.get("LS_BACKEND") or None
+    if last:
+        return last[0].backend
+    value = _ENVIRONMENT.get(_LS_BACKEND)
+    return os.fsdecode(value) if value else None
 
 
 def prefers_dense(op: str, kind: str) -> bool:
@@ -248,7 +249,7 @@ def numerics() -> int:
 
 def rules_of(name: str) -> ModuleType:
     """The backend's rules; importing them loads the library of its kernels."""
-    return importlib.import_module(BACKENDS[name].rules)
+    return _module(BACKENDS[name].rules)
 
 
 @cache
@@ -293,21 +294,26 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     Raises:
         RuntimeError: the forced backend is not built, lacks the op, or refuses these arguments.
     """
-    name = forced()
-    if name is not None:
+    # every op asks: what needs no Python call here makes none
+    if (overrides or _ENVIRONMENT.get(_LS_BACKEND)) and (name := forced()) is not None:
         return _forced_kernel(name, op, device, args)
     for name in PREFERENCE.get(device.type, {}).get(op, ()):
+        if name in _TAKE_ALL:
+            return getattr(module_of(op, name), op)
         if not built(name):
             _say_not_built(name)
             continue
         if device.type == "cuda" and not fits(name, device):
             continue
-        if name == "reference":
-            break
-        rules = rules_of(name)
+        rules = _module(BACKENDS[name].rules)
         if rules.refuses(op, *args) is None and rules.wins(op, *args):
-            return function(op, name)
+            return getattr(module_of(op, name), op)
     return function(op, "reference")
+
+
+def run(op: str, *args: Any) -> Any:
+    """What `op` computes of `args`, on the device of the first one."""
+    return kernel(op, args[0].device, args)(*args)
 
 
 def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Callable:
@@ -329,6 +335,9 @@ def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Cal
 def _check_name(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}.")
+
+
+_module = cache(importlib.import_module)
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lottery_sparse.nn.compact import registry
+from lottery_sparse.nn.registry import compact
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.eager import has_node
 
@@ -47,7 +48,7 @@ class GroupPlan:
 
     @classmethod
     def of(cls, params: list[Tensor], optimizer: Any, forced: str | None) -> GroupPlan:
-        registrations = registry.registrations()
+        registrations = compact.count
         twice = len(set(map(id, params))) < len(params)
         plans: dict[Any, StepPlan] = {}
         for parameter in params:
@@ -65,7 +66,7 @@ class GroupPlan:
 
     def holds(self, params: list[Tensor], forced: str | None) -> bool:
         return (
-            self.registrations == registry.registrations()
+            self.registrations == compact.count
             and self.forced == forced
             and len(self.params) == len(params)
             and all(map(is_, self.params, params))

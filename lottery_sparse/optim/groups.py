@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lottery_sparse.nn.masked import Masked
+from lottery_sparse.ops.common.torch_private import NormBase
 
 # normalisation layers, whose weights of any shape scale the normalised values
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,17 +27,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
-from torch.optim.optimizer import (
-    Optimizer,
-    _get_scalar_dtype,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
+from torch.optim.optimizer import Optimizer
 
-from lottery_sparse.nn import rest
 from lottery_sparse.nn.compact import registry
+from lottery_sparse.nn.registry import after_step, masked, put_to_rest
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.torch_private import (
+    disable_dynamo,
+    global_post_hooks,
+    global_pre_hooks,
+    profiler_is_enabled,
+    step_dtype,
+)
 from lottery_sparse.optim.calls import Call, GroupPlan, StepPlan
 
 
@@ -55,7 +56,7 @@ def _hooked(step: Callable) -> Callable:
     full: Any = Optimizer.profile_hook_step(step)
 
     # a compiled function breaks its graph here: traced, an effective weight would stay stale
-    outside_graph = torch._disable_dynamo(full)  # pyright: ignore[reportPrivateImportUsage]
+    outside_graph = disable_dynamo(full)
 
     @functools.wraps(step)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,13 +65,15 @@ def _hooked(step: Callable) -> Callable:
         if type(self).step is not run:  # a subclass's own step, which torch has wrapped
             return step(self, *args, **kwargs)
         watched = (
-            self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _profiler_enabled()
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or profiler_is_enabled()
         )
         if not watched and _only_ours():
             registry.take_back()
-            loss = step(self, *args, **kwargs)  # after which compact's hook has nothing to do
-            if rest._after_step in _global_optimizer_post_hooks.values():
-                rest._after_step(self, args, kwargs)
+            loss = step(self, *args, **kwargs)  # which tells compact layers by itself
+            if masked:
+                put_to_rest(self)
             return loss
         return full(self, *args, **kwargs)
 
@@ -80,9 +83,9 @@ def _hooked(step: Callable) -> Callable:
 
 def _only_ours() -> bool:
     """Whether nobody but this package has hooks on the steps of all optimizers."""
-    before, after = _global_optimizer_pre_hooks.values(), _global_optimizer_post_hooks.values()
-    return all(hook is registry._before_step for hook in before) and all(
-        hook in (registry._after_step, rest._after_step) for hook in after
+    before, after = global_pre_hooks.values(), global_post_hooks.values()
+    return all(hook is registry.before_step for hook in before) and all(
+        hook is after_step for hook in after
     )
 
 
@@ -196,7 +199,7 @@ class _KernelStep:
         for group in groups:
             for parameter in group["params"]:
                 for holder in registry.holders_of(parameter):
-                    holder.written()  # a fused step of torch raises no version
+                    holder.weight_changed()  # a fused step of torch raises no version
 
 
 def _numbers(*values: Any) -> bool:
@@ -299,7 +302,7 @@ class _AdamStep(_KernelStep):
                 beside = group["capturable"] or group["fused"]
                 device = parameter.device if beside else "cpu"
                 held |= {  # all or nothing
-                    "step": torch.zeros((), dtype=_get_scalar_dtype(group["fused"]), device=device),
+                    "step": torch.zeros((), dtype=step_dtype(group["fused"]), device=device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }

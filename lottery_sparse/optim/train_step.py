@@ -101,10 +101,10 @@ class _Layer:
         addresses = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         same = addresses == self.addresses and self.layer.__dict__.get("products") is self.products
         if self.compact:
-            made, mask = self.layer, buffers["weight_mask"]
-            now = made.kept, made._dense, mask, buffers["weight_frozen"]
+            made, mask = self.layer._derived, buffers["weight_mask"]
+            now = made.kept, made.dense, mask, buffers["weight_frozen"]
             same = same and all(map(is_, now, self.made)) and plain(mask)._version == self.version
-            if not (same and made.is_made()):
+            if not (same and made.is_current()):
                 same = False
                 self._list()
         if self.learned:
@@ -120,23 +120,23 @@ class _Layer:
             if not self.compact and not self.learned:
                 self.effective = self.parameters[0]
         if self.compact and self.dense:
-            self.layer.settle(weight)
+            self.layer.refresh_if_stale(weight)
         return not same
 
     def _list(self) -> None:
         layer = self.layer
-        layer._keep_made()
+        layer._update_derived()
         mask, self.zero = layer.weight_mask, layer.zero
         self.lists, self.version = [*layer.kept, plain(mask)], plain(mask)._version
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         size = layer.in_features * layer.out_features
         self.dense = not self.zero or most / max(size, 1) > DENSE_MULTIPLY
-        self.keep = self.dense or not layer.lags  # else made when someone reads it
+        self.keep = self.dense or not layer.refreshes_lazily  # else made when someone reads it
         if self.keep:
             layer.make_dense()
-        self.effective = layer._dense if self.keep else self.empty
-        self.made = layer.kept, layer._dense, mask, layer.weight_frozen
+        self.effective = layer._derived.dense if self.keep else self.empty
+        self.made = layer.kept, layer._derived.dense, mask, layer.weight_frozen
 
 
 class _Step:

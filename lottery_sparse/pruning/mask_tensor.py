@@ -19,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_torch: Any = torch  # whose foreach functions are public in all but name
+from lottery_sparse.ops.common.torch_private import (
+    foreach_add_,
+    foreach_addcdiv_,
+    foreach_sub,
+    without_torch_function,
+)
+
 _changes = itertools.count(1)
 
 # Called with a mask and the one that it is about to take; with None after any other write to it.
@@ -110,7 +116,7 @@ def mask_in(tensor: Tensor) -> Tensor | None:
 
 
 def _plain(func: Callable, args: Any, kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         return func(*args, **kwargs)
 
 
@@ -200,9 +206,9 @@ _RULES: dict[Any, Callable] = {
     **dict.fromkeys(_SUBTRACTIONS | _SUMS, _blend),
     **dict.fromkeys(_IN_PLACE, _take_newest),
     Tensor.copy_: _copy_newest,
-    _torch._foreach_sub: _blend_each,
-    _torch._foreach_add_: _take_newest_each,
-    _torch._foreach_addcdiv_: _take_newest_each,
+    foreach_sub: _blend_each,
+    foreach_add_: _take_newest_each,
+    foreach_addcdiv_: _take_newest_each,
 }
 _COPIES = {torch.clone, Tensor.clone}
 _STAY_MASKS = _COPIES | {

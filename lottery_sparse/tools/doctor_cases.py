@@ -75,25 +75,9 @@ def _packed_ternary() -> tuple:
     return _values(_BATCH, _IN, stream=2), codes, torch.full((1,), 0.5), None, _OUT, False
 
 
-def _packed_binary() -> tuple:
-    weight, _ = _linear()
-    bits = pack_mask(weight > 0)
-    return _values(_BATCH, _IN, stream=2), bits, torch.full((1,), 0.5), None
-
-
-def _packed_seeded() -> tuple:
-    x, _, scale, bias = _packed_binary()
-    return x, pack_mask(_linear()[1]), torch.tensor([_SEED, 1, 2]), scale, bias
-
-
 def _packed_csr() -> tuple:
     weight, mask = _linear()
     return _values(_BATCH, _IN, stream=2), *formats.pack_csr(weight, mask), None
-
-
-def _packed_delta() -> tuple:
-    weight, mask = _linear()
-    return _values(_BATCH, _IN, stream=2), *formats.pack_delta(weight, mask), None
 
 
 def _packed_bitmap() -> tuple:
@@ -117,11 +101,6 @@ def _learned_linear_forward() -> tuple:
 def _learned_linear_backward() -> tuple:
     x, *network, _, signs = _learned_linear_forward()
     return _values(_BATCH, _OUT, stream=4), x, *network, signs, True, True, True
-
-
-def _learned_linear_step() -> tuple:
-    dy, x, score, *network, signs, _, _, _ = _learned_linear_backward()
-    return dy, x, score, _values(_OUT, _IN, stream=11), *network, signs, 0.1, 0.9, True
 
 
 _CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
@@ -179,10 +158,7 @@ CASES: dict[str, Callable[[], tuple]] = {
     "compact_conv2d_backward": _compact_conv_backward,
     "scatter_kept_": _scatter,
     "ternary_linear": _packed_ternary,
-    "binary_linear": _packed_binary,
-    "seeded_linear": _packed_seeded,
     "csr_linear": _packed_csr,
-    "delta_linear": _packed_delta,
     "bitmap_linear": _packed_bitmap,
     "keep_top": _selection,
     "pack_mask": lambda: (_mask(_OUT, _IN),),
@@ -191,7 +167,6 @@ CASES: dict[str, Callable[[], tuple]] = {
     "sample_bits": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
     "supermask_linear": _learned_linear_forward,
     "supermask_linear_backward": _learned_linear_backward,
-    "supermask_linear_sgd": _learned_linear_step,
     "supermask_conv2d": _learned_conv_forward,
     "supermask_conv2d_backward": _learned_conv_backward,
     "random_words": _random,

@@ -38,7 +38,6 @@ def backend(monkeypatch):
     monkeypatch.delitem(sys.modules, "lottery_sparse.ops.packed.cuda", raising=False)
     module = importlib.import_module("lottery_sparse.ops.packed.cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
-        binary_linear=emulator.binary_linear,
         csr_linear=emulator.csr_linear,
         ternary_linear=emulator.ternary_linear,
         tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
@@ -58,14 +57,12 @@ def problem(density=0.3, n=70, k=90, batch=9, dtype=torch.bfloat16):
 
 def arguments(op, x, weight, kept):
     values, starts, columns = formats.pack_csr(weight, kept)
-    if op == "delta_linear":
-        return x, *formats.pack_delta(weight, kept), torch.randn(len(weight), dtype=x.dtype)
     where = columns if op == "csr_linear" else bits_reference.pack_mask(kept)
     return x, values, starts, where, torch.randn(len(weight), dtype=x.dtype)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("op", ["csr_linear", "delta_linear", "bitmap_linear"])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear"])
 def test_sparse_products_are_those_of_the_reference(backend, op, density):
     args = arguments(op, *problem(density))
     expected = dispatch.function(op, "reference")(*args)
@@ -74,13 +71,11 @@ def test_sparse_products_are_those_of_the_reference(backend, op, density):
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
-@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear", "binary_linear"])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear"])
 def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
     x, weight, kept = problem(0.1, batch=batch)
     if op == "ternary_linear":
         args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
-    elif op == "binary_linear":
-        args = bits_reference.pack_mask(kept), torch.rand(1), torch.randn(70)
     else:
         args = arguments(op, x, weight, kept)[1:]
     expected = dispatch.function(op, "reference")(x.float(), *args)
@@ -97,11 +92,10 @@ def test_int8_rows_go_at_once(backend):
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("op", ["csr_linear", "delta_linear"])
-def test_few_rows_of_x_take_the_entries_as_they_are(backend, op, density, batch):
-    args = arguments(op, *problem(density, batch=batch))
-    expected = dispatch.function(op, "reference")(*args)
-    close(getattr(backend, op)(*args), expected)
+def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
+    args = arguments("csr_linear", *problem(density, batch=batch))
+    expected = dispatch.function("csr_linear", "reference")(*args)
+    close(backend.csr_linear(*args), expected)
     assert (args[1] in backend._tiles) == (density > 0.12)
 
 
@@ -111,20 +105,6 @@ def test_ternary_products_are_those_of_the_reference(backend):
     args = x, codes, scale, torch.randn(70), 70, False
     expected = packed_reference.ternary_linear(*args)
     close(backend.ternary_linear(*args), expected)
-
-
-def test_products_of_bits_are_those_of_the_reference(backend):
-    x, weight, kept = problem()
-    scale, bias, key = torch.rand(70) + 0.5, torch.randn(70), torch.tensor([7, 8, 9])
-    for op, args in {
-        "binary_linear": (x, bits_reference.pack_mask(weight > 0), scale, bias),
-        "seeded_linear": (x, bits_reference.pack_mask(kept), key, scale, bias),
-    }.items():
-        expected = dispatch.function(op, "reference")(*args)
-        close(getattr(backend, op)(*args), expected)
-        assert "CUDA devices, got cpu" in backend.refuses(op, *args)
-        assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
-        assert "scale as float32" in backend.refuses(op, *args[:-2], scale.double(), bias)
 
 
 def test_tiles_are_made_once_and_anew_after_a_write(backend):

@@ -16,8 +16,8 @@ from problems import DTYPES, FROZEN, linear_problem, takes
 import lottery_sparse as ls
 from lottery_sparse import ops
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact import reference as compact_reference
 from lottery_sparse.ops.masked import reference as masked_reference
-from lottery_sparse.ops.packed import reference as packed_reference
 from lottery_sparse.ops.selection import reference as selection_reference
 from lottery_sparse.tools import doctor, doctor_steps
 
@@ -61,8 +61,8 @@ def test_the_doctor_has_a_case_of_every_op_that_is_listed():
 
 
 def test_what_is_not_listed_runs_on_the_reference():
-    assert "seeded_linear" not in dispatch.PREFERENCE["cpu"]
-    assert dispatch.kernel("seeded_linear", CPU) is packed_reference.seeded_linear
+    assert "gather_kept" not in dispatch.PREFERENCE["cpu"]
+    assert dispatch.kernel("gather_kept", CPU) is compact_reference.gather_kept
 
 
 @native_only
@@ -264,7 +264,7 @@ def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):
     dispatch._say_not_built.cache_clear()
     with caplog.at_level("WARNING", logger="lottery_sparse"):
         for _ in range(2):
-            dispatch.kernel("masked_linear", torch.device("cuda"))
+            dispatch.kernel("ternary_linear", torch.device("cuda"))
     dispatch._say_not_built.cache_clear()
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "Triton" in line] == [
@@ -287,3 +287,9 @@ def test_the_environment_forces_too():
     assert "random_words has no cpu backend" in done.stderr
     done = run_python(code, LS_BACKEND="reference")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    code = "import sys, lottery_sparse; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "False"

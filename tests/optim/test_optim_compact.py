@@ -42,8 +42,8 @@ def compact_layers(model):
 def assert_fresh(model):
     """Effective weights hold the kept values and else what they froze; spare slots hold 0."""
     for layer in compact_layers(model):
-        if not layer.lags:
-            assert layer.fresh_version == layer.weight._version
+        if not layer.refreshes_lazily:
+            assert layer._derived.weight_version == layer.weight._version
         got = layer.weight_effective.clone()
         layer._fill()
         assert torch.equal(got, layer.weight_effective)
@@ -103,8 +103,8 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
 def test_what_no_kernel_reads_waits_for_readers(kind, fused):
     model = compact_model(shared=True)
     layers = compact_layers(model)
-    assert all(layer.lags for layer in layers)
-    held = [layer._dense for layer in layers]
+    assert all(layer.refreshes_lazily for layer in layers)
+    held = [layer._derived.dense for layer in layers]
     before = [(t.clone(), t._version) for t in held]
     train_model(model, kind(model.parameters(), lr=0.1, fused=fused), 2)
     for t, (old, version) in zip(held, before, strict=True):
@@ -132,8 +132,8 @@ def test_what_no_kernel_reads_waits_for_readers(kind, fused):
     ls.set_masks_(model, ls.masks_of(model))
     assert torch.equal(model(x), y)
     for layer in compact_layers(model.double()):
-        assert not layer.lags
-        assert torch.equal(layer._dense, layer.effective_weight)
+        assert not layer.refreshes_lazily
+        assert torch.equal(layer._derived.dense, layer.effective_weight)
 
 
 @needs_kernel
@@ -173,7 +173,7 @@ class Holder(nn.Module):
         self.kept, self.fresh_version, self.target = kept, 0, effective
         registry.register(self)
 
-    def written(self):
+    def weight_changed(self):
         kept = self.kept
         ls.ops.compact.reference.scatter_kept_(
             self._dense, self.weight.detach(), kept.starts, kept.columns
@@ -206,6 +206,20 @@ def test_compact_and_expand_under_a_running_optimizer(monkeypatch):
         ls.set_masks_(model, ls.Masks(smaller | {"0.weight": other}))
     ls.sparsify_(model, optimizer=optimizer)
     train_model(model, optimizer, 2)
+
+
+def test_state_that_was_loaded_moves_where_its_optimizer_is_given():
+    model = compact_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train_model(model, optimizer, 2)
+    other = copy.deepcopy(model)
+    resumed = torch.optim.Adam(other.parameters(), lr=0.01)
+    resumed.load_state_dict(optimizer.state_dict())  # it has not stepped here
+    smaller = {n: m & (torch.rand(m.shape) < 0.7) for n, m in ls.masks_of(model).items()}
+    ls.set_masks_(model, smaller, optimizer=optimizer)
+    ls.set_masks_(other, smaller, optimizer=resumed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], resumed.state[q]["exp_avg"])
 
 
 def test_fallback_keeps_effective_weights_fresh():

@@ -207,7 +207,9 @@ def test_effective_weights_are_written_where_something_reads_them(density, produ
     step(*data[0])
     layer.products = products
     step(*data[1])
-    assert layer._dense.any() == written, "zeros without memory of their own where none reads it"
+    assert layer._derived.dense.any() == written, (
+        "zeros without memory of their own where none reads it"
+    )
     assert not torch.equal(layer.weight_effective, before)
 
 

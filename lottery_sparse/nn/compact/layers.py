@@ -38,7 +38,8 @@ class CompactLinear(Compact, nn.Linear):
                 f"input has shape {tuple(input.shape)}, but this layer needs "
                 f"[..., {self.in_features}]."
             )
-        if self._is_foreign():
+        # asked in two steps, since each forward asks
+        if not self._derived.follows(self._buffers) and self._buffers_were_swapped():
             return masked_linear(
                 input, self._spread(), plain(self.weight_mask), self.bias, self._held().for_op()
             )
@@ -47,7 +48,7 @@ class CompactLinear(Compact, nn.Linear):
         return products.linear(
             input,
             weight,
-            self.kept,
+            self._derived.kept,
             effective,
             own["bias"] if "bias" in own else self.bias,  # noqa: SIM401, which asks both
             self.zero,
@@ -76,7 +77,7 @@ class CompactConv2d(Compact, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
-        foreign, padding = self._is_foreign(), self.padding
+        foreign, padding = self._buffers_were_swapped(), self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -102,7 +103,7 @@ class CompactConv2d(Compact, nn.Conv2d):
         return products.compact_conv2d(
             input,
             weight,
-            self.kept,
+            self._derived.kept,
             effective,
             self.bias,
             self.zero,

@@ -1,56 +1,29 @@
-"""Helpers that turn a masked layer into a compact one, and checks that its state can move."""
+"""What compact layers share: blanks, a watch on a Parameter, and checks of optimizers' state."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn.compact.registry import optimizers_of
-from lottery_sparse.nn.masked import Masked, normal, redraw_
+from lottery_sparse.nn.masked import normal, redraw_
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
-from lottery_sparse.ops.limits import kernels_take, may_lag
-from lottery_sparse.ops.masked.reference import effective_weight
-from lottery_sparse.pruning.mask_tensor import plain
+from lottery_sparse.ops.limits import may_lag
 
 SLOTS = 16  # of a network's kept weights, compared to see writes
-
-
-class Shrunk(NamedTuple):
-    """The tensors of a masked layer's compact form.
-
-    They are allocated before the layer changes, so that a lack of memory leaves it as it is.
-    """
-
-    effective: Tensor  # a blank where no op reads it
-    kept: KeptLists
-    parameter: nn.Parameter
-    skips: bool
-
-    @classmethod
-    def of(cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None) -> Shrunk:
-        """The tensors for `capacity` slots; `parameter` is that of a layer which shares it."""
-        effective = effective_weight(
-            layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
-        )  # fmt: skip
-        effective = normal(effective.contiguous())
-        kept = KeptLists(
-            *map(normal, KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity))
-        )
-        if parameter is None:
-            values = normal(gather_kept(effective, kept.starts, kept.columns))
-            parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
-        skips = skips_pruned(effective, kept, layer.weight_frozen is None)
-        skips = skips and kernels_take(getattr(layer, "stride", ()))
-        return cls(
-            blank_of(effective, effective.shape) if skips else effective, kept, parameter, skips
-        )
+# What torch's optimizers hold for each element of a weight, of its shape.
+PER_ELEMENT = {
+    "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq",
+    "momentum_buffer", "prev", "square_avg", "step_size", "sum",
+}  # fmt: skip
 
 
 def skips_pruned(effective: Tensor, kept: KeptLists, zero: bool) -> bool:
@@ -81,8 +54,7 @@ def zeros_of(blank: Tensor) -> Tensor:
 
 def has_readers(tensor: Tensor) -> bool:
     """Whether other tensors share the memory of this one."""
-    uses: Any = torch._C._storage_Use_Count  # pyright: ignore[reportAttributeAccessIssue]
-    return uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
+    return storage_uses(tensor.untyped_storage()._cdata) > 2  # its own, and the storage object here
 
 
 def _in_place(tensor: Tensor, kind: str) -> np.ndarray:
@@ -151,8 +123,8 @@ def version_of(weight: Tensor) -> int:
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
     """The versions of a layer's buffers; no loop, since each forward asks."""
     if frozen is None:
-        return (plain(mask)._version,)
-    return plain(mask)._version, frozen._version, 0 if signs is None else plain(signs)._version
+        return (mask._version,)
+    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:
@@ -177,6 +149,33 @@ def check_capacity(name: str, mask: Tensor, rank: int, capacity: int) -> None:
             f"mask of {name} keeps {most} weights, but the compact layer has {capacity} "
             "slots; call ls.sparsify_, set the mask, then ls.compact_."
         )
+
+
+def fit_state(layer: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Give state of other slots, which was loaded, the slots that the weight of a layer has.
+
+    Kept weights fill the first slots of both; spare ones hold zero. State of the dense weight,
+    of a masked model, gives what it has for kept ones.
+
+    Raises:
+        ValueError: the state has fewer slots than this layer keeps weights.
+    """
+    state, shape = optimizer.state.get(layer.weight) or {}, layer.weight.shape
+    for name, value in state.items():
+        if name not in PER_ELEMENT or not isinstance(value, Tensor) or value.shape == shape:
+            continue
+        if value.shape == layer.weight_mask.shape:
+            state[name] = gather_kept(value, *layer.kept[:2])
+        elif value.dim() == len(shape) and value.shape[:-1] == shape[:-1]:
+            most, slots = most_kept(layer.weight_mask, layer.rank), value.shape[-1]
+            if slots < most:
+                raise ValueError(
+                    f"{type(optimizer).__name__} holds state of {slots} kept weights, but a "
+                    f"{type(layer).__name__} of {tuple(layer.weight_mask.shape)} keeps {most}; "
+                    "load the model before the optimizer, in the form that was saved."
+                )
+            state[name] = value.new_zeros(shape)
+            state[name][..., :slots] = value[..., : shape[-1]]
 
 
 def check_optimizers(

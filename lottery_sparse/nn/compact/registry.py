@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lottery_sparse.nn import registry
 from lottery_sparse.ops.compact.kept import KeptLists
 
 
@@ -36,48 +31,27 @@ class Holder(Protocol):
     def stepped(self) -> None:
         """Called by a step that wrote `weight`, and `target` where there is one."""
 
-    def written(self) -> None:
+    def weight_changed(self) -> None:
         """Called by what wrote `weight` alone."""
 
     def fit_state(self, optimizer: Optimizer) -> None:
         """Give an optimizer's state of `weight` the slots that it has here."""
 
 
-# By the id of the Parameter, which each look-up compares: a weak reference to a Parameter would
-# keep torch from swapping it (torch.__future__.set_swap_module_params_on_conversion).
-_holders: dict[int, WeakSet] = {}
-_most_holders = 64  # entries beyond which those without a layer are dropped
+_holders = registry.compact
 _optimizers: WeakSet = WeakSet()
 _lenders: WeakSet = WeakSet()
-_registrations = 0
 
 
 def register(layer: Holder) -> None:
     """Make the layer known as a holder of its `weight`."""
-    global _registrations, _most_holders
-    _registrations += 1
     _watch_steps()
-    _holders.setdefault(id(layer.weight), WeakSet()).add(layer)
-    if len(_holders) > _most_holders:
-        for key, layers in list(_holders.items()):
-            if all(id(held.weight) != key for held in layers):
-                del _holders[key]
-        _most_holders = 64 + 2 * len(_holders)
-
-
-def registrations() -> int:
-    """Grows whenever `holders_of` may have more to say."""
-    return _registrations
+    _holders.add(layer)
 
 
 def holders_of(parameter: Tensor) -> list[Holder]:
     """The compact layers whose Parameter this is; none for an ordinary one."""
-    return [h for h in _holders.get(id(parameter), ()) if h.weight is parameter]
-
-
-def layers() -> list[Any]:
-    """All compact layers that live in this process."""
-    return [h for key, held in _holders.items() for h in held if id(h.weight) == key]
+    return _holders.of(parameter)
 
 
 def lends(layer: Any) -> None:
@@ -104,41 +78,19 @@ def note_optimizer(optimizer: Optimizer) -> None:
     _optimizers.add(optimizer)
 
 
-def find_optimizers() -> None:
-    """Note every optimizer of this process that holds state for a compact Parameter.
-
-    One that steps is known; one whose state was loaded, and which has not stepped since, is not.
-    """
-    if not _holders:
-        return
-    for found in gc.get_objects():
-        if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
-            if not found.__dict__.get("state"):
-                continue
-            for group in found.param_groups:  # not the state's keys: LBFGS has one for all of them
-                if any(holders_of(parameter) for parameter in group["params"]):
-                    note_optimizer(found)
-
-
 @cache
 def _watch_steps() -> None:
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
+    register_optimizer_step_pre_hook(before_step)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+@registry.outside_graph
+def before_step(optimizer: Optimizer) -> None:
     """Runs before every step of any torch optimizer, once a compact layer exists."""
-    if "torch._dynamo" in sys.modules:  # the step may be a part of what torch.compile compiles
-        _prepare_outside_graph(optimizer)
-    else:
-        _prepare(optimizer)
-
-
-def _prepare(optimizer: Optimizer) -> None:
     take_back()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for holder in holders_of(parameter)[:1]:
+                note_optimizer(optimizer)
                 holder.fit_state(optimizer)
 
 
@@ -147,28 +99,3 @@ def take_back() -> None:
     for layer in list(_lenders):
         if not layer.take_back():
             _lenders.discard(layer)
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Runs after every step of any torch optimizer, once a compact layer exists.
-
-    It does not ask the version counter: torch's fused optimizers write without raising it.
-    """
-    if "torch._dynamo" in sys.modules:
-        _tell_outside_graph(optimizer)
-    else:
-        _tell_holders(optimizer)
-
-
-def _tell_holders(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            holders = holders_of(parameter)
-            if holders:
-                note_optimizer(optimizer)
-            for holder in holders:
-                holder.written()
-
-
-_prepare_outside_graph: Any = torch._disable_dynamo(_prepare)  # pyright: ignore
-_tell_outside_graph: Any = torch._disable_dynamo(_tell_holders)  # pyright: ignore

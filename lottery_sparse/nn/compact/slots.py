@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lottery_sparse.nn import registry
 from lottery_sparse.nn.compact.moving import Watch, version_of
-from lottery_sparse.nn.compact.registry import layers
 from lottery_sparse.pruning import mask_tensor
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 
@@ -47,12 +47,16 @@ def leave_copies(layer: Any, mask: Tensor) -> None:
     old = plain(layer.weight_mask)
     if torch.equal(old, mask.to(old.device, torch.bool)):
         return
-    for other in layers():
-        if other.weight is layer.weight or other.slots_before is not None or other.weight.is_meta:
+    for other in registry.compact.all():
+        if (
+            other.weight is layer.weight
+            or other._derived.slots_before is not None
+            or other.weight.is_meta
+        ):
             continue
         mask, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
         if fits and mask.shape == old.shape and torch.equal(mask, old.to(mask.device)):
-            other.slots_before = Slots.of(other)
+            other._derived.slots_before = Slots.of(other)
 
 
 def check(layer: Any) -> None:
@@ -61,12 +65,12 @@ def check(layer: Any) -> None:
     Raises:
         RuntimeError: the slots were written, and no live layer with the same mask has the same.
     """
-    if not layer.slots_before.were_written(layer.weight):
+    if not layer._derived.slots_before.were_written(layer.weight):
         return
     if not _are_copied(layer, _age(layer)):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
         raise RuntimeError(text)
-    layer.slots_before = None
+    layer._derived.slots_before = None
 
 
 def _age(layer: Any) -> int | None:
@@ -77,7 +81,7 @@ def _age(layer: Any) -> int | None:
 
 def _are_copied(layer: Any, age: int | None) -> bool:
     """Whether a live layer with a mask of this age has the same slots."""
-    for other in layers():
+    for other in registry.compact.all():
         if other is not layer and age is not None and _age(other) == age:
             weight, mine = other.weight.detach(), layer.weight.detach()
             if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
@@ -87,13 +91,13 @@ def _are_copied(layer: Any, age: int | None) -> bool:
 
 def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
     """Called before a mask takes the one of `source`, and after any other write to a mask."""
-    for layer in layers():
+    for layer in registry.compact.all():
         if getattr(layer.weight_mask, "age", None) is not mask.age or layer.weight.is_meta:
             continue
         if source is not None and _are_copied(layer, source.age[0]):
-            layer.slots_before = None  # everything is
-        elif layer.slots_before is None:
-            layer.slots_before = Slots.of(layer)
+            layer._derived.slots_before = None  # everything is
+        elif layer._derived.slots_before is None:
+            layer._derived.slots_before = Slots.of(layer)
 
 
 mask_tensor.watchers.append(_mask_is_written)

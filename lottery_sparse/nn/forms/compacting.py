@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.nn.compact.derived import CompactParts
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
-from lottery_sparse.nn.compact.moving import Shrunk, check_movable, most_kept
+from lottery_sparse.nn.compact.moving import check_movable, most_kept
 from lottery_sparse.nn.compact.registry import note_optimizer
 from lottery_sparse.nn.forms.convert import become, by_parameter, check_masked, check_tied
 from lottery_sparse.nn.masked import Masked, has_hooks
@@ -53,9 +54,9 @@ def shrink_layers_(
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
         capacity = min(most_kept(first.weight_mask, first.rank) + spare, size)
-        parts = [Shrunk.of(first, capacity)]
+        parts = [CompactParts.of(first, capacity)]
         parameter, kept = parts[0].parameter, parts[0].kept
-        parts += [Shrunk.of(layer, capacity, parameter) for layer in layers[1:]]
+        parts += [CompactParts.of(layer, capacity, parameter) for layer in layers[1:]]
 
         def gather(dense: Tensor, kept: Any = kept) -> Tensor:
             return gather_kept(dense, kept.starts, kept.columns)
@@ -64,7 +65,7 @@ def shrink_layers_(
         for layer, mine in zip(layers, parts, strict=True):
             become(layer, COMPACT_TYPES[type(layer)])
             assert isinstance(layer, Compact)
-            layer._shrink(mine)
+            layer._enter_compact(mine)
         replace()
     return model
 
@@ -102,8 +103,9 @@ def expand_layers_(
         replace = _replacement(optimizer, old, parameter, scatter)
         for layer in layers:
             assert isinstance(layer, Compact)
-            layer._grow(parameter)
+            layer._leave_compact(parameter)
             become(layer, layer.masked_type)
+            layer._rests_here()
         replace()
     return model
 
@@ -136,7 +138,7 @@ def refresh_(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, Compact):
-            module.slots_before = None  # its numbers are meant
+            module._derived.slots_before = None  # its numbers are meant
             module.refresh_()
         elif isinstance(module, Masked):
             module._put_back()

@@ -12,7 +12,6 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from lottery_sparse.nn.compact.registry import find_optimizers, holders_of
 from lottery_sparse.nn.forms.weight_types import none_to_mask
 from lottery_sparse.nn.frozen import Held, Source, hold, keyed
 from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
@@ -79,10 +78,7 @@ def mask_layers_(
         if name not in skipped:
             mask = _take_from_prune(module) if name in pruned else None
             become(module, MASKED_TYPES[type(module)])
-            cast(Masked, module)._add_mask()
-            if mask is not None:
-                cast(Masked, module).weight_mask.copy_(mask)
-                cast(Masked, module)._rests_here()
+            cast(Masked, module)._enter_masked(mask)
     _match_tied_masks(model, swapped)
     if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
         why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
@@ -144,7 +140,9 @@ def set_masks_(
             dict of these by name, where a name left out means zero.
         optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; the
             state of compact layers moves with the kept weights. A compact layer requires it once
-            an optimizer holds such state.
+            an optimizer holds such state. Without it, that is an error where the optimizer has
+            stepped in this process; one whose state was loaded and that has not stepped since is
+            not known, and must be given.
 
     Returns:
         `model`.
@@ -181,9 +179,6 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
-    kept_only = any(holders_of(layers[0].weight) for layers in parameters.values())
-    if kept_only and (optimizer is None or not optimizer.state):  # else it trains the model
-        find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]
         if mask.shape != layer.weight_mask.shape:

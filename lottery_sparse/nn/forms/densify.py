@@ -21,7 +21,6 @@ from lottery_sparse.nn.forms.convert import (
     hooks_of_prune,
     masked_modules,
 )
-from lottery_sparse.nn.masked import normal
 from lottery_sparse.nn.packed import PackedLinear
 from lottery_sparse.nn.packed_formats import FORMATS
 from lottery_sparse.pruning.names import prefix_of
@@ -55,12 +54,8 @@ def densify_layers_(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
         for _, layer in masked:
             layer.weight.copy_(layer.effective_weight)
     for _, layer in masked:
+        layer._leave_masked()
         become(layer, layer.dense_type)
-        for name in ("weight_mask", "weight_frozen", "weight_signs"):
-            del layer._buffers[name]
-            layer._non_persistent_buffers_set.discard(name)
-        for name in ("_frozen_descriptor", "_rest"):
-            layer.__dict__.pop(name, None)
     for _, layer in packed:
         unpack_(layer)
     return model
@@ -68,16 +63,8 @@ def densify_layers_(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 def unpack_(layer: PackedLinear) -> None:
     """A class swap, as in `pack_`: hooks, name and identity stay."""
-    own = {"weight": layer.effective_weight, "bias": layer.bias}
-    layer._buffers.clear()
-    for name in ("format", "activations", "dtype"):
-        del layer.__dict__[name]
+    layer._leave_packed()
     become(layer, nn.Linear)
-    for name, value in own.items():
-        parameter = None
-        if value is not None:
-            parameter = nn.Parameter(normal(value.detach().clone()), requires_grad=False)
-        layer.register_parameter(name, parameter)
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:

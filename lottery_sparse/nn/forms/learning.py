@@ -73,7 +73,7 @@ def supermask_layers_(
         become(module, SUPERMASK_TYPES[type(module)])
         assert isinstance(module, Supermask)
         stream = stream_of(keys[scores[name]])
-        module._learn(weights, rescale, init_score, round_mask, evaluation, seed, stream)
+        module._enter_supermask(weights, rescale, init_score, round_mask, evaluation, seed, stream)
     return model
 
 
@@ -183,21 +183,9 @@ def fix_masks_(
             own = tuple(range(-layer.rank, 0))
             size = mask.shape[-layer.rank :].numel()
             layer.weight.mul_(size / mask.sum(own, keepdim=True).clamp(min=1))
-        for name in ("key", "sample_key", "held_mask"):
-            del layer._buffers[name]
-        layer._non_persistent_buffers_set.discard("held_mask")
-        del layer._parameters["score"]
-        for name in (
-            "weights", "rescale", "round_mask", "evaluation", "init_score", "_seed", "_stream",
-        ):  # fmt: skip
-            del layer.__dict__[name]
+        layer._leave_supermask()
         become(module, FIXED_TYPES[type(layer)])
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(True)
-        module._add_mask()
-        module.weight_mask.copy_(mask)
-        module._rests_here()
+        module._enter_masked(mask)
     return model
 
 

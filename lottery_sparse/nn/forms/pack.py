@@ -74,14 +74,10 @@ def _table(lines: list[tuple[str, str, int, int, str]]) -> str:
 def _replace(layer: Masked, activations: str) -> PackedLinear:
     """A class swap: hooks, name and identity stay."""
     weight, bias = layer.effective_weight.detach(), layer.bias
-    layer._parameters.clear()
-    layer._buffers.clear()
-    layer._non_persistent_buffers_set.clear()
-    for name in ("_frozen_descriptor", "_rest"):
-        layer.__dict__.pop(name, None)
+    layer._leave_masked()
     become(layer, PackedLinear)
     assert isinstance(layer, PackedLinear)
-    layer._pack(weight, bias, None, activations)
+    layer._enter_packed(weight, bias, activations)
     return layer
 
 

@@ -281,7 +281,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A new module with Parameters of its own; masked if the module is compact."""
     new = _bare(module)
     if isinstance(new, Compact):
-        new._grow()
+        new._leave_compact()
         become(new, new.masked_type)
     for key, parameter in module._parameters.items():
         if parameter is not None and new._parameters[key] is parameter:

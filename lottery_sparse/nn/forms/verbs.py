@@ -350,6 +350,4 @@ def _mask_packed(model: nn.Module, leaves: Collection[int] = ()) -> None:
         unpack_(layer)
         become(layer, MaskedLinear)
         assert isinstance(layer, MaskedLinear)
-        layer._add_mask()
-        layer.weight_mask.copy_(layer.weight != 0)
-        layer._rests_here()
+        layer._enter_masked(layer.weight != 0)

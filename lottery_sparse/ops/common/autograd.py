@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
+from lottery_sparse.ops.common.torch_private import (
+    EagerFunction,
+    dispatch_modes,
+    forward_ad,
+    functorch_is_active,
+    is_functorch_wrapped,
+)
 
 
-def differentiable(
-    name: str,
-    op: Callable,
-    run: Callable,
-    save: Callable,
-    gradients: Callable,
-    vmap_rule_of: Callable,
-    carrying: Callable | None = None,
-) -> Callable:
-    """Register the rules of `op` and return the function that ops must call.
+class Differentiable:
+    """What calls an op that has gradients: its rules, registered, and three ways to its kernel.
 
     The same rules reach the kernel on three ways:
 
@@ -30,77 +33,88 @@ def differentiable(
     - everything else (torch.compile, export, tensor subclasses, dispatch modes) takes the op.
 
     Args:
-        name: qualified name, "lottery_sparse::…".
-        op: the overload registered under that name.
-        run: the kernel behind the op, on plain tensors.
+        stem: the op's name, under which it is defined in "lottery_sparse::".
         save: (ctx, inputs, output) -> None.
         gradients: (ctx, *output gradients) -> input gradients.
         vmap_rule_of: differentiable function -> (info, in_dims, *args) -> (output, out_dims).
             The rule must call the function it is given: grad levels may lie around the vmap.
+        cast: (args, device) -> args as autocast has them. They are cast before torch.func saves
+            anything, or dy and x would differ in dtype. None: an op that autocast leaves alone.
+        run: the kernel, on plain tensors; None: the one that dispatch chooses.
         carrying: the kernel with a second result, a tensor for its own backward; where plain
             eager tensors need gradients it takes the place of `run`, and `save` gets that tensor
             as a fourth argument.
     """
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return UnderTransforms.apply(*args)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if not unwatched(tensors):
-            return op(*args)
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if grad or forward_ad._current_level >= 0:  # the kernel alone would lose a tangent
-            return Eager.apply(*args)
-        return run(*args)
+    def __init__(
+        self,
+        stem: str,
+        save: Callable,
+        gradients: Callable,
+        vmap_rule_of: Callable,
+        *,
+        cast: Callable | None = None,
+        run: Callable | None = None,
+        carrying: Callable | None = None,
+    ) -> None:
+        name = f"lottery_sparse::{stem}"
+        op = getattr(torch.ops.lottery_sparse, stem).default
+        vmap_rule = vmap_rule_of(self)
 
-    vmap_rule = vmap_rule_of(call)
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            if carrying is None:
-                output = run(*args)
+        class Eager(EagerFunction):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                if carrying is not None:
+                    output, carried = carrying(*args)
+                    save(ctx, args, output, carried)
+                    return output
+                output = (run or dispatch.kernel(stem, args[0].device, args))(*args)
                 save(ctx, args, output)
-            else:
-                output, carried = carrying(*args)
-                save(ctx, args, output, carried)
-            return output
+                return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(ctx, *grads)
+            backward = staticmethod(gradients)
+            jvp = no_forward_mode(stem)
 
-        jvp = no_forward_mode(name)
+        class UnderTransforms(torch.autograd.Function):
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                return op(*args)
 
-    class UnderTransforms(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return op(*args)
+            setup_context = staticmethod(save)
+            backward = staticmethod(gradients)
+            jvp = no_forward_mode(stem)
+            vmap = staticmethod(vmap_rule)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-            save(ctx, inputs, output)
+        self._stem, self._op, self._cast, self._run = stem, op, cast, run
+        self._eager, self._under_transforms = Eager.apply, UnderTransforms.apply  # pyright: ignore[reportAttributeAccessIssue]
+        torch.library.impl(name, "default", run or partial(dispatch.run, stem))
+        torch.library.register_autograd(name, gradients, setup_context=save)
+        torch.library.register_vmap(name, vmap_rule)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return gradients(ctx, *grads)
+    def __call__(self, *args: Any) -> Any:
+        device = args[0].device
+        kind = device.type
+        if self._cast is not None and kind in AUTOCAST_KEYS and torch.is_autocast_enabled(kind):
+            args = self._cast(args, kind)
+        if is_dynamo_compiling():
+            return self._op(*args)
+        if functorch_is_active():
+            return self._under_transforms(*args)
+        if dispatch_modes() != 0:
+            return self._op(*args)
+        asks, enabled = forward_ad._current_level >= 0, torch.is_grad_enabled()
+        for a in args:  # written out: a frame of Python for each would show
+            if isinstance(a, Tensor):
+                if type(a) not in _PLAIN or a.is_meta or _outlived(a):
+                    return self._op(*args)
+                asks = asks or (enabled and a.requires_grad)
+        if asks:  # or a tangent, which the kernel alone would lose
+            return self._eager(*args)
+        return (self._run or dispatch.kernel(self._stem, device, args))(*args)
 
-        jvp = no_forward_mode(name)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-            return vmap_rule(info, in_dims, *args)
-
-    torch.library.register_autograd(name, gradients, setup_context=save)
-    torch.library.register_vmap(name, vmap_rule)
-    return call
-
-
-def no_forward_mode(name: str) -> staticmethod:
+def no_forward_mode(stem: str) -> staticmethod:
     """The rule for tangents: ops have none, and say so."""
-    stem = name.partition("::")[2]
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
@@ -111,33 +125,43 @@ def no_forward_mode(name: str) -> staticmethod:
     return staticmethod(jvp)
 
 
-def direct(op: Callable, run: Callable) -> Callable:
-    """For an op without gradients: the function that takes the first or third way above."""
+class Direct:
+    """What calls an op without gradients: the first or third way above."""
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return op(*args)
-        return run(*args) if unwatched([a for a in args if isinstance(a, Tensor)]) else op(*args)
+    def __init__(self, stem: str) -> None:
+        self._stem, self._op = stem, getattr(torch.ops.lottery_sparse, stem).default
+        torch.library.impl(f"lottery_sparse::{stem}", "default", partial(dispatch.run, stem))
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        if is_dynamo_compiling() or functorch_is_active() or dispatch_modes() != 0:
+            return self._op(*args)
+        for a in args:
+            if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta or _outlived(a)):
+                return self._op(*args)
+        return dispatch.kernel(self._stem, args[0].device, args)(*args)
 
 
 _PLAIN = (Tensor, nn.Parameter)
+# a tensor of a transform, which it has outlived where none is active
+_outlived = is_functorch_wrapped
 
 
 def is_plain_eager(x: Any) -> bool:
     """Whether torch's own layers may take x: no graph, transform or tangent asks for an op."""
     return (
         type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
+        and not is_compiling()
+        and dispatch_modes() == 0
+        and not functorch_is_active()
         and forward_ad._current_level < 0
     )
 
 
-def unwatched(tensors: list[Tensor]) -> bool:
-    """Real tensors, and nobody watches the dispatcher."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in _PLAIN and not t.is_meta for t in tensors
-    )
+def unwatched(args: Iterable[Any]) -> bool:
+    """Whether the tensors among these are real ones, and nobody watches the dispatcher."""
+    if dispatch_modes() != 0:
+        return False
+    for a in args:
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta or _outlived(a)):
+            return False
+    return True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
 from lottery_sparse.ops.bits.cpu import as_bool, count_kept
+from lottery_sparse.ops.common.torch_private import multiplies_bfloat16
 from lottery_sparse.ops.limits import (
     MAX_DENSITY_LINEAR,
     MOST_STRIDE,
@@ -25,7 +26,7 @@ numerics = torch.ops.lottery_sparse_native.numerics.default
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
 
-_PACKED = ("ternary_linear", "csr_linear", "delta_linear", "bitmap_linear")
+_PACKED = ("ternary_linear", "csr_linear", "bitmap_linear")
 _MOST_COLUMNS_INT8 = 2**18  # kTernaryMostColumns
 _LINEAR = (torch.float32, torch.bfloat16)  # all of a call's tensors alike
 
@@ -116,10 +117,7 @@ MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
 _SMALL_WEIGHT = 4096
 
 
-@cache
-def _multiplies_bfloat16() -> tuple[bool, bool]:
-    """Whether this processor multiplies bfloat16 by vectors, and by tiles (AMX)."""
-    return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+_multiplies_bfloat16 = cache(multiplies_bfloat16)
 
 
 def most_density(x: Tensor, most: float, effective: Tensor | None = None) -> float:

@@ -17,16 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import differentiable
-from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
+from lottery_sparse.ops.common.autograd import Differentiable
+from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
+from lottery_sparse.ops.common.torch_private import below
 from lottery_sparse.ops.limits import rounds
 
 
-def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
+def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Differentiable:
     """Give the defined ops `stem` and `stem`_backward everything but their schema.
 
     Args:
@@ -38,21 +37,8 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         the differentiable forward function.
     """
     name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
-    op = getattr(torch.ops.lottery_sparse, stem).default
-    op_backward = getattr(torch.ops.lottery_sparse, f"{stem}_backward").default
-
-    def run(*args: Any) -> Tensor:
-        return dispatch.kernel(stem, args[0].device, args)(*args)
-
-    def run_backward(*args: Any) -> tuple[Tensor, Tensor]:
-        return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args)
-
-    torch.library.impl(name, "default", run)
-    torch.library.impl(name_backward, "default", run_backward)
     torch.library.register_fake(name, dispatch.function(stem, "reference"))
     torch.library.register_fake(name_backward, dispatch.function(f"{stem}_backward", "reference"))
-    _show_inside(stem)
-    _show_inside(f"{stem}_backward")
 
     def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, mask, _, frozen, signs, *ctx.rest = inputs
@@ -68,7 +54,7 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
             dw if need_dw else None,
             None,
             dy.sum(bias_dims) if need_db else None,
-            *(None for _ in ("frozen", "signs", *ctx.rest)),
+            *(None,) * (2 + len(ctx.rest)),  # frozen, signs
         )
 
     def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -89,63 +75,17 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
             g_x, _ = backward(dy, x, ddw, mask, None, None, *ctx.rest, True, False)
         if need_w and ctx.asked_dx:
             _, g_w = backward(dy, ddx, weight, mask, None, None, *ctx.rest, False, True)
-        others = ("mask", "frozen", "signs", *ctx.rest, "need_dx", "need_dw")
-        return (g_dy, g_x, g_w, *(None for _ in others))
+        # mask, frozen, signs, need_dx, need_dw
+        return (g_dy, g_x, g_w, *(None,) * (5 + len(ctx.rest)))
 
-    forward = differentiable(name, op, run, save, gradients, partial(vmap_forward, rank, 6))
-    backward = differentiable(
-        name_backward,
-        op_backward,
-        run_backward,
-        save_backward,
-        second_gradients,
-        partial(vmap_backward, rank, 6),
+    forward = Differentiable(
+        stem, save, gradients, partial(vmap_forward, rank, 6), cast=cast_all_of
     )
-    register_autocast(name, op)
-
-    def forward_autocast(*args: Any) -> Tensor:
-        # cast before torch.func saves anything, or dy and x would differ in dtype
-        device = args[0].device.type
-        return forward(*(cast_all_of(args, device) if autocasts(device) else args))
-
-    return forward_autocast
-
-
-# Devices on which torch.compile sees the selection and the product of an op that runs dense there.
-SEEN_INSIDE = {"cuda"}
-
-
-def _show_inside(stem: str) -> None:
-    """Let torch.compile trace the reference where the dense library is first choice.
-
-    The selection is then one pass over the weight, with casts and unpacked bits in it, instead of
-    the four that `dense.select` makes, and the product takes its bias and activation along. An op
-    that a kernel of ours runs stays one call, and so does every op in torch.export.
-    """
-
-    def rule(mode: Any, op: Any, types: Any, args: tuple, kwargs: Any) -> Any:
-        kind = args[0].device.type
-        dense = dispatch.PREFERENCE.get(kind, {}).get(stem, ("",))[0] == "dense"
-        if (
-            kind in SEEN_INSIDE
-            and dense
-            and dispatch.forced() is None
-            and not _exports()
-            and all(issubclass(t, (FakeTensor, FunctionalTensor)) or t is Tensor for t in types)
-        ):
-            with mode:
-                return dispatch.function(stem, "reference")(*args)
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-
-    torch.library.register_torch_dispatch(f"lottery_sparse::{stem}", FunctionalTensorMode, rule)
-
-
-def _exports() -> bool:
-    """Whether torch.export traces: what it saves shall not depend on who runs what where."""
-    # not imported above: it brings the compiler along
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    return custom_triton_ops_decomposition_disabled()
+    backward = Differentiable(
+        f"{stem}_backward", save_backward, second_gradients, partial(vmap_backward, rank, 6)
+    )
+    register_autocast(name, getattr(torch.ops.lottery_sparse, stem).default)
+    return forward
 
 
 def register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:
@@ -154,8 +94,7 @@ def register_autocast(name: str, op: Callable, cast_all: Callable | None = None)
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Any:
-            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            with torch._C._ExcludeDispatchKeyGuard(below):
+            with below(key):
                 return op(*cast_all(args, device))
 
         torch.library.impl(name, key, cast)

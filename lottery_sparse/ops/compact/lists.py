@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops.common.autograd import unwatched
+from lottery_sparse.ops.common.torch_private import functorch_is_active
 from lottery_sparse.ops.compact.kept import KeptLists
 
 # By the id of a check's first argument: it, weakly; its version; the other arguments, theirs.
@@ -46,7 +47,7 @@ def readable(*args: Any) -> bool:
     """Whether these tensors hold numbers that Python may look at."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
         and unwatched(_tensors(args))
     )
 
@@ -81,19 +82,6 @@ def check_csr(columns: Tensor, starts: Tensor, in_features: int) -> None:
     """The same for the lists of `csr_linear`."""
     _check_starts("starts", starts, len(columns))
     _check_numbers("columns", unsigned(columns)[: int(starts[-1])], in_features)
-
-
-def check_delta(gaps: Tensor, starts: Tensor, in_features: int) -> None:
-    """The same for the lists of `delta_linear`."""
-    _check_starts("starts", starts, len(gaps))
-    sums = torch.nn.functional.pad(gaps.cumsum(0, dtype=torch.int64), (1, 0))
-    last = sums[starts[1:]] - sums[starts[:-1]]
-    if (last >= max(in_features, 1)).any():
-        row = int((last >= max(in_features, 1)).nonzero()[0])
-        raise ValueError(
-            f"gaps of row {row} add up to {int(last[row])}, but x has {in_features} columns; use "
-            "formats.pack_delta."
-        )
 
 
 def check_bitmap(bits: Tensor, starts: Tensor, slots: int) -> None:

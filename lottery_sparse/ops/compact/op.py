@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import differentiable
+from lottery_sparse.ops.common.autograd import Differentiable
 from lottery_sparse.ops.common.checks import autocasts
 from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.common.product import cast_all_of, register_autocast
@@ -289,7 +289,7 @@ _KEPT = "Tensor starts, Tensor columns, Tensor column_starts, Tensor rows, Tenso
 _GEOMETRY = ", SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
 
-def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
+def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Differentiable:
     """Define the op `stem` and its backward; returns the differentiable function."""
     name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
     common = f"Tensor values, {{}}Tensor effective, {_KEPT}, bool zero{rest}"
@@ -300,7 +300,6 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
         "-> (Tensor, Tensor)",
     )
     op = getattr(torch.ops.lottery_sparse, stem).default
-    op_backward = getattr(torch.ops.lottery_sparse, f"{stem}_backward").default
 
     def carrying(*args: Any) -> tuple[Tensor, Tensor]:
         return dispatch.kernel(stem, args[0].device, args)(*args)
@@ -311,8 +310,6 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
     def run_backward(*args: Any, carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args, carried)
 
-    torch.library.impl(name, "default", run)
-    torch.library.impl(name_backward, "default", run_backward)
     torch.library.register_fake(name, lambda *args: getattr(reference, stem)(*args)[0])
     torch.library.register_fake(
         name_backward, lambda *args: getattr(reference, f"{stem}_backward")(*args, None)
@@ -365,17 +362,14 @@ def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Callable:
             _, g_v = backward(dy, ddx, values, effective, *lists, zero, *rest, False, True)
         return (g_dy, g_x, g_v, *(None,) * (9 + len(rest)))
 
-    forward = differentiable(name, op, run, save, gradients, _one_by_one, carrying)
-    backward = differentiable(
-        name_backward, op_backward, run_backward, save_backward, second_gradients, _one_by_one
+    forward = Differentiable(
+        stem, save, gradients, _one_by_one, cast=_autocast_read, run=run, carrying=carrying
+    )
+    backward = Differentiable(
+        f"{stem}_backward", save_backward, second_gradients, _one_by_one, run=run_backward
     )
     register_autocast(name, op, _autocast_read)
-
-    def forward_autocast(*args: Any) -> Tensor:
-        device = args[0].device.type
-        return forward(*(_autocast_read(args, device) if autocasts(device) else args))
-
-    return forward_autocast
+    return forward
 
 
 def _autocast_read(args: tuple, device: str) -> tuple:

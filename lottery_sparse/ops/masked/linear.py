@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common import product
+from lottery_sparse.ops.common.autograd import EagerFunction
 from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
 
 
@@ -32,8 +33,8 @@ def masked_linear(
         weight: [N, K] or [E, N, K], dtype and device of `x` (any floating dtype under autocast).
         mask: bool like `weight`, True = kept; or packed int32, see `pack_mask`.
         bias: [N] or [E, N], or None. Never masked.
-        frozen: what pruned weights hold: None = zero, a tensor like `weight`, a `SignConstant`
-            or a `Drawn`. Constants: no gradient flows to them.
+        frozen: what pruned weights hold: None = zero, a tensor like `weight` or a
+            `SignConstant`. Constants: no gradient flows to them.
 
     Returns:
         [..., N], or [E, B, N]; dtype of `x`.
@@ -67,38 +68,35 @@ def masked_linear(
     return y.view(x.shape[:-1] + (weight.shape[0],))
 
 
-def way_of(x: Tensor, weight: Tensor | None, kept: int, zero: bool) -> str:
+def way_of(x: Tensor, weight: Tensor, least_rows: tuple[int, int]) -> str:
     """The shortest way to what `masked_linear` computes, for plain eager tensors at rest.
 
     Args:
         x, weight: as of `masked_linear`, one network; what does not fit is for the op to name.
-            None: the weight is computed.
-        kept: how many entries the mask keeps.
-        zero: whether pruned entries hold zero.
+        least_rows: from so many rows of x on the CPU kernel is the faster way, in float32 and in
+            bfloat16.
 
     Returns:
         "dense": dispatch takes the dense library, so F.linear does it; "kernel": it takes the CPU
         kernel, so `by_kernel` does it; "op": anything else.
     """
-    if weight is None:
-        return "op"
     kind, dtype = weight.device.type, x.dtype
     fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[-1]
     if not fits or x.device != weight.device or dispatch.forced() is not None:
         return "op"
-    casts = torch.is_autocast_enabled(kind)
-    if casts:
+    if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     elif dtype != weight.dtype:
         return "op"
     if kind != "cpu":
         return "dense" if dispatch.prefers_dense("masked_linear", kind) else "op"
-    if not (zero and dispatch.built("cpu") and dtype in (torch.float32, torch.bfloat16)):
+    if dtype not in _KERNEL_DTYPES:
         return "dense"
     rows = x.numel() // max(x.shape[-1], 1)
-    if not dispatch.rules_of("cpu").masked_linear_wins(dtype, rows, kept, weight.numel()):
-        return "dense"
-    return "kernel"
+    return "kernel" if rows >= least_rows[_KERNEL_DTYPES.index(dtype)] else "dense"
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,16 +104,15 @@ def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> T
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     if torch.is_autocast_enabled("cpu"):
         rows, weight, _, bias = product.cast_all_of((rows, weight, mask, bias), "cpu")
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
+    asks = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if asks and torch.is_grad_enabled():
         y: Tensor = _ByKernel.apply(rows, weight, mask, bias)  # pyright: ignore
     else:
         y = dispatch.function("masked_linear", "cpu")(rows, weight, mask, bias, None, None)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + (weight.shape[0],))
 
 
-class _ByKernel(torch.autograd.Function):
+class _ByKernel(EagerFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, mask)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import lottery_sparse._C_cuda as _built  # pyright: ignore[reportMissingImports]
+from lottery_sparse.ops.common.torch_private import cuda_driver
 from lottery_sparse.ops.compact import cuda as compact_cuda
 from lottery_sparse.ops.packed import formats
 
@@ -39,16 +40,6 @@ def ternary_linear(
     return _rows_of(x, lambda x: _ops.ternary_linear(x, codes, scale, bias, rows, int8), int8)
 
 
-def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, None, scale, bias))
-
-
-def seeded_linear(
-    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, key, scale, bias))
-
-
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -56,16 +47,6 @@ def csr_linear(
         _ops.csr_linear(x, values, starts, columns, bias)
         if _by_rows(x, values, starts, columns)
         else _tiled("csr", x, values, starts, columns, bias)
-    )
-
-
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None
-) -> Tensor:
-    return (
-        _ops.csr_linear(x, values, starts, gaps, bias)
-        if _by_rows(x, values, starts, gaps)
-        else _tiled("delta", x, values, starts, gaps, bias)
     )
 
 
@@ -87,7 +68,7 @@ def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool
     for rows, density, blocks in BY_ROWS:
         if x.shape[0] <= rows:
             return (
-                columns.dtype in (torch.int16, torch.uint8)
+                columns.dtype == torch.int16
                 and x.dtype != torch.float32
                 and x.shape[1] * rows * x.element_size() <= _shared(x.device) // blocks - 1024
                 and len(values) <= density * (len(starts) - 1) * x.shape[1]
@@ -130,14 +111,11 @@ _tiles: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 def tiles_of(
     format: str, values: Tensor, starts: Tensor, where: Tensor, in_features: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """A weight by rows, "csr", "delta" or "bitmap", as tiles: (starts, data, whether bitmap)."""
+    """A weight by rows, "csr" or "bitmap", as tiles: (starts, data, whether bitmap)."""
     shape = (len(starts) - 1, in_features)
     rows = torch.repeat_interleave(starts.diff())
     if format == "csr":
         columns = where.to(torch.int64) & (0xFFFF if where.dtype == torch.int16 else -1)
-    elif format == "delta":
-        columns, kept = formats.delta_columns(starts, where), values != 0
-        values, rows, columns = values[kept], rows[kept], columns[kept]
     else:
         bit = torch.arange(32, device=where.device, dtype=torch.int32)
         columns = ((where.unsqueeze(-1) >> bit & 1).flatten(1)).nonzero()[:, 1]
@@ -164,8 +142,6 @@ def refuses(op: str, *args: Any) -> str | None:
     if op == "ternary_linear":
         _, _, scale, bias, _, _ = args
         others = {"scale": scale, "bias": bias}
-    elif op in ("binary_linear", "seeded_linear"):
-        others = dict(zip(("scale", "bias"), args[-2:], strict=True))
     else:
         _, values, _, _, bias = args
         if values.dtype != (torch.bfloat16 if x.dtype == torch.float32 else x.dtype):
@@ -203,7 +179,7 @@ def fails_on(device: torch.device) -> str | None:
             f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and build again."
         )
     # of one major version, code runs on older drivers, too; what PTX needs, a launch says itself
-    driver = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
+    driver = cuda_driver()
     if driver // 1000 < _built.toolkit // 1000:
         return (
             f"it is built with CUDA {_version_text(_built.toolkit)}, and the driver is for CUDA "

@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.common.autograd import unwatched
 from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
 from lottery_sparse.ops.common.product import cast_one
+from lottery_sparse.ops.common.torch_private import below, forward_ad, functorch_is_active
 from lottery_sparse.ops.compact.lists import (
     check_bitmap,
     check_codes,
     check_csr,
-    check_delta,
     once,
     readable,
 )
@@ -77,53 +76,6 @@ def ternary_linear(
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
 
 
-def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer on weights of -c and +c: y = c · (x sᵀ) + b.
-
-    Args:
-        x: [..., K], any floating dtype. Where it is infinite, a result may be NaN.
-        bits: the signs, int32 [N, W], 1 = plus: `pack_mask(weight > 0)`.
-        scale: c: [1], or one for each row, [N].
-        bias: [N], or None.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    rows = _check_bits(bits, x.shape[-1])
-    _check_scale(scale, rows)
-    _check_bias(bias, rows)
-    _check_devices(x, bits=bits, scale=scale, bias=bias)
-    return _by_rows(_binary, x, rows, bits, scale, bias)
-
-
-def seeded_linear(
-    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Linear layer on a mask of sign x constant weights that a seed draws: y = c · (x (m s)ᵀ) + b.
-
-    Args:
-        x: [..., K], any floating dtype.
-        bits: the mask m, int32 [N, W], see `pack_mask`.
-        key: int64 [3] from `ls.random.key(seed, stream, step)`: s is
-            `ls.random.signs((N, K), seed, stream, step)`.
-        scale: c: [1], or one for each row, [N].
-        bias: [N], or None.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    rows = _check_bits(bits, x.shape[-1])
-    if key.dtype != torch.int64 or tuple(key.shape) != (3,):
-        raise ValueError(
-            f"key must be int64 [3], got {key.dtype} of shape {tuple(key.shape)}; use "
-            "ls.random.key(seed, stream, step)."
-        )
-    _check_scale(scale, rows)
-    _check_bias(bias, rows)
-    _check_devices(x, bits=bits, key=key, scale=scale, bias=bias)
-    return _by_rows(_seeded, x, rows, bits, key, scale, bias)
-
-
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -157,32 +109,6 @@ def csr_linear(
     _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
     check = check_csr, columns, starts, x.shape[-1]
     return _checked(check, _csr, x, rows, values, starts, columns, bias)
-
-
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Linear layer on kept weights by row, with the distances of their columns: y = x wᵀ + b.
-
-    Args:
-        x, values, starts, bias: as in `csr_linear`.
-        gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
-            see `formats.pack_delta`. Below K in sum over a row.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    _check_entries(values, starts)
-    if gaps.dtype != torch.uint8 or gaps.shape != values.shape:
-        raise ValueError(
-            f"gaps must be uint8 {tuple(values.shape)} like values, got {gaps.dtype} "
-            f"{tuple(gaps.shape)}; use formats.pack_delta."
-        )
-    rows = starts.shape[0] - 1
-    _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
-    check = check_delta, gaps, starts, x.shape[-1]
-    return _checked(check, _delta, x, rows, values, starts, gaps, bias)
 
 
 def bitmap_linear(
@@ -293,10 +219,7 @@ def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:
 SCHEMAS = {
     "ternary_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, SymInt rows, "
     "bool int8)",
-    "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
-    "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
     "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
-    "delta_linear": "(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias)",
     "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
 }
 
@@ -317,7 +240,7 @@ def _register(name: str):
 
     def call(*args) -> Tensor:
         """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
-        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        watched = torch.compiler.is_compiling() or functorch_is_active()
         if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
             return op(*args)
         return run(*_autocast(args, args[0].device.type))
@@ -326,9 +249,8 @@ def _register(name: str):
     for device, key in AUTOCAST_KEYS.items():
 
         def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
-            below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             args = _autocast(args, device)
-            with torch._C._ExcludeDispatchKeyGuard(below):
+            with below(key):
                 return op(*args)
 
         torch.library.impl(qualified, key, cast)
@@ -337,10 +259,7 @@ def _register(name: str):
 
 def _rows(name: str, args: tuple) -> int:
     """Rows of the weight, from the arguments after x."""
-    if name == "ternary_linear":
-        return args[3]
-    by_bits = name in ("binary_linear", "seeded_linear")
-    return args[0].shape[0] if by_bits else args[1].shape[0] - 1
+    return args[3] if name == "ternary_linear" else args[1].shape[0] - 1
 
 
 def _autocast(args: tuple, device: str) -> tuple:
@@ -366,4 +285,4 @@ def _vmap_rule(op: Callable) -> Callable:
     return rule
 
 
-_ternary, _binary, _seeded, _csr, _delta, _bitmap = map(_register, SCHEMAS)
+_ternary, _csr, _bitmap = map(_register, SCHEMAS)

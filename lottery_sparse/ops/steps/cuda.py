@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from lottery_sparse.ops.common.torch_private import foreach_add_
 from lottery_sparse.ops.steps.tables import (
     Table,
     Targets,
@@ -117,7 +118,7 @@ def adam_step(
         if table.chunks:
             factors = -lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
             _ops.adam_step(*_where(table, params[0], lr), None, *factors, *rates)
-        torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
+        foreach_add_(counted, 1)
     return -1
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lottery_sparse.ops.common.torch_private import foreach_add_
+
 CHUNK = 1024  # elements of a program
 PART, TARGET = 9, 6  # numbers of a row
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -145,7 +147,7 @@ def _upload(numbers: list[int], device: torch.device, capturing: bool) -> Tensor
     """
     if capturing:
         held = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-        torch._foreach_add_(held.unbind(), numbers)  # pyright: ignore[reportPrivateImportUsage]
+        foreach_add_(held.unbind(), numbers)
         return held
     values = torch.tensor(numbers, dtype=torch.int64)
     if device.type != "cuda":

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lottery_sparse.ops.common.torch_private import foreach_add_
 from lottery_sparse.ops.steps.tables import (
     CHUNK,
     Table,
@@ -137,7 +138,7 @@ def adam_step(
     with torch.cuda.device_of(params[0]):
         for table, counted, taken in tables_by_count(tensors, steps, targets):
             _adam(params[0], table, [], lr, taken + 1, rates)
-            torch._foreach_add_(counted, 1)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_add_(counted, 1)
     return -1
 
 

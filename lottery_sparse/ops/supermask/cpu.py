@@ -17,9 +17,12 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
 
 
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    masks = _drawn(score if key.dim() == 2 else score.unsqueeze(0), key)
+    if key.dim() == 1:
+        mask = _ops.sample_mask(score.to(torch.float32), *key.tolist())
+        return _ops.pack_mask(mask), torch.tensor(_ops.count_kept(mask))
+    masks = _drawn(score, key)
     kept = torch.tensor([count_kept(mask) for mask in masks], dtype=torch.int64)
-    return pack_mask(masks.view(score.shape)), kept.view(score.shape[:-2])
+    return pack_mask(masks), kept
 
 
 def _drawn(score: Tensor, key: Tensor) -> Tensor:

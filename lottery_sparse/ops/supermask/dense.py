@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.ops.masked import reference as masked_reference
@@ -30,7 +31,7 @@ def supermask_linear(
 ) -> Tensor:
     w = _masked_source(2, score, weight, bits, signs)[1]
     if kept is None:
-        return masked_reference.linear(x, w, bias)
+        return F.linear(x, w, bias) if w.dim() == 2 else masked_reference.linear(x, w, bias)
     return _rescaled(masked_reference.linear(x, w, None), score, kept, 2, bias)
 
 
@@ -51,25 +52,6 @@ def supermask_linear_backward(
     dx, d = masked_reference.linear_backward(dy, x, masked, need_dx, need_dw or need_dscore)
     needs = need_dw, need_dscore
     return dx, *_score_gradients(2, d, score, source, masked, bits, kept, *needs)
-
-
-def supermask_linear_sgd(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    velocity: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    lr: float,
-    momentum: float,
-    need_dx: bool,
-) -> Tensor:
-    network = score, weight, bits, kept, signs
-    dx, _, dscore = supermask_linear_backward(dy, x, *network, need_dx, False, True)
-    score.sub_(velocity.mul_(momentum).add_(dscore), alpha=lr)
-    return dx
 
 
 def supermask_conv2d(
@@ -156,8 +138,8 @@ def _masked_source(
 ) -> tuple[Tensor, Tensor]:
     """The weight before the mask, and after it."""
     integer = INTEGERS[weight.element_size()]
-    if signs is None or signs.dtype == torch.int64:
-        source = masked_reference.source(weight, signs, score, rank).contiguous().view(integer)
+    if signs is None:
+        source = weight.contiguous().view(integer)
     else:
         sign_bit = torch.iinfo(integer).min
         minus = _spread(signs, score, rank, integer).bitwise_not_().bitwise_and_(sign_bit)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.op import pack_mask
 from lottery_sparse.ops.bits.reference import mask_as_bool, words_per_row
-from lottery_sparse.ops.common.autograd import differentiable, direct
+from lottery_sparse.ops.common.autograd import Differentiable, Direct
 from lottery_sparse.ops.common.checks import (
-    Drawn,
     SignConstant,
-    autocasts,
     check_bits,
-    check_drawn,
     check_like_x,
     split_source,
 )
@@ -62,7 +57,7 @@ def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def supermask_linear(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant | Drawn,
+    weight: Tensor | SignConstant,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -82,8 +77,8 @@ def supermask_linear(
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         score: [N, K] or [E, N, K], any floating dtype, which autocast leaves as it is.
-        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`
-            or a `Drawn`, which has no gradient.
+        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`,
+            which has no gradient.
         key: int64 [3] or [E, 3] from which m is drawn exactly as `sample_mask` does; add 1 to its
             last element for the next step.
         bias: [N] or [E, N], or None. Never masked.
@@ -107,7 +102,8 @@ def supermask_linear(
     Source: Zhou et al. 2019, "Deconstructing Lottery Tickets", section 4 and its dynamic weight
     rescaling, whose factor is not detached in their code either.
     """
-    values, signs = split_weight(x, score, weight, rank=2)
+    plain = isinstance(weight, Tensor)
+    values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=2)
     check_supermask(x, score, values, key, mask, bias, signs, rank=2)
     if x.dim() == 0 or x.shape[-1] != score.shape[-1]:
         raise ValueError(
@@ -130,7 +126,7 @@ def supermask_linear(
 def supermask_conv2d(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant | Drawn,
+    weight: Tensor | SignConstant,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     stride: Pair = 1,
@@ -164,7 +160,8 @@ def supermask_conv2d(
     Raises:
         ValueError: as in `supermask_linear`.
     """
-    values, signs = split_weight(x, score, weight, rank=4)
+    plain = isinstance(weight, Tensor)
+    values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=4)
     check_supermask(x, score, values, key, mask, bias, signs, rank=4)
     if groups < 1 or score.shape[-4] % groups:
         raise ValueError(f"groups={groups} must divide the {score.shape[-4]} output channels.")
@@ -192,14 +189,14 @@ def supermask_conv2d(
 
 
 def split_weight(
-    x: Tensor, score: Tensor, weight: Tensor | SignConstant | Drawn, rank: int
+    x: Tensor, score: Tensor, weight: Tensor | SignConstant, rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """The source as the two tensors (weight, signs) that the schemas take."""
     if isinstance(weight, Tensor):
         return weight, None
     values, signs = split_source(weight, score, x.dtype, rank)
     if values.requires_grad:
-        raise ValueError(f"the values of a {type(weight).__name__} require grad; detach them.")
+        raise ValueError("the constant of a SignConstant requires grad; detach it.")
     return values, signs
 
 
@@ -237,12 +234,12 @@ def check_supermask(
         got = "neither" if key is None else "both"
         raise ValueError(f"exactly one of key and mask must be given, got {got}.")
     if key is not None:
-        _check_key(score, key, networks)
+        wanted = torch.int64, score.device, (*networks, 3)
+        if (key.dtype, key.device, key.shape) != wanted:
+            _check_key(score, key, networks)
     if mask is not None:
         check_bits("mask", mask, score, rank, "True = kept")
-    if signs is not None and signs.dtype == torch.int64:
-        check_drawn(weight, signs, score, rank)
-    elif signs is not None:
+    if signs is not None:
         check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
         if weight.shape != networks:
             raise ValueError(
@@ -261,8 +258,11 @@ def check_supermask(
         )
     if not score.is_floating_point():
         raise ValueError(f"score must be of a floating dtype, got {score.dtype}.")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be of a floating dtype, got {x.dtype}.")
     for name, value in (("weight", weight), ("bias", bias)):
-        check_like_x(name, value, x)
+        if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
+            check_like_x(name, value, x)
     for name, value in (("score", score), ("mask", mask), ("signs", signs)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
@@ -288,15 +288,7 @@ def bits_and_kept(
 torch.library.define(
     "lottery_sparse::sample_bits", "(Tensor score, Tensor key) -> (Tensor, Tensor)"
 )
-_sample = torch.ops.lottery_sparse.sample_bits.default
-
-
-def _run_sample(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return dispatch.kernel("sample_bits", score.device, (score, key))(score, key)
-
-
-torch.library.impl("lottery_sparse::sample_bits", "default", _run_sample)
-_draw = direct(_sample, _run_sample)
+_draw = Direct("sample_bits")
 
 
 @torch.library.register_fake("lottery_sparse::sample_bits")
@@ -327,7 +319,9 @@ def _vmap_sample(
 _GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
 
-def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = "") -> Callable:
+def _register(
+    stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = ""
+) -> Differentiable:
     """Everything of the product `stem` but its check; returns its differentiable function.
 
     forward   (x, score, weight, bits, kept, bias, signs, *geometry) -> y
@@ -348,16 +342,6 @@ def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = 
         "-> (Tensor, Tensor, Tensor)",
     )
     op = getattr(torch.ops.lottery_sparse, stem).default
-    op_backward = getattr(torch.ops.lottery_sparse, f"{stem}_backward").default
-
-    def run(*args: Any) -> Tensor:
-        return dispatch.kernel(stem, args[0].device, args)(*args)
-
-    def run_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args)
-
-    torch.library.impl(name, "default", run)
-    torch.library.impl(name_backward, "default", run_backward)
     torch.library.register_fake(name, getattr(reference, stem))
     torch.library.register_fake(name_backward, getattr(reference, f"{stem}_backward"))
 
@@ -378,7 +362,7 @@ def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = 
             None,
             None,
             dy.sum(bias_dims) if need_db else None,
-            *(None for _ in ("signs", *ctx.rest)),
+            *(None,) * (1 + len(ctx.rest)),  # signs
         )
 
     def save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -390,23 +374,14 @@ def _register(stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = 
             "ops.sample_mask(score, key) and call torch.nn.functional."
         )
 
-    forward = differentiable(name, op, run, save, gradients, partial(vmap_forward, rank, 7))
-    backward = differentiable(
-        name_backward,
-        op_backward,
-        run_backward,
-        save_nothing,
-        no_second_gradients,
-        partial(vmap_backward, rank, 7),
+    forward = Differentiable(
+        stem, save, gradients, partial(vmap_forward, rank, 7), cast=_autocast_all_but_score
+    )
+    backward = Differentiable(
+        f"{stem}_backward", save_nothing, no_second_gradients, partial(vmap_backward, rank, 7)
     )
     register_autocast(name, op, _autocast_all_but_score)
-
-    def forward_autocast(*args: Any) -> Tensor:
-        # cast before torch.func saves anything, or dy and x would differ in dtype
-        device = args[0].device.type
-        return forward(*(_autocast_all_but_score(args, device) if autocasts(device) else args))
-
-    return forward_autocast
+    return forward
 
 
 def _autocast_all_but_score(args: tuple, device: str) -> tuple:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import differentiable
+from lottery_sparse.ops.common.autograd import Differentiable
 
 
 def sample_mask(score: Tensor, key: Tensor) -> Tensor:
@@ -53,14 +52,6 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
 
 
 torch.library.define("lottery_sparse::sample_mask", "(Tensor score, Tensor key) -> Tensor")
-_sample = torch.ops.lottery_sparse.sample_mask.default
-
-
-def _run(score: Tensor, key: Tensor) -> Tensor:
-    return dispatch.kernel("sample_mask", score.device, (score, key))(score, key)
-
-
-torch.library.impl("lottery_sparse::sample_mask", "default", _run)
 
 
 @torch.library.register_fake("lottery_sparse::sample_mask")
@@ -93,6 +84,4 @@ def _vmap_rule(sample: Callable) -> Callable:
     return rule
 
 
-_straight_through = differentiable(
-    "lottery_sparse::sample_mask", _sample, _run, _save, _gradient, _vmap_rule
-)
+_straight_through = Differentiable("sample_mask", _save, _gradient, _vmap_rule)

@@ -166,8 +166,8 @@ def test_reset_parameters_reaches_layers_that_share_a_weight_and_compiled_calls(
     first, other = [m for m in model.modules() if isinstance(m, ls.nn.CompactLinear)][:2]
     assert first.weight is other.weight
     first.reset_parameters()
-    assert not other.lags, "what a compiled call reads, which checks no version"
-    assert torch.equal(other._dense, other.effective_weight)
+    assert not other.refreshes_lazily, "what a compiled call reads, which checks no version"
+    assert torch.equal(other._derived.dense, other.effective_weight)
 
 
 @pytest.mark.parametrize("form", [ls.compact_, lambda model: model])

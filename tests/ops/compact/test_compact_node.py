@@ -204,7 +204,7 @@ def replace(made, name, change):
     if name.startswith("kept_"):
         tensor = getattr(made.kept, name.removeprefix("kept_"))
     else:
-        tensor = made._dense if name == "weight_effective" else getattr(made, name)
+        tensor = made._derived.dense if name == "weight_effective" else getattr(made, name)
     tensor.data = change(tensor.data)
 
 

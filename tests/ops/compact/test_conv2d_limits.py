@@ -82,7 +82,7 @@ def trains_as_the_masked_layer(compact, plain, x):
 def test_what_kernels_only_just_take(channels, options, shape):
     plain, compact = layers((channels, options))
     x = torch.randn(shape)
-    assert compact.lags
+    assert compact.refreshes_lazily
     assert backends_of(compact, x) == CPU
     compact.zero_grad()
     trains_as_the_masked_layer(compact, plain, x)
@@ -93,7 +93,9 @@ def test_what_kernels_only_just_take(channels, options, shape):
 def test_a_stride_that_kernels_do_not_take(channels, options, shape, frozen):
     plain, compact = layers((channels, options), frozen)
     x = torch.randn(shape)
-    assert not compact.lags  # the dense library finds an effective weight that is up to date
+    assert (
+        not compact.refreshes_lazily
+    )  # the dense library finds an effective weight that is up to date
     assert backends_of(compact, x) == DENSE
     compact.zero_grad()
     trains_as_the_masked_layer(compact, plain, x)
@@ -110,7 +112,7 @@ def test_a_stride_that_changes():
             plain.weight.add_(plain.weight_mask)
             compact.weight[: int(compact.kept.kept)] += 1
         plain.stride = compact.stride = stride
-        assert compact.lags == (stride == (2, 2))
+        assert compact.refreshes_lazily == (stride == (2, 2))
         trains_as_the_masked_layer(compact, plain, x)
 
 
@@ -118,7 +120,7 @@ def test_a_stride_that_changes():
 def test_an_image_that_kernels_do_not_take(channels, options, shape, runs):
     plain, compact = layers((channels, options))
     x = torch.randn(shape)
-    assert compact.lags  # other calls may skip what is pruned
+    assert compact.refreshes_lazily  # other calls may skip what is pruned
     assert backends_of(compact, x) == DENSE
     compact.zero_grad()
     trains_as_the_masked_layer(compact, plain, x)

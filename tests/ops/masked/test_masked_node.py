@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import copy
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
+from frames import beyond
 from tolerances import close, of_sum
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lottery_sparse as ls
+from lottery_sparse.nn import rest
 from lottery_sparse.ops.common.eager import has_node
 
 pytestmark = pytest.mark.numeric
@@ -210,21 +213,11 @@ def test_a_write_that_counts_no_version_is_seen(kind, density):
         close(y, F.conv2d(x, wanted, made.bias, padding=1))
 
 
-def frames(call):
-    """Python frames of a call: of its Python functions, each time it enters one."""
-    count = 0
-
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event == "call"
-
-    call()  # warm
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return count
+def test_a_copy_chooses_as_its_layer_from_the_first_call_on():
+    made, x = layer("linear", 0.5)
+    copied = copy.deepcopy(made)  # its weight was never seen at rest
+    assert copied(x).grad_fn.name() == DENSE
+    assert torch.equal(copied(x), made(x))
 
 
 @pytest.mark.parametrize(
@@ -236,6 +229,13 @@ def test_python_frames_beyond_torch(kind, form, density):
     made, x = layer(kind, density)
     if form == "compact":
         made = ls.compact_(nn.Sequential(made))[0]
-    torch_layer = LAYERS[kind][0]()
-    dense, ours = (frames(lambda m=m: m(x).sum().backward()) for m in (torch_layer, made))
-    assert ours - dense <= 15
+    assert beyond(made, LAYERS[kind][0](), x) <= 15
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("density", [0.05, 0.5])
+def test_python_frames_without_the_node(kind, density, monkeypatch):
+    monkeypatch.setattr(rest, "eager", cache(lambda: None))
+    made, x = layer(kind, density)
+    assert beyond(made, LAYERS[kind][0](), x) <= 40
+    assert made(x).grad_fn.name() not in (SPARSE, "KeptGradientBackward")

@@ -11,17 +11,20 @@ from functools import partial
 from pathlib import Path
 
 import lottery_sparse as ls
-from experiments import data, quickstart, speed, step_speed, studies, tune
-from experiments.engines import ENGINES
 from experiments.files import make_folder, write_whole
-from experiments.networks import NETWORKS
-from experiments.progress import INSTALL, warning_line
-from experiments.provenance import provenance
-from experiments.remakes import readable
-from experiments.runs import LITERALS, PROFILES
-from experiments.status import Times, as_text, progress, together
-from experiments.store import Store
-from experiments.sweep import run_study
+from experiments.show.numbering import figures_of, studies_of
+from experiments.store.provenance import provenance
+from experiments.store.remakes import readable
+from experiments.store.store import Store
+from experiments.study import studies
+from experiments.study.networks import NETWORKS
+from experiments.study.runs import LITERALS, PROFILES
+from experiments.sweep.engines import ENGINES
+from experiments.sweep.progress import INSTALL, warning_line
+from experiments.sweep.status import Times, as_text, progress, together
+from experiments.sweep.sweep import run_study
+from experiments.tools import quickstart, speed, step_speed, tune
+from experiments.train import data
 
 STORE = Path("out/experiments")
 SHOWS = {  # what shows results: where it writes by default, and its help
@@ -93,7 +96,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="do what is still to do of a study; resumes")
     command.set_defaults(command=run, resumes=True)
-    command.add_argument("study", metavar="STUDY", help="see `list`")
+    command.add_argument("study", nargs="?", metavar="STUDY", help="see `list`")
+    command.add_argument(
+        "--figure",
+        metavar="NUMBER",
+        help="instead of STUDY: all studies of a figure, 7 of the paper, article-7 of the article",
+    )
     command.add_argument("--network", default="fc", metavar="NAME", help="see `list` (default: fc)")
     command.add_argument(
         "--profile", choices=PROFILES, default="paper", help="how much of it (default: paper)"
@@ -219,7 +227,8 @@ def _chosen_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--profile",
         choices=PROFILES,
-        help="of the runs (default: the one that the store has rows of; paper, if several)",
+        help="of the runs (default: those that decide claims, paper and coarse; for status, and "
+        "where there are no rows of them, the one that the store has rows of)",
     )
     _store_option(command)
 
@@ -253,7 +262,8 @@ def list_all(options: argparse.Namespace) -> None:
         )
     print("studies")
     for study in studies.STUDIES.values():
-        print(f"  {study.name:<20}{study.question}")
+        where = figures_of(study.name) or study.figure
+        print(f"  {study.name:<20}{study.question}\n{'':<22}{where}; {', '.join(study.networks)}")
     print("data sets")
     for name, text in data.DATASETS.items():
         print(f"  {name:<12}{text}")
@@ -282,7 +292,7 @@ def run_quickstart(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no figure: matplotlib is not installed ({INSTALL})")
         return
-    from experiments.figures.quickstart import quickstart as draw
+    from experiments.show.figures.quickstart import quickstart as draw
 
     write_whole(options.png, draw(numbers))
     print(f"figure: {options.png}")
@@ -292,28 +302,37 @@ def run(options: argparse.Namespace) -> int:
     pairs = [tuple(text.split("=", 1)) for text in options.only]
     if bad := [text for text, pair in zip(options.only, pairs, strict=True) if len(pair) != 2]:
         raise ValueError(f"--only takes FIELD=VALUE, got {bad[0]!r}.")
-    study = studies.find(options.study)
-    failed = run_study(
-        study,
-        options.network,
-        options.profile,
-        studies.seeds_asked(study, options.profile) if options.seeds is None else options.seeds,
-        options.store,
-        rounds=options.rounds,
-        only=pairs,
-        data_dir=options.data_dir,
-        download=options.download,
-        engine=options.engine,
-        workers=_workers(options),
-        scheduler=options.scheduler,
-        devices=options.devices.split(","),
-        numerics=options.numerics,
-        remake=options.remake,
-    )
+    failed = 0
+    for study in _asked(options):
+        failed += run_study(
+            study,
+            options.network,
+            options.profile,
+            studies.seeds_asked(study, options.profile) if options.seeds is None else options.seeds,
+            options.store,
+            rounds=options.rounds,
+            only=pairs,
+            data_dir=options.data_dir,
+            download=options.download,
+            engine=options.engine,
+            workers=_workers(options),
+            scheduler=options.scheduler,
+            devices=options.devices.split(","),
+            numerics=options.numerics,
+            remake=options.remake,
+        )
     if failed:
         text = "1 group was" if failed == 1 else f"{failed} groups were"
         print(f"{text} not done; the same command goes on with what is left", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _asked(options: argparse.Namespace) -> list[studies.Study]:
+    """The study that is named, or those of a figure."""
+    if (options.study is None) == (options.figure is None):
+        raise ValueError("run takes a STUDY or a --figure, one of both; `list` shows them.")
+    names = (options.study,) if options.figure is None else studies_of(options.figure)
+    return [studies.find(name) for name in names]
 
 
 def _workers(options: argparse.Namespace) -> int:
@@ -345,15 +364,20 @@ def _step_speed(options: argparse.Namespace) -> None:
     known = [name for name, network in NETWORKS.items() if network.convolutions]
     if bad := [name for name in options.network if name not in known]:
         raise ValueError(f"network must be fc alone, or of {', '.join(known)}; got {bad[0]!r}.")
-    numbers = step_speed.measure(options.network)
-    print("\n".join(step_speed.lines(numbers)))
-    if options.json:
-        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+    print(step_speed.HEAD)
+    rows = []
+    for row in step_speed.measure(options.network):
+        print(step_speed.lines(row), flush=True)
+        rows.append(row)
+        if options.json:  # after each, so that what was measured is not lost
+            about = {"threads": 1, "unit": "CPU seconds", "images": step_speed.IMAGES}
+            numbers = {**about, "rows": rows, **provenance()}
+            write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
 def run_compare(options: argparse.Namespace) -> None:
     _check_shows("compare")
-    from experiments.compare import compare  # it loads scipy
+    from experiments.show.compare import compare  # it loads scipy
 
     rows = [row for folder in options.store for row in Store(folder, create=False).rows()]
     profile, other = options.profiles
@@ -412,8 +436,10 @@ def _check_shows(name: str) -> None:
 
 def overview(options: argparse.Namespace) -> None:
     _check_shows("overview")
-    from experiments.figures.overview import overview as draw  # matplotlib loads slowly
-    from experiments.selection import select
+    from experiments.findings.selection import select
+    from experiments.show.figures.overview import (
+        overview as draw,  # matplotlib loads slowly
+    )
 
     speed = json.loads((options.store / "speed.json").read_text("utf-8"))
     rows = Store(options.store, create=False).rows()
@@ -424,9 +450,8 @@ def overview(options: argparse.Namespace) -> None:
 
 def show(name: str, options: argparse.Namespace) -> None:
     _check_shows(name)
-    from experiments import show as shows  # it loads both
+    from experiments.show import commands as shows
 
-    options.profile = options.profile or only_profile(Store(options.store, create=False))
     getattr(shows, name)(options)
 
 

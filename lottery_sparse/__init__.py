@@ -18,7 +18,7 @@ from lottery_sparse.nn import frozen
 from lottery_sparse.nn.forms.convert import masks_of, set_masks_
 from lottery_sparse.nn.forms.densify import dense_state_dict
 from lottery_sparse.nn.forms.verbs import compact_, densify_, pack_, sparsify_, supermask_
-from lottery_sparse.old_names import old_name
+from lottery_sparse.old_names import keep_old_modules, old_name
 from lottery_sparse.ops.dispatch import use_backend
 from lottery_sparse.ops.random import op as random
 from lottery_sparse.optim.train_step import train_step
@@ -29,6 +29,8 @@ from lottery_sparse.tickets.search import find_ticket
 from lottery_sparse.tickets.ticket import Ticket
 
 __version__ = "0.1.0"
+
+keep_old_modules()
 
 __all__ = [
     "Masks",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from functools import cache
 from typing import Any
+
+import torch
 
 # old name in lottery_sparse -> (module, name there, the new name as users write it)
 OLD_NAMES: dict[str, tuple[str, str, str]] = {
@@ -34,6 +37,31 @@ OLD_NAMES: dict[str, tuple[str, str, str]] = {
     "masked_": ("old_names", "_masked_", "ls.sparsify_(model, learned=...)"),
     "supermask_ticket": ("old_names", "_supermask_ticket", "ls.Ticket.of"),
 }
+
+
+# Modules whose classes pickles name: what torch.save made of a whole model, of Masks or a Ticket.
+OLD_MODULES: dict[str, str] = {
+    "compact_layers": "nn.compact.layers",
+    "frozen": "nn.frozen",
+    "masks": "pruning.masks",
+    "modules": "nn.masked",
+    "packed": "nn.packed",
+    "supermask": "nn.supermask",
+    "ticket": "tickets.ticket",
+    "ticket_file": "tickets.file",
+}
+SAFE = ("Constant", "Seeded", "SignOf", "Masks", "Ticket", "Saved")  # torch.load may make these
+
+
+def keep_old_modules() -> None:
+    """Have pickles find classes where they were. All of these modules are imported by now."""
+    for old, new in OLD_MODULES.items():
+        module = importlib.import_module(f"lottery_sparse.{new}")
+        sys.modules.setdefault(f"lottery_sparse.{old}", module)
+        known: list[Any] = [
+            (vars(module)[n], f"lottery_sparse.{old}.{n}") for n in SAFE if n in vars(module)
+        ]
+        torch.serialization.add_safe_globals(known)
 
 
 @cache

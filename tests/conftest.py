@@ -82,7 +82,7 @@ def _no_network(monkeypatch):
 @pytest.fixture(scope="module")
 def any_arithmetic():
     """Studies run whatever kernels there are: what they compute is compared with itself alone."""
-    from experiments import arithmetic
+    from experiments.store import arithmetic
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arithmetic, "check", lambda run, device: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ def prune(
     )
 
 
-def find(choice, table: Mapping, what: str):
+def find(choice: Any, table: Mapping[str, Any], what: str) -> Any:
     """The function that a choice means: itself, or the one of its name in the table.
 
     Raises:

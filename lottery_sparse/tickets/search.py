@@ -20,14 +20,15 @@ from lottery_sparse.nn.forms.convert import (
 from lottery_sparse.nn.forms.densify import state_without_masks
 from lottery_sparse.nn.frozen import Seeded, SignOf
 from lottery_sparse.nn.masked import Masked
-from lottery_sparse.ops.random.op import Stream, as_seed, derive
-from lottery_sparse.pruning.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0, Mask0Action, Mask1
+from lottery_sparse.ops.random.op import as_seed
+from lottery_sparse.pruning.actions import MASK0_ACTIONS, MASK1_ACTIONS, Mask0Action, Mask1
 from lottery_sparse.pruning.criteria import CRITERIA, Criterion
 from lottery_sparse.pruning.masks import Masks
 from lottery_sparse.pruning.names import in_state, keys_of
-from lottery_sparse.pruning.prune import Keep, check_keep, find, prune
+from lottery_sparse.pruning.prune import Keep, check_keep, find
 from lottery_sparse.text import shown
 from lottery_sparse.tickets import file as ticket_file
+from lottery_sparse.tickets.round import Began, Rules, next_round
 from lottery_sparse.tickets.ticket import Ticket, restart, trained
 
 
@@ -109,8 +110,7 @@ def find_ticket(
     """
     _check(rounds, rewind_to)
     score = find(criterion, CRITERIA, "criterion")
-    start_of = find(mask1, MASK1_ACTIONS, "mask1")
-    frozen_of = find(mask0, MASK0_ACTIONS, "mask0")
+    mask1, mask0 = find(mask1, MASK1_ACTIONS, "mask1"), find(mask0, MASK0_ACTIONS, "mask0")
     seed = as_seed(generator)
     check_not_learned(model)
     for prefix, layer in masked_modules(model):
@@ -124,9 +124,10 @@ def find_ticket(
     if resume is not None:
         resume = resume.named_as(model)
         _check_resume(resume, masks, rounds, compounding)
-    names, keys = _names(model), keys_of(masks)
+    names = _names(model)
     init = _snapshot(model)
     stds = {name: float(init[name].double().std(correction=0)) for name in masks}
+    rules = Rules(score, mask1, mask0, scope, seed, stds, keys_of(masks))
     if rewind_to:
         whole = copy.deepcopy(model.state_dict())  # earlier masks and frozen values too
         train_fn(model, stop_at=rewind_to)
@@ -134,60 +135,34 @@ def find_ticket(
         model.load_state_dict(whole)
     else:
         base = init
-    start, frozen, released, acted = init, {}, False, base
+    start, began = init, Began(masks, base, {})
     first = 0 if resume is None else resume.history[-1]["round"]
     history = [] if resume is None else resume.history[:-1]
     if resume is not None and first:
         _check_base(resume, base, {alias for name in masks for alias in names[name]})
         device = next(iter(masks.values())).device
-        masks = resume.masks.to(device)
         start = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in resume.start.items()}
         frozen = {name: value.to(device) for name, value in resume.frozen.items()}
-        released = resume.released
-        restart(model, start, trained(masks, released), frozen)
+        began = Began(resume.masks.to(device), start, frozen, resume.released)
+        restart(model, start, trained(began.masks, began.released), frozen)
 
     def train(round: int) -> Ticket:
-        history.append(_record(round, masks, train_fn(model)))
-        found = Ticket(masks, start, frozen, list(history), released)
+        history.append(_record(round, began.masks, train_fn(model)))
+        found = Ticket(began.masks, start, began.frozen, list(history), began.released)
         if on_round is not None:
             on_round(found)
         return found
 
     ticket = train(first)
     for r in range(first + 1, rounds + 1):
-        final = _snapshot(model)
-        previous = masks
-        masks = prune(start, final, masks, score, keep, scope, derive(seed, "prune", r))
-        origin = acted if compounding else base
-        decisions: dict[str, Mask0] = {}
-        next_start, acted = dict(base), dict(base)
-        for name, mask in masks.items():
-            decision = frozen_of(
-                start[name], final[name], mask, previous[name], frozen.get(name),
-                Stream(derive(seed, "mask-0", r), keys[name]),
-            )  # fmt: skip
-            decisions[name] = decision
-            # pruned places keep what the action gave them: permutations may move it later
-            acted[name] = start_of(
-                origin[name], mask, stds[name], Stream(derive(seed, "mask-1", r), keys[name])
-            )
-            if decision.start_at_zero is not None:
-                acted[name] = acted[name].masked_fill(decision.start_at_zero, 0)
-            assembled = _assembled(acted[name], mask, decision)
-            next_start |= dict.fromkeys(names[name], assembled)
-        start = next_start
-        frozen = {n: d.frozen for n, d in decisions.items() if d.frozen is not None}
-        released = any(d.released for d in decisions.values())
-        restart(model, start, trained(masks, released), frozen)
+        origin = began.weights if compounding else base
+        began = next_round(rules, r, began, start, _snapshot(model), origin, keep)
+        start = dict(base)
+        for name in began.masks:
+            start |= dict.fromkeys(names[name], began.effective(name))
+        restart(model, start, trained(began.masks, began.released), began.frozen)
         ticket = train(r)
     return ticket
-
-
-def _assembled(acted: Tensor, mask: Tensor, decision: Mask0) -> Tensor:
-    """The effective weights at the start of a round: those of the actions, and frozen values."""
-    if decision.released:
-        return acted
-    return torch.where(mask, acted, 0.0 if decision.frozen is None else decision.frozen)
 
 
 def _names(model: nn.Module) -> dict[str, list[str]]:

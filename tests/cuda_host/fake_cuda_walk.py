@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import lottery_sparse as ls
 from benchmarks.gpu import gate as gpu_gate
 from benchmarks.gpu.timing import Device
-from experiments import data, train
-from experiments.execute import execute
-from experiments.networks import FC, NETWORKS
-from experiments.runs import DENSE, Run
-from experiments.store import OtherNumbers, Store
+from experiments.store.store import OtherNumbers, Store
+from experiments.study.networks import FC, NETWORKS
+from experiments.study.runs import DENSE, Run
+from experiments.sweep.execute import execute
+from experiments.train import data
+from experiments.train import loop as train
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.steps import tables
 

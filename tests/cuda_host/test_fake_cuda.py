@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.train import EVALUATION_BATCH, at_once
+from experiments.train.loop import EVALUATION_BATCH, at_once
 
 HERE = Path(__file__).resolve().parent
 

@@ -9,12 +9,14 @@ from functools import partial
 import pytest
 
 import lottery_sparse as ls
-from experiments import arithmetic, lottery, machine, runs
 from experiments.__main__ import main
-from experiments.networks import NETWORKS
-from experiments.remakes import readable
-from experiments.runs import LITERALS, Run
-from experiments.store import Store
+from experiments.store import arithmetic, machine
+from experiments.store.remakes import readable
+from experiments.store.store import Store
+from experiments.study import runs
+from experiments.study.networks import NETWORKS
+from experiments.study.runs import LITERALS, Run
+from experiments.train import lottery
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.eager import has_node
@@ -164,7 +166,7 @@ def test_an_unknown_instruction_set_is_one_sentence(monkeypatch):
 
 def test_libraries_that_are_held_back_are_another_arithmetic():
     code = (
-        "from experiments import arithmetic, machine;"
+        "from experiments.store import arithmetic, machine;"
         "print(arithmetic.here('cpu')); print(machine.blas()['held'])"
     )
     held = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

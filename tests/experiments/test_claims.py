@@ -6,12 +6,14 @@ from itertools import product
 import pytest
 import study_rows
 
-from experiments import claims, predicates, studies
-from experiments.claims import CLAIMS, DENSE_ARM, ITERATION, Claim
-from experiments.judging import Verdict, judge, rounds_of, statistics, verdict
-from experiments.runs import Run
-from experiments.selection import select
-from experiments.studies import Arm
+from experiments.findings import claims, predicates
+from experiments.findings.claim import DENSE_ARM, ITERATION, RANDOM, Claim
+from experiments.findings.claims import CLAIMS
+from experiments.findings.judging import Verdict, asked, curves_of, judge, statistics, verdict
+from experiments.findings.selection import select
+from experiments.study import studies
+from experiments.study.runs import Run, rounds_of
+from experiments.study.studies import Arm
 
 SHARES = (0.02, 0.1, 0.24, 0.39, 0.5, 0.654, 0.8, 0.855, 0.938, 0.945, 0.953, 0.99)
 ITERATIONS = (2_000, 3_300, 3_500, 5_300, 9_000)
@@ -38,6 +40,8 @@ def test_every_claim_can_hold_and_can_fail(claim):
     else:
         cases = product(values, repeat=len(claim.arms))
     assert {said(claim, case) for case in cases} == {True, False}
+    assert claim.original
+    assert claim.profiles[0] == "paper"
 
 
 # ---- tests of a statistic ------------------------------------------------------------------------
@@ -47,9 +51,58 @@ def test_beats_wants_a_higher_mean_and_a_small_p():
     test = predicates.beats("a", "b")
     assert test(found(a=0.98, b=0.9))[0]
     assert not test(found(a=0.9, b=0.98))[0]
-    noisy = {"a": {0: 0.8, 1: 0.9, 2: 0.99}, "b": {0: 0.78, 1: 0.88, 2: 0.97}}
+    noisy = {"a": {0: 0.8, 1: 0.9, 2: 0.99}, "b": {0: 0.83, 1: 0.85, 2: 0.95}}
     assert not test(noisy)[0]
     assert not test({"a": seeds(0.98, 2), "b": seeds(0.9, 2)})[0]  # no test of two seeds
+
+
+def test_beats_is_paired_by_seed():
+    apart = {"a": {0: 0.81, 1: 0.911, 2: 0.9905}, "b": {0: 0.8, 1: 0.9, 2: 0.98}}
+    outcome = predicates.beats("a", "b")(apart)
+    assert outcome.holds  # the seeds differ by ten points, the arms by one in each
+    assert "(Welch: 0.89)" in outcome.numbers
+    assert outcome.difference.startswith("+1.05 points, p = 0.000")
+
+
+def test_beats_may_want_a_level_too():
+    test = predicates.beats("a", "b", least=0.5)
+    assert test(found(a=0.6, b=0.2)).holds
+    assert not test(found(a=0.4, b=0.2)).holds
+
+
+def test_what_was_not_found_says_what_would_have_been():
+    even = {"a": {0: 0.90, 1: 0.92, 2: 0.91}, "b": {0: 0.901, 1: 0.919, 2: 0.910}}
+    outcome = predicates.beats("a", "b")(even)
+    assert not outcome.holds
+    assert "this test sees ±0." in outcome.difference
+
+
+def test_either_side_wants_both():
+    test = predicates.either_side("a", "middle", "b")
+    assert test(found(a=0.98, middle=0.95, b=0.9)).holds
+    assert not test(found(a=0.95, middle=0.95, b=0.9)).holds
+    assert not test(found(a=0.98, middle=0.9, b=0.95)).holds
+
+
+@pytest.mark.parametrize(
+    ("a", "holds"),
+    [
+        ({0: 0.98, 1: 0.97, 2: 0.975}, True),
+        ({0: 0.97, 1: 0.975, 2: 0.972}, True),  # lower in the mean, not by the test
+        ({0: 0.977, 1: 0.967, 2: 0.9725}, False),  # lower in each seed, by a quarter of a point
+        ({0: 0.98, 1: 0.95, 2: 0.97}, False),  # no test finds it, and it is a lot
+    ],
+)
+def test_no_drop(a, holds):
+    arms = {"a": a, "b": {0: 0.979, 1: 0.970, 2: 0.9745}}
+    assert predicates.no_drop("a", "b", by=0.005)(arms).holds == holds
+
+
+def test_compressed_wants_few_bits_and_little_loss():
+    test = predicates.compressed("a", "dense", "bits", by=0.02, share=1 / 32)
+    assert test(found(a=0.97, dense=0.98, bits=0.03)).holds
+    assert not test(found(a=0.97, dense=0.98, bits=0.04)).holds
+    assert not test(found(a=0.95, dense=0.98, bits=0.03)).holds
 
 
 @pytest.mark.parametrize(
@@ -91,7 +144,7 @@ def test_between_looks_at_every_arm():
     test = predicates.between(0.92, 0.96)
     assert test(found(a=0.93, b=0.95, c=0.94))[0]
     assert not test(found(a=0.93, b=0.97, c=0.94))[0]
-    holds, numbers = test(found(a=0.93, b=0.90, c=0.94))
+    holds, numbers, *_ = test(found(a=0.93, b=0.90, c=0.94))
     assert not holds
     assert numbers.startswith("from b 90.04% (3 seeds) to c 94.05%")
 
@@ -122,8 +175,8 @@ def rows_of(claim: Claim, values: dict[str, float], network="fc", profile="paper
     for name, changes in claim.arms.items():
         for seed in range(count):
             run = Arm(tuple(changes.items())).run(network, profile, seed)
-            for row in study_rows.of_run(run, studies.ROUNDS):
-                there = row["round"] in rounds_of(claim, changes)
+            for row in study_rows.of_run(run, 24):
+                there = row["round"] in asked(claim, changes, rounds_of(run, max(claim.rounds)))
                 row |= {"test_accuracy": 0.5, "early_stop_iteration": 1, "density": 0.5}
                 row[claim.statistic] = seeds(values[name], count)[seed] if there else 0.5
                 rows.append(row)
@@ -205,7 +258,7 @@ def test_rows_decide(study, text, good, bad):
     assert verdict_of(claim, rows_of(claim, good, count=1)).status == "too few runs"
     assert verdict_of(claim, []).status == "not run"
     other = verdict_of(claim, rows_of(claim, good, profile="short"), profile="short")
-    assert other.status == "not the paper profile"
+    assert other.status == "not a deciding profile"
 
 
 def test_a_round_that_is_missing_leaves_the_seed_out():
@@ -226,10 +279,10 @@ def test_arms_are_compared_over_the_same_seeds():
     assert "dense 97.05% (3 seeds)" in its.numbers
 
 
-def test_the_best_round_is_that_of_the_seeds_that_count():
+def test_a_best_claim_takes_each_run_at_its_best():
     claim = replace(
         the("best mask of a criterion", "learned"),
-        arms={"a": {**studies.UNTRAINED, **claims.RANDOM}, "b": DENSE_ARM},
+        arms={"a": {**studies.UNTRAINED, **RANDOM}, "b": DENSE_ARM},
         test=predicates.beats("b", "a"),
     )
     by_run = {}
@@ -237,29 +290,112 @@ def test_the_best_round_is_that_of_the_seeds_that_count():
         mask = Run(
             network="fc", profile="paper", seed=seed, criterion="random", **studies.UNTRAINED
         )
-        top = 5 if seed < 2 else 9
-        by_run[mask.id] = {r: {"test_accuracy": 0.9 if r == top else 0.1} for r in range(21)}
+        top = 5 + seed  # another round for each seed
+        by_run[mask.id] = {
+            r: {
+                "seed": seed,
+                "round": r,
+                "density": 0.8**r,
+                "test_accuracy": 0.1 + 0.8 * (r == top),
+            }
+            for r in range(21)
+        }
         if seed < 2:
             by_run[mask.dense.id] = {0: {"test_accuracy": 0.98}}
-    by_run[mask.id][9]["test_accuracy"] = 10.0  # would win, but its seed has no dense network
-    assert statistics(claim, "fc", "paper", by_run, range(3)) == {
-        "a": {0: 0.9, 1: 0.9},
+    curves = curves_of(claim, "fc", "paper", by_run, range(3))
+    assert statistics(claim, curves) == {  # the third seed has no dense network
+        "a": {0: pytest.approx(0.9), 1: pytest.approx(0.9)},
         "b": {0: 0.98, 1: 0.98},
     }
-    assert verdict(claim, "fc", "paper", by_run, range(3)).status == "too few runs"
+    its = verdict(claim, "fc", "paper", by_run, range(3))
+    assert its.status == "too few runs"
+    assert "best density of the mean curve: a 50.00%" in its.numbers
+    assert "density chosen on validation data: not recorded" in its.numbers
+    for rows in by_run.values():
+        for number, row in rows.items():
+            row["validation_accuracy"] = 0.9 if number == 7 else 0.2
+    its = verdict(claim, "fc", "paper", by_run, range(3))
+    assert "density chosen on validation data: a 10.00%" in its.numbers
+
+
+def test_no_drop_is_judged_level_by_level():
+    claim = the("at each of rounds 14 to 20", "mask-criteria")
+    rows = rows_of(claim, {"ticket": 0.98, "dense": 0.98})
+    its = verdict_of(claim, rows)
+    assert (its.status, its.ours) == ("holds", "holds at 7 of 7 levels")
+    for row in rows:
+        if row["criterion"] == "large_final" and row["round"] == 17:
+            row["test_accuracy"] -= 0.003  # in the mean of seven levels nothing
+            row["density"] = 0.023
+    its = verdict_of(claim, rows)
+    assert (its.status, its.ours) == ("fails", "holds at 6 of 7 levels")
+    assert "fails at round 17 (2.3% kept): -0.30 points" in its.numbers
+    assert [number for number, outcome in its.levels.items() if not outcome.holds] == [17]
+
+
+@pytest.mark.parametrize("network", ["fc", "conv2"])
+def test_a_claim_names_the_profiles_that_can_decide_it(network):
+    claim = the("Variant 1 is as good", "mask-0")
+
+    def status(rows):
+        [its] = [v for v in judge(rows, network, None, "mask-0") if v.claim is claim]
+        return its.status, its.profile
+
+    # coarse has rounds 16 and 20 alone of 14 to 20
+    rows = rows_of(claim, {"zero": 0.97, "Variant 1": 0.98}, network, "coarse")
+    rows = [row for row in rows if row["round"] % 4 == 0]
+    assert status(rows) == ("holds", "coarse")
+    # the paper's rows decide where there are enough of them
+    worse = {"zero": 0.98, "Variant 1": 0.97}
+    assert status(rows + rows_of(claim, worse, network)) == ("fails", "paper")
+    assert status(rows + rows_of(claim, worse, network, count=2)) == ("holds", "coarse")
+    gone = [row for row in rows if (row["seed"], row["round"]) != (0, 16)]
+    assert status(gone) == ("too few runs", "coarse")
+
+
+def test_coarse_decides_nothing_of_speed():
+    speed = the("before the dense", "early-stop")
+    rows = rows_of(speed, {"ticket": 3_200, "dense": 5_200}, profile="coarse")
+    [its] = [v for v in judge(rows, "fc", "coarse", "early-stop") if v.claim is speed]
+    assert its.status in ("not a deciding profile", "not run")
+    [its] = [v for v in judge(rows, "fc", None, "early-stop") if v.claim is speed]
+    assert (its.status, its.profile) == ("not run", "paper")
+
+
+def test_shares_that_moved_to_zero_decide():
+    claim = the("that large_final prunes more were", "supermasks")
+    rows = []
+    for seed in range(3):
+        changes = tuple(claim.arms["pruned"].items())
+        for row in study_rows.of_run(Arm(changes).run("fc", "paper", seed), 20):
+            row["heading"] = {"fc1.weight": [100, 60 + seed, 50, 10], "output.weight": [0, 0, 5, 2]}
+            rows.append(row)
+    its = verdict_of(claim, rows)
+    assert its.status == "holds"
+    assert its.numbers.startswith("pruned 61.00% (3 seeds) against kept 21.82% (3 seeds)")
+    for row in rows:
+        del row["heading"]  # rows from before they were counted
+    assert verdict_of(claim, rows).status == "not run"
 
 
 def test_studies_that_nobody_published_claim_nothing():
     silent = set(studies.STUDIES) - {claim.study for claim in CLAIMS}
-    assert silent == {"dense", "same-sign", "early-masks", "rescaling", "learned-trained"}
+    assert silent == {
+        "dense",
+        "same-sign",
+        "early-masks",
+        "rescaling",
+        "learned-trained",
+        "choices",
+    }
 
 
 def test_moments_of_late_rewinding_are_all_claimed():
-    asked = {
+    moments = {
         claim.arms["later"]["rewind_to"] for claim in CLAIMS if claim.study == "late-rewinding"
     }
     study = studies.STUDIES["late-rewinding"]
-    assert asked | {0.0} == {dict(arm.changes)["rewind_to"] for arm in study.arms()}
+    assert moments | {0.0} == {dict(arm.changes)["rewind_to"] for arm in study.arms()}
 
 
 # ---- arms that coincide --------------------------------------------------------------------------

@@ -12,12 +12,15 @@ from tolerances import close
 from torch.nn import functional as F
 
 import lottery_sparse as ls
-from experiments import arithmetic, checkpoints, data, runs, studies, train
-from experiments.execute import execute, groups
-from experiments.lottery import Lottery, dense_start, lottery, model_of
-from experiments.networks import CONV2, CONV4, FC, NETWORKS, build, columns_as_laid
-from experiments.runs import DENSE, PROFILES, Run, rounds_of, run_in, run_of
-from experiments.store import OtherNumbers, Store
+from experiments.store import arithmetic, checkpoints
+from experiments.store.store import OtherNumbers, Store
+from experiments.study import runs, studies
+from experiments.study.networks import CONV2, CONV4, FC, NETWORKS, build, columns_as_laid
+from experiments.study.runs import DENSE, PROFILES, Run, rounds_of, run_in, run_of
+from experiments.sweep.execute import execute, groups
+from experiments.train import data
+from experiments.train import loop as train
+from experiments.train.lottery import Lottery, dense_start, lottery, model_of
 
 SMALL = replace(
     CONV2,

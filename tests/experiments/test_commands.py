@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import engines
 from experiments.__main__ import main, only_profile
-from experiments.machine import numerics
-from experiments.runs import Run
-from experiments.store import Store
+from experiments.store.machine import numerics
+from experiments.store.store import Store
+from experiments.study.runs import Run
+from experiments.sweep import engines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")
@@ -43,6 +43,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 NO_RUN = {  # of `run STUDY --profile smoke --store new`
     "nothing": "study must be one of dense, .*; got 'nothing'",
+    "": "run takes a STUDY or a --figure, one of both",
+    "dense --figure 7": "run takes a STUDY or a --figure, one of both",
+    "--figure 8": "figure must be one of 1, 2, .*, article-10; got '8'",
     "dense --network vgg": "network must be one of fc, conv2, .*; got 'vgg'",
     "dense --seeds 0": "seeds must be 1 or more, got 0",
     "dense --rounds -1": "rounds must be 0 to 46 on fc, .*; got -1",
@@ -107,7 +110,7 @@ STORES = {
     "empty": "empty is no store of results",
     "file": "file is no store of results",
     "later": "later/store.json is of format 2",
-    "made": "no rows in made of any study on any network with profile paper: make them by",
+    "made": "no rows in made of any study on any network with profile paper or coarse: make them",
 }
 
 
@@ -147,7 +150,23 @@ def test_verdicts_as_a_file_name_what_was_not_run_too(folder, capsys):
     assert main(["claims", "--profile", "smoke", "--store", "made", "--out", "new"]) == 0
     said = capsys.readouterr().out
     assert Path("new/claims.md").read_text() == said
-    assert len(re.findall(r"\| conv4 \| .* \| not run \|\n", said)) > 10
+    assert len(re.findall(r"\| conv4 \| .* \| not run \|", said)) > 10
+    assert said.startswith("Of ")
+    assert main(["claims", "--store", "made"]) == 0  # the only profile there is, without its name
+    assert capsys.readouterr().out == said
+
+
+def test_a_run_of_a_figure_does_its_studies(folder, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "experiments.__main__.run_study", lambda study, *a, **k: asked.append(study) or 0
+    )
+    assert main(["run", "--figure", "table1", "--profile", "smoke", "--store", "new"]) == 0
+    assert main(["run", "--figure", "article-8", "--profile", "smoke", "--store", "new"]) == 0
+    assert [study.name for study in asked] == ["supermasks", "learned", "mask-1"]
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert "figure 4 of the paper, figure 8 of the article; fc, conv2, conv4, conv6" in said
 
 
 @pytest.mark.filterwarnings("default")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from study_rows import STUDIES, rows
 
-from experiments import step_speed
 from experiments.__main__ import main
-from experiments.compare import compare
-from experiments.networks import CONV2, NETWORKS
-from experiments.store import Store
+from experiments.show.compare import compare
+from experiments.store.store import Store
+from experiments.study.networks import CONV2, NETWORKS
+from experiments.tools import step_speed
 
 
 def made(profile: str, seeds: int, more: float) -> list[dict]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data, download
-from experiments.make_mnist_mini import choose, idx_bytes
+from experiments.tools.make_mnist_mini import choose, idx_bytes
+from experiments.train import data, download, image_files
 
 
-def idx_file(array: np.ndarray, name: str = "digits") -> tuple[data.IdxFile, bytes]:
+def idx_file(array: np.ndarray, name: str = "digits") -> tuple[image_files.IdxFile, bytes]:
     content = idx_bytes(array)
-    return data.IdxFile(name, array.shape, hashlib.sha256(content).hexdigest()), content
+    return image_files.IdxFile(name, array.shape, hashlib.sha256(content).hexdigest()), content
 
 
 IMAGES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4)
@@ -57,8 +57,10 @@ def test_choice_takes_equal_steps_through_each_class():
 def test_validation_part_is_drawn_once_by_numpy_seed_0():
     mini = data.load("mnist-mini")
     folder = data.HERE / "mnist_mini"
-    file = data.MNIST_MINI["train labels"]
-    labels = data.parse_idx(data.read_limited(folder / f"{file.name}.gz", file.size), file, folder)
+    file = image_files.MNIST_MINI["train labels"]
+    labels = image_files.parse_idx(
+        image_files.read_limited(folder / f"{file.name}.gz", file.size), file, folder
+    )
     held_out = np.random.RandomState(0).choice(6_000, 500, replace=False)
     assert mini.val.labels.tolist() == labels[np.sort(held_out)].tolist()
     assert mini.train.labels.tolist() == np.delete(labels, held_out).tolist()
@@ -72,19 +74,21 @@ def test_truncated_idx_is_refused_with_both_sizes(length, tmp_path):
     file, content = idx_file(IMAGES)
     path = tmp_path / file.name
     path.write_bytes(content[:length])
-    with pytest.raises(data.DataError, match=f"digits holds {length} bytes, expected 40.*Delete"):
-        data.parse_idx(data.read_limited(path, file.size), file, path)
+    with pytest.raises(
+        image_files.DataError, match=f"digits holds {length} bytes, expected 40.*Delete"
+    ):
+        image_files.parse_idx(image_files.read_limited(path, file.size), file, path)
 
 
 def test_every_flipped_byte_is_found(tmp_path):
     file, content = idx_file(IMAGES)
     path = tmp_path / file.name
-    assert (data.parse_idx(content, file, path) == IMAGES).all()
+    assert (image_files.parse_idx(content, file, path) == IMAGES).all()
     for place in range(len(content)):
         bad = bytearray(content)
         bad[place] ^= 1
-        with pytest.raises(data.DataError, match=r"magic number|dimensions|SHA-256"):
-            data.parse_idx(bytes(bad), file, path)
+        with pytest.raises(image_files.DataError, match=r"magic number|dimensions|SHA-256"):
+            image_files.parse_idx(bytes(bad), file, path)
 
 
 @pytest.mark.parametrize(
@@ -97,18 +101,18 @@ def test_every_flipped_byte_is_found(tmp_path):
     ids=["magic", "dimensions", "checksum"],
 )
 def test_wrong_idx_says_found_and_expected(array, message, tmp_path):
-    file = data.IdxFile("digits", (2, 3, 4), "0" * 64)
-    with pytest.raises(data.DataError, match=message):
-        data.parse_idx(idx_bytes(array), file, tmp_path / "digits")
+    file = image_files.IdxFile("digits", (2, 3, 4), "0" * 64)
+    with pytest.raises(image_files.DataError, match=message):
+        image_files.parse_idx(idx_bytes(array), file, tmp_path / "digits")
 
 
 def test_longer_file_is_refused_and_not_read_to_its_end(tmp_path):
     file, content = idx_file(IMAGES)
     path = tmp_path / "digits.gz"
     path.write_bytes(gzip.compress(content + bytes(10**7)))  # 10 MB that compress to 10 kB
-    assert len(data.read_limited(path, file.size)) == file.size + 1
-    with pytest.raises(data.DataError, match="holds 41 bytes, expected 40"):
-        data.parse_idx(data.read_limited(path, file.size), file, path)
+    assert len(image_files.read_limited(path, file.size)) == file.size + 1
+    with pytest.raises(image_files.DataError, match="holds 41 bytes, expected 40"):
+        image_files.parse_idx(image_files.read_limited(path, file.size), file, path)
 
 
 def test_gzip_truncated_anywhere_is_refused(tmp_path):
@@ -117,8 +121,8 @@ def test_gzip_truncated_anywhere_is_refused(tmp_path):
     path = tmp_path / "digits.gz"
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(data.DataError, match=r"digits\.gz .*expected 40"):
-            data.parse_idx(data.read_limited(path, file.size), file, path)
+        with pytest.raises(image_files.DataError, match=r"digits\.gz .*expected 40"):
+            image_files.parse_idx(image_files.read_limited(path, file.size), file, path)
 
 
 def test_gzip_with_a_wrong_checksum_is_refused(tmp_path):
@@ -127,25 +131,29 @@ def test_gzip_with_a_wrong_checksum_is_refused(tmp_path):
     whole[-8] ^= 1  # of the CRC
     path = tmp_path / "digits.gz"
     path.write_bytes(whole)
-    with pytest.raises(data.DataError, match="not a whole gzip file"):
-        data.read_limited(path, file.size)
+    with pytest.raises(image_files.DataError, match="not a whole gzip file"):
+        image_files.read_limited(path, file.size)
 
 
 def test_not_found_names_the_folder_and_every_file_tried(tmp_path):
-    with pytest.raises(data.DataError, match="--data-dir") as error:
+    with pytest.raises(image_files.DataError, match="--data-dir") as error:
         data.load("mnist", tmp_path)
     assert f"{tmp_path / 'MNIST' / 'raw'} has no " in str(error.value)
-    for file in data.MNIST.values():
+    for file in image_files.MNIST.values():
         assert f"{file.name}[.gz]" in str(error.value)
-    with pytest.raises(data.DataError, match=r"cifar-10-batches-bin has no .*data_batch_3\.bin"):
+    with pytest.raises(
+        image_files.DataError, match=r"cifar-10-batches-bin has no .*data_batch_3\.bin"
+    ):
         data.load("cifar10", tmp_path)
 
 
 def test_without_a_folder_the_way_out_is_named(monkeypatch):
     monkeypatch.delenv("LS_DATA_DIR", raising=False)
-    with pytest.raises(data.DataError, match="--data-dir DIR or set LS_DATA_DIR"):
+    with pytest.raises(image_files.DataError, match="--data-dir DIR or set LS_DATA_DIR"):
         data.load("mnist")
-    with pytest.raises(data.DataError, match="one of mnist, mnist-mini, cifar10; got 'svhn'"):
+    with pytest.raises(
+        image_files.DataError, match="one of mnist, mnist-mini, cifar10; got 'svhn'"
+    ):
         data.load("svhn")
 
 
@@ -154,23 +162,23 @@ def test_without_a_folder_the_way_out_is_named(monkeypatch):
 
 @pytest.fixture
 def small_mnist(monkeypatch):
-    """data.MNIST with 24 training and 6 test images; their content by file name."""
+    """image_files.MNIST with 24 training and 6 test images; their content by file name."""
     contents = {}
-    for part, file in data.MNIST.items():
+    for part, file in image_files.MNIST.items():
         count = 24 if part.startswith("train") else 6
         array = np.arange(count * (784 if "images" in part else 1), dtype=np.uint64) % 10
         array = array.astype(np.uint8).reshape(count, *file.shape[1:])
         small, contents[file.name] = idx_file(array, file.name)
-        monkeypatch.setitem(data.MNIST, part, small)
+        monkeypatch.setitem(image_files.MNIST, part, small)
     return contents
 
 
 @pytest.fixture
 def small_cifar10(monkeypatch):
     """CIFAR-10 with 12 records a file; its content by file name."""
-    monkeypatch.setattr(data, "CIFAR10_RECORDS", 12)
+    monkeypatch.setattr(image_files, "CIFAR10_RECORDS", 12)
     contents = {}
-    for i, name in enumerate((*data.CIFAR10_TRAIN, data.CIFAR10_TEST)):
+    for i, name in enumerate((*image_files.CIFAR10_TRAIN, image_files.CIFAR10_TEST)):
         records = np.full((12, 3073), i, np.uint8)
         records[:, 0] = np.arange(12) % 10
         records[:, 1025:2049] = 100 + i  # the green plane
@@ -195,7 +203,7 @@ def test_mnist_is_found_plain_or_packed(packed, small_mnist, tmp_path, monkeypat
 
 
 def test_cifar10_is_read_in_planes(small_cifar10, tmp_path):
-    folder = tmp_path / data.CIFAR10_FOLDER
+    folder = tmp_path / image_files.CIFAR10_FOLDER
     folder.mkdir()
     for name, content in small_cifar10.items():
         (folder / name).write_bytes(content)
@@ -210,14 +218,14 @@ def test_cifar10_is_read_in_planes(small_cifar10, tmp_path):
 @pytest.mark.parametrize("length", [0, 1, 3072, 3073, 12 * 3073 - 1, 12 * 3073 + 1])
 def test_cifar10_of_a_wrong_length_is_refused(length, small_cifar10, tmp_path):
     content = (small_cifar10["test_batch.bin"] + b"\0")[:length]
-    with pytest.raises(data.DataError, match=f"holds {length} bytes, expected {12 * 3073}"):
-        data.parse_cifar10(content, tmp_path / "test_batch.bin")
+    with pytest.raises(image_files.DataError, match=f"holds {length} bytes, expected {12 * 3073}"):
+        image_files.parse_cifar10(content, tmp_path / "test_batch.bin")
 
 
 def test_cifar10_with_a_label_out_of_range_is_refused(small_cifar10, tmp_path):
     content = b"\x0a" + small_cifar10["test_batch.bin"][1:]
-    with pytest.raises(data.DataError, match="holds the label 10, expected labels 0 to 9"):
-        data.parse_cifar10(content, tmp_path / "test_batch.bin")
+    with pytest.raises(image_files.DataError, match="holds the label 10, expected labels 0 to 9"):
+        image_files.parse_cifar10(content, tmp_path / "test_batch.bin")
 
 
 # download, with the network replaced
@@ -268,7 +276,7 @@ def test_download_keeps_nothing_that_is_wrong(page, message, small_mnist, intern
     pages, _ = internet
     for name in small_mnist:
         pages[f"{download.MNIST_URL}{name}.gz"] = page
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(image_files.DataError, match=message):
         data.load("mnist", tmp_path, download=True)
     assert not list((tmp_path / "MNIST" / "raw").iterdir())
 
@@ -278,7 +286,7 @@ def test_download_refuses_a_redirect_away_from_https(small_mnist, internet, tmp_
     url = f"{download.MNIST_URL}train-images-idx3-ubyte.gz"
     pages[url] = gzip.compress(small_mnist["train-images-idx3-ubyte"])
     final[url] = "http://example.org/mnist"
-    with pytest.raises(data.DataError, match="not https"):
+    with pytest.raises(image_files.DataError, match="not https"):
         data.load("mnist", tmp_path, download=True)
 
 
@@ -286,14 +294,14 @@ def test_download_of_cifar10_takes_members_by_name(small_cifar10, internet, tmp_
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in {"../evil": b"x", **small_cifar10}.items():
-            member = tarfile.TarInfo(f"{data.CIFAR10_FOLDER}/{name}")
+            member = tarfile.TarInfo(f"{image_files.CIFAR10_FOLDER}/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     pages, _ = internet
     pages[download.CIFAR10_URL] = archive.getvalue()
-    with pytest.raises(data.DataError, match=r"SHA-256 .* nothing was kept"):
+    with pytest.raises(image_files.DataError, match=r"SHA-256 .* nothing was kept"):
         data.load("cifar10", tmp_path, download=True)
-    assert not list((tmp_path / data.CIFAR10_FOLDER).iterdir())
+    assert not list((tmp_path / image_files.CIFAR10_FOLDER).iterdir())
     digest = hashlib.sha256(archive.getvalue()).hexdigest()
     monkeypatch.setattr(download, "CIFAR10_SHA256", digest)
     assert len(data.load("cifar10", tmp_path, download=True).train) == 55

@@ -14,14 +14,14 @@ import pytest
 from engine_problems import Named, Work
 from sweep_problems import follow_all, written
 
-from experiments import engines
 from experiments.__main__ import main
-from experiments.engines import sweep
-from experiments.machine import numerics
-from experiments.runs import Run
-from experiments.store import Store
-from experiments.studies import STUDIES
-from experiments.sweep import Job, claim
+from experiments.store.machine import numerics
+from experiments.store.store import Store
+from experiments.study.runs import Run
+from experiments.study.studies import STUDIES
+from experiments.sweep import engines
+from experiments.sweep.engines import sweep
+from experiments.sweep.sweep import Job, claim
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEMS = ROOT / "tests" / "problems"

@@ -9,10 +9,13 @@ import torch
 from tolerances import close
 
 import lottery_sparse as ls
-from experiments import data, quickstart, train
 from experiments.__main__ import main
-from experiments.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
-from experiments.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
+from experiments.study.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
+from experiments.tools import quickstart
+from experiments.train import data
+from experiments.train import loop as train
+from experiments.train.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
+from lottery_sparse.ops import dispatch
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_rows_name_the_engine(tiny, monkeypatch):
     assert [this.row["engine"] for this in lottery(run, tiny)] == [one_call] * 2
     model = build(CONV2, 0)
     assert train.stepper(model, train.adam(model.parameters(), 1e-3))[0] == "modules"
-    monkeypatch.setattr(ls.backends, "forced", lambda: "reference")
+    monkeypatch.setattr(dispatch, "forced", lambda: "reference")
     assert [this.row["engine"] for this in lottery(run, tiny)] == ["modules"] * 2
 
 

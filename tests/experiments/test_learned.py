@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
-from experiments import learned, runs
-from experiments.data import load, permuted
-from experiments.learned import Checkpoints, learn
-from experiments.networks import build, skeleton
-from experiments.runs import DENSE, Profile, Run
-from experiments.train import evaluation, minibatches
+from experiments.study import runs
+from experiments.study.networks import build, skeleton
+from experiments.study.runs import DENSE, Profile, Run
+from experiments.train import learned
+from experiments.train.data import load, permuted
+from experiments.train.learned import Checkpoints, learn
+from experiments.train.loop import evaluation, minibatches
 
 LEARNED = {"schedule": "learned", "trained": False, "criterion": DENSE}
 
@@ -241,7 +242,7 @@ def test_permutations_are_fixed_and_lose_nothing(mini, kind):
 
 
 def test_colours_of_a_pixel_stay_together():
-    from experiments.data import Dataset, Split
+    from experiments.train.data import Dataset, Split
 
     images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     split = Split(images, torch.tensor([0, 1]))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from sweep_problems import ROW, RUN, ids
 
-from experiments import leases
-from experiments.leases import LeaseLost
-from experiments.store import Store
+from experiments.store import leases
+from experiments.store.leases import LeaseLost
+from experiments.store.store import Store
 
 
 @pytest.fixture

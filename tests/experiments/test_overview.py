@@ -4,12 +4,12 @@ import json
 
 import pytest
 import study_rows
-from study_rows import STUDIES
-
-from experiments.__main__ import main
 from experiments.figures import quickstart as pictures
 from experiments.figures.overview import overview
 from experiments.selection import select
+from study_rows import STUDIES
+
+from experiments.__main__ import main
 
 DENSITIES = (1.0, 0.8, 0.64, 0.51)
 

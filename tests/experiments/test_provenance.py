@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from experiments import machine, provenance
+from experiments.store import machine, provenance
 from lottery_sparse.ops import dispatch
 
 

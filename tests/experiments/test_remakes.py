@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import arithmetic, execute, remakes
 from experiments.__main__ import main
-from experiments.remakes import readable
-from experiments.runs import DENSE, Run, run_of
-from experiments.selection import select
-from experiments.status import progress
-from experiments.store import Store
-from experiments.studies import STUDIES
+from experiments.findings.selection import select
+from experiments.store import arithmetic, remakes
+from experiments.store.remakes import readable
+from experiments.store.store import Store
+from experiments.study.runs import DENSE, Run, run_of
+from experiments.study.studies import STUDIES
+from experiments.sweep import execute
+from experiments.sweep.status import progress
 
 COMMITTED = Path(__file__).parents[2] / "experiments" / "results"
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)

@@ -4,31 +4,21 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from html.parser import HTMLParser
 
 import pytest
 import study_rows
 from study_rows import STUDIES, Study
 
-from experiments import page, report
-from experiments.tables import Table
+from experiments.findings.claim import Claim
+from experiments.findings.judging import Verdict
+from experiments.findings.predicates import near
+from experiments.findings.tables import Table
+from experiments.show import numbering, overview, page, report
+from experiments.study import studies
 
 CHOSEN = [STUDIES[name] for name in ("mask-criteria", "mask-0", "supermasks", "learned")]
 VOID = {"meta", "img", "br", "wbr", "link"}
-
-
-@dataclass(frozen=True)
-class Claim:
-    study: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    claim: Claim
-    status: str
-    numbers: str
 
 
 def judge(rows, network, profile, study):
@@ -36,9 +26,14 @@ def judge(rows, network, profile, study):
     if study != "mask-0":
         return []
     return [
-        Verdict(Claim(study, f"{word} <claim>"), word, "97.9% against 96.4%, p = 0.0012")
-        for word in report.STATUSES
-    ]
+        Verdict(
+            Claim(study, f"{word} <claim>", (network,), {}, (1,), near("a", 0.5, 0.1),
+                  original="about <half>"),
+            network, profile or "paper", word, "97.9% against 96.4%, p = 0.0012", "97.9%",
+            "+1.5 points",
+        )
+        for word in overview.STATUSES
+    ]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -77,7 +72,13 @@ RECORD = {
     "versions": {"torch": "2.13.0", "numpy": "2.4"},
     "engine": "process",
     "outcome": "done",
-    "machine": {"cpu": "EPYC (family 25)"},
+    "threads": 2,
+    "machine": {
+        "cpu": "EPYC (family 25)",
+        "cpu_flags": ["avx2", "avx512f"],
+        "os": "Linux-6",
+        "kernels": {"variant": "avx512", "compiler": "gcc 12"},
+    },
 }
 
 
@@ -89,7 +90,7 @@ def rows():
 @pytest.fixture(scope="module")
 def text(rows):
     records = [{**RECORD, "run_id": row["run_id"], "round": row["round"]} for row in rows]
-    return report.build(CHOSEN, rows, records, judge, "paper", ("fc", "conv4"))
+    return report.build(CHOSEN, rows, records, judge, ("paper",), ("fc", "conv4"))
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,31 @@ def test_links_of_the_contents_lead_somewhere(parsed):
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [a["href"][1:] for a in parsed.all("a") if a["href"].startswith("#")]
-    assert links == [study.name for study in CHOSEN]
+    assert links[: len(CHOSEN)] == [study.name for study in CHOSEN]
+    assert links[len(CHOSEN) :] == ["claims", "deviations", "costs", "failed"]
     assert set(links) <= set(ids)
+
+
+def test_the_first_sentence_says_what_came_out(parsed, text):
+    assert "Of 10 claims 2 hold, 2 fail, 2 have too few runs, 2 are not run and 2" in parsed.text
+    assert text.index('id="outcome"') < text.index("<nav") < text.index("<img")
+
+
+def test_figures_come_before_costs_and_deviations(text):
+    places = [text.index(part) for part in ("<img", 'id="claims"', 'id="deviations"',
+                                            'id="costs"', 'id="failed"')]  # fmt: skip
+    assert places == sorted(places)
+
+
+def test_negative_results_are_listed(parsed):
+    said = parsed.text[parsed.text.index("What failed fails") :]
+    assert "fails <claim> : FC, profile paper; the original: about <half>." in said
+    assert "holds <claim>" not in said
+
+
+def test_sections_are_questions(text):
+    heads = re.findall(r"<h2[^>]*>([^<]*)</h2>", text)
+    assert heads[: len(CHOSEN)] == [page.escape(study.question) for study in CHOSEN]
 
 
 def test_every_figure_is_told_in_words(parsed):
@@ -126,18 +150,20 @@ def test_every_figure_is_told_in_words(parsed):
 
 
 def test_each_verdict_stands_there_as_a_word(parsed):
-    for word in report.STATUSES:
-        assert f"{word} <claim>" in parsed.text
+    for word in overview.STATUSES:
+        if word != "not run":  # those are counted
+            assert f"{word} <claim>" in parsed.text
     assert "\N{CHECK MARK} holds" in parsed.text
     assert "\N{BALLOT X} fails" in parsed.text
-    assert "1 hold, 1 fail, 1 with too few runs" in parsed.text
+    assert "original ours difference verdict" in parsed.text
+    assert "about <half> 97.9% +1.5 points" in parsed.text
 
 
-def test_a_study_with_rows_of_others_alone_was_run_in_part(rows):
-    names = "mask-criteria", "rescaling"  # the second shares rewinding with the first
-    found = report.build([STUDIES[n] for n in names], rows, [], judge, "paper", ("fc",))
-    words = Page(found).text
-    assert "mask-criteria run rescaling run in part" in words
+def test_a_study_with_one_arm_of_another_is_not_run(rows):
+    names = "mask-criteria", "late-rewinding"  # the second begins with the first's `large_final`
+    found = report.build([STUDIES[n] for n in names], rows, [], judge, ("paper",), ("fc",))
+    assert 'id="late-rewinding-fc-paper"' not in found
+    assert "late-rewinding FC python -m experiments run late-rewinding" in Page(found).text
 
 
 def test_text_of_others_is_escaped(text):
@@ -154,32 +180,80 @@ def test_it_says_how_it_was_run(parsed):
         "EPYC (family 25)",
         "numpy 2.4, torch 2.13.0",
         "SGD with momentum 0.9, rate 100, batch 250, 440,000 iterations",
-        "Not run on Conv4: python -m experiments run mask-0 --network conv4 --profile paper",
+        "mask-0 Conv4 python -m experiments run mask-0 --network conv4 --profile paper",
+        "avx2 avx512f",
+        "gcc 12",
+        "Linux-6",
     ):
         assert words in parsed.text
 
 
 def test_the_paper_profile_says_what_it_chose(text):
-    top = text[: text.index("<nav")]
-    assert "all iterations of the paper" in top
+    assert "all iterations of the paper" in text[: text.index("<nav")]
     for choice in report.CHOICES:
-        assert page.escape(choice) in top
+        assert page.escape(choice) in text
+
+
+def test_costs_are_the_core_hours_of_each_figure():
+    few = [Study("mask-0", STUDIES["mask-0"].changes[:2])]
+    rows = study_rows.rows(few, seeds=1, rounds=1)
+    done = [{**RECORD, "run_id": row["run_id"], "round": row["round"]} for row in rows]
+    done += [{**done[0], "outcome": "failed", "seconds": 9_000}]  # and one of another figure
+    done += [{**done[0], "run_id": "other", "seconds": 3_600}]
+    assert overview.core_hours(done) == pytest.approx((5 * 3.0 + 3_600) * 2 / 3_600)
+    text = Page(report.build(few, rows, done, judge, ("paper",), ("fc",))).text
+    assert "All runs of this store took 2.0 core-hours." in text
+    assert "python -m experiments run mask-0 --network fc --profile paper 0.01 3" in text
+
+
+def test_deviations_are_measured_where_both_sides_have_rows():
+    study = studies.STUDIES["choices"]
+    rows = [
+        row | {"test_accuracy": 0.9 + 0.001 * run.seed + (0.002 if run.compounding else 0)}
+        for run in study.runs("fc", "paper", range(3))
+        for row in study_rows.of_run(run, 3)
+    ]
+    for row in rows:
+        row["test_accuracy"] += 1e-5 * row["seed"] ** 2 * row["compounding"]
+    table = overview.deviations(rows)
+    effects = dict(table.rows)
+    [compounding] = [effect for choice, effect in effects.items() if "compound" in choice]
+    assert compounding.startswith("-0.20 points (FC, 3 seeds, mean of rounds 1 to 3, p < 0.0001")
+    [coarse] = [effect for choice, effect in effects.items() if "every fourth" in choice]
+    assert coarse.startswith("not measured yet (FC)")
+
+
+def test_power_is_that_of_the_paired_test(parsed):
+    table = parsed.text[parsed.text.index("Power: the true difference") :]
+    assert "mask-0, FC on MNIST zero 3" in table
+
+
+def test_figures_are_numbered_as_in_the_paper_and_in_the_article():
+    assert numbering.studies_of("7") == ("supermasks",)
+    assert numbering.studies_of("article-7") == ("mask-criteria",)
+    assert numbering.figures_of("mask-0") == "figure 5 of the paper, figures 2 and 3 of the article"
+    with pytest.raises(ValueError, match=r"figure must be one of 1, 2, .*article-10; got '8'"):
+        numbering.studies_of("8")
+    named = {name for table in (numbering.PAPER, numbering.ARTICLE) for n in table.values()
+             for name in n}  # fmt: skip
+    assert named <= set(studies.STUDIES)
 
 
 def test_another_profile_says_so_at_the_top():
     rows = study_rows.rows(CHOSEN[1:2], profile="smoke", seeds=1)
-    text = Page(report.build(CHOSEN[1:2], rows, [], judge, "smoke", ("fc",))).text
+    text = Page(report.build(CHOSEN[1:2], rows, [], judge, ("smoke",), ("fc",))).text
     assert "Profile smoke, not the paper's protocol: a thousandth of the iterations" in text
 
 
 def test_a_store_without_rows_makes_a_page():
-    text = Page(report.build(list(STUDIES.values()), [], [], judge, "paper")).text
-    assert text.count("not run") >= len(STUDIES)
+    text = Page(report.build(list(STUDIES.values()), [], [], judge, ("paper",))).text
+    assert "Not run" in text
+    assert "No claim fails." not in text
 
 
 def test_the_same_rows_make_the_same_page(rows, text):
     few = [Study("mask-0", STUDIES["mask-0"].changes[:2])]
-    pages = {report.build(few, rows, [], judge, "paper", ("fc",)) for _ in range(2)}
+    pages = {report.build(few, rows, [], judge, ("paper",), ("fc",)) for _ in range(2)}
     assert len(pages) == 1
 
 
@@ -224,7 +298,7 @@ def chromium(tmp_path, *options):
 
 @needs_browser
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("width", [390, 1400])
 def test_nothing_sticks_out_of_the_screen(text, tmp_path, width):
     (tmp_path / "probe.html").write_text(text.replace("</body>", PROBE), "utf-8")
     (tmp_path / "frame.html").write_text(FRAME % width, "utf-8")

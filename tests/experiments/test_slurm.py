@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import leases, sweep
 from experiments.__main__ import parser
-from experiments.engines import _why
-from experiments.runs import Run
-from experiments.store import Store
-from experiments.sweep import wait_for_life
+from experiments.store import leases
+from experiments.store.store import Store
+from experiments.study.runs import Run
+from experiments.sweep import sweep
+from experiments.sweep.engines import _why
+from experiments.sweep.sweep import wait_for_life
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = Run(network="fc", profile="smoke", seed=0, criterion="none")

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.statistics import (
+from experiments.findings.statistics import (
     TOO_FEW,
     compare,
+    detectable,
     holm,
     interval,
     levels,
     mean,
+    paired,
     stars,
     welch,
 )
@@ -54,6 +56,28 @@ def test_welch_by_hand():
     assert welch(A, B) == pytest.approx(stats.ttest_ind(A, B, equal_var=False).pvalue)
     assert welch(A, B) == welch(B, A)
     assert welch(A, B) != pytest.approx(stats.ttest_ind(A, B[:4]).pvalue)
+
+
+def differences(a, b):
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def test_the_paired_test_is_scipys():
+    assert paired(differences(A, B)) == pytest.approx(stats.ttest_rel(A, B).pvalue)
+    assert paired([0.25] * 3) == 0.0
+    assert paired([0.0] * 3) == 1.0
+    assert paired([0.1, 0.2]) is None
+
+
+def test_the_detectable_difference_is_found_four_times_of_five():
+    # Cohen: with 34 pairs an effect of half a standard deviation is seen with a power of 0.8
+    gaps = [1.0, -1.0] * 17
+    spread = float(np.std(gaps, ddof=1))
+    assert detectable(gaps) / spread == pytest.approx(0.495, abs=0.005)
+    draws = np.random.default_rng(0).normal(detectable(gaps), spread, (4_000, 34))
+    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 4_000))
+    assert detectable([0.1, 0.2]) is None
 
 
 @pytest.mark.parametrize(("a", "b"), [(A[:2], B), (A, B[:2]), ((), ())])
@@ -107,10 +131,20 @@ def test_compare_leaves_out_the_dense_level_and_corrects_over_the_others():
     b = levels(row(seed, n, value) for n in range(3) for seed, value in enumerate(B))
     first, second = compare(a, b)
     assert (first.round, second.round) == (1, 2)
-    assert first.p == welch(A, B) < 0.05
+    assert first.p == paired(differences(A, B)) > 0.05
+    assert first.p_welch == welch(A, B) < 0.05
     assert first.p_holm == second.p_holm == pytest.approx(2 * first.p)
     assert first.difference == pytest.approx(mean(A) - mean(B))
-    assert first.stars == "*"
+    assert first.stars == ""  # by the paired test, which decides
+    assert first.seen == detectable(differences(A, B))
+
+
+def test_a_curve_is_compared_over_the_seeds_of_both_and_with_one_dense_level():
+    a = levels(row(seed, n, value) for n in range(1, 3) for seed, value in enumerate(A))
+    dense = levels(row(seed, 0, value) for seed, value in enumerate(B[:3]))
+    first, second = compare(a, dense)
+    assert (first.round, second.round, first.n) == (1, 2, 3)
+    assert first.difference == pytest.approx(mean(A[:3]) - mean(B[:3]))
 
 
 def test_compare_of_two_runs_says_too_few():

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 
 from experiments.__main__ import main
-from experiments.runs import DENSE, Run
-from experiments.status import Times, as_text, hours, progress, together
-from experiments.store import Store
-from experiments.studies import STUDIES
+from experiments.store.store import Store
+from experiments.study.runs import DENSE, Run
+from experiments.study.studies import STUDIES
+from experiments.sweep.status import Times, as_text, hours, progress, together
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 DENSE_RUN = SMOKE(criterion=DENSE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sweep_problems import RECORD, ROW, RUN
 
-from experiments.store import Store
+from experiments.store.store import Store
 
 
 @pytest.fixture
@@ -76,6 +76,16 @@ def test_an_equal_row_is_skipped_and_another_one_refused(store):
             store.add(lease, [ROW | {"round": 2}, ROW | {"round": 2, "kept": 4}], [])
     assert (lines_of(store), store.records()) == before
     assert len(before[0]) == 2
+
+
+def test_a_row_of_which_later_code_says_more_is_the_same_row(store):
+    with store.claim([RUN]) as lease:
+        store.add(lease, [ROW], [])
+        store.add(lease, [ROW | {"added_later": 3}], [])
+        assert store.rows() == [ROW]
+        less = {name: value for name, value in ROW.items() if name != "test_accuracy"}
+        with pytest.raises(ValueError, match=r"test_accuracy: .* stored, None now"):
+            store.add(lease, [less | {"added_later": 3}], [])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -14,7 +14,7 @@ import sweep_problems
 import torch
 from sweep_problems import RECORD, ROUNDS, ROW, RUN, follow_all, ids, written
 
-from experiments.store import Store
+from experiments.store.store import Store
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 import lottery_sparse as ls
-from experiments import data, runs, tune
 from experiments.__main__ import main
-from experiments.data import Split, load
-from experiments.learned import learn
-from experiments.runs import DENSE, Profile, Run
+from experiments.study import runs
+from experiments.study.runs import DENSE, Profile, Run
+from experiments.tools import tune
+from experiments.train import data
+from experiments.train.data import Split, load
+from experiments.train.learned import learn
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "lottery_sparse"
 
 # The folders and single files of the package, from the top floor to the ground. A file imports from
 # its own folder and from floors below it; folders on one floor know nothing of each other.
@@ -34,7 +35,26 @@ ops/random
 ops/dispatch ops/limits files
 text
 """
-FLOOR = {place: i for i, row in enumerate(FLOORS.split("\n")) for place in row.split()}
+STUDY_FLOORS = """
+__main__
+tools
+show
+show/figures
+findings
+sweep
+store
+train
+study
+files __init__
+"""
+HOUSES = {"lottery_sparse": FLOORS, "experiments": STUDY_FLOORS}
+
+
+def floors_of(house: str) -> dict[str, int]:
+    rows = HOUSES[house].split("\n")
+    return {place: i for i, row in enumerate(rows) for place in row.split()}
+
+
 COMPILED = {"_C", "_C_cuda", "_host"}
 MOST_PYTHON, MOST_CSRC = 16, 30  # files in a folder
 
@@ -69,43 +89,47 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def place_of(module: str) -> str:
-    """The folder of a module of the package, as FLOORS writes it, or the module if it is there."""
+def place_of(module: str, floors: dict[str, int]) -> str:
+    """The folder of a module, as the floors write it, or the module if it is there."""
     path = "/".join(module.split(".")[1:])
-    return path if path in FLOOR else path.rpartition("/")[0] if path else "__init__"
+    return path if path in floors else path.rpartition("/")[0] if path else "__init__"
 
 
-def test_the_floors_name_every_folder():
-    assert {place_of(module_of(path)) for path in sources("lottery_sparse")} == set(FLOOR)
+@pytest.mark.parametrize("house", HOUSES)
+def test_the_floors_name_every_folder(house):
+    floors = floors_of(house)
+    assert {place_of(module_of(path), floors) for path in sources(house)} == set(floors)
 
 
-def test_imports_point_down():
-    upward = []
-    for path in sources("lottery_sparse"):
-        here = place_of(module_of(path))
+@pytest.mark.parametrize("house", HOUSES)
+def test_imports_point_down(house):
+    floors, upward = floors_of(house), []
+    for path in sources(house):
+        here = place_of(module_of(path), floors)
         for module in imported(path):
-            if module == "lottery_sparse" or not module.startswith("lottery_sparse."):
+            if module == house or not module.startswith(f"{house}."):
                 continue  # the package itself is asked for its version
             if module.split(".")[1] in COMPILED:
                 continue
             if path.name == "__init__.py" and module.startswith(f"{module_of(path)}."):
                 continue  # the public names of a folder, its inner folders' among them
-            there = place_of(module)
-            if there != here and FLOOR[there] <= FLOOR[here]:
+            there = place_of(module, floors)
+            if there != here and floors[there] <= floors[here]:
                 upward.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not upward
 
 
-def test_no_files_import_each_other_in_a_circle():
+@pytest.mark.parametrize("house", HOUSES)
+def test_no_files_import_each_other_in_a_circle(house):
     graph = {
-        module_of(path): {m for m in imported(path) if exists(m) and m != "lottery_sparse"}
-        for path in sources("lottery_sparse")
+        module_of(path): {m for m in imported(path) if exists(m) and m != house}
+        for path in sources(house)
     }
     tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_folders_hold_few_files():
-    folders = {path.parent for path in sources("lottery_sparse")}
+    folders = {path.parent for path in sources(*HOUSES)}
     crowded = {str(f): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_PYTHON}
     for folder in {path.parent for path in CSRC}:
         if (count := len([p for p in CSRC if p.parent == folder])) > MOST_CSRC:

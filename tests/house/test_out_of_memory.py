@@ -308,8 +308,8 @@ def check_conversion(device: str, frozen: Any, convert: Callable, compact: bool)
         close(model(x).detach(), y)
         state_of(model, optimizer)
 
-    convert(same, expected)
-    fail_each(lambda: convert(model, optimizer), works, least=8)
+    convert(same, optimizer=expected)
+    fail_each(lambda: convert(model, optimizer=optimizer), works, least=8)
     torch.testing.assert_close(state_of(model, optimizer), state_of(same, expected), rtol=0, atol=0)
     torch.testing.assert_close(model(x), same(x), rtol=0, atol=0)
 

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.engines import sweep
+from experiments.sweep.engines import sweep
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Slowly:
     def __call__(self, group, device: str) -> None:
         import sweep_problems
 
-        from experiments.store import Store
+        from experiments.store.store import Store
 
         class Slow(Store):
             def add(self, lease, rows, records):

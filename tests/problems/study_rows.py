@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from experiments.runs import DENSE, Run
+from experiments.study.runs import DENSE, Run
 
 WEIGHTS = ("init", "signed_constant")
 UNTRAINED = {"schedule": "one_shot", "trained": False}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.store import Store
+from experiments.store.store import Store
 
 ROUNDS = 4
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import lottery_sparse as ls
-from experiments import data, train
-from experiments.lottery import Lottery, lottery
-from experiments.networks import FC, build, keep_by_parameter
+from experiments.study.networks import FC, build, keep_by_parameter
+from experiments.train import data
+from experiments.train import loop as train
+from experiments.train.lottery import Lottery, lottery
 
 ROUNDS, SEED = 3, 4
 SHORT = replace(FC, iterations=8, batch_size=30)

@@ -67,16 +67,22 @@ def check(layer: Any) -> None:
     """
     if not layer._derived.slots_before.were_written(layer.weight):
         return
-    if not _are_copied(layer, layer.weight_mask.age[0]):
+    if not _are_copied(layer, _age(layer)):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
         raise RuntimeError(text)
     layer._derived.slots_before = None
 
 
-def _are_copied(layer: Any, age: int) -> bool:
+def _age(layer: Any) -> int | None:
+    """When the layer's mask was chosen; None: somebody put a tensor of torch in its place."""
+    mask = layer.weight_mask
+    return mask.age[0] if isinstance(mask, MaskTensor) else None
+
+
+def _are_copied(layer: Any, age: int | None) -> bool:
     """Whether a live layer with a mask of this age has the same slots."""
     for other in registry.compact.all():
-        if other is not layer and other.weight_mask.age[0] == age:
+        if other is not layer and age is not None and _age(other) == age:
             weight, mine = other.weight.detach(), layer.weight.detach()
             if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
                 return True
@@ -86,7 +92,7 @@ def _are_copied(layer: Any, age: int) -> bool:
 def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
     """Called before a mask takes the one of `source`, and after any other write to a mask."""
     for layer in registry.compact.all():
-        if layer.weight_mask.age is not mask.age or layer.weight.is_meta:
+        if getattr(layer.weight_mask, "age", None) is not mask.age or layer.weight.is_meta:
             continue
         if source is not None and _are_copied(layer, source.age[0]):
             layer._derived.slots_before = None  # everything is

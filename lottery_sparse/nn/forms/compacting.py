@@ -165,7 +165,7 @@ def _warn_of_hooks(groups: list[tuple[str, list[Masked]]]) -> None:
             warnings.warn(
                 f"{name} becomes a new Parameter without the hooks on the gradient of the old one "
                 "(register_hook, register_post_accumulate_grad_hook); register them anew.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -47,7 +47,7 @@ def mask_layers_(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, tuple(MASKED_TYPES))
-        and not isinstance(module, Masked)
+        and not type(module).__module__.startswith("lottery_sparse.")  # in a form of ours
         and (filter_fn is None or filter_fn(module, name))
     }
     pruned = {name: m for name, m in candidates.items() if hooks_of_prune(m)}
@@ -72,7 +72,7 @@ def mask_layers_(
         if others:
             skipped[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
     for name, why in skipped.items():
-        warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=2)
+        warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=3)
     swapped = {id(m) for name, m in candidates.items() if name not in skipped}
     for name, module in candidates.items():
         if name not in skipped:
@@ -82,7 +82,7 @@ def mask_layers_(
     _match_tied_masks(model, swapped)
     if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
         why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
-        warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=2)
+        warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=3)
     return model
 
 

@@ -78,8 +78,8 @@ def supermask_layers_(
 
 
 def _why_none(model: nn.Module) -> str:
-    if any(isinstance(m, Masked | Supermask) for m in model.modules()):
-        return "its layers are masked already; ls.densify_ takes the masks away"
+    if any(isinstance(m, Supermask) for m in model.modules()):
+        return "its layers learn masks already; ls.densify_ takes the masks away"
     return why_unmasked(model) or "filter_fn left out every layer that could have one"
 
 

@@ -43,10 +43,7 @@ def none_to_mask(model: nn.Module, refused: Mapping[str, str]) -> str:
         refused: name -> why, of the layers that are of a type to mask.
     """
     if any(type(module).__name__ == "PackedLinear" for module in model.modules()):
-        return (
-            "its layers are packed; ls.densify_(model) makes them dense, and ls.sparsify_(model) "
-            "masks those"
-        )
+        return "its layers are packed; ls.sparsify_(model) makes them masked"
     shares = shares_of_types(model)
     if not shares:
         return "it has no weights; give the module that holds them"

@@ -1,0 +1,1 @@
+"""What rows say: selections, tables, statistics, and claims with their verdicts."""

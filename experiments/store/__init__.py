@@ -1,0 +1,1 @@
+"""Rows on disk: what was computed, how, and by what arithmetic."""

@@ -1,0 +1,1 @@
+"""What the studies are: networks, runs, and the arms of each study."""

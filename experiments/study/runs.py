@@ -1,0 +1,407 @@
+"""A run of a study as data: what decides its numbers, and the id made of that.
+
+A run is a curve of one figure with one seed: a chain of rounds, masks on an untrained network over
+density, or one learned mask. Its rows are a function of the run and of what torch computes in it
+(dense products, losses), whose bits belong to torch's libraries and the processor: not of the study
+that asked for it, of what it was grouped with, or of restarts.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import lottery_sparse as ls
+from experiments.study.networks import NETWORKS, Network
+
+SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
+
+DENSE = "none"  # the criterion of what has no criterion: the dense network, a learned mask
+
+# Most kept weights, as a share, of products over kept weights; above it the product is dense.
+Limits = tuple[tuple[str, float], ...]
+LIMITS: Limits = (
+    ("linear", 0.45),  # y and dx of a linear layer through modules
+    ("linear_quick", 0.52),  # the same, at sizes where those products are quicker
+    ("linear_values", 0.45),  # the gradient of its weights
+    ("conv", 0.4),
+    ("step", 0.45),  # y and dx in `ls.train_step`
+    ("step_values", 0.45),
+)
+# What products a run is made of, and in which order they are summed: literals of its config, which
+# no host and no cache decides. `arithmetic.check` refuses a run where they are not to be had.
+LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
+    "numerics": (1, -1, 0),  # of `lottery_sparse.ops.dispatch.numerics`
+    "precision": ("float32", "bfloat16"),
+    "layout": ("contiguous", "channels_last"),
+    "form": ("compact", "masked"),
+    "limits": (LIMITS,),
+}
+
+Schedule = Literal["iterative", "one_shot", "learned"]
+Weights = Literal["init", "signed_constant"]
+Permuted = Literal["none", "pixels", "classes"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of the paper's protocol is run.
+
+    Attributes:
+        share: of the network's iterations, of a round and of a learned mask alike.
+        evaluate_every: iterations between two looks at the validation part.
+        rounds: at most so many of a study's; None: all.
+        seeds: at most so many of a study's, where the user gives no number; None: all.
+        stride: a chain trains every so many rounds, and each training prunes the shares of all.
+        patience: the share of its iterations after which a training stops that has not lowered
+            the validation loss; None: none does. The dense network takes all iterations.
+        convolutions: literals of the runs of convolutional networks, learned masks apart.
+        mini: whether MNIST is the subset that ships here.
+        deviations: from the protocol, in words; they stand in every figure's title.
+    """
+
+    name: str
+    share: float = 1.0
+    evaluate_every: int = 100
+    rounds: int | None = None
+    seeds: int | None = None
+    stride: int = 1
+    patience: float | None = None
+    convolutions: tuple[tuple[str, str], ...] = ()
+    mini: bool = False
+    deviations: tuple[str, ...] = ()
+
+    def iterations(self, of: int) -> int:
+        return max(1, math.ceil(self.share * of))
+
+    def literals(self, network: str, schedule: str) -> dict[str, str]:
+        """Those of `LITERALS` that the profile asks for where they are not the defaults."""
+        masked = schedule != "learned" and NETWORKS[network].convolutions
+        return dict(self.convolutions) if masked else {}
+
+    def dataset(self, name: str) -> str:
+        return "mnist-mini" if self.mini and name == "mnist" else name
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("paper"),
+        Profile(
+            "coarse",
+            seeds=3,
+            stride=4,
+            patience=0.1,
+            convolutions=(
+                ("precision", "bfloat16"),
+                ("layout", "channels_last"),
+                ("form", "masked"),
+            ),
+            deviations=(
+                "tickets of rounds 4, 8, 12, 16 and 20 only, each pruned by four rounds at once",
+                "a ticket's training ends after a tenth of its iterations without a lower "
+                "validation loss",
+                "conv nets in bfloat16",
+                "three seeds where no more are named",
+            ),
+        ),
+        Profile(
+            "patience",
+            patience=0.1,
+            deviations=(
+                "a ticket's training ends after a tenth of its iterations without a lower "
+                "validation loss",
+            ),
+        ),
+        Profile("short", share=0.1, deviations=("a tenth of the iterations",)),
+        Profile(
+            "smoke",
+            share=0.001,
+            evaluate_every=20,
+            rounds=3,
+            mini=True,
+            deviations=("a thousandth of the iterations", "three rounds", "a subset of MNIST"),
+        ),
+    )
+}
+
+
+_TICKETS, _MASKS = ("mask1", "mask0", "rewind_to", "compounding"), ("rescale", "init_score")
+
+# kind of a run -> what it does not read, and so must leave at its default
+NOT_READ: dict[str, tuple[str, ...]] = {
+    "iterative": ("weights", "permuted", *_MASKS),
+    "dense": ("final_at", "weights", "permuted", *_MASKS, *_TICKETS),
+    "one_shot": ("permuted", *_MASKS, *_TICKETS),
+    "learned": ("final_at", *_TICKETS),
+}
+READ_BY = {
+    **dict.fromkeys(_TICKETS, "only tickets, of rounds with a criterion, have it"),
+    **dict.fromkeys((*_MASKS, "permuted"), "only learned masks have it"),
+    "final_at": "only masks that a criterion scores have it",
+    "weights": "what is trained starts from its initial weights",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One curve with one seed. The defaults are a lottery ticket as in the paper.
+
+    Attributes:
+        schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
+            network is pruned at once to what each number of rounds leaves. "learned": a mask is
+            learned by gradient descent on scores.
+        criterion: one of ls.pruning.CRITERIA; "none": the dense network, or a learned mask.
+        mask1: what kept weights restart from, of ls.pruning.MASK1_ACTIONS.
+        mask0: what pruned weights hold, of ls.pruning.MASK0_ACTIONS.
+        weights: what a network that is not trained computes with, "init" or "signed_constant".
+        trained: whether the weights are trained under the mask.
+        rewind_to: iteration of the dense run whose weights a ticket starts from.
+        final_at: iteration of the dense run whose weights count as final; None: its last.
+        compounding: mask-1 actions start from the last round's start, as in the authors' code.
+        rescale: learned masks: weights are divided by the share of them that a sample keeps.
+        init_score: learned masks: the score of every weight at the start.
+        permuted: what of the data a fixed permutation permutes: "none", "pixels" or "classes".
+        numerics: the order in which the CPU kernels sum, see `lottery_sparse.ops.dispatch`; 0 is
+            torch's own sums, where the kernels are not built.
+        precision: "float32", or "bfloat16": products under autocast; parameters, optimizer and
+            loss are float32.
+        layout: how maps lie: "contiguous", or "channels_last", where the columns of the first
+            linear layer behind convolutions are in that order too.
+        form: of layers with a mask: "compact" holds kept weights alone; "masked" is dense, with
+            pruned weights that rest.
+        limits: densities above which products are dense.
+        remake: how often the chain was made anew before, as a whole; it changes no number.
+    """
+
+    network: str
+    profile: str
+    seed: int
+    schedule: Schedule = "iterative"
+    criterion: str = "large_final"
+    mask1: str = "rewind"
+    mask0: str = "zero"
+    weights: Weights = "init"
+    trained: bool = True
+    rewind_to: int = 0
+    final_at: int | None = None
+    compounding: bool = False
+    rescale: bool = False
+    init_score: float = 0.0
+    permuted: Permuted = "none"
+    numerics: int = 1
+    precision: str = "float32"
+    layout: str = "contiguous"
+    form: str = "compact"
+    limits: Limits = LIMITS
+    remake: int = 0
+
+    def __post_init__(self) -> None:
+        _check("network", self.network, NETWORKS)
+        _check("profile", self.profile, PROFILES)
+        _check("schedule", self.schedule, get_args(Schedule))
+        _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
+        _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
+        _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
+        _check("weights", self.weights, get_args(Weights))
+        _check("permuted", self.permuted, get_args(Permuted))
+        for name, values in LITERALS.items():
+            _check(name, getattr(self, name), values)
+        if self.remake < 0:
+            raise ValueError(f"remake must be 0 (made once) or more, got {self.remake}.")
+        if self.schedule == "learned" and self.criterion != DENSE:
+            raise ValueError(f"a learned mask has no criterion, got {self.criterion!r}.")
+        if self.schedule == "one_shot" and self.trained:
+            raise ValueError("one-shot masks are for networks that are not trained: trained=False.")
+        if self.schedule == "iterative" and not self.trained:
+            raise ValueError("rounds train: a network that is not trained has schedule one_shot.")
+        kind = "dense" if self.criterion == DENSE and self.trained else ""
+        kind = "learned" if self.schedule == "learned" else kind or self.schedule
+        for name in NOT_READ[kind]:  # an id must not say what its rows do not depend on
+            if getattr(self, name) != (default := DEFAULTS[name]):
+                raise ValueError(
+                    f"{name} must be {default!r}, got {getattr(self, name)!r}: {READ_BY[name]}."
+                )
+        self._check_arithmetic()
+        for name in ("rewind_to", "final_at"):
+            at = getattr(self, name)
+            if at is not None and not 0 <= at <= self.iterations:
+                raise ValueError(
+                    f"{name} must be an iteration of the dense run, 0 to {self.iterations}; "
+                    f"got {at}."
+                )
+
+    def _check_arithmetic(self) -> None:
+        """Refuse what the engine does not compute."""
+        plain = (self.precision, self.layout, self.form) == ("float32", "contiguous", "compact")
+        if plain:
+            return
+        if self.schedule == "learned":
+            raise ValueError(
+                "learned masks are computed in float32, contiguous and compact; got "
+                f"{self.precision}, {self.layout} and {self.form}."
+            )
+        if not NETWORKS[self.network].convolutions:
+            raise ValueError(
+                f"{self.network} has no convolutions, and is computed in float32, contiguous and "
+                f"compact; got {self.precision}, {self.layout} and {self.form}."
+            )
+        if self.precision == "bfloat16" and self.form == "compact":
+            raise ValueError(
+                "bfloat16 products of studies are the dense library's, so form must be 'masked'; "
+                "got 'compact'."
+            )
+
+    @property
+    def net(self) -> Network:
+        """The network with the iterations of the profile, as the run computes it."""
+        network, profile = NETWORKS[self.network], PROFILES[self.profile]
+        return replace(
+            network,
+            iterations=profile.iterations(network.iterations),
+            score_iterations=profile.iterations(network.score_iterations),
+            precision=self.precision,
+            layout=self.layout,
+            form=self.form,
+        )
+
+    @property
+    def patience(self) -> int | None:
+        """Iterations without a lower validation loss after which a round's training stops."""
+        share = PROFILES[self.profile].patience
+        ticket = self.schedule == "iterative" and self.criterion != DENSE
+        return math.ceil(share * self.iterations) if share is not None and ticket else None
+
+    @property
+    def stride(self) -> int:
+        """The rounds whose shares each training of a chain prunes."""
+        ticket = self.schedule == "iterative" and self.criterion != DENSE
+        return PROFILES[self.profile].stride if ticket else 1
+
+    @property
+    def iterations(self) -> int:
+        return self.net.iterations
+
+    @property
+    def dataset(self) -> str:
+        return PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
+
+    @property
+    def evaluate_every(self) -> int:
+        return PROFILES[self.profile].evaluate_every
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults; network, profile and seed do always."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """Readable, and unique for what decides the numbers: fc-one_shot-movement-s0-paper-1f0c55…
+
+        The hash is one of what differs from the defaults (so that a new field leaves old ids
+        alone) and of the numbers of the protocol.
+        """
+        network = self.net
+        numbers: dict[str, Any] = {
+            "schema": SCHEMA,
+            "dataset": self.dataset,
+            "evaluate_every": self.evaluate_every,
+            "iterations": network.iterations,
+            "lr": network.lr,
+            "batch_size": network.batch_size,
+            "keep": {kind: str(share) for kind, share in network.keep.items()},
+        }
+        if self.patience is not None:
+            numbers["patience"] = self.patience
+        if self.stride > 1:
+            numbers["stride"] = self.stride
+        if self.schedule == "learned":
+            numbers |= {
+                "score_lr": network.score_lr,
+                "score_iterations": network.score_iterations,
+                "score_batch_size": network.score_batch_size,
+            }
+        text = json.dumps(self.changed | numbers, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return "-".join([self.network, *self._words(), f"s{self.seed}", self.profile, digest])
+
+    def _words(self) -> Iterable[str]:
+        if self.schedule != "iterative":
+            yield self.schedule
+        if self.criterion != DENSE:
+            yield self.criterion
+        elif self.schedule == "iterative":
+            yield "dense"
+        changed = self.changed
+        for name in ("mask1", "mask0", "weights", "permuted"):
+            if name in changed:
+                yield str(changed[name])
+        for name in ("rewind_to", "final_at", "init_score"):
+            if name in changed:
+                yield f"{name}_{changed[name]:g}"
+        for name in ("compounding", "rescale"):
+            if name in changed:
+                yield name
+        for name in ("numerics", "remake"):
+            if name in changed:
+                yield f"{name}_{changed[name]}"
+        if self.schedule == "learned" and self.trained:
+            yield "trained"
+
+    @property
+    def dense(self) -> "Run":
+        """The dense run that this one starts from: round 0, of the same arithmetic and remake."""
+        return Run(
+            network=self.network,
+            profile=self.profile,
+            seed=self.seed,
+            criterion=DENSE,
+            **{name: getattr(self, name) for name in (*LITERALS, "remake")},
+        )
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The fields that a row says; of arithmetic and remake, what differs from the defaults.
+
+        Rows were committed before runs had these fields, and stay as they are.
+        """
+        silent = {name for name in (*LITERALS, "remake") if name not in self.changed}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
+
+
+DEFAULTS = {field.name: field.default for field in fields(Run)}
+
+
+def run_in(profile: str, network: str, seed: int, **changes: Any) -> Run:
+    """The run as a profile computes it."""
+    schedule = changes.get("schedule", DEFAULTS["schedule"])
+    literals = PROFILES[profile].literals(network, schedule)
+    return Run(network=network, profile=profile, seed=seed, **{**literals, **changes})
+
+
+def run_of(row: Mapping[str, Any]) -> Run:
+    """The run of a row: `Run.named` and back. Of `limits` JSON makes lists."""
+    found = {name: row[name] for name in DEFAULTS if name in row}
+    if "limits" in found:
+        found["limits"] = tuple(map(tuple, found["limits"]))
+    return Run(**found)
+
+
+def rounds_of(run: Run, rounds: int) -> set[int]:
+    """The rounds that a run has rows of when it is done."""
+    if run.schedule == "learned":
+        return {1}
+    return {0} if run.criterion == DENSE else set(range(0, rounds + 1, run.stride))
+
+
+def _check(name: str, value: Any, known: Iterable[Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")

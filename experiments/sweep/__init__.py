@@ -1,0 +1,1 @@
+"""Runs executed: groups, engines, what is still to do."""

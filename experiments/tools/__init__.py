@@ -1,0 +1,1 @@
+"""Commands beside the studies: quickstart, speed, tuning."""

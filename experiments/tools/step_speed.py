@@ -1,0 +1,96 @@
+"""What a step and an evaluation cost in each precision, layout and form, dense and pruned.
+
+The profile `coarse` takes its literals from this table, once; no run asks the host.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import lottery_sparse as ls
+from experiments.study.networks import NETWORKS, Network, keep_by_parameter
+from experiments.train.data import Split
+from experiments.train.loop import adam, evaluation, stepper
+from experiments.train.models import Start, dense_start, model_of
+
+WAYS = {  # precision, layout, form
+    "paper": ("float32", "contiguous", "compact"),
+    "float32 last, compact": ("float32", "channels_last", "compact"),
+    "float32 last, masked": ("float32", "channels_last", "masked"),
+    "bfloat16 last, compact": ("bfloat16", "channels_last", "compact"),
+    "coarse": ("bfloat16", "channels_last", "masked"),
+}
+ROUNDS = (0, 4, 8, 12, 16, 20)
+IMAGES = 1_000  # of an evaluation
+REPEATS = 3  # of each way, one after the other; the minimum is taken
+
+
+def measure(networks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield for each network and round the least CPU seconds of one thread.
+
+    They are of a training step, and of an evaluation of `IMAGES` images.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in networks:
+            for number in ROUNDS:
+                yield {"network": name, "round": number, **of(NETWORKS[name], number)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def of(network: Network, number: int) -> dict[str, Any]:
+    """The least seconds of each way, with the masks of so many rounds."""
+    images = torch.rand(IMAGES, *network.input_shape, generator=torch.Generator().manual_seed(0))
+    data = Split(images, torch.arange(IMAGES) % 10)
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    start = start_of(network, number)
+    for name, (precision, layout, form) in WAYS.items():
+        way = replace(network, precision=precision, layout=layout, form=form)
+        calls[name] = prepared(way, model_of(way, start_of(way, number), "cpu"), data)
+    least: dict[str, list[float]] = {name: [float("inf")] * 2 for name in calls}
+    for _ in range(REPEATS):
+        for name, pair in calls.items():
+            for i, call in enumerate(pair):
+                began = time.process_time()
+                call()
+                least[name][i] = min(least[name][i], time.process_time() - began)
+    return {
+        "density": start.masks.density,
+        "step": {name: step for name, (step, _) in least.items()},
+        "evaluation": {name: seconds for name, (_, seconds) in least.items()},
+    }
+
+
+def start_of(network: Network, number: int) -> Start:
+    """The initial weights, the largest of which are kept."""
+    dense = dense_start(network, 0, "cpu")
+    weights = {name: dense.weights[name] for name in dense.masks}
+    keep = keep_by_parameter(network, number)
+    masks = ls.prune(weights, weights, dense.masks, "large_final", keep, generator=0)
+    return replace(dense, masks=masks, masked=number > 0)
+
+
+def prepared(
+    network: Network, model: nn.Module, data: Split
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    _, take_step = stepper(model, adam(model.parameters(), network.lr))
+    images, labels = data.images[: network.batch_size], data.labels[: network.batch_size]
+    return lambda: take_step(images, labels), lambda: evaluation(model, data)
+
+
+HEAD = f"{'milliseconds':<16}{'density':>8}  " + "".join(f"{name:>24}" for name in WAYS)
+
+
+def lines(row: dict[str, Any]) -> str:
+    """A row for a terminal: a step, and an evaluation."""
+    found = []
+    for what in ("step", "evaluation"):
+        times = "".join(f"{row[what][name] * 1e3:24.0f}" for name in WAYS)
+        found.append(f"{row['network']:<6}{what:<10}{row['density']:8.2%}  {times}")
+    return "\n".join(found)

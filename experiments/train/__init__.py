@@ -1,0 +1,1 @@
+"""Data, models, the training loop, and the rounds of a lottery."""

@@ -61,12 +61,6 @@ def seeded(w: Tensor) -> tuple[Product, float]:
     return lambda x: ls.ops.seeded_linear(x, bits, key, scale), size_of(bits)
 
 
-def delta(w: Tensor) -> tuple[Product, float]:
-    values, starts, gaps = formats.pack_delta(w, w != 0)
-    held = size_of(values, starts, gaps)
-    return lambda x: ls.ops.delta_linear(x, values, starts, gaps), held
-
-
 def csr(w: Tensor) -> tuple[Product, float]:
     values, starts, columns = formats.pack_csr(w, w != 0)
     held = size_of(values, starts, columns)
@@ -179,7 +173,7 @@ def cases(dry: bool) -> list[Case]:
             for backend in BACKENDS:
                 add(f"ls ternary {backend}", ternary, backend, 0.5, rows)
         few = [rows for rows in some if rows <= 16]  # what these have kernels for
-        for make, density in ((binary, 1.0), (seeded, 0.5), (delta, 0.05), (delta, 0.1)):
+        for make, density in ((binary, 1.0), (seeded, 0.5)):
             for rows in few:
                 add(f"ls {make.__name__} cuda", make, "cuda", density, rows)
         for density in DENSITIES[:2] if dry else DENSITIES:

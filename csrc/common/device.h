@@ -169,24 +169,9 @@ LS_DEVICE Words4 stream(const Words4* p, uint64_t policy) {
                  : "l"(p), "l"(policy));
     return v;
 }
-LS_DEVICE Words2 stream(const Words2* p, uint64_t policy) {
-    Words2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-                 : "=r"(v.word[0]), "=r"(v.word[1])
-                 : "l"(p), "l"(policy));
-    return v;
-}
 LS_DEVICE uint32_t stream(const uint32_t* p, uint64_t policy) {
     uint32_t v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
-                 : "=r"(v)
-                 : "l"(p), "l"(policy));
-    return v;
-}
-
-LS_DEVICE uint32_t stream(const uint8_t* p, uint64_t policy) {
-    uint32_t v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u8 %0, [%1], %2;"
                  : "=r"(v)
                  : "l"(p), "l"(policy));
     return v;
@@ -202,12 +187,6 @@ LS_DEVICE uint32_t stream(const uint16_t* p, uint64_t policy) {
 // The value that a lane of the warp has. All lanes call it together.
 LS_DEVICE uint32_t from_lane(uint32_t value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
-}
-
-// The value that the lane `step` before has, 0 where there is none.
-LS_DEVICE uint32_t from_before(uint32_t value, int step) {
-    const uint32_t found = __shfl_up_sync(0xFFFFFFFFu, value, step);
-    return static_cast<int>(threadIdx.x % 32) >= step ? found : 0;
 }
 
 LS_DEVICE float float_from_lane(float value, int lane) {
@@ -265,11 +244,6 @@ LS_DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
 LS_MMA(BFloat16, "bf16")
 LS_MMA(Float16, "f16")
 #undef LS_MMA
-
-// sum + the products of the bytes of a word and of `factors`.
-LS_DEVICE uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
-    return __dp4a(word, factors, sum);
-}
 
 // Bytes {selector's digits, lowest first} of the 8 bytes of b : a.
 LS_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {

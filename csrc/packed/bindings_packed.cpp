@@ -116,13 +116,6 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     return entries.y;
 }
 
-Tensor delta_linear_op(Tensor x, Tensor values, Tensor starts, Tensor gaps,
-                       std::optional<Tensor> bias) {
-    const Entries entries(x, values, starts, "gaps", gaps, ScalarType::Byte, bias);
-    delta_linear(entries.problem, static_cast<const uint8_t*>(entries.problem.columns), kParallel);
-    return entries.y;
-}
-
 Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
                         std::optional<Tensor> bias) {
     x = checked("x", x, ScalarType::Float);
@@ -151,7 +144,6 @@ Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_native, CPU, m) {
     m.impl("bitmap_linear", TORCH_BOX(&bitmap_linear_op));
-    m.impl("delta_linear", TORCH_BOX(&delta_linear_op));
     m.impl("csr_linear", TORCH_BOX(&csr_linear_op));
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
 }

@@ -22,27 +22,6 @@ struct Row {
 struct Entries {
     Words4 values, columns;
 };
-struct GapEntries {
-    Words4 values;
-    Words2 gaps;
-};
-template <bool kGaps>
-struct EntriesOf {
-    using Type = Entries;
-};
-template <>
-struct EntriesOf<true> {
-    using Type = GapEntries;
-};
-
-// Bytes `begin` to `end` - 1, the others 0.
-LS_DEVICE Words2 bytes_between(const Words2& words, int begin, int end) {
-    uint64_t all = static_cast<uint64_t>(words.word[1]) << 32 | words.word[0];
-    begin = begin < 0 ? 0 : begin;
-    all = begin < 8 && end > 0 ? all >> (8 * begin) << (8 * begin) : 0;
-    all = end > 0 ? all << (64 - 8 * end) >> (64 - 8 * end) : 0;
-    return {{static_cast<uint32_t>(all), static_cast<uint32_t>(all >> 32)}};
-}
 
 LS_DEVICE uint32_t half_of(const Words4& words, int i) {
     return i % 2 ? words.word[i / 2] >> 16 : words.word[i / 2] & 0xFFFFu;
@@ -86,9 +65,8 @@ LS_HOST_DEVICE constexpr int warps_of(int width) {
     return kWarps * kBlocks / blocks_of(width);
 }
 
-// T: the numbers of x and of the weight. kWidth: rows of x, at least its batch. kGaps: whether gaps
-// say where the entries are; those of value 0 are there for their gaps.
-template <class T, int kWidth, bool kGaps>
+// T: the numbers of x and of the weight. kWidth: rows of x, at least its batch.
+template <class T, int kWidth>
 LS_GLOBAL(warps_of(kWidth) * kLanes, blocks_of(kWidth))
 csr_kernel(CudaCsr p) {
     constexpr int kAll = warps_of(kWidth);
@@ -104,34 +82,27 @@ csr_kernel(CudaCsr p) {
         const int64_t begin = p.starts[n];
         return {begin / kEach * kEach, begin, p.starts[n + 1]};
     };
-    using Read = typename EntriesOf<kGaps>::Type;
-    const auto read = [&](const Row& row, int64_t chunk) -> Read {
+    const auto read = [&](const Row& row, int64_t chunk) -> Entries {
         const int64_t at = row.aligned + chunk * kChunk + lane * kEach;
         if (at >= row.end) return {};
-        Read e = {};
+        Entries e = {};
         if (at + kEach <= total) {
             e.values = stream(reinterpret_cast<const Words4*>(p.values + at), policy);
-            if constexpr (kGaps)
-                e.gaps = stream(reinterpret_cast<const Words2*>(p.gaps + at), policy);
-            else
-                e.columns = stream(reinterpret_cast<const Words4*>(p.columns + at), policy);
+            e.columns = stream(reinterpret_cast<const Words4*>(p.columns + at), policy);
             return e;
         }
         LS_UNROLL
         for (int i = 0; i < kEach; ++i)  // the last ones of all
             if (at + i < total) {
                 e.values.word[i / 2] |= stream(p.values + at + i, policy) << (i % 2 * 16);
-                if constexpr (kGaps)
-                    e.gaps.word[i / 4] |= stream(p.gaps + at + i, policy) << (i % 4 * 8);
-                else
-                    e.columns.word[i / 2] |= stream(p.columns + at + i, policy) << (i % 2 * 16);
+                e.columns.word[i / 2] |= stream(p.columns + at + i, policy) << (i % 2 * 16);
             }
         return e;
     };
 
     int64_t n = int64_t{block_x()} * kAll + thread_index() / kLanes;
     Row row = row_of(n), next = row_of(n + stride);
-    Read ahead[kAhead];
+    Entries ahead[kAhead];
     LS_UNROLL
     for (int i = 0; i < kAhead; ++i) ahead[i] = read(row, i);
     load_columns<kWidth>(linear, x, kAll * kLanes);
@@ -139,45 +110,25 @@ csr_kernel(CudaCsr p) {
 
     for (; n < rows; n += stride) {
         float sums[kWidth] = {};
-        uint32_t behind = 0;  // the column that the row has come to
-        const auto add = [&](const Read& e, int64_t chunk) {
+        const auto add = [&](const Entries& e, int64_t chunk) {
             const int64_t at = row.aligned + chunk * kChunk + lane * kEach;
             // entries of other rows are read too: those from `begin` to `end` - 1 are this one's
             const int first = chunk > 0 ? 0 : static_cast<int>(row.begin - row.aligned);
             const int begin = first - lane * kEach;
             const int end = static_cast<int>(least(row.end - at, kEach));
-            uint32_t columns[kEach];
-            if constexpr (kGaps) {
-                constexpr uint32_t kOnes = 0x01010101u;
-                const Words2 gaps = bytes_between(e.gaps, begin, end);
-                const uint32_t half = dot_bytes(gaps.word[0], kOnes, 0);
-                const uint32_t all = dot_bytes(gaps.word[1], kOnes, half);
-                uint32_t running = all;
-                LS_UNROLL
-                for (int step = 1; step < kLanes; step *= 2) running += from_before(running, step);
-                const uint32_t base = behind + running - all;
-                behind += from_lane(running, kLanes - 1);
-                LS_UNROLL
-                for (int i = 0; i < kEach; ++i)
-                    columns[i] = dot_bytes(gaps.word[i / 4], kOnes >> (8 * (3 - i % 4)),
-                                           i < 4 ? base : base + half);
-            } else {
-                LS_UNROLL
-                for (int i = 0; i < kEach; ++i) columns[i] = half_of(e.columns, i);
-            }
             LS_UNROLL
             for (int i = 0; i < kEach; ++i) {
                 const uint32_t bits = half_of(e.values, i);
                 uint16_t of_x[kWidth];
-                read_numbers<kWidth>(x + columns[i] * kWidth, of_x);
-                const bool adds = i >= begin && i < end && (!kGaps || bits);
+                read_numbers<kWidth>(x + half_of(e.columns, i) * kWidth, of_x);
+                const bool adds = i >= begin && i < end;
                 const float value = T::to_float(adds ? bits : 0);
                 LS_UNROLL
                 for (int m = 0; m < kWidth; ++m)
                     sums[m] = fused(value, T::to_float(adds ? of_x[m] : 0), sums[m]);
             }
         };
-        Read now[kAhead];
+        Entries now[kAhead];
         LS_UNROLL
         for (int i = 0; i < kAhead; ++i) now[i] = ahead[i];
         const Row after = row_of(n + 2 * stride);
@@ -205,12 +156,12 @@ int width_of(int64_t batch) {
     return batch > 4 ? 8 : batch > 2 ? 4 : static_cast<int>(batch);
 }
 
-template <class T, bool kGaps>
+template <class T>
 auto chosen(int width) {
-    return width == 1   ? csr_kernel<T, 1, kGaps>
-           : width == 2 ? csr_kernel<T, 2, kGaps>
-           : width == 4 ? csr_kernel<T, 4, kGaps>
-                        : csr_kernel<T, 8, kGaps>;
+    return width == 1   ? csr_kernel<T, 1>
+           : width == 2 ? csr_kernel<T, 2>
+           : width == 4 ? csr_kernel<T, 4>
+                        : csr_kernel<T, 8>;
 }
 
 }  // namespace
@@ -225,9 +176,7 @@ const char* cuda_csr_linear(const CudaCsr& p, const Device& device) {
     const CudaLinear& linear = p.linear;
     const int width = width_of(linear.batch), warps = warps_of(width);
     const auto kernel =
-        linear.type == Number::kFloat16
-            ? (p.gaps ? chosen<Float16, true>(width) : chosen<Float16, false>(width))
-            : (p.gaps ? chosen<BFloat16, true>(width) : chosen<BFloat16, false>(width));
+        linear.type == Number::kFloat16 ? chosen<Float16>(width) : chosen<BFloat16>(width);
     const int64_t blocks = (linear.out_features + warps - 1) / warps;
     const int64_t room = blocks_of(width) * device.processors;
     const int shared = static_cast<int>(linear.in_features) * width * 2;

@@ -82,8 +82,7 @@ constexpr int64_t kCudaCsrBatch = 8;  // most rows of x
 struct CudaCsr {
     CudaLinear linear;        // splits: 1
     const int64_t* starts;    // [N + 1]: entries of row r are [starts[r], starts[r + 1])
-    const uint16_t* columns;  // these two at a multiple of 16 bytes, or nullptr and
-    const uint8_t* gaps;      // from the entry before in the row, or from 0; of 8 bytes
+    const uint16_t* columns;  // these two at a multiple of 16 bytes
     const uint16_t* values;   // of the type of x
 };
 

@@ -76,27 +76,6 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
         spread_non_finite(p, static_cast<const Index*>(p.columns), parallel);
 }
 
-template <class Index>
-Buffer<Index> columns_of(const PackedLinear& p, const uint8_t* gaps, const Parallel& parallel) {
-    Buffer<Index> columns = buffer<Index>(p.entries);
-    ListCheck check;
-    parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kTask, last = std::min(end * kTask, p.out_features);
-        if (!check.starts("starts", p.starts, first, last, p.entries)) return;
-        for (int64_t r = first; r < last; ++r) {
-            int64_t column = 0;
-            for (int64_t i = p.starts[r]; i < p.starts[r + 1]; ++i)
-                columns[i] = static_cast<Index>(column += gaps[i]);
-            if (p.starts[r] < p.starts[r + 1] && column >= p.in_features) {
-                check.refuse("gaps", "must add up to less than K in each row");
-                return;
-            }
-        }
-    });
-    check.done();
-    return columns;
-}
-
 // Whether the values of rows [begin, end) are there. A row takes as many as its bits say, at most
 // the columns of its groups, so only rows near the end of the values must be counted.
 bool rows_fit(const BitmapLinear& p, int64_t begin, int64_t end, ListCheck& check) {
@@ -157,19 +136,6 @@ void packed_linear(const PackedLinear& p, const Parallel& parallel) {
     else
         p.half ? run(p, LS_CHOSEN_KERNELS(packed_linear_16_half), parallel)
                : run(p, LS_CHOSEN_KERNELS(packed_linear_16), parallel);
-}
-
-void delta_linear(PackedLinear p, const uint8_t* gaps, const Parallel& parallel) {
-    p.wide = p.in_features > (1 << 16);
-    if (p.wide) {
-        const Buffer<uint32_t> columns = columns_of<uint32_t>(p, gaps, parallel);
-        p.columns = columns.get();
-        packed_linear(p, parallel);
-    } else {
-        const Buffer<uint16_t> columns = columns_of<uint16_t>(p, gaps, parallel);
-        p.columns = columns.get();
-        packed_linear(p, parallel);
-    }
 }
 
 }  // namespace lottery_sparse

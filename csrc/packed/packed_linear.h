@@ -33,8 +33,6 @@ struct PackedLinear {
 
 // Each throws where the lists do not fit: what they number is checked, as it was said above.
 void packed_linear(const PackedLinear& p, const Parallel& parallel);
-// The same, but the columns come as gaps [entries]: from the entry before in the row, or from 0.
-void delta_linear(PackedLinear p, const uint8_t* gaps, const Parallel& parallel);
 
 struct BitmapLinear {
     int64_t batch;

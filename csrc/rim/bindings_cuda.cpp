@@ -170,8 +170,7 @@ Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tenso
     return product.y;
 }
 
-// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's. Columns of
-// bytes are gaps.
+// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's.
 Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
                      std::optional<Tensor> bias) {
     check_x(x);
@@ -179,14 +178,12 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     values = checked_on("values", values, x);
     starts = checked_on("starts", starts, x);
     columns = checked_on("columns", columns, x);
-    const bool gaps = columns.scalar_type() == ScalarType::Byte;
-    STD_TORCH_CHECK(
-        values.scalar_type() == x.scalar_type() &&
-            (gaps || columns.scalar_type() == ScalarType::Short) &&
-            starts.scalar_type() == ScalarType::Long,
-        "values must have the dtype of x, columns int16 or uint8 and starts int64, got ",
-        toString(values.scalar_type()), ", ", toString(columns.scalar_type()), " and ",
-        toString(starts.scalar_type()), ".");
+    STD_TORCH_CHECK(values.scalar_type() == x.scalar_type() &&
+                        columns.scalar_type() == ScalarType::Short &&
+                        starts.scalar_type() == ScalarType::Long,
+                    "values must have the dtype of x, columns int16 and starts int64, got ",
+                    toString(values.scalar_type()), ", ", toString(columns.scalar_type()), " and ",
+                    toString(starts.scalar_type()), ".");
     STD_TORCH_CHECK(
         values.dim() == 1 && same_shape(values, columns) && starts.dim() == 1 && starts.numel() > 0,
         "values ", shape_text(values), ", columns ", shape_text(columns), " and starts ",
@@ -197,12 +194,9 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
     STD_TORCH_CHECK(cuda_csr_fits(x.size(0), x.size(1), device), "x ", shape_text(x),
                     " does not fit in shared memory; use tiles.");
     CudaCsr problem = {product.linear, static_cast<const int64_t*>(starts.const_data_ptr()),
-                       nullptr, nullptr, nullptr};
+                       nullptr, nullptr};
     if (values.numel()) {
-        if (gaps)
-            problem.gaps = static_cast<const uint8_t*>(columns.const_data_ptr());
-        else
-            problem.columns = static_cast<const uint16_t*>(columns.const_data_ptr());
+        problem.columns = static_cast<const uint16_t*>(columns.const_data_ptr());
         problem.values = static_cast<const uint16_t*>(values.const_data_ptr());
         STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(columns.const_data_ptr()) % kAlignment == 0 &&
                             reinterpret_cast<uintptr_t>(problem.values) % kAlignment == 0,

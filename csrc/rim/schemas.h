@@ -57,7 +57,6 @@ constexpr const char* kSchemas[] = {
     "ternary_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows, bool int8) "
     "-> Tensor",
     "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) -> Tensor",
-    "delta_linear(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias) -> Tensor",
     "bitmap_linear(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias) -> Tensor",
 };
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.nn.masked import one_node
-from lottery_sparse.nn.packed_formats import FORMATS, check_parts, check_tensor, format_of, scale_of
+from lottery_sparse.nn.packed_formats import (
+    FORMATS,
+    GONE,
+    check_parts,
+    check_tensor,
+    format_of,
+    scale_of,
+)
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.compact.kept import NARROW
 from lottery_sparse.ops.packed.formats import BLOCK
@@ -28,7 +35,7 @@ LEAST_BITMAP = 2**20
 class PackedLinear(nn.Module):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
-    `format` is "ternary", "binary", "seeded", "csr", "delta", "bitmap" or "dense"; the buffers are
+    `format` is "ternary", "binary", "seeded", "csr", "bitmap" or "dense"; the buffers are
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
@@ -36,8 +43,8 @@ class PackedLinear(nn.Module):
         weight: [N, K], floating.
         bias: [N] or None.
         format: None = the fastest that holds `weight` exactly in fewer bytes than dense, see
-            `choose_format`, which never takes "binary", "seeded" and "delta": their kernels are for
-            CUDA. A format that is named may take more than dense: `bytes`, `dense_bytes`.
+            `choose_format`, which never takes "binary" and "seeded": their kernels are for CUDA.
+            A format that is named may take more than dense: `bytes`, `dense_bytes`.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
         key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
             0 have.
@@ -197,7 +204,7 @@ class PackedLinear(nn.Module):
                     f"bias must be floating {tuple(self.bias.shape)}, got {bias.dtype} "
                     f"{tuple(bias.shape)}."
                 )
-        names = {name for form in FORMATS.values() for name in form.names}
+        names = {name for form in FORMATS.values() for name in form.names}.union(*GONE.values())
         format = format_of(name for name in names if prefix + name in state_dict)
         if format is None:
             return None

@@ -14,7 +14,6 @@ from lottery_sparse.ops import (
     binary_linear,
     bitmap_linear,
     csr_linear,
-    delta_linear,
     pack_mask,
     seeded_linear,
     ternary_linear,
@@ -49,8 +48,16 @@ def format_of(names: Iterable[str]) -> str | None:
     """The format whose tensors have these names, all of them and no others; None: no tensor of any.
 
     Raises:
-        ValueError: they are a part of a format, or of several.
+        ValueError: they are a part of a format, or of several, or all of one that is gone.
     """
+    names = set(names)
+    for format, gone in GONE.items():
+        if names.issuperset(gone):
+            raise ValueError(
+                f'{", ".join(gone)}: a packed weight in the format "{format}", which is no longer '
+                "read; pack the model it was made of again, or load the file with lottery_sparse "
+                f"at commit {LAST_TO_READ_GONE}, `ls.densify_` it there and `ls.pack_` it here."
+            )
     parts = {name for form in FORMATS.values() for name in form.names}.intersection(names)
     if not parts:
         return None
@@ -205,22 +212,6 @@ def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: 
     return _fits_columns(formats.csr_columns(numbers), starts, columns)
 
 
-def _pack_delta(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
-    return formats.pack_delta(weight, weight != 0)
-
-
-def _unpack_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> Tensor:
-    numbers = formats.delta_columns(starts, gaps).to(torch.int32)
-    return formats.unpack_csr(values, starts, numbers, columns)
-
-
-def _fits_delta(rows: int, columns: int, values: Tensor, starts: Tensor, gaps: Tensor) -> bool:
-    fits = _fits_rows(rows, values, starts) and gaps.shape == values.shape
-    if not fits or gaps.dtype != torch.uint8:
-        return False
-    return _fits_columns(formats.delta_columns(starts, gaps), starts, columns)
-
-
 def _pack_bitmap(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
     kept = weight != 0
     return weight[kept], formats.row_starts(kept), pack_mask(kept)
@@ -292,6 +283,10 @@ def _fits_rows(rows: int, values: Tensor, starts: Tensor) -> bool:
     return fits and bool((starts.diff() >= 0).all())
 
 
+# Formats that were packed until LAST_TO_READ_GONE, and the names of their tensors.
+LAST_TO_READ_GONE = "1e96751"
+GONE = {"delta": ("values", "starts", "gaps")}
+
 FORMATS: dict[str, Format] = {
     "ternary": Format(
         ("codes", "scale"), _pack_ternary, _unpack_ternary, _fits_ternary, _multiply_ternary
@@ -304,9 +299,6 @@ FORMATS: dict[str, Format] = {
     ),
     "csr": Format(
         ("values", "starts", "columns"), _pack_csr, _unpack_csr, _fits_csr, _exact(csr_linear)
-    ),
-    "delta": Format(
-        ("values", "starts", "gaps"), _pack_delta, _unpack_delta, _fits_delta, _exact(delta_linear)
     ),
     "bitmap": Format(
         ("values", "starts", "bits"),

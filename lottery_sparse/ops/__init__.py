@@ -9,7 +9,6 @@ from lottery_sparse.ops.packed.op import (
     binary_linear,
     bitmap_linear,
     csr_linear,
-    delta_linear,
     seeded_linear,
     ternary_linear,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "compact_conv2d",
     "compact_linear",
     "csr_linear",
-    "delta_linear",
     "keep_top",
     "masked_conv2d",
     "masked_linear",

@@ -91,11 +91,6 @@ def _packed_csr() -> tuple:
     return _values(_BATCH, _IN, stream=2), *formats.pack_csr(weight, mask), None
 
 
-def _packed_delta() -> tuple:
-    weight, mask = _linear()
-    return _values(_BATCH, _IN, stream=2), *formats.pack_delta(weight, mask), None
-
-
 def _packed_bitmap() -> tuple:
     x, values, starts, _, bias = _packed_csr()
     return x, values, starts, pack_mask(_linear()[1]), bias
@@ -182,7 +177,6 @@ CASES: dict[str, Callable[[], tuple]] = {
     "binary_linear": _packed_binary,
     "seeded_linear": _packed_seeded,
     "csr_linear": _packed_csr,
-    "delta_linear": _packed_delta,
     "bitmap_linear": _packed_bitmap,
     "keep_top": _selection,
     "pack_mask": lambda: (_mask(_OUT, _IN),),

@@ -220,13 +220,11 @@ def csr_linear(
 ) -> Tensor:
     struct, y, _ = linear(x, len(starts) - 1, bias, lambda _: 1)
     readable(values, columns)
-    gaps = columns.dtype == torch.uint8
     assert library().ls_csr_fits(len(x), x.shape[1], shared)
     fault = library().ls_emulate_csr(
         ctypes.byref(struct),
         ctypes.c_void_p(starts.data_ptr()),
-        ctypes.c_void_p(None if gaps else columns.data_ptr()),
-        ctypes.c_void_p(columns.data_ptr() if gaps else None),
+        ctypes.c_void_p(columns.data_ptr()),
         ctypes.c_void_p(values.data_ptr()),
         processors,
         shared,

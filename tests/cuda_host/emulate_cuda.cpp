@@ -193,16 +193,10 @@ T streamed(const T* p) {
 Words4 stream(const Words4* p, uint64_t) {
     return streamed(p);
 }
-Words2 stream(const Words2* p, uint64_t) {
-    return streamed(p);
-}
 uint32_t stream(const uint32_t* p, uint64_t) {
     return streamed(p);
 }
 uint32_t stream(const uint16_t* p, uint64_t) {
-    return streamed(p);
-}
-uint32_t stream(const uint8_t* p, uint64_t) {
     return streamed(p);
 }
 
@@ -240,12 +234,6 @@ uint32_t from_lane(uint32_t value, int lane) {
     return found;
 }
 
-uint32_t from_before(uint32_t value, int step) {
-    const int lane = block.current % kLanes;
-    const uint32_t found = from_lane(value, lane < step ? lane : lane - step);
-    return lane < step ? 0 : found;
-}
-
 float float_from_lane(float value, int lane) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
@@ -267,11 +255,6 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
 }
 template void mma<BFloat16>(float*, const uint32_t*, const uint32_t*);
 template void mma<Float16>(float*, const uint32_t*, const uint32_t*);
-
-uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum) {
-    for (int i = 0; i < 4; ++i) sum += (word >> 8 * i & 0xFF) * (factors >> 8 * i & 0xFF);
-    return sum;
-}
 
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;

@@ -28,12 +28,9 @@ inline uint64_t evict_first() {
 }
 Words4 stream(const Words4* p, uint64_t policy);
 uint32_t stream(const uint32_t* p, uint64_t policy);
-Words2 stream(const Words2* p, uint64_t policy);
 uint32_t stream(const uint16_t* p, uint64_t policy);
-uint32_t stream(const uint8_t* p, uint64_t policy);
 
 uint32_t from_lane(uint32_t value, int lane);
-uint32_t from_before(uint32_t value, int step);
 float float_from_lane(float value, int lane);
 inline float float_across(float value, int bits) {
     return float_from_lane(value, thread_index() % 32 ^ bits);
@@ -59,7 +56,6 @@ inline int count_ones(uint32_t word) {
 
 template <class T>
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
-uint32_t dot_bytes(uint32_t word, uint32_t factors, uint32_t sum);
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
 
 // Runs every block of a grid; the message of the first fault, or nullptr.

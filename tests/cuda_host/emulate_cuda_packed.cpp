@@ -56,9 +56,9 @@ extern "C" bool ls_csr_fits(int64_t batch, int64_t in_features, int shared) {
 }
 
 extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* starts,
-                                      const uint16_t* columns, const uint8_t* gaps,
-                                      const uint16_t* values, int processors, int shared) {
-    return cuda_csr_linear({*linear, starts, columns, gaps, values}, {processors, shared, nullptr});
+                                      const uint16_t* columns, const uint16_t* values,
+                                      int processors, int shared) {
+    return cuda_csr_linear({*linear, starts, columns, values}, {processors, shared, nullptr});
 }
 
 extern "C" const char* ls_emulate_rows(const void* x, int type, int64_t batch, int64_t in_features,

@@ -155,9 +155,9 @@ def packed_cases(k: int, n: int, batch: int, density: float) -> Iterator[Case]:
             )
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
-        delta, csr = formats.pack_delta(weight, kept), formats.pack_csr(weight, kept)
+        csr = formats.pack_csr(weight, kept)
         bitmap = *csr[:2], reference.pack_mask(kept)
-        for kind, entries in (("delta", delta), ("csr", csr), ("bitmap", bitmap)):
+        for kind, entries in (("csr", csr), ("bitmap", bitmap)):
             yield f"{kind} {name}, {dtype}", getattr(ops, f"{kind}_linear"), (x, *entries, bias)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 # (N, K, B): ragged, one row, several splits of K, more rows of tiles than blocks
 SHAPES = [(1, 1, 1), (70, 130, 3), (33, 0, 2), (4096, 4096, 1), (300, 9000, 16), (20000, 520, 8)]
-KINDS = ("ternary", "ternary by row", "binary", "seeded", "csr", "delta", "bitmap")
+KINDS = ("ternary", "ternary by row", "binary", "seeded", "csr", "bitmap")
 
 
 def problem(kind, n, k, dtype, density=0.3, device="cuda"):
@@ -43,9 +43,6 @@ def problem(kind, n, k, dtype, density=0.3, device="cuda"):
         weight = 0.75 * packed_reference.drawn_signs(key, drawn).double() * (drawn > 0)
         return (lambda x, b: ops.seeded_linear(x, plus, key, scale, b)), weight
     weight = torch.where(kept, drawn, 0.0).to(dtype)
-    if kind == "delta":
-        entries = formats.pack_delta(weight, kept)
-        return (lambda x, b: ops.delta_linear(x, *entries, b)), weight.double()
     values, starts, columns = formats.pack_csr(weight, kept)
     if kind == "csr":
         return (lambda x, b: ops.csr_linear(x, values, starts, columns, b)), weight.double()
@@ -101,7 +98,7 @@ def test_int8_activations(batch):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
-@pytest.mark.parametrize("kind", ["csr", "delta", "bitmap"])
+@pytest.mark.parametrize("kind", ["csr", "bitmap"])
 @pytest.mark.parametrize("batch", [1, 4, 8, 9])
 def test_densities(kind, density, batch):
     op, weight = problem(kind, 300, 700, torch.bfloat16, density)

@@ -155,7 +155,7 @@ def test_what_the_state_of_each_form_takes_is_as_documented(dtype, mask):
     [
         (
             {"format": "zip"},
-            "format must be one of ternary, binary, seeded, csr, delta, bitmap, dense, got 'zip'",
+            "format must be one of ternary, binary, seeded, csr, bitmap, dense, got 'zip'",
         ),
         ({"format": "ternary"}, "holds weights of one magnitude"),
         ({"activations": "int4"}, 'activations must be "exact" or "int8"'),
@@ -216,7 +216,6 @@ def test_a_state_that_kernels_could_not_trust_is_refused(format, name, change):
 FORCED = {
     **WEIGHTS,
     "binary": lambda: 0.3 * torch.randn(20, 30).sign(),
-    "delta": WEIGHTS["csr"],
 }
 
 
@@ -259,6 +258,27 @@ def test_a_part_of_a_packed_weight_is_refused_before_anything_is_copied(
     with pytest.raises(RuntimeError, match=said):
         layer.load_state_dict(state, strict=strict, assign=assign)
     check_untouched(layer, before)
+
+
+GONE = {
+    "delta": {
+        "values": torch.ones(40),
+        "starts": torch.arange(0, 42, 2),
+        "gaps": torch.ones(40, dtype=torch.uint8),
+    },
+}
+
+
+@pytest.mark.parametrize("format", GONE)
+def test_a_state_of_a_format_that_is_gone_is_refused_with_the_way_out(format):
+    layer, state = forced("csr"), GONE[format] | {"bias": torch.zeros(20)}
+    before = frozen_state(layer)
+    said = rf'in the format "{format}", which is no longer read; pack .* `ls.densify_` it there'
+    with pytest.raises(RuntimeError, match=said):
+        torch.nn.Sequential(layer).load_state_dict({f"0.{name}": t for name, t in state.items()})
+    check_untouched(layer, before)
+    with pytest.raises(ValueError, match=f"format must be one of .*, got '{format}'"):
+        ls.nn.PackedLinear(torch.randn(20, 30), format=format)
 
 
 def test_several_formats_at_once_are_refused():
@@ -307,10 +327,6 @@ WRONG = [
     ("csr", "values", lambda t: t[:-1]),
     ("csr", "values", lambda t: t.long()),
     ("csr", "values", lambda t: t.view(-1, 1)),
-    ("delta", "starts", put(3, 2**40)),
-    ("delta", "gaps", put(-1, 255)),
-    ("delta", "gaps", lambda t: t.int()),
-    ("delta", "gaps", torch.zeros_like),
     ("bitmap", "starts", put(3, 2**40)),
     ("bitmap", "bits", torch.zeros_like),
     ("bitmap", "bits", lambda t: torch.full_like(t, -1)),

@@ -15,7 +15,7 @@ import lottery_sparse as ls
 from lottery_sparse.ops import compact_linear, dispatch, masked_linear
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.packed import formats
-from lottery_sparse.ops.packed.op import bitmap_linear, csr_linear, delta_linear, ternary_linear
+from lottery_sparse.ops.packed.op import bitmap_linear, csr_linear, ternary_linear
 
 BATCH, K, N = 37, 70, 33
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -125,7 +125,6 @@ def test_packed(name, rows):
     with ls.use_backend(name):
         found = {
             "csr": csr_linear(x, *csr, bias),
-            "delta": delta_linear(x, *formats.pack_delta(weight, mask), bias),
             "bitmap": bitmap_linear(x, *csr[:2], bits, bias),
             "ternary": ternary_linear(
                 x, formats.pack_ternary(weight.sign().to(torch.int8)), torch.ones(1), N, bias

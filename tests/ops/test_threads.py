@@ -115,10 +115,9 @@ def packed():
     weight = torch.where(mask, weight, 0.0)
     signs, scale, bits = weight.sign(), torch.ones(1), reference.pack_mask(mask)
     codes = formats.pack_ternary(signs)
-    csr, delta = formats.pack_csr(weight, mask), formats.pack_delta(weight, mask)
+    csr = formats.pack_csr(weight, mask)
     for x in (torch.randn(1, INPUTS), torch.randn(20, INPUTS)):
         yield lambda x=x: ls.ops.csr_linear(x, *csr)
-        yield lambda x=x: ls.ops.delta_linear(x, *delta)
         yield lambda x=x: ls.ops.bitmap_linear(x, *csr[:2], bits)
         yield lambda x=x: ls.ops.ternary_linear(x, codes, scale, OUTPUTS)
         yield lambda x=x: ls.ops.ternary_linear(x, codes, scale, OUTPUTS, activations="int8")

@@ -25,7 +25,7 @@ numerics = torch.ops.lottery_sparse_native.numerics.default
 # Integer and half-precision scores that a float32 holds exactly, so ranks stay what they were.
 _EXACT_SCORES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
 
-_PACKED = ("ternary_linear", "csr_linear", "delta_linear", "bitmap_linear")
+_PACKED = ("ternary_linear", "csr_linear", "bitmap_linear")
 _MOST_COLUMNS_INT8 = 2**18  # kTernaryMostColumns
 _LINEAR = (torch.float32, torch.bfloat16)  # all of a call's tensors alike
 

@@ -83,19 +83,6 @@ def check_csr(columns: Tensor, starts: Tensor, in_features: int) -> None:
     _check_numbers("columns", unsigned(columns)[: int(starts[-1])], in_features)
 
 
-def check_delta(gaps: Tensor, starts: Tensor, in_features: int) -> None:
-    """The same for the lists of `delta_linear`."""
-    _check_starts("starts", starts, len(gaps))
-    sums = torch.nn.functional.pad(gaps.cumsum(0, dtype=torch.int64), (1, 0))
-    last = sums[starts[1:]] - sums[starts[:-1]]
-    if (last >= max(in_features, 1)).any():
-        row = int((last >= max(in_features, 1)).nonzero()[0])
-        raise ValueError(
-            f"gaps of row {row} add up to {int(last[row])}, but x has {in_features} columns; use "
-            "formats.pack_delta."
-        )
-
-
 def check_bitmap(bits: Tensor, starts: Tensor, slots: int) -> None:
     """The same for the lists of `bitmap_linear`."""
     _check_starts("starts", starts, slots)

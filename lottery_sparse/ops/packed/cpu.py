@@ -27,13 +27,6 @@ def csr_linear(
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None
-) -> Tensor:
-    y = _ops.delta_linear(_float(x), _stored(values), starts, gaps, _float(bias))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
-
-
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -59,16 +59,6 @@ def csr_linear(
     )
 
 
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None
-) -> Tensor:
-    return (
-        _ops.csr_linear(x, values, starts, gaps, bias)
-        if _by_rows(x, values, starts, gaps)
-        else _tiled("delta", x, values, starts, gaps, bias)
-    )
-
-
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -87,7 +77,7 @@ def _by_rows(x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> bool
     for rows, density, blocks in BY_ROWS:
         if x.shape[0] <= rows:
             return (
-                columns.dtype in (torch.int16, torch.uint8)
+                columns.dtype == torch.int16
                 and x.dtype != torch.float32
                 and x.shape[1] * rows * x.element_size() <= _shared(x.device) // blocks - 1024
                 and len(values) <= density * (len(starts) - 1) * x.shape[1]
@@ -130,14 +120,11 @@ _tiles: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 def tiles_of(
     format: str, values: Tensor, starts: Tensor, where: Tensor, in_features: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """A weight by rows, "csr", "delta" or "bitmap", as tiles: (starts, data, whether bitmap)."""
+    """A weight by rows, "csr" or "bitmap", as tiles: (starts, data, whether bitmap)."""
     shape = (len(starts) - 1, in_features)
     rows = torch.repeat_interleave(starts.diff())
     if format == "csr":
         columns = where.to(torch.int64) & (0xFFFF if where.dtype == torch.int16 else -1)
-    elif format == "delta":
-        columns, kept = formats.delta_columns(starts, where), values != 0
-        values, rows, columns = values[kept], rows[kept], columns[kept]
     else:
         bit = torch.arange(32, device=where.device, dtype=torch.int32)
         columns = ((where.unsqueeze(-1) >> bit & 1).flatten(1)).nonzero()[:, 1]

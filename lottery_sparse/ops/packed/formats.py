@@ -4,7 +4,6 @@ ternary   weights of -c, 0 and +c: two bits each, and c
 binary    weights of -c and +c: one bit each, and c
 seeded    weights of -c, 0 and +c, signs drawn from a seed: the mask as bits, the key, and c
 csr       kept weights by row: value and 16-bit column
-delta     kept weights by row: value and the distance from the one before, 8 bits
 tiles     kept weights of 16 bits by tiles of 64 x 64, for the matrix unit of a GPU
 """
 
@@ -88,34 +87,6 @@ def unpack_csr(values: Tensor, starts: Tensor, columns: Tensor, in_features: int
 def csr_columns(columns: Tensor) -> Tensor:
     """The columns of all entries as int64 [C]."""
     return columns.to(torch.int64) & (0xFFFF if columns.dtype == torch.int16 else -1)
-
-
-# delta: as csr, with the distance of each entry's column from that of the entry before, or from 0,
-# as uint8. Where it is more than 255, entries of value 0 lie between, 255 columns apart.
-
-_FARTHEST = 255
-
-
-def pack_delta(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] and its bool mask -> (values [C], starts [N + 1], gaps uint8 [C])."""
-    rows, columns = kept.nonzero().unbind(1)
-    before = F.pad(columns[:-1], (1, 0)) if len(columns) else columns
-    first = F.pad(rows[1:] != rows[:-1], (1, 0), value=True) if len(rows) else rows.bool()
-    distance = columns - torch.where(first, 0, before)
-    between = ((distance - 1) // _FARTHEST).clamp(min=0)
-    at = (between + 1).cumsum(0) - 1  # of the kept weights among the entries
-    count = int(at[-1]) + 1 if len(at) else 0
-    values, gaps = weight.new_zeros(count), rows.new_full((count,), _FARTHEST)
-    values[at], gaps[at] = weight[kept], distance - between * _FARTHEST
-    entries = torch.zeros(len(kept), dtype=torch.int64, device=kept.device)
-    entries.index_add_(0, rows, between + 1)
-    return values, F.pad(entries.cumsum(0), (1, 0)), gaps.to(torch.uint8)
-
-
-def delta_columns(starts: Tensor, gaps: Tensor) -> Tensor:
-    """The columns of all entries, int64 [C]."""
-    ends = F.pad(gaps.cumsum(0, dtype=torch.int64), (1, 0))
-    return ends[1:] - torch.repeat_interleave(ends[starts[:-1]], starts.diff())
 
 
 def unpack_bitmap(values: Tensor, kept: Tensor) -> Tensor:

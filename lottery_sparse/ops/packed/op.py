@@ -23,7 +23,6 @@ from lottery_sparse.ops.compact.lists import (
     check_bitmap,
     check_codes,
     check_csr,
-    check_delta,
     once,
     readable,
 )
@@ -151,32 +150,6 @@ def csr_linear(
     return _checked(check, _csr, x, rows, values, starts, columns, bias)
 
 
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Linear layer on kept weights by row, with the distances of their columns: y = x wᵀ + b.
-
-    Args:
-        x, values, starts, bias: as in `csr_linear`.
-        gaps: [C], uint8: an entry's column less that of the entry before it in its row, or less 0,
-            see `formats.pack_delta`. Below K in sum over a row.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    _check_entries(values, starts)
-    if gaps.dtype != torch.uint8 or gaps.shape != values.shape:
-        raise ValueError(
-            f"gaps must be uint8 {tuple(values.shape)} like values, got {gaps.dtype} "
-            f"{tuple(gaps.shape)}; use formats.pack_delta."
-        )
-    rows = starts.shape[0] - 1
-    _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, gaps=gaps, bias=bias)
-    check = check_delta, gaps, starts, x.shape[-1]
-    return _checked(check, _delta, x, rows, values, starts, gaps, bias)
-
-
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -284,7 +257,6 @@ SCHEMAS = {
     "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
     "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
     "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
-    "delta_linear": "(Tensor x, Tensor values, Tensor starts, Tensor gaps, Tensor? bias)",
     "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
 }
 
@@ -354,4 +326,4 @@ def _vmap_rule(op: Callable) -> Callable:
     return rule
 
 
-_ternary, _binary, _seeded, _csr, _delta, _bitmap = map(_register, SCHEMAS)
+_ternary, _binary, _seeded, _csr, _bitmap = map(_register, SCHEMAS)

@@ -61,14 +61,6 @@ def csr_linear(
     return _rounded(x, w, bias)
 
 
-def delta_linear(
-    x: Tensor, values: Tensor, starts: Tensor, gaps: Tensor, bias: Tensor | None
-) -> Tensor:
-    """x wᵀ + b of kept `values`, each `gaps` columns behind the one before it in its row."""
-    columns = formats.delta_columns(starts, gaps).to(torch.int32)
-    return csr_linear(x, values, starts, columns, bias)
-
-
 def bitmap_linear(
     x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
 ) -> Tensor:

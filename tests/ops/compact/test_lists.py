@@ -140,8 +140,6 @@ def packed(kind):
     mask = torch.rand(N, K) < 0.1
     mask[:, 0] = mask[:, -1] = True
     weight = torch.where(mask, torch.randn(N, K), 0.0)
-    if kind == "delta":
-        return list(formats.pack_delta(weight, mask))
     values, starts, columns = formats.pack_csr(weight, mask)
     return [values, starts, columns if kind == "csr" else reference.pack_mask(mask)]
 
@@ -150,9 +148,8 @@ BAD_STARTS = [
     (0, -1), (0, 1), (5, 2**40), (5, -(2**40)), (5, 2**62), (N, 2**40), (N, -1),
 ]  # fmt: skip
 PACKED = [
-    *((kind, "starts", *fault) for kind in ("csr", "delta", "bitmap") for fault in BAD_STARTS),
+    *((kind, "starts", *fault) for kind in ("csr", "bitmap") for fault in BAD_STARTS),
     *(("csr", "columns", at, number) for at in (0, 7, -1) for number in (K, 30000, -1)),
-    *(("delta", "gaps", at, 255) for at in (0, 7, -1)),
     *(("bitmap", "bits", at, -1) for at in (N - 1,)),
 ]
 
@@ -164,7 +161,7 @@ def test_packed_products_refuse_lists_that_do_not_fit(kind, name, at, number, ha
     values, *rest = packed(kind)
     rest[name != "starts"][at] = number
     op, x = getattr(ls.ops, f"{kind}_linear"), torch.randn(batch, K)
-    sentence = f"{name} of row" if name in ("gaps", "bits") else f"{name} must"
+    sentence = f"{name} of row" if name == "bits" else f"{name} must"
     with pytest.raises(ValueError, match=sentence):
         op(x, values.bfloat16() if half else values, *rest)
 
@@ -183,7 +180,6 @@ def test_no_columns_and_no_rows_are_lists_that_fit():
     empty = torch.empty(0), torch.zeros(N + 1, dtype=torch.int64)
     x = torch.randn(3, 0)
     assert ls.ops.csr_linear(x, *empty, torch.empty(0, dtype=torch.int16)).eq(0).all()
-    assert ls.ops.delta_linear(x, *empty, torch.empty(0, dtype=torch.uint8)).eq(0).all()
     none = torch.empty(0), torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int16)
     assert ls.ops.csr_linear(torch.randn(3, K), *none).shape == (3, 0)
 

@@ -32,7 +32,7 @@ SHAPES = [
 ]
 DENSITIES = [0.0, 0.05, 0.5, 1.0]
 BACKENDS = dispatch.available("ternary_linear", "cpu")
-KINDS = ("ternary", "ternary by row", "csr", "delta", "bitmap")
+KINDS = ("ternary", "ternary by row", "csr", "bitmap")
 
 pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore:.*deterministic")]
 
@@ -47,9 +47,6 @@ def problem(kind, n, k, density, dtype=torch.float32):
         weight = scale.double().unsqueeze(1) * signs
         return (lambda x, b, **o: ops.ternary_linear(x, codes, scale, n, b, **o)), weight
     weight = torch.where(kept, torch.randn(n, k), 0.0).to(dtype)
-    if kind == "delta":
-        entries = formats.pack_delta(weight, kept)
-        return (lambda x, b: ops.delta_linear(x, *entries, b)), weight.double()
     values, starts, columns = formats.pack_csr(weight, kept)
     if kind == "csr":
         return (lambda x, b: ops.csr_linear(x, values, starts, columns, b)), weight.double()
@@ -130,7 +127,7 @@ def test_the_same_bits_for_any_thread_count_and_batch(kind, batch):
         assert torch.equal(op(x, None), one)
     finally:
         torch.set_num_threads(1)
-    if kind not in ("csr", "delta"):  # one row is gathered, more are tiles
+    if kind != "csr":  # one row is gathered, more are tiles
         assert torch.equal(op(x[:1], None), one[:1])
 
 
@@ -278,7 +275,6 @@ BAD = {
     "values": (lambda: ops.csr_linear(torch.ones(2, 3), torch.ones(2, 3), *csr()[1:]), "values mu"),
     "starts": (lambda: ops.csr_linear(torch.ones(2, 3), csr()[0], csr()[2], csr()[2]), "starts mu"),
     "columns": (lambda: ops.csr_linear(torch.ones(2, 3), *csr()[:2], csr()[1]), "columns must be"),
-    "gaps": (lambda: ops.delta_linear(torch.ones(2, 3), *csr()), "gaps must be uint8"),
     "bits": (lambda: ops.bitmap_linear(torch.ones(2, 3), *csr()[:2], csr()[1]), "bits must be"),
 }
 

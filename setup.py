@@ -95,7 +95,6 @@ CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
     "linear/compact_pack_cuda",
     "masks/mask_bits_cuda",
     "optim/masked_optim_cuda",
-    "packed/binary_linear_cuda",
     "packed/bitmap_linear_cuda",
     "packed/csr_linear_cuda",
     "packed/rows_cuda",

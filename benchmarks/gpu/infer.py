@@ -50,17 +50,6 @@ def ternary(w: Tensor) -> tuple[Product, float]:
     return lambda x: ls.ops.ternary_linear(x, codes, scale, w.shape[0]), size_of(codes)
 
 
-def binary(w: Tensor) -> tuple[Product, float]:
-    bits, scale = ls.ops.pack_mask(w > 0), w.new_full((1,), 0.5)
-    return lambda x: ls.ops.binary_linear(x, bits, scale), size_of(bits)
-
-
-def seeded(w: Tensor) -> tuple[Product, float]:
-    bits, scale = ls.ops.pack_mask(w != 0), w.new_full((1,), 0.5)
-    key = ls.random.key(1, 2, device=w.device)
-    return lambda x: ls.ops.seeded_linear(x, bits, key, scale), size_of(bits)
-
-
 def csr(w: Tensor) -> tuple[Product, float]:
     values, starts, columns = formats.pack_csr(w, w != 0)
     held = size_of(values, starts, columns)
@@ -172,10 +161,6 @@ def cases(dry: bool) -> list[Case]:
         for rows in some:
             for backend in BACKENDS:
                 add(f"ls ternary {backend}", ternary, backend, 0.5, rows)
-        few = [rows for rows in some if rows <= 16]  # what these have kernels for
-        for make, density in ((binary, 1.0), (seeded, 0.5)):
-            for rows in few:
-                add(f"ls {make.__name__} cuda", make, "cuda", density, rows)
         for density in DENSITIES[:2] if dry else DENSITIES:
             for make in (bitmap, csr) if density <= 0.2 else (bitmap,):
                 for rows in some:

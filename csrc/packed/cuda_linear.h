@@ -66,16 +66,6 @@ struct CudaTiles {
     int64_t split_tiles;     // column tiles of a split
 };
 
-// One bit a weight, the rows of bits.h: the signs of the weights, 1 = plus, or the mask of weights
-// whose signs are drawn: see binary_fragments.h.
-struct CudaBinary {
-    CudaLinear linear;
-    CudaScale scale;
-    const uint32_t* bits;  // [N, packed_words(K)], at a multiple of 16 bytes
-    const int64_t* key;    // [3]: seed, stream and step of the signs, or nullptr
-    int64_t split_pieces;  // columns / 128 of a split, a multiple of 4
-};
-
 constexpr int64_t kCudaCsrBatch = 8;  // most rows of x
 
 // A sparse weight by rows, see packed_linear.h.
@@ -94,9 +84,6 @@ const char* cuda_csr_linear(const CudaCsr& p, const Device& device);
 int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& device);
 // nullptr, or what went wrong. `split_words` and the like are the driver's.
 const char* cuda_ternary_linear(CudaTernary p, const Device& device);
-
-int64_t cuda_binary_splits(int64_t batch, int64_t in_features, const Device& device);
-const char* cuda_binary_linear(CudaBinary p, const Device& device);
 
 int64_t cuda_tiles_splits(int64_t batch, int64_t in_features, const Device& device);
 const char* cuda_tiles_linear(const CudaTiles& p, const Device& device);

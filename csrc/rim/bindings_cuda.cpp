@@ -109,31 +109,6 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     return product.y;
 }
 
-// With a key the bits are a mask, and the signs are drawn.
-Tensor binary_linear_op(Tensor x, Tensor bits, std::optional<Tensor> key, Tensor scale,
-                        std::optional<Tensor> bias) {
-    check_x(x);
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const uint32_t* words = checked_words("bits", bits, x);
-    STD_TORCH_CHECK(bits.dim() == 2 && bits.size(1) == packed_words(x.size(1)), "bits has shape ",
-                    shape_text(bits), ", which does not fit ", x.size(1), " columns.");
-    const int64_t rows = bits.size(0);
-    const CudaScale by = checked_scale(scale, rows, x);
-    if (key) {
-        key = checked_on("key", *key, x);
-        STD_TORCH_CHECK(key->scalar_type() == ScalarType::Long && key->numel() == 3,
-                        "key must be int64 [3], got shape ", shape_text(*key), ".");
-    }
-    Product product(x, bias, rows);
-    if (!product.y.numel()) return product.y;
-    const Device device = device_of(x);
-    product.prepare(false, device);
-    product.split(cuda_binary_splits(product.x_rows(), product.linear.in_features, device));
-    const int64_t* drawn = key ? static_cast<const int64_t*>(key->const_data_ptr()) : nullptr;
-    check_launch(cuda_binary_linear({product.linear, by, words, drawn, 0}, device));
-    return product.y;
-}
-
 // `starts` and what it counts are the packing's to keep right: units of 64 bytes, or of 16 for a
 // bitmap, of values in the dtype of x.
 Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tensor> bias,
@@ -211,8 +186,6 @@ Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
 
 STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
     m.def(
-        "binary_linear(Tensor x, Tensor bits, Tensor? key, Tensor scale, Tensor? bias) -> Tensor");
-    m.def(
         "csr_linear(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias) "
         "-> Tensor");
     m.def(
@@ -224,7 +197,6 @@ STABLE_TORCH_LIBRARY(lottery_sparse_cuda, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lottery_sparse_cuda, CUDA, m) {
-    m.impl("binary_linear", TORCH_BOX(&binary_linear_op));
     m.impl("csr_linear", TORCH_BOX(&csr_linear_op));
     m.impl("ternary_linear", TORCH_BOX(&ternary_linear_op));
     m.impl("tiles_linear", TORCH_BOX(&tiles_linear_op));

@@ -35,7 +35,7 @@ LEAST_BITMAP = 2**20
 class PackedLinear(nn.Module):
     """y = x wᵀ + b with a packed w: for inference, without parameters or gradients.
 
-    `format` is "ternary", "binary", "seeded", "csr", "bitmap" or "dense"; the buffers are
+    `format` is "ternary", "csr", "bitmap" or "dense"; the buffers are
     the tensors that `ops/packed/formats.py` describes, and `bias`. state_dict holds them, and
     loading one takes the format that it has. Made by `ls.pack_`, or from a weight.
 
@@ -43,11 +43,8 @@ class PackedLinear(nn.Module):
         weight: [N, K], floating.
         bias: [N] or None.
         format: None = the fastest that holds `weight` exactly in fewer bytes than dense, see
-            `choose_format`, which never takes "binary" and "seeded": their kernels are for CUDA.
-            A format that is named may take more than dense: `bytes`, `dense_bytes`.
+            `choose_format`. A named one may take more than dense: see `bytes` and `dense_bytes`.
         activations: "exact", or "int8" for ternary weights: rows of x are rounded to 8 bits.
-        key: for "seeded": `ls.random.key(seed, stream, step)` of the signs that weights other than
-            0 have.
 
     Raises:
         ValueError: the format cannot hold the weight, or an unknown name.
@@ -65,18 +62,12 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = None,
         format: str | None = None,
         activations: str = "exact",
-        key: Tensor | None = None,
     ):
         super().__init__()
-        self._pack(weight, bias, format, activations, key)
+        self._pack(weight, bias, format, activations)
 
     def _pack(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        format: str | None,
-        activations: str,
-        key: Tensor | None = None,
+        self, weight: Tensor, bias: Tensor | None, format: str | None, activations: str
     ) -> None:
         if activations not in ("exact", "int8"):
             raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
@@ -91,7 +82,7 @@ class PackedLinear(nn.Module):
         if self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
         form = FORMATS[self.format]
-        for name, tensor in zip(form.names, form.pack(weight, key), strict=True):
+        for name, tensor in zip(form.names, form.pack(weight), strict=True):
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.dtype = weight.dtype

@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.ops import (
-    binary_linear,
     bitmap_linear,
     csr_linear,
     pack_mask,
-    seeded_linear,
     ternary_linear,
 )
 from lottery_sparse.ops.bits import reference as bits_reference
 from lottery_sparse.ops.packed import formats
-from lottery_sparse.ops.packed.reference import binary_weight, drawn_signs, seeded_weight
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,7 @@ class Format:
 
     Attributes:
         names: of the tensors, as a state_dict has them.
-        pack: (weight, key) -> parts; ValueError if the format cannot hold the weight. The key is
-            that of drawn signs.
+        pack: weight -> parts; ValueError if the format cannot hold the weight.
         unpack: (N, K, *parts) -> the weight.
         fits: (N, K, *parts) -> whether tensors of a checkpoint are such a weight; kernels trust
             them later.
@@ -38,7 +34,7 @@ class Format:
     """
 
     names: tuple[str, ...]
-    pack: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    pack: Callable[[Tensor], tuple[Tensor, ...]]
     unpack: Callable[..., Tensor]
     fits: Callable[..., bool]
     multiply: Callable[..., Tensor]
@@ -124,7 +120,7 @@ def _scale(format: str, weight: Tensor) -> Tensor:
     return scale
 
 
-def _pack_ternary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+def _pack_ternary(weight: Tensor) -> tuple[Tensor, ...]:
     scale = _scale("ternary", weight)
     return formats.pack_ternary(weight.sign()), scale
 
@@ -146,58 +142,10 @@ def _multiply_ternary(
     return ternary_linear(x, codes, scale, rows, bias, activations)
 
 
-def _pack_binary(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
-    scale = _scale("binary", weight)
-    if (weight.abs() != scale.unsqueeze(1)).any():
-        raise ValueError(
-            'format "binary" holds no zeros between weights, but this weight has some; use '
-            '"ternary".'
-        )
-    return pack_mask(weight > 0), scale
-
-
-def _unpack_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> Tensor:
-    return binary_weight(signs, scale, columns)
-
-
-def _fits_binary(rows: int, columns: int, signs: Tensor, scale: Tensor) -> bool:
-    return _fits_bits(rows, columns, signs) and _fits_scale(rows, scale)
-
-
-def _pack_seeded(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
-    scale = _scale("seeded", weight)
-    return pack_mask(weight != 0), _drawn(weight, key), scale
-
-
-def _drawn(weight: Tensor, key: Tensor | None) -> Tensor:
-    """The key, if it draws the signs of the weight."""
-    if key is None or key.dtype != torch.int64 or key.shape != (3,):
-        raise ValueError(
-            'format "seeded" needs key=ls.random.key(seed, stream, step), int64 [3], got '
-            f"{key if key is None else (key.dtype, tuple(key.shape))}."
-        )
-    other = int((weight.sign() * drawn_signs(key, weight) < 0).sum())
-    if other:
-        raise ValueError(
-            f"key draws other signs than {other} of the weights have; give the key that they were "
-            'drawn with, or use "ternary".'
-        )
-    return key.to(weight.device, copy=True)
-
-
-def _unpack_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> Tensor:
-    return seeded_weight(mask, key, scale, columns)
-
-
-def _fits_seeded(rows: int, columns: int, mask: Tensor, key: Tensor, scale: Tensor) -> bool:
-    fits = _fits_binary(rows, columns, mask, scale)
-    return fits and key.dtype == torch.int64 and key.shape == (3,)
-
-
 # ---- kept weights by row -------------------------------------------------------------------------
 
 
-def _pack_csr(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+def _pack_csr(weight: Tensor) -> tuple[Tensor, ...]:
     return formats.pack_csr(weight, weight != 0)
 
 
@@ -212,7 +160,7 @@ def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: 
     return _fits_columns(formats.csr_columns(numbers), starts, columns)
 
 
-def _pack_bitmap(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+def _pack_bitmap(weight: Tensor) -> tuple[Tensor, ...]:
     kept = weight != 0
     return weight[kept], formats.row_starts(kept), pack_mask(kept)
 
@@ -230,7 +178,7 @@ def _fits_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: 
 # ---- dense ---------------------------------------------------------------------------------------
 
 
-def _pack_dense(weight: Tensor, key: Tensor | None) -> tuple[Tensor, ...]:
+def _pack_dense(weight: Tensor) -> tuple[Tensor, ...]:
     return (weight.clone(),)
 
 
@@ -285,17 +233,15 @@ def _fits_rows(rows: int, values: Tensor, starts: Tensor) -> bool:
 
 # Formats that were packed until LAST_TO_READ_GONE, and the names of their tensors.
 LAST_TO_READ_GONE = "1e96751"
-GONE = {"delta": ("values", "starts", "gaps")}
+GONE = {
+    "binary": ("signs", "scale"),
+    "seeded": ("mask", "key", "scale"),
+    "delta": ("values", "starts", "gaps"),
+}
 
 FORMATS: dict[str, Format] = {
     "ternary": Format(
         ("codes", "scale"), _pack_ternary, _unpack_ternary, _fits_ternary, _multiply_ternary
-    ),
-    "binary": Format(
-        ("signs", "scale"), _pack_binary, _unpack_binary, _fits_binary, _exact(binary_linear)
-    ),
-    "seeded": Format(
-        ("mask", "key", "scale"), _pack_seeded, _unpack_seeded, _fits_seeded, _exact(seeded_linear)
     ),
     "csr": Format(
         ("values", "starts", "columns"), _pack_csr, _unpack_csr, _fits_csr, _exact(csr_linear)

@@ -6,10 +6,8 @@ from lottery_sparse.ops.compact.op import compact_conv2d, compact_linear
 from lottery_sparse.ops.masked.conv2d import masked_conv2d
 from lottery_sparse.ops.masked.linear import masked_linear
 from lottery_sparse.ops.packed.op import (
-    binary_linear,
     bitmap_linear,
     csr_linear,
-    seeded_linear,
     ternary_linear,
 )
 from lottery_sparse.ops.selection.op import keep_top
@@ -20,7 +18,6 @@ from lottery_sparse.ops.supermask.sgd import supermask_linear_sgd
 __all__ = [
     "Drawn",
     "SignConstant",
-    "binary_linear",
     "bitmap_linear",
     "compact_conv2d",
     "compact_linear",
@@ -31,7 +28,6 @@ __all__ = [
     "pack_mask",
     "sample_bits",
     "sample_mask",
-    "seeded_linear",
     "supermask_conv2d",
     "supermask_linear",
     "supermask_linear_sgd",

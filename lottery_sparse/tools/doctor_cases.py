@@ -75,17 +75,6 @@ def _packed_ternary() -> tuple:
     return _values(_BATCH, _IN, stream=2), codes, torch.full((1,), 0.5), None, _OUT, False
 
 
-def _packed_binary() -> tuple:
-    weight, _ = _linear()
-    bits = pack_mask(weight > 0)
-    return _values(_BATCH, _IN, stream=2), bits, torch.full((1,), 0.5), None
-
-
-def _packed_seeded() -> tuple:
-    x, _, scale, bias = _packed_binary()
-    return x, pack_mask(_linear()[1]), torch.tensor([_SEED, 1, 2]), scale, bias
-
-
 def _packed_csr() -> tuple:
     weight, mask = _linear()
     return _values(_BATCH, _IN, stream=2), *formats.pack_csr(weight, mask), None
@@ -174,8 +163,6 @@ CASES: dict[str, Callable[[], tuple]] = {
     "compact_conv2d_backward": _compact_conv_backward,
     "scatter_kept_": _scatter,
     "ternary_linear": _packed_ternary,
-    "binary_linear": _packed_binary,
-    "seeded_linear": _packed_seeded,
     "csr_linear": _packed_csr,
     "bitmap_linear": _packed_bitmap,
     "keep_top": _selection,

@@ -25,7 +25,6 @@ THREADS = {
     "count_kernel": 128,
     "pack_bits_kernel": 8 * 256,
     "unpack_bits_kernel": 8 * 256,
-    "binary_kernel": 2 * 8 * 32,
     "parts_kernel": 256,
     "round_kernel": 256,
 }

@@ -73,11 +73,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     loaded.ls_ternary_splits.restype = ctypes.c_int64
     loaded.ls_ternary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    loaded.ls_binary_splits.restype = ctypes.c_int64
-    loaded.ls_binary_splits.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     loaded.ls_emulate_rows.restype = ctypes.c_char_p
-    loaded.ls_emulate_binary.restype = ctypes.c_char_p
-    loaded.ls_binary_pair.restype = ctypes.c_uint32
     loaded.ls_emulate_readable.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     loaded.ls_tiles_splits.restype = ctypes.c_int64
     sizes = [ctypes.c_bool, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
@@ -160,28 +156,6 @@ def ternary_linear(
     fault = library().ls_emulate_ternary(
         ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(codes.data_ptr()),
         processors, shared,
-    )  # fmt: skip
-    assert fault is None, fault.decode()
-    return y
-
-
-def binary_linear(
-    x: Tensor,
-    bits: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    bias: Tensor | None,
-    processors: int = 2,
-    shared: int = SHARED,
-) -> Tensor:
-    struct, y, _held = linear(
-        x, len(bits), bias, lambda n: library().ls_binary_splits(n, x.shape[1], shared)
-    )
-    readable(bits)
-    by_row = Scale(pointer(scale), NUMBERS[scale.dtype], scale.numel() > 1, 0.0)
-    fault = library().ls_emulate_binary(
-        ctypes.byref(struct), ctypes.byref(by_row), ctypes.c_void_p(bits.data_ptr()),
-        ctypes.c_void_p(pointer(key)), processors, shared,
     )  # fmt: skip
     assert fault is None, fault.decode()
     return y

@@ -1,5 +1,4 @@
 // What the tests call of the kernels of packed inference and of their layouts; see emulate_cuda.h.
-#include "packed/binary_fragments.h"
 #include "packed/bitmap_fragments.h"
 #include "packed/cuda_linear.h"
 #include "packed/ternary_fragments.h"
@@ -11,20 +10,6 @@ using namespace lottery_sparse;
 extern "C" void ls_ternary_weight(int lane, int word, int i, int half, int* row, int* column) {
     *row = ternary_row(lane, word);
     *column = 16 * ternary_word(lane) + ternary_column(i, half);
-}
-
-// Row and column, in a step, of weight `half` of pair `i` of word `word` of load `load` of a lane.
-extern "C" void ls_binary_weight(int lane, int load, int word, int i, int half, int* row,
-                                 int* column) {
-    *row = binary_row(lane, load);
-    *column = lane % 4 * kPieceColumns + word * 32 + binary_column(i, half);
-}
-
-// What a pair of a word of signs, or of a mask and signs, is: float16 numbers.
-extern "C" uint32_t ls_binary_pair(bool joined, uint32_t bits, uint32_t signs, int i) {
-    uint32_t words[2];
-    join_signs(bits, signs, words);
-    return joined ? joined_pair(words[i % 2], i) : binary_pair(bits, i, 0x3C003C00u);
 }
 
 // Bytes from the start of a tile to the weight at a row and column.
@@ -64,16 +49,6 @@ extern "C" const char* ls_emulate_csr(const CudaLinear* linear, const int64_t* s
 extern "C" const char* ls_emulate_rows(const void* x, int type, int64_t batch, int64_t in_features,
                                        uint16_t* rows, float* scale) {
     return cuda_rows({x, static_cast<Number>(type), batch, in_features, rows, scale}, {});
-}
-
-extern "C" int64_t ls_binary_splits(int64_t rows, int64_t in_features, int shared) {
-    return cuda_binary_splits(rows, in_features, {1, shared, nullptr});
-}
-
-extern "C" const char* ls_emulate_binary(const CudaLinear* linear, const CudaScale* scale,
-                                         const uint32_t* bits, const int64_t* key, int processors,
-                                         int shared) {
-    return cuda_binary_linear({*linear, *scale, bits, key, 0}, {processors, shared, nullptr});
 }
 
 extern "C" int64_t ls_ternary_splits(int64_t batch, int64_t in_features, int shared) {

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 # (N, K, B): ragged, one row, several splits of K, more rows of tiles than blocks
 SHAPES = [(1, 1, 1), (70, 130, 3), (33, 0, 2), (4096, 4096, 1), (300, 9000, 16), (20000, 520, 8)]
-KINDS = ("ternary", "ternary by row", "binary", "seeded", "csr", "bitmap")
+KINDS = ("ternary", "ternary by row", "csr", "bitmap")
 
 
 def problem(kind, n, k, dtype, density=0.3, device="cuda"):
@@ -33,15 +33,6 @@ def problem(kind, n, k, dtype, density=0.3, device="cuda"):
         scale = torch.ones(n if kind.endswith("row") else 1, device=device, dtype=dtype) * 0.75
         codes = formats.pack_ternary(signs)
         return (lambda x, b: ops.ternary_linear(x, codes, scale, n, b)), signs.double() * 0.75
-    if kind in ("binary", "seeded"):
-        plus, scale = bits_reference.pack_mask(drawn > 0), torch.full((1,), 0.75, device=device)
-        if kind == "binary":
-            return (lambda x, b: ops.binary_linear(x, plus, scale, b)), (
-                torch.where(drawn > 0, 0.75, -0.75).double()
-            )
-        key = ls.random.key(5, 6, 7, device)
-        weight = 0.75 * packed_reference.drawn_signs(key, drawn).double() * (drawn > 0)
-        return (lambda x, b: ops.seeded_linear(x, plus, key, scale, b)), weight
     weight = torch.where(kept, drawn, 0.0).to(dtype)
     values, starts, columns = formats.pack_csr(weight, kept)
     if kind == "csr":

@@ -38,7 +38,6 @@ def backend(monkeypatch):
     monkeypatch.delitem(sys.modules, "lottery_sparse.ops.packed.cuda", raising=False)
     module = importlib.import_module("lottery_sparse.ops.packed.cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
-        binary_linear=emulator.binary_linear,
         csr_linear=emulator.csr_linear,
         ternary_linear=emulator.ternary_linear,
         tiles_linear=lambda x, starts, data, bias, rows, bitmap: emulator.tiles_linear(
@@ -72,13 +71,11 @@ def test_sparse_products_are_those_of_the_reference(backend, op, density):
 
 
 @pytest.mark.parametrize("batch", [1, 5, 16])
-@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear", "binary_linear"])
+@pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear", "ternary_linear"])
 def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
     x, weight, kept = problem(0.1, batch=batch)
     if op == "ternary_linear":
         args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
-    elif op == "binary_linear":
-        args = bits_reference.pack_mask(kept), torch.rand(1), torch.randn(70)
     else:
         args = arguments(op, x, weight, kept)[1:]
     expected = dispatch.function(op, "reference")(x.float(), *args)
@@ -108,20 +105,6 @@ def test_ternary_products_are_those_of_the_reference(backend):
     args = x, codes, scale, torch.randn(70), 70, False
     expected = packed_reference.ternary_linear(*args)
     close(backend.ternary_linear(*args), expected)
-
-
-def test_products_of_bits_are_those_of_the_reference(backend):
-    x, weight, kept = problem()
-    scale, bias, key = torch.rand(70) + 0.5, torch.randn(70), torch.tensor([7, 8, 9])
-    for op, args in {
-        "binary_linear": (x, bits_reference.pack_mask(weight > 0), scale, bias),
-        "seeded_linear": (x, bits_reference.pack_mask(kept), key, scale, bias),
-    }.items():
-        expected = dispatch.function(op, "reference")(*args)
-        close(getattr(backend, op)(*args), expected)
-        assert "CUDA devices, got cpu" in backend.refuses(op, *args)
-        assert "up to 16 rows of x" in backend.refuses(op, x[:1].expand(17, -1), *args[1:])
-        assert "scale as float32" in backend.refuses(op, *args[:-2], scale.double(), bias)
 
 
 def test_tiles_are_made_once_and_anew_after_a_write(backend):

@@ -16,8 +16,8 @@ from problems import DTYPES, FROZEN, linear_problem, takes
 import lottery_sparse as ls
 from lottery_sparse import ops
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact import reference as compact_reference
 from lottery_sparse.ops.masked import reference as masked_reference
-from lottery_sparse.ops.packed import reference as packed_reference
 from lottery_sparse.ops.selection import reference as selection_reference
 from lottery_sparse.tools import doctor, doctor_steps
 
@@ -61,8 +61,8 @@ def test_the_doctor_has_a_case_of_every_op_that_is_listed():
 
 
 def test_what_is_not_listed_runs_on_the_reference():
-    assert "seeded_linear" not in dispatch.PREFERENCE["cpu"]
-    assert dispatch.kernel("seeded_linear", CPU) is packed_reference.seeded_linear
+    assert "gather_kept" not in dispatch.PREFERENCE["cpu"]
+    assert dispatch.kernel("gather_kept", CPU) is compact_reference.gather_kept
 
 
 @native_only

@@ -39,16 +39,6 @@ def ternary_linear(
     return _rows_of(x, lambda x: _ops.ternary_linear(x, codes, scale, bias, rows, int8), int8)
 
 
-def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, None, scale, bias))
-
-
-def seeded_linear(
-    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _rows_of(x, lambda x: _ops.binary_linear(x, bits, key, scale, bias))
-
-
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -151,8 +141,6 @@ def refuses(op: str, *args: Any) -> str | None:
     if op == "ternary_linear":
         _, _, scale, bias, _, _ = args
         others = {"scale": scale, "bias": bias}
-    elif op in ("binary_linear", "seeded_linear"):
-        others = dict(zip(("scale", "bias"), args[-2:], strict=True))
     else:
         _, values, _, _, bias = args
         if values.dtype != (torch.bfloat16 if x.dtype == torch.float32 else x.dtype):

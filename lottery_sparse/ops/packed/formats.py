@@ -1,8 +1,6 @@
 """Packed layouts of a pruned weight, each with its packing and unpacking in plain PyTorch.
 
 ternary   weights of -c, 0 and +c: two bits each, and c
-binary    weights of -c and +c: one bit each, and c
-seeded    weights of -c, 0 and +c, signs drawn from a seed: the mask as bits, the key, and c
 csr       kept weights by row: value and 16-bit column
 tiles     kept weights of 16 bits by tiles of 64 x 64, for the matrix unit of a GPU
 """
@@ -47,17 +45,6 @@ def unpack_ternary(codes: Tensor, rows: int, columns: int) -> Tensor:
 def ternary_weight(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
     """scale · t, dense [rows, columns] in the dtype of `scale` [1] or [rows]."""
     return scale.unsqueeze(1) * unpack_ternary(codes, rows, columns).to(scale.dtype)
-
-
-# ---- one bit a weight --------------------------------------------------------------------------
-# The bits are those of a mask, [N, W] int32 as `reference.pack_mask` makes them. binary: 1 = plus.
-# seeded: 1 = kept; the sign of a weight is element n K + k of `ls.random.signs((N, K), *key)`.
-
-
-def signed_weight(signs: Tensor, scale: Tensor, kept: Tensor | None = None) -> Tensor:
-    """scale · s, or 0 where nothing is kept; signs of any dtype, dense [N, K], that of `scale`."""
-    weight = scale.unsqueeze(1) * signs.to(scale.dtype)
-    return weight if kept is None else torch.where(kept, weight, 0.0)
 
 
 # ---- kept weights by row -----------------------------------------------------------------------

@@ -72,53 +72,6 @@ def ternary_linear(
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
 
 
-def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer on weights of -c and +c: y = c · (x sᵀ) + b.
-
-    Args:
-        x: [..., K], any floating dtype. Where it is infinite, a result may be NaN.
-        bits: the signs, int32 [N, W], 1 = plus: `pack_mask(weight > 0)`.
-        scale: c: [1], or one for each row, [N].
-        bias: [N], or None.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    rows = _check_bits(bits, x.shape[-1])
-    _check_scale(scale, rows)
-    _check_bias(bias, rows)
-    _check_devices(x, bits=bits, scale=scale, bias=bias)
-    return _by_rows(_binary, x, rows, bits, scale, bias)
-
-
-def seeded_linear(
-    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Linear layer on a mask of sign x constant weights that a seed draws: y = c · (x (m s)ᵀ) + b.
-
-    Args:
-        x: [..., K], any floating dtype.
-        bits: the mask m, int32 [N, W], see `pack_mask`.
-        key: int64 [3] from `ls.random.key(seed, stream, step)`: s is
-            `ls.random.signs((N, K), seed, stream, step)`.
-        scale: c: [1], or one for each row, [N].
-        bias: [N], or None.
-
-    Returns, raises: as `ternary_linear`.
-    """
-    check_x(x)
-    rows = _check_bits(bits, x.shape[-1])
-    if key.dtype != torch.int64 or tuple(key.shape) != (3,):
-        raise ValueError(
-            f"key must be int64 [3], got {key.dtype} of shape {tuple(key.shape)}; use "
-            "ls.random.key(seed, stream, step)."
-        )
-    _check_scale(scale, rows)
-    _check_bias(bias, rows)
-    _check_devices(x, bits=bits, key=key, scale=scale, bias=bias)
-    return _by_rows(_seeded, x, rows, bits, key, scale, bias)
-
-
 def csr_linear(
     x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -254,8 +207,6 @@ def _by_rows(op, x: Tensor, rows: int, *args) -> Tensor:
 SCHEMAS = {
     "ternary_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, SymInt rows, "
     "bool int8)",
-    "binary_linear": "(Tensor x, Tensor bits, Tensor scale, Tensor? bias)",
-    "seeded_linear": "(Tensor x, Tensor bits, Tensor key, Tensor scale, Tensor? bias)",
     "csr_linear": "(Tensor x, Tensor values, Tensor starts, Tensor columns, Tensor? bias)",
     "bitmap_linear": "(Tensor x, Tensor values, Tensor starts, Tensor bits, Tensor? bias)",
 }
@@ -297,10 +248,7 @@ def _register(name: str):
 
 def _rows(name: str, args: tuple) -> int:
     """Rows of the weight, from the arguments after x."""
-    if name == "ternary_linear":
-        return args[3]
-    by_bits = name in ("binary_linear", "seeded_linear")
-    return args[0].shape[0] if by_bits else args[1].shape[0] - 1
+    return args[3] if name == "ternary_linear" else args[1].shape[0] - 1
 
 
 def _autocast(args: tuple, device: str) -> tuple:
@@ -326,4 +274,4 @@ def _vmap_rule(op: Callable) -> Callable:
     return rule
 
 
-_ternary, _binary, _seeded, _csr, _bitmap = map(_register, SCHEMAS)
+_ternary, _csr, _bitmap = map(_register, SCHEMAS)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lottery_sparse.ops.bits.reference import unpack_mask
 from lottery_sparse.ops.packed import formats
-from lottery_sparse.ops.random.reference import random_signs
 
 
 def ternary_linear(
@@ -22,35 +21,6 @@ def ternary_linear(
     largest = x.to(wide).abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1)
     q = (x.to(wide) * torch.where(largest > 1e-36, 127 / largest, 0.0)).round()
     return _rounded(q * (largest / 127), w, bias).to(x.dtype)
-
-
-def binary_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (scale · s)ᵀ + b, s = 1 where `bits` has ones and -1 elsewhere."""
-    return _rounded(x, binary_weight(bits, scale.to(_compute_dtype(x)), x.shape[1]), bias)
-
-
-def binary_weight(bits: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """Dense [N, K] in the dtype of `scale`."""
-    return formats.signed_weight(torch.where(unpack_mask(bits, columns), 1, -1), scale)
-
-
-def seeded_linear(
-    x: Tensor, bits: Tensor, key: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """x (scale · m s)ᵀ + b, m = 1 where `bits` has ones, s of -1 and 1 drawn by `key`."""
-    return _rounded(x, seeded_weight(bits, key, scale.to(_compute_dtype(x)), x.shape[1]), bias)
-
-
-def seeded_weight(bits: Tensor, key: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """Dense [N, K] in the dtype of `scale`."""
-    kept = unpack_mask(bits, columns)
-    return formats.signed_weight(drawn_signs(key, kept), scale, kept)
-
-
-def drawn_signs(key: Tensor, like: Tensor) -> Tensor:
-    """`ls.random.signs` of a tensor's shape, on its device; key: int64 (seed, stream, step)."""
-    seed, stream, step = key.tolist()
-    return random_signs(like.numel(), seed, stream, step, like.device).view(like.shape)
 
 
 def csr_linear(

@@ -134,15 +134,9 @@ def test_densify_refuses_a_subclass_before_it_changes_anything():
 
 # ---- packed and mixed ----------------------------------------------------------------------------
 
-KEY = ls.random.key(3, 5, 0)
-
 
 def weight_for(format, dtype):
     """A weight [9, 12] that the format holds, and no other values than it must."""
-    if format == "seeded":
-        return (0.3 * ls.random.signs((9, 12), *KEY.tolist()) * half_of(9, 12)).to(dtype)
-    if format == "binary":
-        return (0.3 * torch.randn(9, 1) * torch.randn(9, 12).sign()).to(dtype)
     if format == "ternary":
         return (0.7 * torch.randint(-1, 2, (9, 12))).to(dtype)
     return (torch.randn(9, 12) * half_of(9, 12)).to(dtype)
@@ -158,8 +152,7 @@ def half_of(*shape):
 def test_a_packed_layer_becomes_the_linear_layer_of_its_weight(format, bias, dtype):
     weight = weight_for(format, dtype)
     b = torch.randn(9, dtype=dtype) if bias else None
-    key = KEY if format == "seeded" else None
-    model = nn.Sequential(ls.nn.PackedLinear(weight, b, format=format, key=key))
+    model = nn.Sequential(ls.nn.PackedLinear(weight, b, format=format))
     layer, buffers = model[0], list(model.buffers())
     dense = nn.Sequential(nn.Linear(12, 9, bias=bias, dtype=dtype))
     dense.load_state_dict(ls.dense_state_dict(model), strict=True)

@@ -103,11 +103,6 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
             cases[f"{title}, backward"] = call(
                 "supermask_linear_backward", dy, x, *network, plus, True, False, True
             )
-    x = meta(batch, 4096)
-    cases["supermask_linear_sgd product tensor 4096x4096 B256 bf16"] = call(
-        "supermask_linear_sgd",
-        *(x, x, score, score, meta(*shape), bits(*shape), kept, None, 0.1, 0.9, False),
-    )
     title = "supermask_linear product tensor 4096x4096 B256"
     for part in ("", ", backward"):
         cases[f"{title} tf32{part}"] = with_tf32(cases[f"{title} fp32{part}"])

@@ -202,7 +202,7 @@ def floating(args: Any) -> bool:
     return isinstance(args, Tensor) and args.is_floating_point()
 
 
-WRITTEN = {"scatter_kept_": [0], "supermask_linear_sgd": [2, 3]}  # which arguments
+WRITTEN = {"scatter_kept_": [0]}  # which arguments
 
 
 def results(op: str, backend: str, args: tuple) -> list[Tensor]:

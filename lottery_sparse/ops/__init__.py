@@ -13,7 +13,6 @@ from lottery_sparse.ops.packed.op import (
 from lottery_sparse.ops.selection.op import keep_top
 from lottery_sparse.ops.supermask.op import sample_bits, supermask_conv2d, supermask_linear
 from lottery_sparse.ops.supermask.sampling import sample_mask
-from lottery_sparse.ops.supermask.sgd import supermask_linear_sgd
 
 __all__ = [
     "Drawn",
@@ -30,7 +29,6 @@ __all__ = [
     "sample_mask",
     "supermask_conv2d",
     "supermask_linear",
-    "supermask_linear_sgd",
     "ternary_linear",
     "unpack_mask",
 ]

@@ -103,11 +103,6 @@ def _learned_linear_backward() -> tuple:
     return _values(_BATCH, _OUT, stream=4), x, *network, signs, True, True, True
 
 
-def _learned_linear_step() -> tuple:
-    dy, x, score, *network, signs, _, _, _ = _learned_linear_backward()
-    return dy, x, score, _values(_OUT, _IN, stream=11), *network, signs, 0.1, 0.9, True
-
-
 _CONV_OPTIONS = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
 
 
@@ -172,7 +167,6 @@ CASES: dict[str, Callable[[], tuple]] = {
     "sample_bits": lambda: (_values(_OUT, _IN, stream=1) * 4, torch.tensor([_SEED, 1, 2])),
     "supermask_linear": _learned_linear_forward,
     "supermask_linear_backward": _learned_linear_backward,
-    "supermask_linear_sgd": _learned_linear_step,
     "supermask_conv2d": _learned_conv_forward,
     "supermask_conv2d_backward": _learned_conv_backward,
     "random_words": _random,

@@ -26,7 +26,6 @@ def refuses(op: str, *args: Any) -> None:
 def wins(op: str, *args: Any) -> bool:
     """Not where a source is drawn from its key: other backends draw it where they need it."""
     at = 5 if op.startswith("masked_") else 6 if op.startswith("supermask_") else None
-    at = 7 if op == "supermask_linear_sgd" else at
     return at is None or args[at] is None or args[at].dtype != torch.int64
 
 

@@ -53,25 +53,6 @@ def supermask_linear_backward(
     return dx, *_score_gradients(2, d, score, source, masked, bits, kept, *needs)
 
 
-def supermask_linear_sgd(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    velocity: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    lr: float,
-    momentum: float,
-    need_dx: bool,
-) -> Tensor:
-    network = score, weight, bits, kept, signs
-    dx, _, dscore = supermask_linear_backward(dy, x, *network, need_dx, False, True)
-    score.sub_(velocity.mul_(momentum).add_(dscore), alpha=lr)
-    return dx
-
-
 def supermask_conv2d(
     x: Tensor,
     score: Tensor,

@@ -75,27 +75,6 @@ def supermask_linear_backward(
     )  # fmt: skip
 
 
-def supermask_linear_sgd(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    velocity: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    lr: float,
-    momentum: float,
-    need_dx: bool,
-) -> Tensor:
-    """dx; in place v = momentum v + dscore, score = score − lr v."""
-    network = score, weight, bits, kept, signs
-    dx, _, dscore = supermask_linear_backward(dy, x, *network, need_dx, False, True)
-    velocity.mul_(momentum).add_(dscore)
-    score.sub_(velocity, alpha=lr)
-    return dx
-
-
 def supermask_conv2d(
     x: Tensor,
     score: Tensor,

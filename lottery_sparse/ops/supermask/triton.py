@@ -55,17 +55,16 @@ def gradient_of_score(dm, score):
 
 @triton.jit(do_not_specialize=["B", "count"])
 def _dscore(
-    dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore, velocity,
-    B, N, K, x_network, stride, signs_stride, size, count, lr, momentum,
+    dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
+    B, N, K, x_network, stride, signs_stride, size, count,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr,
-    DW: tl.constexpr, DSCORE: tl.constexpr, STEP: tl.constexpr, EDGE: tl.constexpr,
+    DW: tl.constexpr, DSCORE: tl.constexpr, EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """From d = dyᵀ x: dw = scale d where kept, else 0; dscore = scale (d w − through r) p (1 − p).
 
-    Nothing else of the size of the weight is written. BATCH: columns, those of the product. STEP:
-    dscore is not written, but takes its step of SGD, in place of score and velocity.
+    Nothing else of the size of the weight is written. BATCH: columns, those of the product.
     """
     N, K = aligned(N, N_BY), aligned(K, K_BY)
     row_tile, column_tile = in_order(N, K, ROWS, BATCH)
@@ -109,11 +108,6 @@ def _dscore(
             dm -= scale * through_r(products, kept, e, count, RESCALE)
         s = tl.load(score + first + at, mask=inside, other=0.0).to(tl.float32)
         value = gradient_of_score(dm, s).to(dscore.dtype.element_ty)
-        if STEP:
-            v = tl.load(velocity + first + at, mask=inside, other=0.0).to(tl.float32)
-            v = (momentum * v + value).to(dscore.dtype.element_ty)
-            tl.store(velocity + first + at, v, mask=inside)
-            value = (s - lr * v.to(tl.float32)).to(dscore.dtype.element_ty)
         tl.store(dscore + first + at, value, mask=inside)
 
 
@@ -149,25 +143,6 @@ def supermask_linear_backward(
     return dx, dw, dscore
 
 
-def supermask_linear_sgd(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    velocity: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    lr: float,
-    momentum: float,
-    need_dx: bool,
-) -> Tensor:
-    w = Effective(score.shape, weight, bits, None, signs, kept)
-    dx, products = backward(dy, x, w, need_dx, kept is not None)
-    _fill(dy, x, score, w, products, x.new_empty(0), score, velocity, lr, momentum)
-    return dx
-
-
 def _fill(
     dy: Tensor,
     x: Tensor,
@@ -176,11 +151,8 @@ def _fill(
     products: Tensor,
     dw: Tensor,
     dscore: Tensor,
-    velocity: Tensor | None = None,
-    lr: float = 0.0,
-    momentum: float = 0.0,
 ) -> None:
-    """dw and dscore, where not empty; with a velocity, its step instead, dscore being the score."""
+    """dw and dscore, where not empty."""
     if not dw.numel() and not dscore.numel():
         return
     dy, x, score = dy.contiguous(), x.contiguous(), score.contiguous()
@@ -189,15 +161,12 @@ def _fill(
     (rows, columns), batch = w.shape[-2:], x.shape[-2]
     options = precision(x.dtype)
     shape = _GRADIENT[options["PRECISION"] if x.dtype == torch.float32 else "half"]
-    if velocity is not None:
-        shape = shape | {"ROWS": 64}  # the step needs registers
     across, down = triton.cdiv(columns, shape["BATCH"]), triton.cdiv(rows, shape["ROWS"])
     ragged = rows % shape["ROWS"] or columns % shape["BATCH"] or batch % shape["DEPTH"]
     with torch.cuda.device_of(x):
         _dscore[across * down, 1, w.networks](
             dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
-            dscore if velocity is None else velocity, batch, rows, columns,
-            0 if x.dim() == 2 else batch * columns, *w.strides(), products.shape[1],
-            float(lr), float(momentum), DW=dw.numel() > 0, DSCORE=dscore.numel() > 0,
-            STEP=velocity is not None, EDGE=bool(ragged), **kinds, **options, **shape,
+            batch, rows, columns, 0 if x.dim() == 2 else batch * columns, *w.strides(),
+            products.shape[1], DW=dw.numel() > 0, DSCORE=dscore.numel() > 0, EDGE=bool(ragged),
+            **kinds, **options, **shape,
         )  # fmt: skip

@@ -30,7 +30,6 @@ _MATRICES = {
     "ternary_linear": 2,
     "supermask_linear": 2,
     "supermask_linear_backward": 3,
-    "supermask_linear_sgd": 3,
 }
 # The argument that says how many networks there are, and its dimensions if it is one:
 _NETWORK = {
@@ -44,7 +43,6 @@ _NETWORK = {
     "sample_bits": (0, 2),
     "supermask_linear": (1, 2),
     "supermask_linear_backward": (2, 2),
-    "supermask_linear_sgd": (2, 2),
     "supermask_conv2d": (1, 4),
     "supermask_conv2d_backward": (2, 4),
 }

@@ -40,12 +40,9 @@ def linear_case(
         meta(*shape, dtype=dtype) for shape in ((batch, k), (*lead, n, k), (*lead, batch, n))
     )
     mask = meta(*w.shape, dtype=torch.bool) if source == "bool" else bits(*w.shape)
-    key = meta(*lead, 3, dtype=torch.int64)
     sources = {
         "tensor": (w, None),
         "signs": (meta(*lead, dtype=dtype), bits(*w.shape)),
-        "drawn signs": (meta(*lead, dtype=dtype), key),
-        "drawn": (meta(*lead, 2**15, dtype=dtype), key),
     }
     frozen = sources.get(source, (None, None))
     return (
@@ -61,9 +58,6 @@ def linear_cases() -> dict[str, Callable[[], Any]]:
         "product zero 4096x4096 B256 bf16": (4096, 4096, 256, BF16),
         "product tensor 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "tensor"),
         "product signs 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "signs"),
-        "product drawn signs 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "drawn signs"),
-        "product drawn 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "drawn"),
-        "product drawn 4096x4096 B64 bf16": (4096, 4096, 64, BF16, "drawn"),
         "product zero, bool mask 4096x4096 B256 bf16": (4096, 4096, 256, BF16, "bool"),
         "product zero 45 of 300x784 B60 bf16": (300, 784, 60, BF16, "zero", 45),
         "product zero 45 of 300x784 B60 fp32": (300, 784, 60, FP32, "zero", 45),
@@ -93,9 +87,6 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
             "tensor": (meta(*shape, dtype=dtype), None),
             "signs": (meta(dtype=dtype), bits(*shape)),
         }
-        if dtype == BF16:
-            weights["drawn signs"] = meta(dtype=dtype), key
-            weights["drawn"] = meta(2**15, dtype=dtype), key
         for weight, (w, plus) in weights.items():
             title = f"supermask_linear product {weight} 4096x4096 B256 {name}"
             network = score, w, bits(*shape), kept
@@ -109,10 +100,6 @@ def supermask_cases() -> dict[str, Callable[[], Any]]:
     image, shape = meta(60, 128, 32, 32), (128, 128, 3, 3)
     network = meta(*shape, dtype=FP32), meta(*shape), bits(128, 1152), kept
     options = [1, 1], [1, 1], [1, 1], 1
-    drawn = network[0], meta(2**15), *network[2:]
-    cases["supermask_conv2d drawn 128x128x3x3 bf16, backward"] = call(
-        "supermask_conv2d_backward", image, image, *drawn, key, *options, True, False, True
-    )
     cases["supermask_conv2d 128x128x3x3 bf16"] = call(
         "supermask_conv2d", image, *network, None, None, *options
     )
@@ -218,7 +205,6 @@ def conv_cases() -> dict[str, Callable[[], Any]]:
         "zero 128 ch 32x32 B256 3x3 bf16": (128, 32, 256, 3, 1, BF16, "zero"),
         "tensor 64 ch 32x32 B256 3x3 bf16": (64, 32, 256, 3, 1, BF16, "tensor"),
         "signs 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "signs"),
-        "drawn 256 ch 14x14 B64 1x1 bf16": (256, 14, 64, 1, 1, BF16, "drawn"),
         "zero 128 ch 28x28 B64 3x3 stride 2 bf16": (128, 28, 64, 3, 2, BF16, "zero"),
         "zero 64 ch 32x32 B60 3x3 fp32": (64, 32, 60, 3, 1, FP32, "zero"),
         "zero 64 ch 32x32 B60 3x3 tf32": (64, 32, 60, 3, 1, FP32, "zero"),
@@ -255,7 +241,6 @@ def conv_case(
     sources = {
         "tensor": (w, None),
         "signs": (meta(*lead, dtype=dtype), mask),
-        "drawn": (meta(*lead, 2**15, dtype=dtype), meta(*lead, 3, dtype=torch.int64)),
     }
     geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], 1
     rest = *sources.get(source, (None, None)), *geometry

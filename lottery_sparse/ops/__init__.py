@@ -1,7 +1,7 @@
 """Functional ops. Each file is the contract of one op: check, schema, fake, gradient, vmap."""
 
 from lottery_sparse.ops.bits.op import pack_mask, unpack_mask
-from lottery_sparse.ops.common.checks import Drawn, SignConstant
+from lottery_sparse.ops.common.checks import SignConstant
 from lottery_sparse.ops.compact.op import compact_conv2d, compact_linear
 from lottery_sparse.ops.masked.conv2d import masked_conv2d
 from lottery_sparse.ops.masked.linear import masked_linear
@@ -15,7 +15,6 @@ from lottery_sparse.ops.supermask.op import sample_bits, supermask_conv2d, super
 from lottery_sparse.ops.supermask.sampling import sample_mask
 
 __all__ = [
-    "Drawn",
     "SignConstant",
     "bitmap_linear",
     "compact_conv2d",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops.bits.reference import pack_mask, words_per_row
-from lottery_sparse.ops.random.op import TABLE_SIZE, quantiles
 
 
 class SignConstant(NamedTuple):
@@ -32,29 +31,7 @@ class SignConstant(NamedTuple):
         return cls(pack_mask(positive), constant)
 
 
-class Drawn(NamedTuple):
-    """The source drawn from a seed wherever it is needed, and never stored: values of `ls.random`.
-
-    Element i of a network is what `ls.random.normal` (…) gives for the key, rounded to the dtype of
-    `values`, bit for bit.
-
-    key: int64 [3] (`ls.random.key`), or [E, 3]; one key for E networks gives all the same values.
-    values: what the law draws from (`ls.random.quantiles`): [] or [E] for signs x constant, [32768]
-    or [E, 32768] for a normal law.
-    """
-
-    key: Tensor
-    values: Tensor
-
-    @classmethod
-    def of(
-        cls, law: str, key: Tensor, std: float = 1.0, dtype: torch.dtype = torch.float32
-    ) -> Drawn:
-        """law: "sign", "normal" or "truncated_normal"; dtype: that of the weight."""
-        return cls(key, quantiles(law, std).to(key.device, dtype))
-
-
-Frozen = Tensor | SignConstant | Drawn | None
+Frozen = Tensor | SignConstant | None
 
 # the devices on which autocast casts our ops, and its dispatch keys there
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -73,28 +50,21 @@ def as_constant(constant: float | Tensor, device: torch.device) -> Tensor:
 
 def split_frozen(frozen: Frozen, weight: Tensor, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """A source as the two tensors (frozen, signs) that the schemas take."""
-    if isinstance(frozen, SignConstant | Drawn):
+    if isinstance(frozen, SignConstant):
         return split_source(frozen, weight, weight.dtype, rank)
     if frozen is not None and not isinstance(frozen, Tensor):
         raise TypeError(
-            "frozen must be a tensor, a SignConstant, a Drawn or None (zero), "
-            f"got {type(frozen).__name__}."
+            f"frozen must be a tensor, a SignConstant or None (zero), got {type(frozen).__name__}."
         )
     return frozen, None
 
 
 def split_source(
-    source: SignConstant | Drawn, weight: Tensor, dtype: torch.dtype, rank: int
+    source: SignConstant, weight: Tensor, dtype: torch.dtype, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """(values, signs) of the networks of `weight`; what all share is expanded to each."""
-    networks = weight.shape[:-rank]
-    if isinstance(source, SignConstant):
-        values = as_constant(source.constant, weight.device).to(dtype)
-        return values.expand(networks) if values.dim() == 0 else values, source.signs
-    key, values = source.key, source.values.to(dtype)
-    if networks and key.dim() == 1:
-        key, values = key.expand(*networks, 3), values.expand(*networks, *values.shape)
-    return values, key
+    """(constants, signs) of the networks of `weight`; a constant of all is expanded to each."""
+    constant = as_constant(source.constant, weight.device).to(dtype)
+    return constant.expand(weight.shape[:-rank]) if constant.dim() == 0 else constant, source.signs
 
 
 def check_masked(
@@ -120,9 +90,7 @@ def check_masked(
             f"bias has shape {tuple(bias.shape)}, but weight {tuple(weight.shape)} "
             f"needs {networks + (weight.shape[-rank],)}."
         )
-    if signs is not None and signs.dtype == torch.int64:
-        check_drawn(frozen, signs, weight, rank)
-    elif signs is not None:
+    if signs is not None:
         check_bits("signs", signs, weight, rank, "1 = plus", packed_only=True)
         if frozen is None or tuple(frozen.shape) != networks:
             got = None if frozen is None else tuple(frozen.shape)
@@ -142,23 +110,6 @@ def check_masked(
     for name, value in (("mask", mask), ("signs", signs)):
         if value is not None and value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
-
-
-def check_drawn(values: Tensor | None, key: Tensor, weight: Tensor, rank: int) -> None:
-    networks = tuple(weight.shape[:-rank])
-    if tuple(key.shape) != (*networks, 3):
-        raise ValueError(
-            f"key of a Drawn must be int64 {[*networks, 3]} for weight {tuple(weight.shape)}, got "
-            f"{tuple(key.shape)}; use ls.random.key(seed, stream) per network."
-        )
-    if values is None or tuple(values.shape) not in (networks, (*networks, TABLE_SIZE)):
-        raise ValueError(
-            f"values of a Drawn must be {list(networks)} or {[*networks, TABLE_SIZE]} for weight "
-            f"{tuple(weight.shape)}, got {None if values is None else tuple(values.shape)}; "
-            "use ops.Drawn.of."
-        )
-    if key.device != values.device:
-        raise ValueError(f"key is on {key.device}, but values are on {values.device}; move one.")
 
 
 def check_bits(

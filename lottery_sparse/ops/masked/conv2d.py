@@ -35,8 +35,8 @@ def masked_conv2d(
         mask: bool like `weight`, True = kept; or packed int32 [O, W], its columns the flattened
             [C / groups, kh, kw].
         bias: [O] or [E, O], or None. Never masked.
-        frozen: what pruned weights hold: None = zero, a tensor like `weight`, a `SignConstant`
-            or a `Drawn`. Constants: no gradient flows to them.
+        frozen: what pruned weights hold: None = zero, a tensor like `weight` or a
+            `SignConstant`. Constants: no gradient flows to them.
         stride, padding, dilation, groups: as in F.conv2d; padding also "same" or "valid".
 
     Returns:

@@ -24,9 +24,8 @@ def refuses(op: str, *args: Any) -> None:
 
 
 def wins(op: str, *args: Any) -> bool:
-    """Not where a source is drawn from its key: other backends draw it where they need it."""
-    at = 5 if op.startswith("masked_") else 6 if op.startswith("supermask_") else None
-    return at is None or args[at] is None or args[at].dtype != torch.int64
+    """Whether it should run a call: always, where it is listed."""
+    return True
 
 
 def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
@@ -58,13 +57,9 @@ def effective_weight(
     weight: Tensor, mask: Tensor, frozen: Tensor | None, signs: Tensor | None, rank: int
 ) -> Tensor:
     if signs is not None and frozen is not None:
-        frozen = frozen.to(weight.dtype)
-        if signs.dtype == torch.int64:
-            frozen = reference.source(frozen, signs, weight, rank)
-        else:
-            plus = mask_as_bool(signs, weight, rank)
-            constant = frozen.view(frozen.shape + (1,) * rank)
-            frozen = select(plus, constant.expand_as(weight), -constant.expand_as(weight))
+        plus = mask_as_bool(signs, weight, rank)
+        constant = frozen.to(weight.dtype).view(frozen.shape + (1,) * rank)
+        frozen = select(plus, constant.expand_as(weight), -constant.expand_as(weight))
     return select(mask_as_bool(mask, weight, rank), weight, frozen)
 
 

@@ -29,8 +29,8 @@ def masked_linear(
         weight: [N, K] or [E, N, K], dtype and device of `x` (any floating dtype under autocast).
         mask: bool like `weight`, True = kept; or packed int32, see `pack_mask`.
         bias: [N] or [E, N], or None. Never masked.
-        frozen: what pruned weights hold: None = zero, a tensor like `weight`, a `SignConstant`
-            or a `Drawn`. Constants: no gradient flows to them.
+        frozen: what pruned weights hold: None = zero, a tensor like `weight` or a
+            `SignConstant`. Constants: no gradient flows to them.
 
     Returns:
         [..., N], or [E, B, N]; dtype of `x`.

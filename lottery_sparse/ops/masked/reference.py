@@ -9,7 +9,6 @@ packed int32 [..., N, W] (see `pack_mask`). Frozen values are given by two argum
     frozen None,  signs None    zero
     frozen like weight          a tensor
     frozen [] or [E], signs     sign x constant; signs are packed like a mask, bit 1 = plus
-    frozen, signs int64         drawn from the key `signs`, [3] or [E, 3], see `drawn`
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from lottery_sparse.ops.bits.reference import mask_as_bool
 from lottery_sparse.ops.limits import rounds
-from lottery_sparse.ops.random.reference import drawn
 
 # ---- the effective weight ------------------------------------------------------------------------
 
@@ -39,8 +37,6 @@ def source(values: Tensor, signs: Tensor | None, like: Tensor, rank: int) -> Ten
     """The tensor, of the shape of `like`, that a source's two arguments stand for."""
     if signs is None:
         return values
-    if signs.dtype == torch.int64:
-        return drawn(values, signs, like.shape)
     constant = values.view(values.shape + (1,) * rank)
     return torch.where(mask_as_bool(signs, like, rank), constant, -constant)
 

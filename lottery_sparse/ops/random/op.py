@@ -176,24 +176,6 @@ LAWS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def quantiles(law: str, std: float = 1.0) -> Tensor:
-    """float32 magnitudes that `law` draws from: [] for "sign", [32768] for the normal laws.
-
-    A normal law takes one of them, and a sign, by 16 bits for each element (`ops.Drawn`).
-
-    Raises:
-        ValueError: a law without such a table.
-    """
-    if law == "sign":
-        return torch.ones(()) * std
-    if law not in _TABLES:
-        laws = ", ".join(("sign", *_TABLES))
-        raise ValueError(
-            f"law must be one of {laws}, got {law!r}; give other laws as a tensor of ls.random."
-        )
-    return _TABLES[law]().to(torch.float32) * (1.0 / TABLE_SCALE) * std
-
-
 def _draw(law: str, shape: Shape, seed: int, stream: int, step: int, *table: Tensor) -> Tensor:
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     args = (math.prod(shape), *key_numbers(seed, stream, step), *table)

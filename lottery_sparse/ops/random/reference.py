@@ -84,22 +84,3 @@ def random_normal(
     half = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), -1).flatten()[:count]
     value = table.to(words.device)[half & 0x7FFF].to(torch.float32) * 2.0**-20
     return torch.where(half >= 0x8000, -value, value)
-
-
-def drawn(values: Tensor, key: Tensor, shape: torch.Size) -> Tensor:
-    """The source of a seed, [.., *shape of one network], in the dtype of `values`.
-
-    values [] or [E]: ± this constant, the signs of `random_signs`. values [32768] or [E, 32768]:
-    the upper half of a quantile function, in place of the table of `random_normal`. Key [3] or
-    [E, 3]; elements count within a network.
-    """
-    count = shape[key.dim() - 1 :].numel()
-    if values.dim() == key.dim():
-        words = words_of(key, -(-count // 2))
-        half = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :count]
-        value = values.reshape(-1, values.shape[-1]).gather(1, half & 0x7FFF)
-        return torch.where(half >= 0x8000, -value, value).view(shape)
-    words = words_of(key, -(-count // 32)).unsqueeze(-1)
-    bits = (words >> torch.arange(32, device=key.device)) & 1
-    constant = values.reshape(-1, 1)
-    return torch.where(bits.flatten(1)[:, :count] != 0, constant, -constant).view(shape)

@@ -137,7 +137,7 @@ def _masked_source(
 ) -> tuple[Tensor, Tensor]:
     """The weight before the mask, and after it."""
     integer = INTEGERS[weight.element_size()]
-    if signs is None or signs.dtype == torch.int64:
+    if signs is None:
         source = masked_reference.source(weight, signs, score, rank).contiguous().view(integer)
     else:
         sign_bit = torch.iinfo(integer).min

@@ -14,11 +14,9 @@ from lottery_sparse.ops.bits.op import pack_mask
 from lottery_sparse.ops.bits.reference import mask_as_bool, words_per_row
 from lottery_sparse.ops.common.autograd import differentiable, direct
 from lottery_sparse.ops.common.checks import (
-    Drawn,
     SignConstant,
     autocasts,
     check_bits,
-    check_drawn,
     check_like_x,
     split_source,
 )
@@ -58,7 +56,7 @@ def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def supermask_linear(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant | Drawn,
+    weight: Tensor | SignConstant,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     *,
@@ -74,8 +72,8 @@ def supermask_linear(
     Args:
         x: [..., K], any floating dtype; for E networks [B, K], shared by all, or [E, B, K].
         score: [N, K] or [E, N, K], any floating dtype, which autocast leaves as it is.
-        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`
-            or a `Drawn`, which has no gradient.
+        weight: like `score`, in the dtype of `x` (any under autocast), or a `SignConstant`,
+            which has no gradient.
         key: int64 [3] or [E, 3] from which m is drawn exactly as `sample_mask` does; add 1 to its
             last element for the next step.
         bias: [N] or [E, N], or None. Never masked.
@@ -122,7 +120,7 @@ def supermask_linear(
 def supermask_conv2d(
     x: Tensor,
     score: Tensor,
-    weight: Tensor | SignConstant | Drawn,
+    weight: Tensor | SignConstant,
     key: Tensor | None = None,
     bias: Tensor | None = None,
     stride: Pair = 1,
@@ -179,14 +177,14 @@ def supermask_conv2d(
 
 
 def split_weight(
-    x: Tensor, score: Tensor, weight: Tensor | SignConstant | Drawn, rank: int
+    x: Tensor, score: Tensor, weight: Tensor | SignConstant, rank: int
 ) -> tuple[Tensor, Tensor | None]:
     """The source as the two tensors (weight, signs) that the schemas take."""
     if isinstance(weight, Tensor):
         return weight, None
     values, signs = split_source(weight, score, x.dtype, rank)
     if values.requires_grad:
-        raise ValueError(f"the values of a {type(weight).__name__} require grad; detach them.")
+        raise ValueError("the constant of a SignConstant requires grad; detach it.")
     return values, signs
 
 
@@ -227,9 +225,7 @@ def check_supermask(
         _check_key(score, key, networks)
     if mask is not None:
         check_bits("mask", mask, score, rank, "True = kept")
-    if signs is not None and signs.dtype == torch.int64:
-        check_drawn(weight, signs, score, rank)
-    elif signs is not None:
+    if signs is not None:
         check_bits("signs", signs, score, rank, "1 = plus", packed_only=True)
         if weight.shape != networks:
             raise ValueError(

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from lottery_sparse.ops.supermask.triton_sampling import one_and_exp
 from lottery_sparse.ops.triton.linear_products import Effective, backward, dw_tile, forward
-from lottery_sparse.ops.triton.sources import load_key, start
+from lottery_sparse.ops.triton.sources import TENSOR_
 from lottery_sparse.ops.triton.tiles import (
     aligned,
-    draw_tile,
     in_order,
-    load_plus,
+    load_spread,
     precision,
     scale_of,
     spread,
@@ -58,7 +57,7 @@ def _dscore(
     dy, x, score, weight, bits, kept, signs, shift, products, dw, dscore,
     B, N, K, x_network, stride, signs_stride, size, count,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
-    WEIGHT: tl.constexpr, WHOLE: tl.constexpr, RESCALE: tl.constexpr,
+    WEIGHT: tl.constexpr, RESCALE: tl.constexpr,
     DW: tl.constexpr, DSCORE: tl.constexpr, EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -89,18 +88,12 @@ def _dscore(
         value = tl.where(mask, sum, 0.0).to(dw.dtype.element_ty)
         tl.store(dw + first + at, value, mask=inside)
     if DSCORE:
-        draw = load_key(signs, e, WEIGHT, 0)
-        index = n0.to(tl.int64) * K + k0
-        if WEIGHT == 1:
+        if WEIGHT == TENSOR_:
             dm = sum * tl.load(weight + first + at, mask=inside, other=0.0).to(tl.float32)
-        elif WEIGHT == 4:
-            values = weight + start(first, e, WEIGHT)
-            w = draw_tile(values, n, draw, index, K, BATCH, False, WHOLE, x.dtype.element_ty)
-            dm = sum * w.to(tl.float32)
         else:
-            plus = load_plus(
+            plus = load_spread(
                 signs + (e * N + n0) * signs_stride + (k0 >> 5), tl.minimum(n, N - 1 - n0),
-                signs_stride, shift, draw, index, K, BATCH, WEIGHT, False, WHOLE,
+                signs_stride, shift, BATCH, False,
             )  # fmt: skip
             dm = tl.where(plus, sum, -sum)
         if RESCALE:

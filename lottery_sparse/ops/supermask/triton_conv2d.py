@@ -18,16 +18,7 @@ from torch import Tensor
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward
 from lottery_sparse.ops.supermask.triton import gradient_of_score, through_r
 from lottery_sparse.ops.triton.linear_products import or_
-from lottery_sparse.ops.triton.sources import (
-    DRAWN_,
-    DRAWN_SIGNS,
-    DRAWN_SIGNS_,
-    TABLE_,
-    TENSOR_,
-    drawn_bits,
-    drawn_values,
-    load_key,
-)
+from lottery_sparse.ops.triton.sources import TENSOR_
 from lottery_sparse.ops.triton.tiles import load_bits, scale_of, source
 
 BLOCK = 1024
@@ -38,14 +29,8 @@ PROGRAMS = 64
 @triton.jit
 def _source(weight, signs, i, e, size, K, stride, inside, KIND: tl.constexpr):
     """w of entry i of network e, or 1 and -1, in float32."""
-    draw = load_key(signs, e, KIND, 0)
     if KIND == TENSOR_:
         w = tl.load(weight + e * size + i, mask=inside, other=0.0).to(tl.float32)
-    elif KIND == DRAWN_:
-        dtype = weight.dtype.element_ty
-        w = drawn_values(weight + e * TABLE_, i.to(tl.int64), draw, dtype).to(tl.float32)
-    elif KIND == DRAWN_SIGNS_:
-        w = tl.where(drawn_bits(i.to(tl.int64), draw), 1.0, -1.0)
     else:
         signs += e * (size // K) * stride
         w = tl.where(load_bits(signs, stride, i // K, i % K, inside), 1.0, -1.0)
@@ -162,7 +147,6 @@ def supermask_conv2d_backward(
             d, score, weight, bits, or_(kept, bits), plus, products, dw, dscore,
             size, columns, bits.shape[-1], count, RESCALE=kept is not None, DW=need_dw,
             DSCORE=need_dscore, BLOCK=BLOCK, **kind,
-            **({"num_warps": 8} if kind["KIND"] >= DRAWN_SIGNS else {}),
         )  # fmt: skip
     return dx, dw, dscore
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lottery_sparse.ops.triton.sources import TABLE_, load_constant, load_key
+from lottery_sparse.ops.triton.sources import load_constant
 from lottery_sparse.ops.triton.tiles import aligned, dot, in_order, load_effective, load_mask
 
 
@@ -53,10 +53,9 @@ def conv_arrange(
     e = group // groups
     constant = load_constant(frozen, e, FROZEN)
     w = load_effective(
-        weight, mask, frozen + (e * TABLE_ if FROZEN == 4 else 0), signs, constant,
-        load_key(signs, e, 0, FROZEN), channels * taps, mask_stride, signs_stride,
-        group * rows + o, e * groups * rows, (c * taps + tap).to(tl.int64),
-        (o < rows) & (c < channels), PACKED, FROZEN,
+        weight, mask, frozen, signs, constant, channels * taps, mask_stride, signs_stride,
+        group * rows + o, (c * taps + tap).to(tl.int64), (o < rows) & (c < channels),
+        PACKED, FROZEN,
     )  # fmt: skip
     out += (group * taps + tap) * rows_held * channels_held
     held = (o < rows_held) & (c < channels_held)

@@ -16,16 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lottery_sparse.ops.triton.sources import (
-    DRAWN,
-    DRAWN_SIGNS,
-    SIGNS,
-    TENSOR,
-    ZERO,
-    load_constant,
-    load_key,
-    start,
-)
+from lottery_sparse.ops.triton.sources import SIGNS, TENSOR, ZERO, load_constant, start
 from lottery_sparse.ops.triton.tiles import (
     Parts,
     aligned,
@@ -48,7 +39,7 @@ def linear_product(
     B, N, K, x_network, mask_stride, signs_stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, RESCALE: tl.constexpr,
-    WHOLE: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
+    BIAS: tl.constexpr, EDGE: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """y[e, b, n] = scale[e] sum over k of w[e, n, k] x[e, b, k], + bias[e, n]."""
@@ -61,7 +52,6 @@ def linear_product(
     row, batch_row = tl.minimum(n, N - 1 - n0), tl.minimum(b, B - 1 - b0)
     scale = scale_of(weight, kept, e, size, WEIGHT, RESCALE)
     constant = load_constant(frozen, e, FROZEN)
-    draw = load_key(signs, e, WEIGHT, FROZEN)
     first = (e * N + n0) * K
     weight += start(first, e, WEIGHT)
     mask += (e * N + n0) * mask_stride if PACKED else first
@@ -74,10 +64,9 @@ def linear_product(
     for k0 in range(s * steps * DEPTH, tl.minimum((s + 1) * steps * DEPTH, K), DEPTH):
         w = load_tile(
             weight + (k0 if WEIGHT == 1 else 0), mask + (k0 >> 5 if PACKED else k0),
-            frozen + (k0 if FROZEN == 1 else 0), signs + (k0 >> 5), constant, shift, row, draw,
-            tl.cast(n0, tl.int64) * K + k0, K, mask_stride, signs_stride,
-            (row >= 0)[:, None] & (k < K - k0)[None, :],
-            DEPTH, WEIGHT, PACKED, FROZEN, EDGE, False, WHOLE, x.dtype.element_ty,
+            frozen + (k0 if FROZEN == 1 else 0), signs + (k0 >> 5), constant, shift, row,
+            K, mask_stride, signs_stride, (row >= 0)[:, None] & (k < K - k0)[None, :],
+            DEPTH, WEIGHT, PACKED, FROZEN, EDGE, False, x.dtype.element_ty,
         )  # fmt: skip
         at = x + k0 + (batch_row * K)[None, :] + k[:, None]
         xt = tl.load(at, mask=(k < K - k0)[:, None], other=0.0) if EDGE else tl.load(at)
@@ -96,7 +85,7 @@ def linear_dx(
     B, N, K, networks, x_network, mask_stride, signs_stride, size, steps, part,
     ROWS: tl.constexpr, BATCH: tl.constexpr, DEPTH: tl.constexpr,
     WEIGHT: tl.constexpr, PACKED: tl.constexpr, FROZEN: tl.constexpr, RESCALE: tl.constexpr,
-    WHOLE: tl.constexpr, EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
+    EDGE: tl.constexpr, SUM: tl.constexpr, STORE: tl.constexpr,
     PRODUCTS: tl.constexpr,
     N_BY: tl.constexpr, K_BY: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -124,13 +113,11 @@ def linear_dx(
         bits = (e * N + n0) * mask_stride + (k0 >> 5) if PACKED else first
         plus = (e * N + n0) * signs_stride + (k0 >> 5)
         constant = load_constant(frozen, e, FROZEN)
-        draw = load_key(signs, e, WEIGHT, FROZEN)
         w = load_tile(
             weight + start(first, e, WEIGHT), mask + bits, frozen + start(first, e, FROZEN),
-            signs + plus, constant, shift, row, draw,
-            tl.cast(n0, tl.int64) * K + k0, K, mask_stride, signs_stride,
+            signs + plus, constant, shift, row, K, mask_stride, signs_stride,
             (k < K - k0)[:, None] & (d < N - n0)[None, :],
-            ROWS, WEIGHT, PACKED, FROZEN, EDGE, True, WHOLE, dy.dtype.element_ty,
+            ROWS, WEIGHT, PACKED, FROZEN, EDGE, True, dy.dtype.element_ty,
         )  # fmt: skip
         at = dy + (e * B + b0) * N + n0 + (batch_row * N)[None, :] + d[:, None]
         dyt = tl.load(at, mask=(d < N - n0)[:, None], other=0.0) if EDGE else tl.load(at)
@@ -202,31 +189,22 @@ class Effective(NamedTuple):
     def strides(self) -> tuple[int, int, float]:
         """mask_stride, signs_stride, size"""
         rows, columns = self.shape[-2:]
-        packed = self.signs is not None and self.signs.dtype == torch.int32
-        signs_stride = self.signs.shape[-1] if self.signs is not None and packed else 0
+        signs_stride = 0 if self.signs is None else self.signs.shape[-1]
         return self.mask.shape[-1], signs_stride, float(rows * columns)
 
     def kinds(self) -> dict[str, Any]:
         held = source(self.frozen, self.signs)
         kind = source(self.weight, self.signs) if held == ZERO else TENSOR
-        block = 8 if DRAWN in (kind, held) else 32
         return {
             "WEIGHT": kind,
-            "WHOLE": max(kind, held) >= DRAWN_SIGNS and self.shape[-1] % block == 0,
             "PACKED": self.mask.dtype == torch.int32,
             "FROZEN": held,
             "RESCALE": self.kept is not None,
             **alignment(*self.shape[-2:]),
         }
 
-    def tile(self, dtype: torch.dtype, batch: int) -> dict[str, int]:
-        """Size of tiles: what draws has half of the registers left, and a table in the cache."""
-        size = tile(dtype, batch)
-        drawn = self.signs is not None and self.signs.dtype == torch.int64
-        return size | {"DEPTH": min(size["DEPTH"], 64)} if drawn else size
-
     def scaled(self) -> bool:
-        return self.kept is not None or self.kinds()["WEIGHT"] in (SIGNS, DRAWN_SIGNS)
+        return self.kept is not None or self.kinds()["WEIGHT"] == SIGNS
 
 
 def forward(x: Tensor, w: Effective, bias: Tensor | None) -> Tensor:
@@ -236,7 +214,7 @@ def forward(x: Tensor, w: Effective, bias: Tensor | None) -> Tensor:
     y = x.new_empty((*w.shape[:-2], batch, rows))
     if y.numel() == 0:
         return y
-    shape = w.tile(x.dtype, batch)
+    shape = tile(x.dtype, batch)
     parts = Parts.of(rows, batch, triton.cdiv(columns, shape["DEPTH"]), w.networks, shape)
     out = parts.workspace(y)
     with torch.cuda.device_of(x):
@@ -265,7 +243,7 @@ def backward(
     need_products = need_products and rows * columns * w.networks > 0
     if not dx.numel() and not need_products:
         return dx, products
-    shape = w.tile(x.dtype, batch)
+    shape = tile(x.dtype, batch)
     together = w.networks if shared and not w.scaled() else 1
     outputs = w.networks // together
     steps = triton.cdiv(rows, shape["DEPTH"]) * together

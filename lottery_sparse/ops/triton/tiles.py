@@ -1,7 +1,7 @@
 """What Triton kernels share: tiles of the effective weight, their sizes and their order.
 
 A kernel gets, as constexpr, how the mask and the frozen values come: `PACKED` (int32 words, else
-bool), `FROZEN` (ZERO, TENSOR, SIGNS or one of `sources`). A tile is loaded with the frozen values
+bool), `FROZEN` (ZERO, TENSOR or SIGNS). A tile is loaded with the frozen values
 substituted by selection, so nothing that a pruned entry holds gets further.
 """
 # pyright: reportArgumentType=false
@@ -19,22 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from lottery_sparse.ops.triton.sources import (
-    DRAWN,
-    DRAWN_,
-    DRAWN_SIGNS,
-    DRAWN_SIGNS_,
-    SIGNS,
-    SIGNS_,
-    TENSOR,
-    TENSOR_,
-    ZERO,
-    ZERO_,
-    drawn_bits,
-    drawn_eights,
-    drawn_values,
-    drawn_words,
-)
+from lottery_sparse.ops.triton.sources import SIGNS, SIGNS_, TENSOR, TENSOR_, ZERO, ZERO_
 
 
 @triton.jit
@@ -54,26 +39,17 @@ def load_mask(mask, stride, rows, columns, inside, PACKED: tl.constexpr):
 
 @triton.jit
 def load_effective(
-    weight, mask, frozen, signs, constant, draw, columns_total, mask_stride, signs_stride, rows,
-    first_row, columns, inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
+    weight, mask, frozen, signs, constant, columns_total, mask_stride, signs_stride, rows, columns,
+    inside, PACKED: tl.constexpr, FROZEN: tl.constexpr,
 ):  # fmt: skip
-    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside.
-
-    Elements of a network are drawn from its `first_row` on.
-    """
+    """where(m, w, f) at rows × columns (int64, broadcast against each other); 0 outside."""
     kept = load_mask(mask, mask_stride, rows, columns, inside, PACKED)
     at = rows * columns_total + columns
     w = tl.load(weight + at, mask=kept, other=0.0)
     if FROZEN == TENSOR_:
         w = tl.where(kept, w, tl.load(frozen + at, mask=inside & ~kept, other=0.0))
-    elif FROZEN == DRAWN_:
-        index = (rows - first_row) * columns_total + columns
-        w = tl.where(kept | ~inside, w, drawn_values(frozen, index, draw, w.dtype))
-    elif FROZEN != ZERO_:
-        if FROZEN == SIGNS_:
-            plus = load_bits(signs, signs_stride, rows, columns, inside)
-        else:
-            plus = drawn_bits((rows - first_row) * columns_total + columns, draw)
+    elif FROZEN == SIGNS_:
+        plus = load_bits(signs, signs_stride, rows, columns, inside)
         constant = constant.to(tl.float32)
         held = tl.where(plus, constant, -constant).to(w.dtype)
         w = tl.where(kept | ~inside, w, held)
@@ -117,63 +93,22 @@ def offsets(row, stride, COLUMNS: tl.constexpr, DOWN: tl.constexpr):
 
 
 @triton.jit
-def load_plus(
-    signs, row, stride, shift, draw, index, columns_total, COLUMNS: tl.constexpr,
-    KIND: tl.constexpr, DOWN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The signs of a tile: packed, or bits drawn from `index` on; WHOLE: rows are whole words."""
-    if KIND == SIGNS_:
-        plus = load_spread(signs, row, stride, shift, COLUMNS, DOWN)
-    elif WHOLE:
-        at = (index >> 5) + offsets(row, columns_total >> 5, COLUMNS // 32, DOWN)
-        words = drawn_words(at, draw)
-        plus = spread_down(words, shift) if DOWN else spread(words, shift)
-    else:
-        plus = drawn_bits(index + offsets(row, columns_total, COLUMNS, DOWN), draw)
-    return plus
-
-
-@triton.jit
-def draw_tile(
-    values, row, draw, index, columns_total, COLUMNS: tl.constexpr, DOWN: tl.constexpr,
-    WHOLE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Elements drawn from `index` on; WHOLE: rows are whole blocks of eight."""
-    if WHOLE:
-        at = (index >> 3) + offsets(row, columns_total >> 3, COLUMNS // 8, False)
-        tile = drawn_eights(values, at, draw, DTYPE)
-        if DOWN:
-            tile = tl.trans(tile)
-    else:
-        at = index + offsets(row, columns_total, COLUMNS, DOWN)
-        tile = drawn_values(values, at, draw, DTYPE)
-    return tile
-
-
-@triton.jit
 def load_tile(
-    weight, mask, frozen, signs, constant, shift, row, draw, index, columns_total, mask_stride,
-    signs_stride, inside, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, PACKED: tl.constexpr,
-    FROZEN: tl.constexpr, EDGE: tl.constexpr, DOWN: tl.constexpr, WHOLE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    weight, mask, frozen, signs, constant, shift, row, columns_total, mask_stride, signs_stride,
+    inside, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, PACKED: tl.constexpr,
+    FROZEN: tl.constexpr, EDGE: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """where(m, w, f) of a tile [R, COLUMNS] whose first entry the pointers point at.
 
-    WEIGHT: TENSOR, DRAWN, or signs, which are 1 and -1 here; `scale_of` multiplies the sums.
-    `row` (int32) counts from there and never leaves the matrix. With EDGE, entries that are not
-    `inside` are 0. Packed rows are as long as whole chunks of 128 columns, so a tile that starts
-    at a multiple of COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R]. What is drawn
-    comes from the key `draw`, the first entry being element `index` (int64) of its network.
+    WEIGHT: TENSOR, or signs, which are 1 and -1 here; `scale_of` multiplies the sums. `row` (int32)
+    counts from there and never leaves the matrix. With EDGE, entries that are not `inside` are 0.
+    Packed rows are as long as whole chunks of 128 columns, so a tile that starts at a multiple of
+    COLUMNS <= 128 stays in them. DOWN: transposed, [COLUMNS, R].
     """
     at = offsets(row, columns_total, COLUMNS, DOWN)
-    if WEIGHT == SIGNS_ or WEIGHT == DRAWN_SIGNS_:  # noqa: SIM109
-        plus = load_plus(
-            signs, row, signs_stride, shift, draw, index, columns_total, COLUMNS, WEIGHT, DOWN,
-            WHOLE,
-        )  # fmt: skip
+    if WEIGHT == SIGNS_:
+        plus = load_spread(signs, row, signs_stride, shift, COLUMNS, DOWN)
         w = tl.where(plus, 1.0, -1.0).to(DTYPE)
-    elif WEIGHT == DRAWN_:
-        w = draw_tile(weight, row, draw, index, columns_total, COLUMNS, DOWN, WHOLE, DTYPE)
     else:
         w = tl.load(weight + at, mask=inside, other=0.0) if EDGE else tl.load(weight + at)
     if PACKED:
@@ -189,15 +124,9 @@ def load_tile(
     if FROZEN == TENSOR_:
         held = tl.load(frozen + at, mask=inside, other=0.0) if EDGE else tl.load(frozen + at)
         return tl.where(kept, w, held)
-    if FROZEN == DRAWN_:
-        held = draw_tile(frozen, row, draw, index, columns_total, COLUMNS, DOWN, WHOLE, DTYPE)
-    else:
-        plus = load_plus(
-            signs, row, signs_stride, shift, draw, index, columns_total, COLUMNS, FROZEN, DOWN,
-            WHOLE,
-        )  # fmt: skip
-        constant = constant.to(tl.float32)
-        held = tl.where(plus, constant.to(DTYPE), (-constant).to(DTYPE))
+    plus = load_spread(signs, row, signs_stride, shift, COLUMNS, DOWN)
+    constant = constant.to(tl.float32)
+    held = tl.where(plus, constant.to(DTYPE), (-constant).to(DTYPE))
     if EDGE:
         held = tl.where(inside, held, 0.0)
     return tl.where(kept, w, held)
@@ -207,7 +136,7 @@ def load_tile(
 def scale_of(constant, kept, e, size, KIND: tl.constexpr, RESCALE: tl.constexpr):
     """What the sums of network e are multiplied by: the constant of its signs, times r."""
     scale = 1.0
-    if KIND == SIGNS_ or KIND == DRAWN_SIGNS_:  # noqa: SIM109
+    if KIND == SIGNS_:
         scale = tl.load(constant + e).to(tl.float32)
     if RESCALE:
         scale = scale * (size / tl.maximum(tl.load(kept + e), 1).to(tl.float32))
@@ -377,11 +306,7 @@ def alignment(rows: int, columns: int) -> dict[str, int]:
 
 
 def source(values: Tensor | None, signs: Tensor | None) -> int:
-    """ZERO … DRAWN, for the two arguments of an op."""
+    """ZERO, TENSOR or SIGNS, for the two arguments of an op."""
     if values is None:
         return ZERO
-    if signs is None:
-        return TENSOR
-    if signs.dtype == torch.int32:
-        return SIGNS
-    return DRAWN if values.dim() == signs.dim() else DRAWN_SIGNS
+    return TENSOR if signs is None else SIGNS

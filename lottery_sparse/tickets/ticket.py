@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lottery_sparse.nn.compact.registry import find_optimizers, holders_of
 from lottery_sparse.nn.forms.convert import (
     by_parameter,
     check_masked,
@@ -374,8 +373,6 @@ def _check_layers(model: nn.Module, masks: Masks) -> None:
                 "written to it; copy the model outside of it first, copy.deepcopy(model)."
             )
     layers = by_parameter(model)
-    if any(holders_of(sharing[0].weight) for _, sharing in layers):
-        find_optimizers()  # which hold state for kept weights
     for name, sharing in layers:
         for layer in sharing:
             every = torch.ones_like(layer.weight_mask)

@@ -208,6 +208,20 @@ def test_compact_and_expand_under_a_running_optimizer(monkeypatch):
     train_model(model, optimizer, 2)
 
 
+def test_state_that_was_loaded_moves_where_its_optimizer_is_given():
+    model = compact_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train_model(model, optimizer, 2)
+    other = copy.deepcopy(model)
+    resumed = torch.optim.Adam(other.parameters(), lr=0.01)
+    resumed.load_state_dict(optimizer.state_dict())  # it has not stepped here
+    smaller = {n: m & (torch.rand(m.shape) < 0.7) for n, m in ls.masks_of(model).items()}
+    ls.set_masks_(model, smaller, optimizer=optimizer)
+    ls.set_masks_(other, smaller, optimizer=resumed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], resumed.state[q]["exp_avg"])
+
+
 def test_fallback_keeps_effective_weights_fresh():
     model = compact_model()
     optimizer = ls.optim.Adam(model.parameters(), lr=0.01, amsgrad=True)

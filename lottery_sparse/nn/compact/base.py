@@ -24,7 +24,6 @@ from lottery_sparse.nn.compact.moving import (
     zeros_of,
 )
 from lottery_sparse.nn.compact.registry import (
-    find_optimizers,
     holders_of,
     lends_no_more,
     optimizers_of,
@@ -313,7 +312,6 @@ class Compact(Effective):
             check_capacity(names[0], mask, self.rank, self.capacity)
             other_mask = not torch.equal(mask, self.weight_mask)
             if other_mask:
-                find_optimizers()
                 self._fit_states()
                 check_optimizers(names[0], self.weight)
         except (TypeError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from functools import cache
 from typing import Any, Protocol
@@ -104,22 +103,6 @@ def note_optimizer(optimizer: Optimizer) -> None:
     _optimizers.add(optimizer)
 
 
-def find_optimizers() -> None:
-    """Note every optimizer of this process that holds state for a compact Parameter.
-
-    One that steps is known; one whose state was loaded, and which has not stepped since, is not.
-    """
-    if not _holders:
-        return
-    for found in gc.get_objects():
-        if issubclass(type(found), Optimizer):  # isinstance would ask proxies what they stand for
-            if not found.__dict__.get("state"):
-                continue
-            for group in found.param_groups:  # not the state's keys: LBFGS has one for all of them
-                if any(holders_of(parameter) for parameter in group["params"]):
-                    note_optimizer(found)
-
-
 @cache
 def _watch_steps() -> None:
     register_optimizer_step_pre_hook(_before_step)
@@ -139,6 +122,7 @@ def _prepare(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for holder in holders_of(parameter)[:1]:
+                note_optimizer(optimizer)
                 holder.fit_state(optimizer)
 
 
@@ -163,10 +147,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _tell_holders(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            holders = holders_of(parameter)
-            if holders:
-                note_optimizer(optimizer)
-            for holder in holders:
+            for holder in holders_of(parameter):
                 holder.written()
 
 

@@ -12,7 +12,6 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
-from lottery_sparse.nn.compact.registry import find_optimizers, holders_of
 from lottery_sparse.nn.forms.weight_types import none_to_mask
 from lottery_sparse.nn.frozen import Held, Source, hold, keyed
 from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
@@ -135,7 +134,9 @@ def set_masks_(
             dict of them by name (names left out: zero).
         optimizer: if given, its per-element state (momentum, moments) is zeroed where pruned; of
             compact layers it moves with the kept weights. Required for a compact layer whose
-            weights an optimizer holds such state for.
+            weights an optimizer holds such state for. Without it, that is an error where the
+            optimizer has stepped in this process; one whose state was loaded and that has not
+            stepped since is not known, and must be given.
 
     Returns:
         `model`.
@@ -172,9 +173,6 @@ def set_masks_(
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
     held: dict[str, Held] = {}
-    kept_only = any(holders_of(layers[0].weight) for layers in parameters.values())
-    if kept_only and (optimizer is None or not optimizer.state):  # else it trains the model
-        find_optimizers()
     for name, mask in checked.items():
         layer = parameters[name][0]
         if mask.shape != layer.weight_mask.shape:

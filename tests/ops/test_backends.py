@@ -287,3 +287,9 @@ def test_the_environment_forces_too():
     assert "random_words has no cpu backend" in done.stderr
     done = run_python(code, LS_BACKEND="reference")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    code = "import sys, lottery_sparse; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "False"

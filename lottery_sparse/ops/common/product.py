@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.autograd import differentiable
@@ -51,8 +49,6 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
     torch.library.impl(name_backward, "default", run_backward)
     torch.library.register_fake(name, dispatch.function(stem, "reference"))
     torch.library.register_fake(name_backward, dispatch.function(f"{stem}_backward", "reference"))
-    _show_inside(stem)
-    _show_inside(f"{stem}_backward")
 
     def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, mask, _, frozen, signs, *ctx.rest = inputs
@@ -109,43 +105,6 @@ def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Callable:
         return forward(*(cast_all_of(args, device) if autocasts(device) else args))
 
     return forward_autocast
-
-
-# Devices on which torch.compile sees the selection and the product of an op that runs dense there.
-SEEN_INSIDE = {"cuda"}
-
-
-def _show_inside(stem: str) -> None:
-    """Let torch.compile trace the reference where the dense library is first choice.
-
-    The selection is then one pass over the weight, with casts and unpacked bits in it, instead of
-    the four that `dense.select` makes, and the product takes its bias and activation along. An op
-    that a kernel of ours runs stays one call, and so does every op in torch.export.
-    """
-
-    def rule(mode: Any, op: Any, types: Any, args: tuple, kwargs: Any) -> Any:
-        kind = args[0].device.type
-        dense = dispatch.PREFERENCE.get(kind, {}).get(stem, ("",))[0] == "dense"
-        if (
-            kind in SEEN_INSIDE
-            and dense
-            and dispatch.forced() is None
-            and not _exports()
-            and all(issubclass(t, (FakeTensor, FunctionalTensor)) or t is Tensor for t in types)
-        ):
-            with mode:
-                return dispatch.function(stem, "reference")(*args)
-        return mode.__torch_dispatch__(op, types, args, kwargs)
-
-    torch.library.register_torch_dispatch(f"lottery_sparse::{stem}", FunctionalTensorMode, rule)
-
-
-def _exports() -> bool:
-    """Whether torch.export traces: what it saves shall not depend on who runs what where."""
-    # not imported above: it brings the compiler along
-    from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-    return custom_triton_ops_decomposition_disabled()
 
 
 def register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:

@@ -25,15 +25,6 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
-LS_HOST_DEVICE void philox_round(PhiloxBlock& c, uint32_t k0, uint32_t k1) {
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c.word[0];
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c.word[2];
-    c.word[0] = static_cast<uint32_t>(p1 >> 32) ^ c.word[1] ^ k0;
-    c.word[1] = static_cast<uint32_t>(p1);
-    c.word[2] = static_cast<uint32_t>(p0 >> 32) ^ c.word[3] ^ k1;
-    c.word[3] = static_cast<uint32_t>(p0);
-}
-
 // Block `block` of the sequence: counter = (lo32(block), hi32(block), stream, step).
 LS_HOST_DEVICE PhiloxBlock philox(const PhiloxKey& key, uint64_t block) {
     uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
@@ -50,21 +41,6 @@ LS_HOST_DEVICE PhiloxBlock philox(const PhiloxKey& key, uint64_t block) {
         k1 += kPhiloxWeyl1;
     }
     return {{c0, c1, c2, c3}};
-}
-
-// The same for kCount blocks, with one chain of round keys.
-template <int kCount>
-LS_HOST_DEVICE void philox_blocks(const PhiloxKey& key, const uint64_t block[kCount],
-                                  PhiloxBlock out[kCount]) {
-    for (int i = 0; i < kCount; ++i)
-        out[i] = {{static_cast<uint32_t>(block[i]), static_cast<uint32_t>(block[i] >> 32),
-                   key.stream, key.step}};
-    uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-        for (int i = 0; i < kCount; ++i) philox_round(out[i], k0, k1);
-        k0 += kPhiloxWeyl0;
-        k1 += kPhiloxWeyl1;
-    }
 }
 
 // Word of element `index`: word index % 4 of block index / 4.

@@ -235,6 +235,3 @@ def _quantile_table(mass: float, divisor: float) -> Tensor:
         [round(quantile(0.5 + mass * cell) / divisor * TABLE_SCALE) for cell in cells],
         dtype=torch.int32,
     )
-
-
-_TABLES = {"normal": _normal_table, "truncated_normal": _truncated_normal_table}

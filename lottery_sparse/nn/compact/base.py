@@ -518,6 +518,15 @@ class Compact(Masked):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        own = self.__dict__
+        if "_derived" not in own:  # of a pickle that was written before there was one
+            parts = CompactParts(own["_dense"], own["kept"], self.weight, own["_skips"])
+            for name in (
+                "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent",
+                "_lent_at", "_made_at", "_made_of", "_skips", "_twins", "_watch",
+            ):  # fmt: skip
+                own.pop(name, None)
+            own["_derived"] = Derived(parts, self._buffers)
         derived = self._derived
         derived.kept = KeptLists(*map(normal, derived.kept))
         derived.dense = normal(derived.dense)

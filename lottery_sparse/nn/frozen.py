@@ -179,7 +179,7 @@ def _finite(values: Tensor, what: str, source: Constant | Seeded) -> Tensor:
     return values
 
 
-class Held(NamedTuple):
+class FrozenState(NamedTuple):
     """A frozen source, prepared for one weight."""
 
     frozen: Tensor | None = None  # None = zero; like the weight; [] = the constant of `signs`
@@ -191,38 +191,38 @@ class Held(NamedTuple):
             return SignConstant(self.signs, self.frozen)
         return self.frozen
 
-    def like(self, weight: Tensor) -> Held:
+    def like(self, weight: Tensor) -> FrozenState:
         """The same on the device, and in the dtype, of a weight."""
-        return Held(
+        return FrozenState(
             None if self.frozen is None else self.frozen.to(weight.device, weight.dtype),
             None if self.signs is None else self.signs.to(weight.device),
             self.descriptor,
         )
 
 
-def hold(name: str, source: Source, weight: Tensor) -> Held:
+def prepare_frozen(name: str, source: Source, weight: Tensor) -> FrozenState:
     """Prepare `source` for the parameter `name`, whose value is `weight`.
 
     Raises:
         ValueError, TypeError: the source is unknown or does not fit; the message names `name`.
     """
     if source is None or (isinstance(source, str) and source == "zero"):
-        return Held()
+        return FrozenState()
     if isinstance(source, Tensor):
         if source.shape != weight.shape or not source.is_floating_point():
             raise ValueError(
                 f"frozen values of {name} must be a floating tensor of shape "
                 f"{tuple(weight.shape)}, got {source.dtype} {tuple(source.shape)}."
             )
-        return Held(source.detach().to(weight.device, weight.dtype, copy=True))
+        return FrozenState(source.detach().to(weight.device, weight.dtype, copy=True))
     if isinstance(source, Constant):
         constant = std_of(weight) if source.constant is None else source.constant
         rank = 2 if weight.dim() <= 3 else 4  # of one weight: networks side by side have one more
         signs, value = SignConstant.of(weight.detach(), constant, rank)
         held = Constant(constant)
-        return Held(_finite(value, f"frozen source of {name}", held), signs, held)
+        return FrozenState(_finite(value, f"frozen source of {name}", held), signs, held)
     if isinstance(source, Seeded):
-        held = _hold_seeded(
+        held = _prepare_seeded(
             Seeded(
                 source.law,
                 source.seed,
@@ -240,18 +240,18 @@ def hold(name: str, source: Source, weight: Tensor) -> Held:
     )
 
 
-def _hold_seeded(source: Seeded, weight: Tensor) -> Held:
+def _prepare_seeded(source: Seeded, weight: Tensor) -> FrozenState:
     values = LAWS[source.law](weight.shape, source.std, seed=source.seed, stream=source.stream)
-    return Held(values.to(weight.device, weight.dtype), None, source)
+    return FrozenState(values.to(weight.device, weight.dtype), None, source)
 
 
-def remake(held: Held, weight: Tensor) -> Held:
+def remake(held: FrozenState, weight: Tensor) -> FrozenState:
     """The source with its values made again, in the dtype that `weight` has now."""
     if isinstance(held.descriptor, Seeded) and not weight.is_meta:
-        return _hold_seeded(held.descriptor, weight)
+        return _prepare_seeded(held.descriptor, weight)
     if isinstance(held.descriptor, Constant) and held.frozen is not None:
         magnitude = held.descriptor.constant
-        assert magnitude is not None  # `hold` writes down the number it took
+        assert magnitude is not None  # `prepare_frozen` writes down the number it took
         return held._replace(frozen=torch.full_like(held.frozen, magnitude))
     return held
 
@@ -265,7 +265,7 @@ def std_of(weight: Tensor) -> float:
 # ---- as a state_dict entry: a tensor, or a 1-D uint8 tensor of JSON -------------------------
 
 
-def encode(held: Held) -> Tensor | None:
+def encode(held: FrozenState) -> Tensor | None:
     """The state_dict entry `weight_frozen`; None = zero, no entry."""
     if held.descriptor is None:
         return held.frozen
@@ -274,10 +274,10 @@ def encode(held: Held) -> Tensor | None:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def decode(name: str, entry: Tensor | None, weight: Tensor) -> Held:
+def decode(name: str, entry: Tensor | None, weight: Tensor) -> FrozenState:
     """The inverse of `encode`; `weight` is the effective weight, whose signs a constant takes."""
     if entry is None or entry.dtype != torch.uint8:
-        return hold(name, entry, weight)
+        return prepare_frozen(name, entry, weight)
     try:
         fields: dict[str, Any] = json.loads(bytes(entry.tolist()).decode())
         kind = {"sign_constant": Constant, "seeded": Seeded}[fields.pop("source")]
@@ -287,4 +287,4 @@ def decode(name: str, entry: Tensor | None, weight: Tensor) -> Held:
             f"frozen source of {name} is a descriptor this version cannot read: "
             f"{shown(str(error)).rstrip('.')}."
         ) from error
-    return hold(name, source, weight)
+    return prepare_frozen(name, source, weight)

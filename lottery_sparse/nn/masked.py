@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops
 from lottery_sparse.nn import registry
-from lottery_sparse.nn.frozen import Constant, Held, decode, encode, remake
+from lottery_sparse.nn.frozen import Constant, FrozenState, decode, encode, remake
 from lottery_sparse.nn.loading import CheckedLoad, Entries, LayerLoad, Load, take_pruned
 from lottery_sparse.nn.rest import KeptGradient, Own, Rest
 from lottery_sparse.ops import masked_conv2d, masked_linear
@@ -25,7 +25,7 @@ from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 from lottery_sparse.pruning.masks import as_mask
 
 
-def normal(tensor: Tensor) -> Tensor:
+def outside_inference_mode(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it if it was created in torch.inference_mode.
 
     Autograd cannot save an inference tensor, and nobody may write to one outside of the mode. So
@@ -105,8 +105,10 @@ class Masked(CheckedLoad):
         """From a dense layer to a masked one, that keeps every weight or those of a mask."""
         every = torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False)
         # not persistent: saved and loaded by hand below
-        self.register_buffer("weight_mask", MaskTensor.of(normal(every)), persistent=False)
-        self._hold(Held())
+        self.register_buffer(
+            "weight_mask", MaskTensor.of(outside_inference_mode(every)), persistent=False
+        )
+        self._set_frozen(FrozenState())
         if mask is not None:
             self.weight_mask.copy_(mask)
             self._rests_here()
@@ -192,57 +194,60 @@ class Masked(CheckedLoad):
         if "_frozen_descriptor" in self.__dict__:  # else called by the constructor
             self._come_to_rest()
 
-    def _hold(self, held: Held) -> None:
-        frozen, signs = (None if v is None else normal(v) for v in (held.frozen, held.signs))
+    def _set_frozen(self, held: FrozenState) -> None:
+        frozen, signs = (
+            None if v is None else outside_inference_mode(v) for v in (held.frozen, held.signs)
+        )
         self.register_buffer("weight_frozen", frozen, persistent=False)
         signs = None if signs is None else MaskTensor.of(signs)
         self.register_buffer("weight_signs", signs, persistent=False)
         self._frozen_descriptor = held.descriptor
         self._rest = None
 
-    def _hold_normal(self) -> None:
+    def _buffers_outside_inference_mode(self) -> None:
         """Make normal tensors of the buffers after torch has copied or converted them."""
         for name, value in self._buffers.items():
             if value is not None:
                 bits = name in ("weight_mask", "weight_signs")
-                self._buffers[name] = MaskTensor.of(normal(value)) if bits else normal(value)
+                value = outside_inference_mode(value)
+                self._buffers[name] = MaskTensor.of(value) if bits else value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold_normal()
+        self._buffers_outside_inference_mode()
         self._rest = Rest.of(self._own())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # not the dtype of `weight`: a layer that shares it may have converted it already
         was_meta, frozen = self.weight_mask.is_meta, self.weight_frozen
         super()._apply(fn, recurse)
-        self._hold_normal()
+        self._buffers_outside_inference_mode()
         if was_meta and not self.weight_mask.is_meta:  # to_empty left arbitrary memory
             self.weight_mask.fill_(True)
         if frozen is not None and self.weight.dtype != frozen.dtype:
             # from the descriptor: rounding what is there would make .half().float() lossy
-            self._hold(remake(self._held(), self.weight))
+            self._set_frozen(remake(self._frozen_state(), self.weight))
         self._rests_here()
         return self
 
-    def _held(self) -> Held:
+    def _frozen_state(self) -> FrozenState:
         signs = self.weight_signs
         signs = None if signs is None else plain(signs)
-        return Held(self.weight_frozen, signs, self._frozen_descriptor)
+        return FrozenState(self.weight_frozen, signs, self._frozen_descriptor)
 
     def _frozen_source(self) -> Tensor | ops.SignConstant | None:
-        return self._held().for_op()
+        return self._frozen_state().for_op()
 
     def _check_mask(self, name: str, mask: Tensor, optimizer: Any) -> None:
         """Raises ValueError if the layer cannot take this mask, whose shape is right."""
 
     @torch.no_grad()
-    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+    def _set_mask(self, mask: Tensor, held: FrozenState, leader: Masked, optimizer: Any) -> None:
         """Set the mask, and zero the optimizer's state where pruned."""
         mask = mask.to(self.weight_mask.device, torch.bool)
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         pruned = ~mask if state and leader is self else None
-        self._hold(held)
+        self._set_frozen(held)
         self.weight_mask.copy_(mask)
         self._rests_here()
         if pruned is not None:
@@ -258,7 +263,7 @@ class Masked(CheckedLoad):
         """
         if self._come_to_rest():
             return self._kept_gradient()
-        held = self._held()
+        held = self._frozen_state()
         return reference.effective_weight(
             self.weight, plain(self.weight_mask), held.frozen, held.signs, self.rank
         )
@@ -292,14 +297,14 @@ class Masked(CheckedLoad):
         if entry is not None:
             destination[prefix + "weight_frozen"] = entry
 
-    def _to_save(self) -> Held:
+    def _to_save(self) -> FrozenState:
         """The frozen source to save. Signs of a weight that is not saved become a tensor."""
-        held = self._held()
+        held = self._frozen_state()
         if "weight" in self._parameters or held.signs is None:
             return held
         blank = torch.zeros_like(self.weight, requires_grad=False)
         pruned = torch.zeros_like(self.weight_mask)
-        return Held(
+        return FrozenState(
             reference.effective_weight(blank, pruned, held.frozen, held.signs, self.rank).detach()
         )
 
@@ -308,11 +313,11 @@ class Masked(CheckedLoad):
         self._report_shared(load)
         like = self.weight  # its device and dtype after the load, also with assign=True
         if load.assign:
-            self.weight_mask = MaskTensor.of(normal(mask))
+            self.weight_mask = MaskTensor.of(outside_inference_mode(mask))
             Load.of(self, Masked, load.state, load.prefix).tie(self)
         else:
             self.weight_mask.copy_(mask)
-        self._hold(held.like(like))
+        self._set_frozen(held.like(like))
         self._rests_here()
 
     def _report_shared(self, load: LayerLoad) -> None:

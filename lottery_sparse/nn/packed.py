@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
-from lottery_sparse.nn.masked import normal, one_node
+from lottery_sparse.nn.masked import one_node, outside_inference_mode
 from lottery_sparse.nn.packed_formats import (
     FORMATS,
     GONE,
@@ -107,7 +107,9 @@ class PackedLinear(CheckedLoad):
         for name, value in own.items():
             parameter = None
             if value is not None:
-                parameter = nn.Parameter(normal(value.detach().clone()), requires_grad=False)
+                parameter = nn.Parameter(
+                    outside_inference_mode(value.detach().clone()), requires_grad=False
+                )
             self.register_parameter(name, parameter)
 
     def forward(self, input: Tensor) -> Tensor:

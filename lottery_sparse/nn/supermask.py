@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from lottery_sparse import ops
 from lottery_sparse.nn.frozen import std_of
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
-from lottery_sparse.nn.masked import normal, one_node, redraw_
+from lottery_sparse.nn.masked import one_node, outside_inference_mode, redraw_
 from lottery_sparse.nn.recompute import advance, key_and_next, next_key
 from lottery_sparse.ops.bits.reference import mask_as_bool
 from lottery_sparse.ops.common.eager import eager
@@ -98,10 +98,12 @@ class Supermask(CheckedLoad):
                 parameter.requires_grad_(False)
                 parameter.grad = None
         score = torch.full_like(self.weight, self.init_score, requires_grad=False)
-        self.score = nn.Parameter(normal(score.detach()))
+        self.score = nn.Parameter(outside_inference_mode(score.detach()))
         self._seed, self._stream = seed, stream
         for name, step in _FIRST_STEPS.items():
-            self.register_buffer(name, normal(random_key(seed, stream, step, self.weight.device)))
+            self.register_buffer(
+                name, outside_inference_mode(random_key(seed, stream, step, self.weight.device))
+            )
         self.register_buffer("held_mask", None, persistent=False)  # saved and loaded by hand below
 
     @torch.no_grad()
@@ -188,7 +190,9 @@ class Supermask(CheckedLoad):
 
     def evaluate_with(self, mask: Tensor | None) -> None:
         """Evaluate with this mask from now on; None: as `evaluation` says."""
-        self.held_mask = None if mask is None else normal(mask.to(self.score.device).clone())
+        self.held_mask = (
+            None if mask is None else outside_inference_mode(mask.to(self.score.device).clone())
+        )
 
     def _flat(self, score: Tensor) -> Tensor:
         return score.flatten(1 - self.rank) if self.rank > 2 else score

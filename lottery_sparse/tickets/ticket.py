@@ -23,7 +23,7 @@ from lottery_sparse.nn.forms.convert import (
     set_masks_,
 )
 from lottery_sparse.nn.forms.densify import densify_layers_, state_without_masks
-from lottery_sparse.nn.frozen import Seeded, SignOf, drawn, hold, keyed
+from lottery_sparse.nn.frozen import Seeded, SignOf, drawn, keyed, prepare_frozen
 from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.pruning.mask_tensor import plain
 from lottery_sparse.pruning.masks import Masks
@@ -360,7 +360,7 @@ class Ticket:
                 )
             try:
                 if isinstance(there[name], Tensor):
-                    hold(shown(name), source, there[name])
+                    prepare_frozen(shown(name), source, there[name])
             except TypeError as error:
                 raise ValueError(str(error)) from None
 

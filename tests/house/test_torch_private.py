@@ -2,9 +2,9 @@
 
 import ast
 
-from tests.house.test_layers import PACKAGE, nodes, sources
+from tests.house.test_layers import ROOT, nodes, sources
 
-PRIVATE = PACKAGE / "ops" / "common" / "torch_private.py"
+PRIVATE = ROOT / "lottery_sparse" / "ops" / "common" / "torch_private.py"
 
 
 def private_names(path):

@@ -33,9 +33,9 @@ from lottery_sparse.nn.compact.registry import (
     register,
 )
 from lottery_sparse.nn.compact.slots import Slots, leave_copies
-from lottery_sparse.nn.frozen import Held, remake
+from lottery_sparse.nn.frozen import FrozenState, remake
 from lottery_sparse.nn.loading import LayerLoad, Load
-from lottery_sparse.nn.masked import Masked, normal
+from lottery_sparse.nn.masked import Masked, outside_inference_mode
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight, spread_kept
 from lottery_sparse.ops.masked.reference import effective_weight
@@ -105,7 +105,7 @@ class Compact(Masked):
         self.weight = parameter
 
     def _dense_parameter(self) -> nn.Parameter:
-        dense = normal(self.effective_weight.detach().clone())
+        dense = outside_inference_mode(self.effective_weight.detach().clone())
         return nn.Parameter(dense, requires_grad=self.weight.requires_grad)
 
     def reset_parameters(self) -> None:
@@ -159,7 +159,7 @@ class Compact(Masked):
         """The dense weight the layer computes with; differentiable in `weight`."""
         if self._buffers_were_swapped():
             return effective_weight(
-                self._spread(), plain(self.weight_mask), *self._held()[:2], self.rank
+                self._spread(), plain(self.weight_mask), *self._frozen_state()[:2], self.rank
             )
         if not torch.compiler.is_compiling():
             self._update_derived()
@@ -352,7 +352,7 @@ class Compact(Masked):
     @torch.no_grad()
     def _fill(self) -> None:
         """Write frozen and kept values into the dense weight anew."""
-        self._derived.fill(plain(self.weight_mask), self._held(), self.rank)
+        self._derived.fill(plain(self.weight_mask), self._frozen_state(), self.rank)
         self._derived.note_buffers(self._buffers)
         self._note_kernels()
         self.refresh_()
@@ -425,7 +425,7 @@ class Compact(Masked):
         check_optimizers(name, self.weight, optimizer)
 
     @torch.no_grad()
-    def _set_mask(self, mask: Tensor, held: Held, leader: Masked, optimizer: Any) -> None:
+    def _set_mask(self, mask: Tensor, held: FrozenState, leader: Masked, optimizer: Any) -> None:
         """Keep other weights: values, gradient and optimizer state move to their new slots.
 
         A weight that was pruned starts from its frozen value, with a state of zero. Several layers
@@ -451,7 +451,7 @@ class Compact(Masked):
         lazily = skips and self._has_kernels()
         effective, real = None, derived.real
         if real is None and not lazily:
-            real = normal(zeros_of(derived.dense))
+            real = outside_inference_mode(zeros_of(derived.dense))
         if real is not None:
             effective = kept_weight(
                 values,
@@ -459,7 +459,7 @@ class Compact(Masked):
                 new.starts,
                 new.columns,
             )
-        self._hold(held)
+        self._set_frozen(held)
         self.weight_mask.copy_(mask)
         derived.set_lists(new)
         if leader is self:
@@ -485,20 +485,20 @@ class Compact(Masked):
             self._update_derived()
         was_fresh = derived.weight_version == version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
-        self._hold_normal()
+        self._buffers_outside_inference_mode()
         if was_meta and not self.weight_mask.is_meta:
             raise RuntimeError(
                 "a compact layer on the meta device has lost which weights it keeps; move the "
                 "masked model with to_empty, load it, then call ls.compact_."
             )
         # lists follow the mask, so that to_empty leaves no numbers that are out of range
-        kept = KeptLists(*(normal(follow(t, self.weight_mask)) for t in self.kept))
+        kept = KeptLists(*(outside_inference_mode(follow(t, self.weight_mask)) for t in self.kept))
         anew = derived.move(fn, kept)
         if derived.slots_before is not None and not self.weight.is_meta:
             derived.slots_before = Slots.of(self)
         derived.note_buffers(self._buffers)
         if self.weight.dtype != was_dtype:
-            self._hold(remake(self._held(), derived.dense))
+            self._set_frozen(remake(self._frozen_state(), derived.dense))
             anew = True
         if self.weight.is_meta:
             return self
@@ -528,8 +528,8 @@ class Compact(Masked):
                 own.pop(name, None)
             own["_derived"] = Derived(parts, self._buffers)
         derived = self._derived
-        derived.kept = KeptLists(*map(normal, derived.kept))
-        derived.dense = normal(derived.dense)
+        derived.kept = KeptLists(*map(outside_inference_mode, derived.kept))
+        derived.dense = outside_inference_mode(derived.dense)
         derived.note_buffers(self._buffers)
         if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
             self.mark_fresh()
@@ -564,7 +564,7 @@ class Compact(Masked):
         with torch.no_grad():
             new = KeptLists.of(as_matrix(mask, self.rank), self.capacity)
             weight = weight.to(like.device, like.dtype)
-            values = normal(gather_kept(weight, new.starts, new.columns))
+            values = outside_inference_mode(gather_kept(weight, new.starts, new.columns))
         load.hide(names)
         load.seen[names[0]] = values
         if names[0] not in load.state:
@@ -580,7 +580,7 @@ class Compact(Masked):
         with torch.no_grad():
             self.weight_mask.copy_(mask)
             self._derived.set_lists(new)
-        self._hold(held)
+        self._set_frozen(held)
         self._note_slots(again=False)
         self._fill()
         if load.assign:

@@ -25,8 +25,8 @@ from lottery_sparse.nn.compact.moving import (
     versions_of,
     zeros_of,
 )
-from lottery_sparse.nn.frozen import Held
-from lottery_sparse.nn.masked import Masked, normal
+from lottery_sparse.nn.frozen import FrozenState
+from lottery_sparse.nn.masked import Masked, outside_inference_mode
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
@@ -54,13 +54,13 @@ class CompactParts(NamedTuple):
     ) -> CompactParts:
         """For so many slots, with the Parameter of a layer that shares it, if there is one."""
         dense = effective_weight(
-            layer.weight.detach(), layer.weight_mask, *layer._held()[:2], layer.rank
+            layer.weight.detach(), layer.weight_mask, *layer._frozen_state()[:2], layer.rank
         )  # fmt: skip
-        dense = normal(dense.contiguous())
+        dense = outside_inference_mode(dense.contiguous())
         lists = KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity)
-        kept = KeptLists(*map(normal, lists))
+        kept = KeptLists(*map(outside_inference_mode, lists))
         if parameter is None:
-            values = normal(gather_kept(dense, kept.starts, kept.columns))
+            values = outside_inference_mode(gather_kept(dense, kept.starts, kept.columns))
             parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
         skips = skips_pruned(dense, kept, layer.weight_frozen is None)
         skips = skips and kernels_take(getattr(layer, "stride", ()))
@@ -176,7 +176,7 @@ class Derived:
     def set_lists(self, kept: KeptLists) -> None:
         self._watch = None  # other slots are in use
         if [(t.shape, t.dtype) for t in kept] != [(t.shape, t.dtype) for t in self.kept]:
-            self.kept = KeptLists(*map(normal, kept))
+            self.kept = KeptLists(*map(outside_inference_mode, kept))
             return
         for held, numbers in zip(self.kept, kept, strict=True):
             held.copy_(numbers)  # the same tensors: a compiled model runs on
@@ -185,7 +185,7 @@ class Derived:
 
     def set_dense(self, dense: Tensor | None) -> None:
         """Have ops get this dense weight, or zeros that take memory."""
-        self.dense = normal(zeros_of(self.dense)) if dense is None else dense
+        self.dense = outside_inference_mode(zeros_of(self.dense)) if dense is None else dense
         self.is_blank = False
 
     def release(self) -> None:
@@ -195,7 +195,7 @@ class Derived:
         """Have readers get the dense weight: this one, or zeros, where ops have a blank."""
         if self.is_blank:
             self.weight_version = -1
-            self.lent = normal(zeros_of(self.dense)) if dense is None else dense
+            self.lent = outside_inference_mode(zeros_of(self.dense)) if dense is None else dense
         else:
             self.lent = self.dense
         self._lent_version = self.lent._version
@@ -207,7 +207,7 @@ class Derived:
         return self.lent is not None
 
     @torch.no_grad()
-    def fill(self, mask: Tensor, held: Held, rank: int) -> None:
+    def fill(self, mask: Tensor, held: FrozenState, rank: int) -> None:
         """Write frozen values into the dense weight, if there is one, and zero where kept."""
         dense = self.real
         if dense is not None:
@@ -239,7 +239,7 @@ class Derived:
         lent, dense = self.lent, self.dense
         self.kept, self._watch = kept, None
         if not self.is_blank:
-            self.dense = normal(fn(dense))
+            self.dense = outside_inference_mode(fn(dense))
             self.lent = lent if self.dense is dense else None
             return False
         # as few numbers as tell where to, and whether channels go last

@@ -41,7 +41,11 @@ class CompactLinear(Compact, nn.Linear):
         # asked in two steps, since each forward asks
         if not self._derived.follows(self._buffers) and self._buffers_were_swapped():
             return masked_linear(
-                input, self._spread(), plain(self.weight_mask), self.bias, self._held().for_op()
+                input,
+                self._spread(),
+                plain(self.weight_mask),
+                self.bias,
+                self._frozen_state().for_op(),
             )
         weight, effective = self._weights()
         own = self._parameters  # a replica has none
@@ -93,7 +97,7 @@ class CompactConv2d(Compact, nn.Conv2d):
                 self._spread(),
                 plain(self.weight_mask),
                 self.bias,
-                self._held().for_op(),
+                self._frozen_state().for_op(),
                 self.stride,
                 padding,
                 self.dilation,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn.compact.registry import optimizers_of
-from lottery_sparse.nn.masked import normal, redraw_
+from lottery_sparse.nn.masked import outside_inference_mode, redraw_
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -40,7 +40,7 @@ def skips_pruned(effective: Tensor, kept: KeptLists, zero: bool) -> bool:
 def blank_of(like: Tensor, shape: torch.Size) -> Tensor:
     """A zero in every place of a dense weight, in the memory of one."""
     zero = torch.zeros(1, dtype=like.dtype, device=like.device)
-    return normal(zero).as_strided(shape, (0,) * len(shape))
+    return outside_inference_mode(zero).as_strided(shape, (0,) * len(shape))
 
 
 def is_blank(dense: Tensor) -> bool:

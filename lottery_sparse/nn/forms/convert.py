@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.nn.forms.weight_types import none_to_mask
-from lottery_sparse.nn.frozen import Held, Source, hold, keyed
+from lottery_sparse.nn.frozen import FrozenState, Source, keyed, prepare_frozen
 from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.pruning.mask_tensor import plain
@@ -178,7 +178,7 @@ def set_masks_(
     keys = keys_of(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer | None):
         raise TypeError(f"optimizer must be one of torch.optim, got {type(optimizer).__name__}.")
-    held: dict[str, Held] = {}
+    held: dict[str, FrozenState] = {}
     for name, mask in checked.items():
         layer = parameters[name][0]
         if mask.shape != layer.weight_mask.shape:
@@ -192,7 +192,7 @@ def set_masks_(
                 "to_empty first."
             )
         layer._check_mask(name, mask, optimizer)
-        held[name] = hold(
+        held[name] = prepare_frozen(
             name, keyed(sources.get(name), keys[name]), layer.effective_weight.detach()
         )
     for name, mask in checked.items():  # before the first write: a warning may be an error
@@ -309,7 +309,7 @@ def _match_tied_masks(model: nn.Module, new: set[int]) -> None:
         for layer in layers:
             if layer is not right:
                 layer.weight_mask.copy_(right.weight_mask)
-                layer._hold(right._held())
+                layer._set_frozen(right._frozen_state())
                 layer._rests_here()
 
 

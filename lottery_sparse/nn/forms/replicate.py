@@ -13,8 +13,8 @@ from lottery_sparse.nn.compact.layers import COMPACT_TYPES
 from lottery_sparse.nn.compact.moving import most_kept
 from lottery_sparse.nn.forms.compacting import shrink_layers_
 from lottery_sparse.nn.forms.convert import become
-from lottery_sparse.nn.frozen import Constant, Held, hold
-from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, normal
+from lottery_sparse.nn.frozen import Constant, FrozenState, prepare_frozen
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, outside_inference_mode
 from lottery_sparse.nn.supermask import Supermask, SupermaskConv2d, SupermaskLinear
 from lottery_sparse.ops.masked.reference import effective_weight, linear
 from lottery_sparse.pruning.mask_tensor import MaskTensor
@@ -119,12 +119,16 @@ def select(model: nn.Module, e: int) -> nn.Module:
             if parameter is not None:
                 new._parameters[key] = parameter_like(parameter.detach()[e].clone(), parameter)
         if isinstance(new, Masked):
-            new._buffers["weight_mask"] = MaskTensor.of(normal(new.weight_mask[e].clone()))
-            new._hold(_held_of(layer, e))
+            new._buffers["weight_mask"] = MaskTensor.of(
+                outside_inference_mode(new.weight_mask[e].clone())
+            )
+            new._set_frozen(_held_of(layer, e))
             new.__dict__.pop("_sources", None)
         elif isinstance(new, Supermask):
             for key, buffer in new._buffers.items():
-                new._buffers[key] = None if buffer is None else normal(buffer[e].clone())
+                new._buffers[key] = (
+                    None if buffer is None else outside_inference_mode(buffer[e].clone())
+                )
         elif type(new) is LinearNetworks:
             become(new, nn.Linear)
         return shrink_layers_(new) if compact else new
@@ -335,9 +339,9 @@ def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) 
             become(new, LinearNetworks)
             return new
         masks = torch.stack([m.weight_mask for m in each])  # pyright: ignore
-        new._buffers["weight_mask"] = MaskTensor.of(normal(masks))
-        held = [m._held() for m in each]  # pyright: ignore
-        new._hold(_stacked(held, each))
+        new._buffers["weight_mask"] = MaskTensor.of(outside_inference_mode(masks))
+        held = [m._frozen_state() for m in each]  # pyright: ignore
+        new._set_frozen(_stacked(held, each))
         sources = tuple("zero" if h.frozen is None else h.descriptor for h in held)
         new.__dict__["_sources"] = (new.weight_frozen, sources)
         original = [one[at] for one in before]
@@ -363,18 +367,20 @@ def _stack_buffers(new: nn.Module, each: list[Any]) -> None:
                 "some models hold a mask to evaluate with and others do not; call "
                 "ls.learning.use_masks_ on all of them first."
             )
-        new._buffers[key] = None if values[0] is None else normal(torch.stack(values))
+        new._buffers[key] = (
+            None if values[0] is None else outside_inference_mode(torch.stack(values))
+        )
 
 
-def _stacked(held: list[Held], layers: list[Any]) -> Held:
+def _stacked(held: list[FrozenState], layers: list[Any]) -> FrozenState:
     """The frozen values of E networks as one source."""
     if all(h.frozen is None for h in held):
-        return Held()
+        return FrozenState()
     common = held[0].descriptor
     if isinstance(common, Constant) and all(h.descriptor == common for h in held):
-        return Held(held[0].frozen, torch.stack([h.signs for h in held]), common)  # pyright: ignore
+        return FrozenState(held[0].frozen, torch.stack([h.signs for h in held]), common)  # pyright: ignore
     nothing = [torch.zeros_like(layer.weight_mask) for layer in layers]
-    return Held(
+    return FrozenState(
         torch.stack(
             [
                 effective_weight(
@@ -386,15 +392,15 @@ def _stacked(held: list[Held], layers: list[Any]) -> Held:
     )
 
 
-def _held_of(layer: Any, e: int) -> Held:
+def _held_of(layer: Any, e: int) -> FrozenState:
     """The frozen values of network e, with the descriptor it came with."""
-    held = layer._held()
+    held = layer._frozen_state()
     if held.frozen is None:
-        return Held()
+        return FrozenState()
     frozen, sources = layer.__dict__.get("_sources", (None, ()))
     source = sources[e] if frozen is held.frozen else held.descriptor
     if source == "zero":
-        return Held()
+        return FrozenState()
     if isinstance(source, Constant):
-        return hold("weight", source, layer.effective_weight.detach()[e])
-    return Held(held.frozen[e].clone(), None, source)
+        return prepare_frozen("weight", source, layer.effective_weight.detach()[e])
+    return FrozenState(held.frozen[e].clone(), None, source)

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import study_rows
-from experiments.figures import quickstart as pictures
-from experiments.figures.overview import overview
-from experiments.selection import select
 from study_rows import STUDIES
 
 from experiments.__main__ import main
+from experiments.findings.selection import select
+from experiments.show.figures import quickstart as pictures
+from experiments.show.figures.overview import overview
 
 DENSITIES = (1.0, 0.8, 0.64, 0.51)
 

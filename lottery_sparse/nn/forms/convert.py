@@ -47,7 +47,7 @@ def mask_layers_(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, tuple(MASKED_TYPES))
-        and not type(module).__module__.startswith("lottery_sparse.")  # in a form of ours
+        and not _has_form(module)
         and (filter_fn is None or filter_fn(module, name))
     }
     pruned = {name: m for name, m in candidates.items() if hooks_of_prune(m)}
@@ -80,10 +80,16 @@ def mask_layers_(
             become(module, MASKED_TYPES[type(module)])
             cast(Masked, module)._enter_masked(mask)
     _match_tied_masks(model, swapped)
-    if not skipped and not any(isinstance(m, Masked | Supermask) for m in model.modules()):
+    if not skipped and not any(map(_has_form, model.modules())):
         why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
         warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=3)
     return model
+
+
+def _has_form(module: nn.Module) -> bool:
+    """Whether the layer is in one of our forms, or holds networks side by side."""
+    ours = type(module).__module__.startswith("lottery_sparse.")
+    return isinstance(module, Masked | Supermask) or (ours and isinstance(module, nn.Linear))
 
 
 def masks_of(model: nn.Module) -> Masks:

@@ -35,6 +35,7 @@ def backend(monkeypatch):
     vars(built).update(architectures="8.0 9.0a 10.0+PTX", toolkit=13000)
     monkeypatch.setitem(sys.modules, "lottery_sparse._C_cuda", built)
     dispatch.module_of.cache_clear()
+    dispatch._module.cache_clear()
     monkeypatch.delitem(sys.modules, "lottery_sparse.ops.packed.cuda", raising=False)
     module = importlib.import_module("lottery_sparse.ops.packed.cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
@@ -47,6 +48,7 @@ def backend(monkeypatch):
     yield module
     sys.modules.pop("lottery_sparse.ops.packed.cuda", None)
     dispatch.module_of.cache_clear()
+    dispatch._module.cache_clear()
 
 
 def problem(density=0.3, n=70, k=90, batch=9, dtype=torch.bfloat16):

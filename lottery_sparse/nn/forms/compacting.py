@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn import registry
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.derived import CompactParts
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
@@ -105,7 +106,7 @@ def expand_layers_(
             assert isinstance(layer, Compact)
             layer._leave_compact(parameter)
             become(layer, layer.masked_type)
-            layer._rests_here()
+            registry.masked.add(layer)  # it rests already, and no memory may be asked for here
         replace()
     return model
 

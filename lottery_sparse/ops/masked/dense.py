@@ -23,11 +23,6 @@ def refuses(op: str, *args: Any) -> None:
     return None
 
 
-def wins(op: str, *args: Any) -> bool:
-    """Whether it should run a call: always, where it is listed."""
-    return True
-
-
 def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
     """where(kept, values, others or 0) for a bool mask and floating tensors of its shape.
 

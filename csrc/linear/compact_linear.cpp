@@ -16,24 +16,26 @@ KeptLists<Index> by_row(const SparseLinearShape& shape, const CompactLists& list
             "kept.columns", &check};
 }
 
+bool order(const float* from, const int32_t* positions, int64_t count, int64_t slots, float* to) {
+    return chosen_kernels(uint16_t{}).order(from, positions, count, slots, to);
+}
+bool order(const Bfloat16* from, const int32_t* positions, int64_t count, int64_t slots,
+           float* to) {
+    return LS_CHOSEN_KERNELS(sparse_linear_bf16).order(from, positions, count, slots, to);
+}
+
 // The values in the order of the lists by column.
 template <class T>
 Buffer<float> values_by_column(const SparseLinearShape& shape, const CompactLists& lists,
                                const T* values, ListCheck& check, const Parallel& parallel) {
-    constexpr int64_t kBlock = 1 << 12;  // in the first-level cache between check and use
     Buffer<float> ordered = buffer<float>(shape.replicates * lists.capacity);
     for (int64_t e = 0; e < shape.replicates; ++e) {
         const int32_t* positions = lists.positions + e * lists.capacity;
         const T* from = values + e * lists.capacity;
         float* to = ordered.get() + e * lists.capacity;
         parallel(lists.capacity, kGrainConvert, [&, from, to](int64_t begin, int64_t end) {
-            for (int64_t first = begin, last; first < end; first = last) {
-                last = std::min(first + kBlock, end);
-                if (!check.numbers("kept.positions", positions + first, last - first,
-                                   lists.capacity))
-                    return;
-                for (int64_t i = first; i < last; ++i) to[i] = number(from[positions[i]]);
-            }
+            if (!order(from, positions + begin, end - begin, lists.capacity, to + begin))
+                check.numbers("kept.positions", positions + begin, end - begin, lists.capacity);
         });
     }
     return ordered;

@@ -1,8 +1,10 @@
-// Listing the kept entries of a dense matrix, for the instruction set a file is compiled for.
+// Listing the kept entries of a dense matrix, and ordering their values, for the instruction set a
+// file is compiled for.
 #pragma once
 
 #include "common/bfloat16.h"
 #include "common/simd.h"
+#include "linear/list_below.h"
 
 namespace lottery_sparse {
 namespace {
@@ -24,6 +26,19 @@ void list_rows(const uint8_t* mask, const Value* weight, int64_t columns, int64_
             }
         }
     }
+}
+
+// to[i] = values[positions[i]]. False: a position is not below `slots`.
+template <class Value>
+bool order(const Value* values, const int32_t* positions, int64_t count, int64_t slots, float* to) {
+    constexpr int64_t kBlock = 64;  // checked while the ones before are still being read
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t last = first + kBlock < count ? first + kBlock : count;
+        const auto* numbers = reinterpret_cast<const uint32_t*>(positions + first);
+        if (!below(numbers, last - first, slots)) return false;
+        for (int64_t i = first; i < last; ++i) to[i] = number(values[positions[i]]);
+    }
+    return true;
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "common/bfloat16.h"
 #include "common/parallel.h"
 #include "common/variants.h"
+#include "linear/list_below.h"
 
 namespace lottery_sparse {
 
@@ -139,8 +140,9 @@ struct TileProduct {
     const float* bias;  // by row, or nullptr
     float* out;         // [batch][out_stride]
     int64_t out_stride;
-    int64_t batch;  // 1 to kTileBatch
-    bool add;       // add to what out holds
+    int64_t batch;             // 1 to kTileBatch
+    bool add;                  // add to what out holds
+    const ListBounds* bounds;  // to be checked, or nullptr: the lists are known to fit
 };
 
 // One tile of the transposed product, read by row: out[b][c] = sum over kept (r, c) of
@@ -171,7 +173,8 @@ struct SampledProduct {
     int64_t tiles;
     int64_t in_features;
     int64_t out_features;
-    bool add;  // add to what is there; if not, whole rows of dw are written
+    bool add;                  // add to what is there; if not, whole rows of dw are written
+    const ListBounds* bounds;  // as in TileProduct
 };
 
 // The same tile product with its result as a tile: out[r][b], rows [begin, end) of it.
@@ -192,16 +195,19 @@ struct SparseLinearKernels {
                       int64_t end, const int64_t* starts, Index* kept_columns, float* values);
     // source [batch][features] -> tile [features][kTileBatch], zeros beyond batch (<= kTileBatch).
     void (*pack_tile)(const float* source, int64_t batch, int64_t features, float* tile);
-    // Rows [begin, end); begin is a multiple of kRowBlock.
-    void (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
+    // Rows [begin, end); begin is a multiple of kRowBlock. False: a row's list does not fit.
+    bool (*multiply)(const TileProduct<Index>& p, int64_t begin, int64_t end);
     void (*multiply_packed)(const PackedProduct<Index>& p, int64_t begin, int64_t end);
     void (*scatter)(const ScatterProduct<Index>& p);
-    void (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
+    bool (*sample)(const SampledProduct<Index>& p, int64_t begin, int64_t end);
     // The sum of `tiles` rows of kTileBatch floats, `stride` floats apart.
     float (*sum_row)(const float* row, int64_t tiles, int64_t stride);
     // values[i] = row[kept[i]], for `count` ascending columns of a row.
     void (*gather_row)(const float* row, int64_t columns, const Index* kept, int64_t count,
                        float* values);
+    // to[i] = values[positions[i]]. False: a position is not below `slots`.
+    bool (*order)(const float* values, const int32_t* positions, int64_t count, int64_t slots,
+                  float* to);
 };
 
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);
@@ -218,6 +224,8 @@ struct Bfloat16Kernels {
                          float* values);
     void (*widen)(const Bfloat16* source, int64_t count, float* target);
     void (*round)(const float* source, int64_t count, Bfloat16* target);
+    bool (*order)(const Bfloat16* values, const int32_t* positions, int64_t count, int64_t slots,
+                  float* to);  // as above
 };
 
 LS_DECLARE_KERNELS(Bfloat16Kernels, sparse_linear_bf16);

@@ -114,6 +114,6 @@ void round(const float* source, int64_t count, Bfloat16* target) {
 }  // namespace
 
 const Bfloat16Kernels LS_KERNELS(sparse_linear_bf16) = {
-    pack_tile, list_rows<uint16_t, Bfloat16>, list_rows<uint32_t, Bfloat16>, widen, round};
+    pack_tile, list_rows<uint16_t, Bfloat16>, list_rows<uint32_t, Bfloat16>, widen, round, order};
 
 }  // namespace lottery_sparse

@@ -86,15 +86,18 @@ inline void store_block(const float* sums, int64_t n, float* out, int64_t out_st
 }
 
 template <class Index>
-void multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
+bool multiply(const TileProduct<Index>& p, int64_t begin, int64_t end) {
     alignas(64) float sums[kRowBlock][kTileBatch];
     for (int64_t r0 = begin; r0 < end; r0 += kRowBlock) {
         const int64_t n = end - r0 < kRowBlock ? end - r0 : kRowBlock;
-        for (int64_t i = 0; i < n; ++i)
-            multiply_row(p.rows, p.rows.starts[r0 + i], p.rows.starts[r0 + i + 1], p.tile,
-                         p.bias ? p.bias[r0 + i] : 0.0f, sums[i]);
+        if (p.bounds && !rows_fit(*p.bounds, p.rows.columns, p.rows.starts + r0, n)) return false;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t first = p.rows.starts[r0 + i], last = p.rows.starts[r0 + i + 1];
+            multiply_row(p.rows, first, last, p.tile, p.bias ? p.bias[r0 + i] : 0.0f, sums[i]);
+        }
         store_block(sums[0], n, p.out + r0, p.out_stride, p.batch, p.add);
     }
+    return true;
 }
 
 template <class Index>
@@ -149,13 +152,16 @@ void scatter(const ScatterProduct<Index>& p) {
 
 // kSumGroup kept entries of a row share the row's dy: each sums its own products, lane by lane.
 template <class Index>
-void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
+bool sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
     alignas(64) float sums[kSumGroup];
     for (int64_t r = begin; r < end; ++r) {
         float* dw = p.kept ? nullptr : p.dw + r * p.in_features;
         if (dw && !p.add) std::memset(dw, 0, p.in_features * sizeof(float));
-        const int64_t row_end = p.rows.starts[r + 1];
-        for (int64_t i = p.rows.starts[r]; i < row_end; i += kSumGroup) {
+        const int64_t row_begin = p.rows.starts[r], row_end = p.rows.starts[r + 1];
+        if (p.bounds && (r - begin) % kRowBlock == 0 &&
+            !rows_fit(*p.bounds, p.rows.columns, p.rows.starts + r, std::min(kRowBlock, end - r)))
+            return false;
+        for (int64_t i = row_begin; i < row_end; i += kSumGroup) {
             const int n = static_cast<int>(row_end - i < kSumGroup ? row_end - i : kSumGroup);
             int64_t offset[kSumGroup];  // a short group repeats its last entry
             for (int j = 0; j < kSumGroup; ++j)
@@ -192,6 +198,7 @@ void sample(const SampledProduct<Index>& p, int64_t begin, int64_t end) {
                 for (int j = 0; j < n; ++j) p.kept[i + j] += sums[j];
         }
     }
+    return true;
 }
 
 float sum_row(const float* row, int64_t tiles, int64_t stride) {
@@ -253,7 +260,8 @@ const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows<ui
                                                                     scatter,
                                                                     sample,
                                                                     sum_row,
-                                                                    gather_row};
+                                                                    gather_row,
+                                                                    order};
 const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows<uint32_t, float>,
                                                                     pack_tile,
                                                                     multiply,
@@ -261,6 +269,7 @@ const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows<ui
                                                                     scatter,
                                                                     sample,
                                                                     sum_row,
-                                                                    gather_row};
+                                                                    gather_row,
+                                                                    order};
 
 }  // namespace lottery_sparse

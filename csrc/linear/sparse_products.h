@@ -66,7 +66,9 @@ struct KeptLists {
     const char *starts_name, *columns_name;
     ListCheck* check;  // or nullptr: this call has made the lists
 
-    // Whether rows [begin, end) of a matrix are lists of columns below `bound`.
+    // What kernels check: nothing of lists that this call has made.
+    const ListBounds* checked(const ListBounds& bounds) const { return check ? &bounds : nullptr; }
+    // Whether rows [begin, end) of a matrix are lists of columns below `bound`; says which are not.
     bool fit(int64_t matrix, int64_t begin, int64_t end, int64_t bound) const {
         if (!check) return true;
         const KeptRows<Index> rows = of(matrix);
@@ -195,6 +197,7 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
     const int64_t blocks = divide_up(rows, kTaskRows);
     const int64_t tasks = outputs * tiles_ * blocks;
     const int64_t size = work(lists, rows) + outputs * shape_.batch * rows;
+    const ListBounds bounds = {lists.slots, columns};
     parallel_(tasks, grain(tasks, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kTaskRows,
@@ -205,7 +208,6 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
             alignas(kLineBytes) float block[kTileBatch * kTaskRows];  // what is to be rounded
             const bool again = t > 0 && task - blocks >= begin;  // this thread has read these lists
             for (int64_t e = output; e < (sum ? shape_.replicates : output + 1); ++e) {
-                if (!again && !lists.fit(e, first, first + count, columns)) return;
                 TileProduct<Index> product = {
                     lists.of(e),
                     tiles + ((shared ? 0 : e) * tiles_ + t) * columns * kTileBatch,
@@ -214,13 +216,17 @@ void Products<Index>::multiply(const KeptLists<Index>& lists, int64_t rows, cons
                     kTaskRows,
                     batch,
                     e > output,
+                    again ? nullptr : lists.checked(bounds),
                 };
                 product.rows.starts += first;
                 if constexpr (std::is_same_v<T, float>) {
                     product.out = target;
                     product.out_stride = rows;
                 }
-                kernels_.multiply(product, 0, count);
+                if (!kernels_.multiply(product, 0, count)) {
+                    lists.fit(e, first, first + count, columns);
+                    return;
+                }
             }
             if constexpr (!std::is_same_v<T, float>)
                 round_block(block, kTaskRows, batch, count, target, rows);
@@ -310,11 +316,11 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
     const int64_t tile_bytes = k * kTileBatch * static_cast<int64_t>(sizeof(float));
     const int64_t group = std::max<int64_t>(1, kSampleBytes / std::max<int64_t>(tile_bytes, 1));
     const int64_t rows = shape_.replicates * n, size = work(lists, n) + (dw ? rows * k : 0);
+    const ListBounds bounds = {lists.slots, k};
     parallel_(rows, grain(rows, size, kGrainWork), [&](int64_t begin, int64_t end) {
         for (int64_t e = begin / n; e * n < end; ++e) {
             const int64_t first = std::max<int64_t>(begin - e * n, 0);
             const int64_t last = std::min(end - e * n, n);
-            if (!lists.fit(e, first, last, k)) return;
             int64_t t = 0;
             do {  // at least once: an empty batch has a gradient of zeros
                 const SampledProduct<Index> product = {
@@ -327,8 +333,12 @@ void Products<Index>::sample(const KeptLists<Index>& lists, const float* dy, con
                     k,
                     n,
                     t > 0,
+                    t > 0 ? nullptr : lists.checked(bounds),
                 };
-                kernels_.sample(product, first, last);
+                if (!kernels_.sample(product, first, last)) {
+                    lists.fit(e, first, last, k);
+                    return;
+                }
                 t += group;
             } while (t < tiles_);
         }

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kTask = 64;  // rows
 constexpr int64_t kGrainPack = 512;
 
-// Whether rows [begin, end) are lists of columns below K.
+// Whether rows [begin, end) are lists of columns below K; says which are not.
 template <class Index>
 bool rows_fit(const PackedLinear& p, const Index* columns, int64_t begin, int64_t end,
               ListCheck& check) {
@@ -46,6 +46,7 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
          const Parallel& parallel) {
     const int64_t width = p.batch == 1 ? 1 : p.batch <= kNarrowTile ? kNarrowTile : kWideTile;
     const Buffer<float> tile = buffer<float>(width == 1 ? 0 : p.in_features * width);
+    const ListBounds bounds = {p.entries, p.in_features};
     ListCheck check;
     for (int64_t b = 0; b < p.batch; b += width) {
         const int64_t batch = std::min(width, p.batch - b);
@@ -62,12 +63,14 @@ void run(const PackedLinear& p, const PackedLinearKernels<Index, Value>& kernels
                                                   p.y + b * p.out_features,
                                                   p.out_features,
                                                   batch,
-                                                  width};
+                                                  width,
+                                                  b == 0 ? &bounds : nullptr};
         parallel(divide_up(p.out_features, kTask), 1, [&](int64_t begin, int64_t end) {
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t first = task * kTask, last = std::min(first + kTask, p.out_features);
-                if (b == 0 && !rows_fit(p, product.columns, first, last, check)) return;
-                kernels.multiply(product, first, last);
+                if (kernels.multiply(product, first, last)) continue;
+                rows_fit(p, product.columns, first, last, check);
+                return;
             }
         });
         check.done();

@@ -13,6 +13,7 @@
 #include "common/bfloat16.h"
 #include "common/parallel.h"
 #include "common/variants.h"
+#include "linear/list_below.h"
 
 namespace lottery_sparse {
 
@@ -64,7 +65,8 @@ struct PackedTile {
     float* y;  // [batch][out_features]
     int64_t out_features;
     int64_t batch;
-    int64_t width;  // 1, kNarrowTile or kWideTile
+    int64_t width;             // 1, kNarrowTile or kWideTile
+    const ListBounds* bounds;  // to be checked, or nullptr: the lists are known to fit
 };
 
 template <class Index, class Value>
@@ -72,7 +74,8 @@ struct PackedLinearKernels {
     // x [batch][K] -> tile [K][width], zeros beyond batch; columns [begin, end).
     void (*pack)(const float* x, int64_t batch, int64_t in_features, int64_t width, int64_t begin,
                  int64_t end, float* tile);
-    void (*multiply)(const PackedTile<Index, Value>& p, int64_t begin, int64_t end);
+    // Rows [begin, end). False: a row's list does not fit.
+    bool (*multiply)(const PackedTile<Index, Value>& p, int64_t begin, int64_t end);
 };
 
 using PackedKernels16 = PackedLinearKernels<uint16_t, float>;

@@ -11,7 +11,6 @@ constexpr int64_t kRows = 16;  // whose results leave together
 // ---- one row of x -------------------------------------------------------------------------------
 
 constexpr int kLanes = kSumLanes;  // entries of a row that are summed side by side
-constexpr int64_t kAhead = 256;    // entries between one that is summed and one that is fetched
 
 #if defined(__AVX2__)
 // Four loads and three shuffles: half the time of a gather instruction on Zen 4.
@@ -95,19 +94,21 @@ inline void row_lanes(const Index* columns, const Value* values, const float* x,
 }
 
 template <class Index, class Value>
-void multiply_vector(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
+bool multiply_vector(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
     for (int64_t r0 = begin; r0 < end; r0 += kSumGroup) {
         const int64_t n = end - r0 < kSumGroup ? end - r0 : kSumGroup;
+        if (p.bounds && !rows_fit(*p.bounds, p.columns, p.starts + r0, n)) return false;
         Vec lanes[kSumGroup][kSumVecs];
         for (int64_t i = 0; i < kSumGroup; ++i) {
             const int64_t first = i < n ? p.starts[r0 + i] : 0;
-            const int64_t count = i < n ? p.starts[r0 + i + 1] - first : 0;
-            row_lanes(p.columns + first, p.values + first, p.x, count, lanes[i]);
+            const int64_t last = i < n ? p.starts[r0 + i + 1] : 0;
+            row_lanes(p.columns + first, p.values + first, p.x, last - first, lanes[i]);
         }
         alignas(64) float sums[kSumGroup];
         store(sums, horizontal_sums(lanes));
         for (int64_t i = 0; i < n; ++i) p.y[r0 + i] = p.bias ? sums[i] + p.bias[r0 + i] : sums[i];
     }
+    return true;
 }
 
 // ---- tiles --------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ void pack(const float* x, int64_t batch, int64_t in_features, int64_t width, int
 }
 
 template <int kTile, class Index, class Value>
-void multiply_tile(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
+bool multiply_tile(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
     constexpr int kVecs = kTile / kWidth;
     // Entry i joins the sum i modulo kInFlight, and those left over join the first; of these sums
     // the registers hold kAtATime.
@@ -134,18 +135,19 @@ void multiply_tile(const PackedTile<Index, Value>& p, int64_t begin, int64_t end
     alignas(64) float sums[kRows][kTile];
     for (int64_t r0 = begin; r0 < end; r0 += kRows) {
         const int64_t n = end - r0 < kRows ? end - r0 : kRows;
+        if (p.bounds && !rows_fit(*p.bounds, p.columns, p.starts + r0, n)) return false;
         for (int64_t r = 0; r < n; ++r) {
             const auto step = [&](Vec* s, int64_t i) {
                 const float* x = p.x + static_cast<int64_t>(p.columns[i]) * kTile;
                 const Vec value = broadcast(number(p.values[i]));
                 for (int v = 0; v < kVecs; ++v) s[v] = fma(value, load(x + v * kWidth), s[v]);
             };
-            const int64_t row_end = p.starts[r0 + r + 1];
+            const int64_t row_begin = p.starts[r0 + r], row_end = p.starts[r0 + r + 1];
             for (int first = 0; first < kInFlight; first += kAtATime) {
                 Vec sum[kAtATime][kVecs];
                 for (int f = 0; f < kAtATime; ++f)
                     for (int v = 0; v < kVecs; ++v) sum[f][v] = zero();
-                int64_t i = p.starts[r0 + r];
+                int64_t i = row_begin;
                 for (; i + kInFlight <= row_end; i += kInFlight)
                     for (int f = 0; f < kAtATime; ++f) step(sum[f], i + first + f);
                 if (first == 0)
@@ -170,16 +172,14 @@ void multiply_tile(const PackedTile<Index, Value>& p, int64_t begin, int64_t end
                 std::memcpy(y, by_batch[b], n * sizeof(float));
         }
     }
+    return true;
 }
 
 template <class Index, class Value>
-void multiply(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
-    if (p.width == 1)
-        multiply_vector(p, begin, end);
-    else if (p.width == kNarrowTile)
-        multiply_tile<kNarrowTile>(p, begin, end);
-    else
-        multiply_tile<kWideTile>(p, begin, end);
+bool multiply(const PackedTile<Index, Value>& p, int64_t begin, int64_t end) {
+    if (p.width == 1) return multiply_vector(p, begin, end);
+    return p.width == kNarrowTile ? multiply_tile<kNarrowTile>(p, begin, end)
+                                  : multiply_tile<kWideTile>(p, begin, end);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from experiments.findings import words
 from experiments.findings.statistics import Comparison, Level, compare, levels
-from experiments.study.networks import NETWORKS
+from experiments.study.networks import find
 from experiments.study.runs import DENSE, PROFILES, Run
 
 Row = dict[str, Any]
@@ -142,7 +142,7 @@ class Selection:
     @property
     def place(self) -> str:
         """Network and data set: "FC on MNIST"."""
-        dataset = PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
+        dataset = PROFILES[self.profile].dataset(find(self.network).dataset)
         return f"{words.network(self.network)} on {words.DATA.get(dataset, dataset)}"
 
     @property

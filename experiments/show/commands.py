@@ -23,8 +23,8 @@ from experiments.store.beside import joined
 from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study import studies
-from experiments.study.networks import NETWORKS
-from experiments.study.runs import PROFILES
+from experiments.study.networks import NETWORKS, find
+from experiments.study.runs import profile_of
 
 
 def figure(options: argparse.Namespace) -> None:
@@ -136,11 +136,7 @@ def profiles_of(options: argparse.Namespace, rows: Iterable[Mapping[str, Any]]) 
     that all rows are of, else paper.
     """
     if options.profile is not None:
-        if options.profile not in PROFILES:
-            raise ValueError(
-                f"profile must be one of {', '.join(PROFILES)}; got {options.profile!r}."
-            )
-        return (options.profile,)
+        return (profile_of(options.profile).name,)
     there = {row["profile"] for row in rows}
     deciding = tuple(name for name in DECIDING if name in there)
     return deciding or (tuple(there) if len(there) == 1 else ("paper",))
@@ -193,6 +189,4 @@ def _no_rows(options: argparse.Namespace) -> ValueError:
 
 
 def _networks(name: str | None) -> tuple[str, ...]:
-    if name is not None and name not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}.")
-    return tuple(NETWORKS) if name is None else (name,)
+    return tuple(NETWORKS) if name is None else (find(name).name,)

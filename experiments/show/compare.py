@@ -6,7 +6,8 @@ from typing import Any
 
 from experiments.findings.tables import Table
 from experiments.store.remakes import readable
-from experiments.study.runs import DEFAULTS, LITERALS, NETWORKS, PROFILES, run_of
+from experiments.study.networks import find
+from experiments.study.runs import DEFAULTS, LITERALS, profile_of, run_of
 
 Row = Mapping[str, Any]
 Key = tuple[Any, ...]
@@ -24,10 +25,9 @@ def compare(rows: Iterable[Row], profile: str, other: str, network: str | None) 
         ValueError: no run is there under both profiles.
     """
     for name in (profile, other):
-        if name not in PROFILES:
-            raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}.")
-    if network is not None and network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {network!r}.")
+        profile_of(name)
+    if network is not None:
+        find(network)
     found: dict[str, dict[Key, Row]] = {profile: {}, other: {}}
     for name, its in found.items():
         mine = [row for row in rows if row["profile"] == name]

@@ -41,7 +41,7 @@ class Remakes:
         self.store, self.device, self.anew = store, device, anew
         rows = store.rows()
         self.have = rounds_there(rows)
-        self.highest: dict[tuple[str, str, int], int] = {}
+        self.highest: dict[Any, int] = {}  # by network, profile and seed
         for row in rows:
             key = row["network"], row["profile"], row["seed"]
             self.highest[key] = max(self.highest.get(key, 0), row.get("remake", 0))

@@ -7,7 +7,7 @@ pair; a linear output. Numbers: Zhou et al. 2019 with its scripts, and Frankle &
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
 
@@ -32,7 +32,8 @@ class Network:
     hidden: tuple[int, ...]  # widths of the fully connected layers before the output
     lr: float  # of Adam, constant
     iterations: int  # per round
-    keep: Mapping[str, Fraction]  # layer kind -> share of the kept weights that a round keeps
+    # layer kind -> share of the kept weights that a round keeps
+    keep: Mapping[str, Fraction] = field(hash=False)
     batch_size: int = 60
     score_lr: float = 100.0  # of SGD with momentum 0.9 on the scores of a learned mask
     score_iterations: int = 360_000  # 2,000 epochs of 180
@@ -40,6 +41,13 @@ class Network:
     precision: str = "float32"
     layout: str = "contiguous"
     form: str = "compact"
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}.")
+        for kind, share in self.keep.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"keep is a fraction in [0, 1], got {share} for {kind} layers.")
 
     @property
     def is_plain(self) -> bool:
@@ -94,6 +102,17 @@ CONV6 = Network(
 )
 
 NETWORKS = {network.name: network for network in (FC, CONV2, CONV4, CONV6)}
+
+
+def find(name: str) -> Network:
+    """A network by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}.")
+    return NETWORKS[name]
 
 
 def build(network: Network, seed: int, device: torch.device | str = "cpu") -> nn.Sequential:

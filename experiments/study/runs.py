@@ -9,13 +9,13 @@ that asked for it, of what it was grouped with, or of restarts.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import lottery_sparse as ls
-from experiments.study.networks import NETWORKS, Network
+from experiments.study.networks import Network, find
 
 SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
 
@@ -60,6 +60,7 @@ class Profile:
             the validation loss; None: none does. The dense network takes all iterations.
         convolutions: literals of the runs of convolutional networks, learned masks apart.
         mini: whether MNIST is the subset that ships here.
+        train_accuracy: whether the training part is evaluated at the end of a round.
         deviations: from the protocol, in words; they stand in every figure's title.
     """
 
@@ -72,14 +73,22 @@ class Profile:
     patience: float | None = None
     convolutions: tuple[tuple[str, str], ...] = ()
     mini: bool = False
+    train_accuracy: bool = True
     deviations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.evaluate_every < 1 or self.stride < 1 or self.patience == 0:
+            raise ValueError(
+                "evaluate_every and stride must be at least 1 and patience above 0 (or None); got "
+                f"{self.evaluate_every}, {self.stride} and {self.patience}."
+            )
 
     def iterations(self, of: int) -> int:
         return max(1, math.ceil(self.share * of))
 
-    def literals(self, network: str, schedule: str) -> dict[str, str]:
+    def literals(self, network: Network, schedule: str) -> dict[str, str]:
         """Those of `LITERALS` that the profile asks for where they are not the defaults."""
-        masked = schedule != "learned" and NETWORKS[network].convolutions
+        masked = schedule != "learned" and network.convolutions
         return dict(self.convolutions) if masked else {}
 
     def dataset(self, name: str) -> str:
@@ -129,6 +138,16 @@ PROFILES = {
 }
 
 
+def profile_of(name: str) -> Profile:
+    """A profile by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    _check("profile", name, PROFILES)
+    return PROFILES[name]
+
+
 _TICKETS, _MASKS = ("mask1", "mask0", "rewind_to", "compounding"), ("rescale", "init_score")
 
 # kind of a run -> what it does not read, and so must leave at its default
@@ -151,6 +170,8 @@ class Run:
     """One curve with one seed. The defaults are a lottery ticket as in the paper.
 
     Attributes:
+        network, profile: names of NETWORKS and PROFILES; a run that is not for a store may have a
+            `Network` and a `Profile` of its own.
         schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
             network is pruned at once to what each number of rounds leaves. "learned": a mask is
             learned by gradient descent on scores.
@@ -177,8 +198,8 @@ class Run:
         remake: how often the chain was made anew before, as a whole; it changes no number.
     """
 
-    network: str
-    profile: str
+    network: str | Network
+    profile: str | Profile
     seed: int
     schedule: Schedule = "iterative"
     criterion: str = "large_final"
@@ -200,8 +221,6 @@ class Run:
     remake: int = 0
 
     def __post_init__(self) -> None:
-        _check("network", self.network, NETWORKS)
-        _check("profile", self.profile, PROFILES)
         _check("schedule", self.schedule, get_args(Schedule))
         _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
         _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
@@ -236,19 +255,15 @@ class Run:
 
     def _check_arithmetic(self) -> None:
         """Refuse what the engine does not compute."""
-        plain = (self.precision, self.layout, self.form) == ("float32", "contiguous", "compact")
-        if plain:
+        if self.net.is_plain:
             return
+        told = (
+            f"float32, contiguous and compact; got {self.precision}, {self.layout} and {self.form}."
+        )
         if self.schedule == "learned":
-            raise ValueError(
-                "learned masks are computed in float32, contiguous and compact; got "
-                f"{self.precision}, {self.layout} and {self.form}."
-            )
-        if not NETWORKS[self.network].convolutions:
-            raise ValueError(
-                f"{self.network} has no convolutions, and is computed in float32, contiguous and "
-                f"compact; got {self.precision}, {self.layout} and {self.form}."
-            )
+            raise ValueError(f"learned masks are computed in {told}")
+        if not self.net.convolutions:
+            raise ValueError(f"{self.net.name} has no convolutions, and is computed in {told}")
         if self.precision == "bfloat16" and self.form == "compact":
             raise ValueError(
                 "bfloat16 products of studies are the dense library's, so form must be 'masked'; "
@@ -258,28 +273,34 @@ class Run:
     @property
     def net(self) -> Network:
         """The network with the iterations of the profile, as the run computes it."""
-        network, profile = NETWORKS[self.network], PROFILES[self.profile]
+        network, share = _of(self.network, find), self.protocol.iterations
         return replace(
             network,
-            iterations=profile.iterations(network.iterations),
-            score_iterations=profile.iterations(network.score_iterations),
+            iterations=share(network.iterations),
+            score_iterations=share(network.score_iterations),
             precision=self.precision,
             layout=self.layout,
             form=self.form,
         )
 
     @property
+    def protocol(self) -> Profile:
+        return _of(self.profile, profile_of)
+
+    @property
+    def is_ticket(self) -> bool:
+        return self.schedule == "iterative" and self.criterion != DENSE
+
+    @property
     def patience(self) -> int | None:
         """Iterations without a lower validation loss after which a round's training stops."""
-        share = PROFILES[self.profile].patience
-        ticket = self.schedule == "iterative" and self.criterion != DENSE
-        return math.ceil(share * self.iterations) if share is not None and ticket else None
+        share = self.protocol.patience if self.is_ticket else None
+        return None if share is None else math.ceil(share * self.iterations)
 
     @property
     def stride(self) -> int:
         """The rounds whose shares each training of a chain prunes."""
-        ticket = self.schedule == "iterative" and self.criterion != DENSE
-        return PROFILES[self.profile].stride if ticket else 1
+        return self.protocol.stride if self.is_ticket else 1
 
     @property
     def iterations(self) -> int:
@@ -287,11 +308,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        return PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
-
-    @property
-    def evaluate_every(self) -> int:
-        return PROFILES[self.profile].evaluate_every
+        return self.protocol.dataset(self.net.dataset)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -313,7 +330,7 @@ class Run:
         numbers: dict[str, Any] = {
             "schema": SCHEMA,
             "dataset": self.dataset,
-            "evaluate_every": self.evaluate_every,
+            "evaluate_every": self.protocol.evaluate_every,
             "iterations": network.iterations,
             "lr": network.lr,
             "batch_size": network.batch_size,
@@ -331,7 +348,8 @@ class Run:
             }
         text = json.dumps(self.changed | numbers, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return "-".join([self.network, *self._words(), f"s{self.seed}", self.profile, digest])
+        words = [network.name, *self._words(), f"s{self.seed}", self.protocol.name, digest]
+        return "-".join(words)
 
     def _words(self) -> Iterable[str]:
         if self.schedule != "iterative":
@@ -383,7 +401,7 @@ DEFAULTS = {field.name: field.default for field in fields(Run)}
 def run_in(profile: str, network: str, seed: int, **changes: Any) -> Run:
     """The run as a profile computes it."""
     schedule = changes.get("schedule", DEFAULTS["schedule"])
-    literals = PROFILES[profile].literals(network, schedule)
+    literals = PROFILES[profile].literals(find(network), schedule)
     return Run(network=network, profile=profile, seed=seed, **{**literals, **changes})
 
 
@@ -400,6 +418,11 @@ def rounds_of(run: Run, rounds: int) -> set[int]:
     if run.schedule == "learned":
         return {1}
     return {0} if run.criterion == DENSE else set(range(0, rounds + 1, run.stride))
+
+
+def _of(chosen: Any, named: Callable[[str], Any]) -> Any:
+    """The network or profile of a run, which gives itself or a name."""
+    return named(chosen) if isinstance(chosen, str) else chosen
 
 
 def _check(name: str, value: Any, known: Iterable[Any]) -> None:

@@ -15,7 +15,8 @@ import lottery_sparse as ls
 from experiments.study.networks import NETWORKS, Network, keep_by_parameter
 from experiments.train.data import Split
 from experiments.train.loop import adam, evaluation, stepper
-from experiments.train.models import Start, dense_start, model_of
+from experiments.train.models import dense_start, model_of
+from lottery_sparse.tickets.round import Began
 
 WAYS = {  # precision, layout, form
     "paper": ("float32", "contiguous", "compact"),
@@ -67,13 +68,13 @@ def of(network: Network, number: int) -> dict[str, Any]:
     }
 
 
-def start_of(network: Network, number: int) -> Start:
+def start_of(network: Network, number: int) -> Began:
     """The initial weights, the largest of which are kept."""
     dense = dense_start(network, 0, "cpu")
     weights = {name: dense.weights[name] for name in dense.masks}
     keep = keep_by_parameter(network, number)
     masks = ls.prune(weights, weights, dense.masks, "large_final", keep, generator=0)
-    return replace(dense, masks=masks, masked=number > 0)
+    return dense._replace(masks=masks, released=number == 0)
 
 
 def prepared(

@@ -53,6 +53,10 @@ class Dataset:
     val: Split
     test: Split
 
+    @property
+    def device(self) -> torch.device:
+        return self.train.images.device
+
 
 def load(
     name: str,

@@ -22,6 +22,10 @@ from lottery_sparse.ops import dispatch
 
 MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
+NUMBERS = (  # of a `Result`, in rows
+    "test_accuracy", "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
+    "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
+)  # fmt: skip
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -48,6 +52,11 @@ class Result:
     seconds: float  # of all networks that were trained together
     engine: str  # how a step was computed: "modules", or "train_step" in one call
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those that a row has."""
+        return {name: getattr(self, name) for name in NUMBERS}
 
 
 class Midway:

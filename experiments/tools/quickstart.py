@@ -18,6 +18,7 @@ import lottery_sparse as ls
 from experiments.study.networks import FC
 from experiments.study.runs import Profile, Run
 from experiments.sweep.progress import Progress
+from experiments.timing import least
 from experiments.train.data import Dataset
 from experiments.train.loop import adam, evaluation, step
 from experiments.train.lottery import Round, lottery, train_models, untrained
@@ -191,22 +192,16 @@ def measure(
         mask = ticket.start.masks[f"{layer}.weight"]
         x = torch.rand(batch, mask.shape[1], requires_grad=layer != "fc1")  # fc1 sees the images
         dy = torch.rand(batch, mask.shape[0])
-        times = fastest(
+        times = milliseconds(
             {
                 key: partial(layer_step, model.get_submodule(layer), x, dy)
                 for key, model in models.items()
             }
         )
-        rows.append(
-            {
-                "layer": layer,
-                "shape": list(mask.shape),
-                "density": mask.float().mean().item(),
-                **times,
-            }
-        )
+        density = mask.float().mean().item()
+        rows.append({"layer": layer, "shape": list(mask.shape), "density": density, **times})
     images, labels = dataset.train.images[:batch], dataset.train.labels[:batch]
-    whole = fastest(
+    whole = milliseconds(
         {
             key: partial(step, model, adam(model.parameters(), run.net.lr), images, labels)
             for key, model in models.items()
@@ -238,12 +233,5 @@ def layer_step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     layer(x).backward(dy)
 
 
-def fastest(functions: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Name -> milliseconds of one call, the minimum over many, the functions taking turns."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(REPEATS):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
-    return best
+def milliseconds(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    return {name: 1e3 * s for name, s in least(calls, REPEATS, time.perf_counter).items()}

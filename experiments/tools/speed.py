@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from experiments.store.provenance import provenance
 from experiments.study.networks import FC, build
 from experiments.study.runs import Profile, Run
+from experiments.timing import least
 from experiments.train.data import Dataset
 from experiments.train.loop import EPS, evaluation, minibatches, step
 from experiments.train.lottery import dense_round, next_start, train_rounds
@@ -64,12 +65,7 @@ def measure(dataset: Dataset, rounds: Sequence[int] = ROUNDS) -> dict[str, Any]:
             "eager_fused": lambda start=start: eager_round(run, start, dataset, fused=True),
             "ours": lambda start=start, n=number: train_rounds([run], n, [start], dataset),
         }
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(REPEATS):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                best[name] = min(best[name], time.perf_counter() - began)
+        best = least(ways, REPEATS, time.perf_counter)
         rows.append({"round": number, "density": start.masks.density, **best})
     total = {name: sum(row[name] for row in rows) for name in ("eager", "eager_fused", "ours")}
     return {

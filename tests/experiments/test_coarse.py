@@ -164,8 +164,7 @@ def test_rows_that_are_committed_are_those_of_the_same_runs():
 
 @pytest.mark.parametrize(("factor", "warns"), [(0.5, 0), (3.0, 1)])
 def test_a_slow_precision_is_said(monkeypatch, recwarn, factor, warns):
-    times = {"bfloat16": factor, "float32": 1.0}
-    monkeypatch.setattr(arithmetic, "seconds_of", times.__getitem__)
+    monkeypatch.setattr(arithmetic, "slowdown", {"bfloat16": factor}.__getitem__)
     arithmetic.warn_if_slow(run_in("coarse", "conv2", 0), "cpu")
     arithmetic.warn_if_slow(run_in("coarse", "fc", 0), "cpu")
     assert len(recwarn) == warns

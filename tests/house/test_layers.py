@@ -45,7 +45,7 @@ sweep
 store
 train
 study
-files __init__
+files timing __init__
 """
 HOUSES = {"lottery_sparse": FLOORS, "experiments": STUDY_FLOORS}
 

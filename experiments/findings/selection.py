@@ -153,7 +153,7 @@ class Selection:
     @property
     def stem(self) -> str:
         """Name of the files: "mask-criteria-fc-paper"."""
-        return f"{self.study}-{self.network}-{self.profile}"
+        return f"{self.study}-{self.network}-{self.profile}".replace(":", ".")
 
     @property
     def shared(self) -> "Selection":

@@ -1,8 +1,8 @@
 """Commands that show what a store holds: figure, table, report, claims. They change nothing in it.
 
 Each takes options with the attributes store (a folder), study and network (a name, or None for
-all), profile (a name, or None: those that decide claims, see `profiles_of`), and out (a folder; for
-the report a file or a folder).
+all), criterion and dataset (see `studies.asked`), profile (a name, or None: those that decide
+claims, see `profiles_of`), and out (a folder; for the report a file or a folder).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def points_from(folder: Path) -> Callable[[str], Table | None]:
 def table(options: argparse.Namespace) -> None:
     """A short table of each study on standard output; with `out`, text, Markdown and CSV there."""
     store = Store(options.store, create=False)
-    rows = _rows(store)
+    rows = _rows(store, options)
     found: list[tuple[str, str, Table, Table]] = []
     for selection in _selections(options, store):
         learned = selection.curves[0].fields["schedule"] == "learned"
@@ -85,9 +85,9 @@ def table(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """One self-contained HTML page, written to `out`; in a folder its name is report.html."""
     store = Store(options.store, create=False)
-    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
+    chosen = studies.chosen(options)
     networks = _networks(options.network)
-    rows = _rows(store)
+    rows = _rows(store, options)
     if not _has_rows(rows, options):
         raise _no_rows(options)
     text = build(
@@ -112,7 +112,7 @@ def claims(options: argparse.Namespace) -> None:
     """What the rows say to each claim, as a Markdown table on standard output, and in claims.md of
     the folder `out`.
     """
-    rows = _rows(Store(options.store, create=False))
+    rows = _rows(Store(options.store, create=False), options)
     profiles = profiles_of(options, rows)
     if options.study is not None:
         studies.find(options.study)
@@ -147,9 +147,10 @@ def _only(profiles: Sequence[str]) -> str | None:
     return None if set(profiles) <= set(DECIDING) else profiles[0]
 
 
-def _rows(store: Store) -> list[dict[str, Any]]:
-    """Those to read, with what lies beside them."""
-    return joined(readable(store.rows()), store.curves())
+def _rows(store: Store, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those to read, of the data set that the options name, with what lies beside them."""
+    found = [row for row in store.rows() if row.get("data", "") == options.dataset]
+    return joined(readable(found), store.curves())
 
 
 def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:
@@ -158,8 +159,8 @@ def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection
     Raises:
         ValueError: none has.
     """
-    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
-    networks, rows = _networks(options.network), _rows(store)
+    chosen = studies.chosen(options)
+    networks, rows = _networks(options.network), _rows(store, options)
     any_found = False
     for study in chosen:
         for network in networks:

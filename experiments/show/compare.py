@@ -49,7 +49,7 @@ def key_of(row: Row) -> Key:
     words = [f"{n}={v}" for n, v in run.changed.items() if n not in apart]
     if run.criterion == DEFAULTS["criterion"]:
         words.insert(0, f"criterion={run.criterion}")
-    return " ".join([run.network, *words]), row["round"], run.seed
+    return " ".join([row["network"], *words]), row["round"], run.seed
 
 
 def numbers(both: list[tuple[Row, Row]]) -> tuple[Any, ...]:

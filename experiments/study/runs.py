@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import lottery_sparse as ls
+from experiments.study import parts
 from experiments.study.networks import Network, find
 
 SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
@@ -40,6 +41,8 @@ LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
     "form": ("compact", "masked"),
     "limits": (LIMITS,),
 }
+
+LATER = (*LITERALS, "remake", "data")  # fields that a dense run shares, and few rows say
 
 Schedule = Literal["iterative", "one_shot", "learned"]
 Weights = Literal["init", "signed_constant"]
@@ -88,7 +91,7 @@ class Profile:
 
     def literals(self, network: Network, schedule: str) -> dict[str, str]:
         """Those of `LITERALS` that the profile asks for where they are not the defaults."""
-        masked = schedule != "learned" and network.convolutions
+        masked = schedule != "learned" and network.has_convolutions
         return dict(self.convolutions) if masked else {}
 
     def dataset(self, name: str) -> str:
@@ -170,12 +173,13 @@ class Run:
     """One curve with one seed. The defaults are a lottery ticket as in the paper.
 
     Attributes:
-        network, profile: names of NETWORKS and PROFILES; a run that is not for a store may have a
-            `Network` and a `Profile` of its own.
+        network, profile: names of NETWORKS, or "module:attr", and of PROFILES; a run that is not
+            for a store may have a `Network` and a `Profile` of its own.
         schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
             network is pruned at once to what each number of rounds leaves. "learned": a mask is
             learned by gradient descent on scores.
-        criterion: one of ls.pruning.CRITERIA; "none": the dense network, or a learned mask.
+        criterion: one of ls.pruning.CRITERIA, or "module:attr", see `parts`; "none": the dense
+            network, or a learned mask.
         mask1: what kept weights restart from, of ls.pruning.MASK1_ACTIONS.
         mask0: what pruned weights hold, of ls.pruning.MASK0_ACTIONS.
         weights: what a network that is not trained computes with, "init" or "signed_constant".
@@ -196,6 +200,7 @@ class Run:
             pruned weights that rest.
         limits: densities above which products are dense.
         remake: how often the chain was made anew before, as a whole; it changes no number.
+        data: the data set; "": the network's.
     """
 
     network: str | Network
@@ -219,10 +224,12 @@ class Run:
     form: str = "compact"
     limits: Limits = LIMITS
     remake: int = 0
+    data: str = ""
 
     def __post_init__(self) -> None:
         _check("schedule", self.schedule, get_args(Schedule))
-        _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
+        if not parts.is_path(self.criterion):
+            _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
         _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
         _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
         _check("weights", self.weights, get_args(Weights))
@@ -244,6 +251,8 @@ class Run:
                 raise ValueError(
                     f"{name} must be {default!r}, got {getattr(self, name)!r}: {READ_BY[name]}."
                 )
+        if parts.is_path(self.network):  # what it names is asked when it is computed with
+            return
         self._check_arithmetic()
         for name in ("rewind_to", "final_at"):
             at = getattr(self, name)
@@ -262,7 +271,7 @@ class Run:
         )
         if self.schedule == "learned":
             raise ValueError(f"learned masks are computed in {told}")
-        if not self.net.convolutions:
+        if not self.net.has_convolutions:
             raise ValueError(f"{self.net.name} has no convolutions, and is computed in {told}")
         if self.precision == "bfloat16" and self.form == "compact":
             raise ValueError(
@@ -308,7 +317,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        return self.protocol.dataset(self.net.dataset)
+        return self.data or self.protocol.dataset(self.net.dataset)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -346,10 +355,12 @@ class Run:
                 "score_iterations": network.score_iterations,
                 "score_batch_size": network.score_batch_size,
             }
+        if paths := [p for p in (network.name, self.criterion, self.dataset) if parts.is_path(p)]:
+            numbers["files"] = {path: parts.digest(path) for path in paths}
         text = json.dumps(self.changed | numbers, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         words = [network.name, *self._words(), f"s{self.seed}", self.protocol.name, digest]
-        return "-".join(words)
+        return "-".join(words).replace(":", ".")
 
     def _words(self) -> Iterable[str]:
         if self.schedule != "iterative":
@@ -359,7 +370,7 @@ class Run:
         elif self.schedule == "iterative":
             yield "dense"
         changed = self.changed
-        for name in ("mask1", "mask0", "weights", "permuted"):
+        for name in ("mask1", "mask0", "weights", "permuted", "data"):
             if name in changed:
                 yield str(changed[name])
         for name in ("rewind_to", "final_at", "init_score"):
@@ -382,16 +393,16 @@ class Run:
             profile=self.profile,
             seed=self.seed,
             criterion=DENSE,
-            **{name: getattr(self, name) for name in (*LITERALS, "remake")},
+            **{name: getattr(self, name) for name in LATER},
         )
 
     @property
     def named(self) -> dict[str, Any]:
-        """The fields that a row says; of arithmetic and remake, what differs from the defaults.
+        """The fields that a row says; of `LATER` ones, what differs from the defaults.
 
         Rows were committed before runs had these fields, and stay as they are.
         """
-        silent = {name for name in (*LITERALS, "remake") if name not in self.changed}
+        silent = {name for name in LATER if name not in self.changed}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
 
 

@@ -252,6 +252,6 @@ def groups(
         tuple(members[at : at + size])
         for members in kinds.values()
         # what has no company is done chain after chain, so that one is whole before the next begins
-        for size in [most if members[0].net.is_plain else 1]
+        for size in [most if members[0].net.goes_in_company else 1]
         for at in range(0, len(members), size)
     ]

@@ -139,7 +139,7 @@ def _learn(
         yield Learned(run, row, ticket, tuple(company))
 
 
-def initial(run: Run, device: torch.device | str) -> nn.Sequential:
+def initial(run: Run, device: torch.device | str) -> nn.Module:
     """The network of a run with scores to learn, in training mode."""
     model = build(run.net, run.seed, device)
     ls.supermask_(model, run.weights, run.rescale, run.init_score, run.seed)

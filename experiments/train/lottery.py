@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
+from experiments.study import parts
 from experiments.study.networks import Network, keep_by_parameter
 from experiments.study.runs import Run
 from experiments.train.data import Dataset
@@ -148,7 +149,7 @@ def together(run: Run, start: Began, device: torch.device) -> bool:
     On the CPU only if all its products are our kernels': the bits of a dense library's depend on
     what else it computes, and there they gain nothing in company. Only in float32 and contiguous.
     """
-    if not run.net.is_plain:
+    if not run.net.goes_in_company:
         return False
     return device.type != "cpu" or "dense" not in products_of(model_of(run.net, start, device))
 
@@ -171,9 +172,8 @@ def next_start(run: Run, number: int, scored: Round, origin: Weights) -> Began:
     last = scored.start
     names = list(last.masks)
     std = spread(run.net, run.seed, origin[names[0]].device)
-    rules = Rules(
-        run.criterion, run.mask1, run.mask0, "layer", run.seed, std, {name: name for name in names}
-    )
+    score, keys = parts.criterion(run.criterion), {name: name for name in names}
+    rules = Rules(score, run.mask1, run.mask0, "layer", run.seed, std, keys)
     began = next_round(
         rules,
         number,
@@ -271,7 +271,8 @@ def untrained(
     for criterion, kind in curves:
         for number in rounds:
             masks = ls.prune(
-                w_init, w_final, dense.masks, criterion, keep_by_parameter(network, number),
+                w_init, w_final, dense.masks, parts.criterion(criterion),
+                keep_by_parameter(network, number),
                 generator=ls.random.derive(seed, "prune", number),
             )  # fmt: skip
             model = model_of(network, Began(masks, weights[kind], {}), device)

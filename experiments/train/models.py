@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from experiments.study.networks import Network, build, keep_by_parameter, skeleton
+from experiments.study.networks import Network, build, holding, keep_by_parameter
 from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.ops import dispatch
 from lottery_sparse.tickets.round import Began
 
-Weights = dict[str, Tensor]  # parameter name -> value, biases included
+Weights = dict[str, Tensor]  # name -> value of parameters, biases included, and buffers
 
 
 def dense_start(network: Network, seed: int, device: torch.device | str) -> Began:
@@ -24,10 +26,7 @@ def dense_start(network: Network, seed: int, device: torch.device | str) -> Bega
 
 def model_of(network: Network, start: Began, device: torch.device | str) -> nn.Module:
     """The network holding a start: with layers of its form, or plain ones if all weights train."""
-    model = skeleton(network).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(start.weights[name])
+    model = holding(network, start.weights, device)
     if network.form == "masked" and not start.released:
         rest_(model, start)
     elif not start.released:
@@ -57,9 +56,16 @@ def _rest_gradient(pruned: Tensor, parameter: Tensor) -> None:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Copies of the weights the network computes with, dense, and of its biases."""
+    """Copies of the weights the network computes with, dense, of its biases and buffers."""
     state = ls.dense_state_dict(model)
     return {n: value.clone(memory_format=torch.contiguous_format) for n, value in state.items()}
+
+
+def moving_buffers(model: nn.Module) -> list[Tensor]:
+    """What training moves besides parameters, such as the averages of batch norm."""
+    ours = Compact | Masked | Supermask
+    layers = [layer for layer in model.modules() if not isinstance(layer, ours)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def backend_of(model: nn.Module) -> dict[str, object]:

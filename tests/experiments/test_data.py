@@ -152,7 +152,8 @@ def test_without_a_folder_the_way_out_is_named(monkeypatch):
     with pytest.raises(image_files.DataError, match="--data-dir DIR or set LS_DATA_DIR"):
         data.load("mnist")
     with pytest.raises(
-        image_files.DataError, match="one of mnist, mnist-mini, cifar10; got 'svhn'"
+        image_files.DataError,
+        match="one of mnist, fashion-mnist, mnist-mini, cifar10, or MODULE:ATTR; got 'svhn'",
     ):
         data.load("svhn")
 

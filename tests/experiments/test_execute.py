@@ -103,7 +103,10 @@ def test_the_protocol_is_part_of_the_id(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": "lenet"}, "network must be one of fc, conv2, conv4, conv6; got 'lenet'"),
+        (
+            {"network": "lenet"},
+            "network must be one of fc, conv2, conv4, conv6, or MODULE:ATTR; got 'lenet'",
+        ),
         (
             {"profile": "long"},
             "profile must be one of paper, coarse, patience, short, smoke; got 'long'",

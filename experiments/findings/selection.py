@@ -1,39 +1,19 @@
 """From rows of the store to what figures and tables show: the curves of a study on one network."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.findings import words
 from experiments.findings.statistics import Comparison, Level, compare, levels
 from experiments.study.networks import find
-from experiments.study.runs import DENSE, PROFILES, Run
+from experiments.study.runs import DENSE, PROFILES
+from experiments.study.studies import Study
 
 Row = dict[str, Any]
 
 ACCURACY = "test_accuracy"
-
-
-class Arm(Protocol):
-    """A curve of a study: a label, and the run behind it for each seed."""
-
-    @property
-    def label(self) -> str: ...
-
-    def runs(self, network: str, profile: str, seeds: Sequence[int]) -> Sequence[Run]: ...
-
-
-class Study(Protocol):
-    """What figures, tables and the report need of a study of `studies.STUDIES`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def question(self) -> str: ...
-
-    def arms(self) -> Sequence[Arm]: ...
 
 
 @dataclass(frozen=True)

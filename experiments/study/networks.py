@@ -101,23 +101,13 @@ CONV2 = Network(
     iterations=20_250,  # 27 epochs of 750
     keep=_keep(conv="0.9", hidden="0.8", output="0.9"),
 )
-CONV4 = Network(
-    name="conv4",
-    dataset="cifar10",
-    input_shape=(3, 32, 32),
-    convolutions=(64, 64, 128, 128),
-    hidden=(256, 256),
-    lr=3e-4,
-    iterations=25_500,  # 34 epochs
-    keep=_keep(conv="0.9", hidden="0.8", output="0.9"),
-)
-CONV6 = Network(
+CONV4 = replace(
+    CONV2, name="conv4", convolutions=(64, 64, 128, 128), lr=3e-4, iterations=25_500
+)  # 34 epochs
+CONV6 = replace(
+    CONV4,
     name="conv6",
-    dataset="cifar10",
-    input_shape=(3, 32, 32),
     convolutions=(64, 64, 128, 128, 256, 256),
-    hidden=(256, 256),
-    lr=3e-4,
     iterations=30_000,  # 40 epochs
     keep=_keep(conv="0.85", hidden="0.8", output="0.9"),
 )

@@ -365,23 +365,24 @@ class Run:
     def _words(self) -> Iterable[str]:
         if self.schedule != "iterative":
             yield self.schedule
-        if self.criterion != DENSE:
-            yield self.criterion
-        elif self.schedule == "iterative":
-            yield "dense"
+        if self.criterion != DENSE or self.schedule == "iterative":
+            yield "dense" if self.criterion == DENSE else self.criterion
         changed = self.changed
         for name in ("mask1", "mask0", "weights", "permuted", "data"):
             if name in changed:
                 yield str(changed[name])
-        for name in ("rewind_to", "final_at", "init_score"):
+        for name in (
+            "rewind_to",
+            "final_at",
+            "init_score",
+            "compounding",
+            "rescale",
+            "numerics",
+            "remake",
+        ):
             if name in changed:
-                yield f"{name}_{changed[name]:g}"
-        for name in ("compounding", "rescale"):
-            if name in changed:
-                yield name
-        for name in ("numerics", "remake"):
-            if name in changed:
-                yield f"{name}_{changed[name]}"
+                value = changed[name]
+                yield name if isinstance(value, bool) else f"{name}_{value:g}"
         if self.schedule == "learned" and self.trained:
             yield "trained"
 

@@ -19,7 +19,7 @@ from experiments.study.runs import Run
 from experiments.train.data import Dataset, permuted
 from experiments.train.loop import Result, State, evaluation, minibatches, stepper
 from experiments.train.lottery import train_models
-from experiments.train.models import kernels_on
+from experiments.train.models import backend_of
 from lottery_sparse.nn.supermask import Supermask
 
 MOMENTUM = 0.9
@@ -231,12 +231,6 @@ def sources(run: Run, model: nn.Module) -> dict[str, ls.nn.frozen.Seeded | ls.nn
         constant = float(layer.weight.abs().max())
         found[weight] = source if run.weights == "init" else ls.nn.frozen.SignOf(source, constant)
     return found
-
-
-def backend_of(model: nn.Module) -> dict[str, Any]:
-    """Whose kernels train the model; every product is one with a dense, masked weight."""
-    backend = kernels_on(next(model.parameters()).device)
-    return {"backend": backend, "products": ["dense"] * len(list(layers(model)))}
 
 
 # ---- a learned mask as a ticket ------------------------------------------------------------------

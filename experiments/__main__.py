@@ -20,7 +20,8 @@ from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study import studies
 from experiments.study.networks import NETWORKS, find
-from experiments.study.runs import LITERALS, PROFILES
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import LITERALS
 from experiments.sweep.engines import ENGINES
 from experiments.sweep.progress import INSTALL, warning_line
 from experiments.sweep.status import Times, as_text, progress, together

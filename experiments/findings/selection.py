@@ -8,7 +8,8 @@ from typing import Any
 from experiments.findings import words
 from experiments.findings.statistics import Comparison, Level, compare, levels
 from experiments.study.networks import find
-from experiments.study.runs import DENSE, PROFILES
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import DENSE
 from experiments.study.studies import Study
 
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study import studies
 from experiments.study.networks import NETWORKS, find
-from experiments.study.runs import profile_of
+from experiments.study.profiles import profile_of
 
 
 def figure(options: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from experiments.findings.tables import Table
 from experiments.store.remakes import readable
 from experiments.study.networks import find
-from experiments.study.runs import DEFAULTS, LITERALS, profile_of, run_of
+from experiments.study.profiles import profile_of
+from experiments.study.runs import DEFAULTS, LITERALS, run_of
 
 Row = Mapping[str, Any]
 Key = tuple[Any, ...]

@@ -25,7 +25,7 @@ from experiments.findings.tables import (
 )
 from experiments.show import figures, how, overview, page
 from experiments.study.networks import NETWORKS
-from experiments.study.runs import PROFILES
+from experiments.study.profiles import PROFILES
 from experiments.study.studies import Study
 
 TITLE = "Zeros, signs and the supermask: a reproduction"

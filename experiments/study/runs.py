@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import lottery_sparse as ls
 from experiments.study import parts
 from experiments.study.networks import Network, find
+from experiments.study.profiles import PROFILES, Profile, check, profile_of
 
 SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
 
@@ -47,108 +48,6 @@ LATER = (*LITERALS, "remake", "data")  # fields that a dense run shares, and few
 Schedule = Literal["iterative", "one_shot", "learned"]
 Weights = Literal["init", "signed_constant"]
 Permuted = Literal["none", "pixels", "classes"]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much of the paper's protocol is run.
-
-    Attributes:
-        share: of the network's iterations, of a round and of a learned mask alike.
-        evaluate_every: iterations between two looks at the validation part.
-        rounds: at most so many of a study's; None: all.
-        seeds: at most so many of a study's, where the user gives no number; None: all.
-        stride: a chain trains every so many rounds, and each training prunes the shares of all.
-        patience: the share of its iterations after which a training stops that has not lowered
-            the validation loss; None: none does. The dense network takes all iterations.
-        convolutions: literals of the runs of convolutional networks, learned masks apart.
-        mini: whether MNIST is the subset that ships here.
-        train_accuracy: whether the training part is evaluated at the end of a round.
-        deviations: from the protocol, in words; they stand in every figure's title.
-    """
-
-    name: str
-    share: float = 1.0
-    evaluate_every: int = 100
-    rounds: int | None = None
-    seeds: int | None = None
-    stride: int = 1
-    patience: float | None = None
-    convolutions: tuple[tuple[str, str], ...] = ()
-    mini: bool = False
-    train_accuracy: bool = True
-    deviations: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.evaluate_every < 1 or self.stride < 1 or self.patience == 0:
-            raise ValueError(
-                "evaluate_every and stride must be at least 1 and patience above 0 (or None); got "
-                f"{self.evaluate_every}, {self.stride} and {self.patience}."
-            )
-
-    def iterations(self, of: int) -> int:
-        return max(1, math.ceil(self.share * of))
-
-    def literals(self, network: Network, schedule: str) -> dict[str, str]:
-        """Those of `LITERALS` that the profile asks for where they are not the defaults."""
-        masked = schedule != "learned" and network.has_convolutions
-        return dict(self.convolutions) if masked else {}
-
-    def dataset(self, name: str) -> str:
-        return "mnist-mini" if self.mini and name == "mnist" else name
-
-
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile("paper"),
-        Profile(
-            "coarse",
-            seeds=3,
-            stride=4,
-            patience=0.1,
-            convolutions=(
-                ("precision", "bfloat16"),
-                ("layout", "channels_last"),
-                ("form", "masked"),
-            ),
-            deviations=(
-                "tickets of rounds 4, 8, 12, 16 and 20 only, each pruned by four rounds at once",
-                "a ticket's training ends after a tenth of its iterations without a lower "
-                "validation loss",
-                "conv nets in bfloat16",
-                "three seeds where no more are named",
-            ),
-        ),
-        Profile(
-            "patience",
-            patience=0.1,
-            deviations=(
-                "a ticket's training ends after a tenth of its iterations without a lower "
-                "validation loss",
-            ),
-        ),
-        Profile("short", share=0.1, deviations=("a tenth of the iterations",)),
-        Profile(
-            "smoke",
-            share=0.001,
-            evaluate_every=20,
-            rounds=3,
-            mini=True,
-            deviations=("a thousandth of the iterations", "three rounds", "a subset of MNIST"),
-        ),
-    )
-}
-
-
-def profile_of(name: str) -> Profile:
-    """A profile by name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    _check("profile", name, PROFILES)
-    return PROFILES[name]
 
 
 _TICKETS, _MASKS = ("mask1", "mask0", "rewind_to", "compounding"), ("rescale", "init_score")
@@ -227,15 +126,15 @@ class Run:
     data: str = ""
 
     def __post_init__(self) -> None:
-        _check("schedule", self.schedule, get_args(Schedule))
+        check("schedule", self.schedule, get_args(Schedule))
         if not parts.is_path(self.criterion):
-            _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
-        _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
-        _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
-        _check("weights", self.weights, get_args(Weights))
-        _check("permuted", self.permuted, get_args(Permuted))
+            check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
+        check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
+        check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
+        check("weights", self.weights, get_args(Weights))
+        check("permuted", self.permuted, get_args(Permuted))
         for name, values in LITERALS.items():
-            _check(name, getattr(self, name), values)
+            check(name, getattr(self, name), values)
         if self.remake < 0:
             raise ValueError(f"remake must be 0 (made once) or more, got {self.remake}.")
         if self.schedule == "learned" and self.criterion != DENSE:
@@ -435,8 +334,3 @@ def rounds_of(run: Run, rounds: int) -> set[int]:
 def _of(chosen: Any, named: Callable[[str], Any]) -> Any:
     """The network or profile of a run, which gives itself or a name."""
     return named(chosen) if isinstance(chosen, str) else chosen
-
-
-def _check(name: str, value: Any, known: Iterable[Any]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")

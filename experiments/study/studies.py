@@ -12,7 +12,8 @@ from itertools import product
 from typing import Any
 
 from experiments.study import parts
-from experiments.study.runs import DENSE, LATER, PROFILES, Run, run_in
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import DENSE, LATER, Run, run_in
 
 SEEDS = 5  # as in the paper
 ROUNDS = 20  # where the paper's figures end; its scripts run 24

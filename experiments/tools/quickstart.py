@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.study.networks import FC
-from experiments.study.runs import Profile, Run
+from experiments.study.profiles import Profile
+from experiments.study.runs import Run
 from experiments.sweep.progress import Progress
 from experiments.timing import least
 from experiments.train.data import Dataset

@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 
 from experiments.store.provenance import provenance
 from experiments.study.networks import FC, build
-from experiments.study.runs import Profile, Run
+from experiments.study.profiles import Profile
+from experiments.study.runs import Run
 from experiments.timing import least
 from experiments.train.data import Dataset
 from experiments.train.loop import EPS, evaluation, minibatches, step

@@ -88,6 +88,7 @@ class Selection:
         dense: round 0 of the trained dense networks.
         rows: all of the network and the profile, of other studies too.
         missing: labels of the arms without a row.
+        data: the data set, where it is not the network's.
     """
 
     study: str
@@ -98,6 +99,7 @@ class Selection:
     dense: tuple[Row, ...]
     rows: tuple[Row, ...] = ()
     missing: tuple[str, ...] = ()
+    data: str = ""
 
     @property
     def begun(self) -> bool:
@@ -123,7 +125,7 @@ class Selection:
     @property
     def place(self) -> str:
         """Network and data set: "FC on MNIST"."""
-        dataset = PROFILES[self.profile].dataset(find(self.network).dataset)
+        dataset = self.data or PROFILES[self.profile].dataset(find(self.network).dataset)
         return f"{words.network(self.network)} on {words.DATA.get(dataset, dataset)}"
 
     @property
@@ -134,7 +136,8 @@ class Selection:
     @property
     def stem(self) -> str:
         """Name of the files: "mask-criteria-fc-paper"."""
-        return f"{self.study}-{self.network}-{self.profile}".replace(":", ".")
+        words = filter(None, (self.study, self.network, self.data, self.profile))
+        return "-".join(words).replace(":", ".")
 
     @property
     def shared(self) -> "Selection":
@@ -206,6 +209,7 @@ def select(study: Study, network: str, profile: str, rows: Iterable[Row]) -> Sel
         dense,
         tuple(mine),
         tuple(missing),
+        next((row.get("data", "") for curve in curves.values() for row in curve.rows), ""),
     )
 
 

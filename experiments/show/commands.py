@@ -22,7 +22,7 @@ from experiments.show.report import build, weights_from
 from experiments.store.beside import joined
 from experiments.store.remakes import readable
 from experiments.store.store import Store
-from experiments.study import studies
+from experiments.study import parts, studies
 from experiments.study.networks import NETWORKS, find
 from experiments.study.profiles import profile_of
 
@@ -183,6 +183,8 @@ def _has_rows(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) ->
 def _no_rows(options: argparse.Namespace) -> ValueError:
     of = f"{options.study or 'any study'} on {options.network or 'any network'}"
     profile = options.profile or " or ".join(DECIDING)
+    if any(map(parts.is_path, (options.network, options.dataset, *options.criterion))):
+        profile += ", made of your files as they are now"
     return ValueError(
         f"no rows in {options.store} of {of} with profile {profile}: make them by "
         "`python -m experiments run`, or choose another --profile."

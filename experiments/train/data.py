@@ -84,7 +84,8 @@ def load(
     if root is None:
         raise DataError(
             f"{name} needs a folder: give --data-dir DIR or set LS_DATA_DIR (as torchvision lays "
-            f"it out: {FOLDERS[name]}); --download fills it."
+            f"it out: {FOLDERS[name]})"
+            + ("." if name == "fashion-mnist" else "; --download fills it.")
         )
     if download:
         if name == "fashion-mnist":
@@ -171,9 +172,10 @@ def _missing(folder: Path, files: dict[str, IdxFile]) -> list[str]:
 
 
 def _not_found(name: str, folder: Path, missing: list[str]) -> DataError:
+    fetched = "" if name == "fashion-mnist" else ", or add --download"
     return DataError(
         f"{name} was not found: {folder} has no {', '.join(missing)}; give the right folder with "
-        "--data-dir or LS_DATA_DIR, or add --download."
+        f"--data-dir or LS_DATA_DIR{fetched}."
     )
 
 

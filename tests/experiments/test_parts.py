@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.__main__ import main
+from experiments.__main__ import main, parser
+from experiments.show import commands as shows
 from experiments.store.machine import numerics
 from experiments.store.store import Store
 from experiments.study import parts
@@ -81,12 +82,18 @@ def test_rows_and_tables_of_it_are_shown(tmp_path, capsys):
     capsys.readouterr()
     assert main(["table", *command]) == 0
     said = capsys.readouterr().out
-    assert "mask-criteria-tests.toy.resnet-smoke" in said
+    assert "mask-criteria-tests.toy.resnet-tests.toy.stripes-smoke" in said
     assert "tests.toy:spread" in said
+    [selection] = shows._selections(options(command), Store(tmp_path))
+    assert selection.place == "tests.toy:resnet on tests.toy:stripes"
     assert main(["status", *command, "--seeds", "1"]) == 0
     assert "5 / 9" in capsys.readouterr().out  # two rounds more in the study's
     assert main(["claims", "--store", f"{tmp_path}", "--profile", "smoke"]) == 1  # of no claim
     assert "no rows in" in capsys.readouterr().err
+
+
+def options(command):
+    return parser().parse_args(["table", *command])
 
 
 # what a run of it is

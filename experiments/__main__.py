@@ -6,19 +6,22 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lottery_sparse as ls
 from experiments.files import make_folder, write_whole
 from experiments.show.numbering import figures_of, studies_of
+from experiments.show.rows import rows
 from experiments.store.provenance import provenance
 from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study import studies
-from experiments.study.networks import NETWORKS
-from experiments.study.runs import LITERALS, PROFILES
+from experiments.study.networks import NETWORKS, find
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import LITERALS
 from experiments.sweep.engines import ENGINES
 from experiments.sweep.progress import INSTALL, warning_line
 from experiments.sweep.status import Times, as_text, progress, together
@@ -65,191 +68,140 @@ def _in_words(error: ValueError | OSError) -> str:
     return f"{error.filename} cannot be read or written ({error.strerror}): give another place."
 
 
+# ---- options -------------------------------------------------------------------------------------
+
+SEE = "see `list`"
+DEFAULT = "(default: %(default)s)"
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments")
     top.set_defaults(resumes=False)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="networks, data sets, criteria, actions")
-    command.set_defaults(command=list_all)
+    def command(name: str, run: Any, text: str, *options: Any) -> Any:
+        """A command; returns what adds an option to it."""
+        made = commands.add_parser(name, help=text)
+        made.set_defaults(command=run)
+        for add in options:
+            add(made.add_argument)
+        return made.add_argument
 
-    command = commands.add_parser(
-        "quickstart", help="tickets, supermasks and times on LeNet, in under a minute"
-    )
-    command.set_defaults(command=run_quickstart)
-    _data_options(command)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--iterations",
-        type=int,
-        default=quickstart.ITERATIONS,
-        help="per training run (default: %(default)s)",
-    )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    command.add_argument(
-        "--png",
-        type=Path,
-        metavar="FILE",
-        default=Path("out/quickstart.png"),
-        help="where to draw (default: %(default)s)",
-    )
+    command("list", list_all, "networks, data sets, criteria, actions; studies and their figures")
 
-    command = commands.add_parser("run", help="do what is still to do of a study; resumes")
-    command.set_defaults(command=run, resumes=True)
-    command.add_argument("study", nargs="?", metavar="STUDY", help="see `list`")
-    command.add_argument(
-        "--figure",
-        metavar="NUMBER",
-        help="instead of STUDY: all studies of a figure, 7 of the paper, article-7 of the article",
-    )
-    command.add_argument("--network", default="fc", metavar="NAME", help="see `list` (default: fc)")
-    command.add_argument(
-        "--profile", choices=PROFILES, default="paper", help="how much of it (default: paper)"
-    )
-    command.add_argument("--seeds", type=int, metavar="N", help="default: the study's")
-    command.add_argument("--rounds", type=int, metavar="N", help="default: the study's")
-    command.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="only runs with this value, such as criterion=movement; may be repeated",
-    )
-    _store_option(command)
-    _data_options(command)
-    command.add_argument(
-        "--engine", choices=ENGINES, default="process", help="default: %(default)s"
-    )
-    command.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one per core)"
-    )
-    command.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
-    command.add_argument(
-        "--devices", default="cpu", metavar="LIST", help="cpu, or cuda:0,cuda:1 (default: cpu)"
-    )
-    command.add_argument(
-        "--remake",
-        action="store_true",
-        help="make anew, as wholes, chains that cannot go on here: their weights are lost, or of "
-        "another machine, or gave other numbers",
-    )
-    command.add_argument(
-        "--numerics",
-        type=int,
-        default=1,
-        choices=LITERALS["numerics"],
-        help="how the CPU kernels of the runs sum: 1, -1 portable code, 0 not built (default: 1)",
-    )
+    add = command(
+        "quickstart", run_quickstart, "tickets, supermasks and times on LeNet, in under a minute",
+        _data, _json, _seed,
+    )  # fmt: skip
+    count = quickstart.ITERATIONS
+    add("--iterations", type=int, default=count, help=f"per training run {DEFAULT}")
+    place = Path("out/quickstart.png")
+    add("--png", type=Path, metavar="FILE", default=place, help=f"where to draw {DEFAULT}")
 
-    command = commands.add_parser(
-        "speed", help="what a chain costs beside eager PyTorch; steps of conv nets; 5 minutes each"
-    )
-    command.set_defaults(command=run_speed)
-    command.add_argument(
-        "--network",
-        nargs="+",
-        default=["fc"],
-        metavar="NAME",
-        help="fc: a chain; conv2 conv4 conv6: a step and an evaluation in each precision, layout "
-        "and form (default: fc)",
-    )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    _data_options(command)
+    text = "do what is still to do of a study; resumes"
+    add = command("run", run, text, _store, _data, _parts, _workers_option)
+    commands.choices["run"].set_defaults(resumes=True, network="fc")
+    add("study", nargs="?", metavar="STUDY", help=SEE)
+    numbers = "7 of the paper, article-7 of the article"
+    add("--figure", metavar="NUMBER", help=f"instead of STUDY: all studies of a figure, {numbers}")
+    add("--profile", choices=PROFILES, default="paper", help="how much of it (default: paper)")
+    add("--seeds", type=int, metavar="N", help="default: the study's")
+    add("--rounds", type=int, metavar="N", help="default: the study's")
+    text = "only runs with this value, such as criterion=movement; may be repeated"
+    add("--only", action="append", default=[], metavar="FIELD=VALUE", help=text)
+    add("--engine", choices=ENGINES, default="process", help="default: %(default)s")
+    add("--scheduler", metavar="ADDRESS", help="of a Dask cluster")
+    add("--devices", default="cpu", metavar="LIST", help=f"cpu, or cuda:0,cuda:1 {DEFAULT}")
+    text = "make anew, as wholes, chains that cannot go on here: their weights are lost, or of "
+    text += "another machine, or gave other numbers"
+    add("--remake", action="store_true", help=text)
+    text = "how the CPU kernels of the runs sum: 1, -1 portable code, 0 not built (default: 1)"
+    add("--numerics", type=int, default=1, choices=LITERALS["numerics"], help=text)
 
-    command = commands.add_parser(
-        "tune", help="learning rates of learned masks, by validation data"
-    )
-    command.set_defaults(command=run_tune)
-    command.add_argument("--network", default="conv2", help="see `list` (default: %(default)s)")
-    command.add_argument(
-        "--rates",
-        type=float,
-        nargs="+",
-        default=tune.RATES,
-        help="of SGD on the scores (default: 10 30 100 300)",
-    )
-    command.add_argument("--iterations", type=int, required=True, help="of each rate")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    _data_options(command)
+    text = "what a chain costs beside eager PyTorch; steps of conv nets; 5 minutes each"
+    add = command("speed", run_speed, text, _data, _json)
+    text = "fc: a chain; conv2 conv4 conv6: a step and an evaluation in each precision, layout "
+    text += "and form (default: fc)"
+    add("--network", nargs="+", default=["fc"], metavar="NAME", help=text)
 
-    command = commands.add_parser(
-        "compare", help="what two profiles say of the same runs and seeds"
-    )
-    command.set_defaults(command=run_compare)
-    command.add_argument("profiles", nargs=2, metavar="PROFILE", help="see `run --help`")
-    command.add_argument("--network", metavar="NAME", help="see `list` (default: all)")
-    command.add_argument(
-        "--store",
-        type=Path,
-        nargs="+",
-        default=[STORE],
-        metavar="DIR",
-        help="folders of results, together (default: %(default)s)",
-    )
+    text = "learning rates of learned masks, by validation data"
+    add = command("tune", run_tune, text, _data, _json, _seed)
+    add("--network", default="conv2", help=f"{SEE} {DEFAULT}")
+    text = "of SGD on the scores (default: 10 30 100 300)"
+    add("--rates", type=float, nargs="+", default=tune.RATES, help=text)
+    add("--iterations", type=int, required=True, help="of each rate")
 
-    command = commands.add_parser("status", help="what is done, who is on the rest, hours left")
-    command.set_defaults(command=status)
-    _chosen_options(command)
-    command.add_argument("--seeds", type=int, metavar="N", help="default: the study's")
-    command.add_argument(
-        "--workers", type=int, metavar="N", help="divide the hours by it (default: one per core)"
-    )
-    command.add_argument(
-        "--pending", action="store_true", help="only the ids of runs to do, one per line"
-    )
+    add = command("compare", run_compare, "what two profiles say of the same runs and seeds")
+    add("profiles", nargs=2, metavar="PROFILE", help="see `run --help`")
+    add("--network", metavar="NAME", help=f"{SEE} (default: all)")
+    text = f"folders of results, together {DEFAULT}"
+    add("--store", type=Path, nargs="+", default=[STORE], metavar="DIR", help=text)
+
+    text = "what is done, who is on the rest, hours left"
+    add = command("status", status, text, _chosen, _workers_option)
+    add("--seeds", type=int, metavar="N", help="default: the study's")
+    text = "only the ids of runs to do, one per line"
+    add("--pending", action="store_true", help=text)
 
     for name, (out, text) in SHOWS.items():
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(command=partial(show, name))
-        _chosen_options(command)
-        command.add_argument(
-            "--out",
-            type=Path,
-            default=out,
-            metavar="FOLDER",
-            help="where to write" + (" (default: %(default)s)" if out else " files, too"),
-        )
-    command = commands.add_parser(
-        "overview", help="the picture of README.md: accuracy and time of a step over density"
-    )
-    command.set_defaults(command=overview)
-    _store_option(command)
-    command.add_argument(
-        "--out", type=Path, default=Path("out/figures"), metavar="FOLDER", help="where to write"
-    )
+        add = command(name, partial(show, name), text, _chosen)
+        text = "where to write" + (f" {DEFAULT}" if out else " files, too")
+        add("--out", type=Path, default=out, metavar="FOLDER", help=text)
+
+    add = command("rows", rows, "the rows that the store holds, for any table tool", _chosen)
+    add("--csv", type=Path, metavar="FILE", help="write it (default: CSV to standard output)")
+    add("--parquet", type=Path, metavar="FILE", help="write it; needs pyarrow")
+
+    text = "the picture of README.md: accuracy and time of a step over density"
+    add = command("overview", overview, text, _store)
+    place = Path("out/figures")
+    add("--out", type=Path, default=place, metavar="FOLDER", help=f"where to write {DEFAULT}")
     return top
 
 
-def _chosen_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("study", nargs="?", metavar="STUDY", help="see `list` (default: all)")
-    command.add_argument("--network", metavar="NAME", help="see `list` (default: all)")
-    command.add_argument(
-        "--profile",
-        choices=PROFILES,
-        help="of the runs (default: those that decide claims, paper and coarse; for status, and "
-        "where there are no rows of them, the one that the store has rows of)",
-    )
-    _store_option(command)
+def _chosen(add: Any) -> None:
+    add("study", nargs="?", metavar="STUDY", help=f"{SEE} (default: all)")
+    text = "of the runs (default: those that decide claims, paper and coarse; for status, and "
+    text += "where there are no rows of them, the one that the store has rows of)"
+    add("--profile", choices=PROFILES, help=text)
+    _parts(add)
+    _store(add)
 
 
-def _store_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--store",
-        type=Path,
-        default=STORE,
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+def _parts(add: Any) -> None:
+    text = f"{SEE}, or MODULE:ATTR of your own (default of run: fc; else all)"
+    add("--network", metavar="NAME", help=text)
+    text = "in place of the network's: see `list`, or MODULE:ATTR of your own"
+    add("--dataset", default="", metavar="NAME", help=text)
+    text = "in place of the study's, where arms have one: see `list`, or MODULE:FUNCTION"
+    add("--criterion", nargs="+", default=(), metavar="NAME", help=text)
 
 
-def _data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data-dir",
-        type=Path,
-        help="folder that holds MNIST/raw, cifar-10-batches-bin (default: LS_DATA_DIR)",
-    )
-    command.add_argument("--download", action="store_true", help="fetch what is missing in it")
+def _store(add: Any) -> None:
+    text = f"folder of the results {DEFAULT}"
+    add("--store", type=Path, default=STORE, metavar="DIR", help=text)
+
+
+def _data(add: Any) -> None:
+    text = f"folder that holds {', '.join(data.FOLDERS.values())} (default: LS_DATA_DIR)"
+    add("--data-dir", type=Path, help=text.replace("DIR/", ""))
+    add("--download", action="store_true", help="fetch what is missing in it")
+
+
+def _json(add: Any) -> None:
+    add("--json", type=Path, metavar="FILE", help="write the numbers")
+
+
+def _seed(add: Any) -> None:
+    add("--seed", type=int, default=0)
+
+
+def _workers_option(add: Any) -> None:
+    text = "processes; status divides the hours by it (default: one per core)"
+    add("--workers", type=int, metavar="N", help=text)
+
+
+# ---- commands ------------------------------------------------------------------------------------
 
 
 def list_all(options: argparse.Namespace) -> None:
@@ -266,7 +218,7 @@ def list_all(options: argparse.Namespace) -> None:
         print(f"  {study.name:<20}{study.question}\n{'':<22}{where}; {', '.join(study.networks)}")
     print("data sets")
     for name, text in data.DATASETS.items():
-        print(f"  {name:<12}{text}")
+        print(f"  {name:<15}{text}")
     for title, table in (
         ("mask criteria", ls.pruning.CRITERIA),
         ("mask-1 actions, on kept weights", ls.pruning.MASK1_ACTIONS),
@@ -287,7 +239,7 @@ def run_quickstart(options: argparse.Namespace) -> None:
     numbers = quickstart.quickstart(dataset, options.seed, options.iterations)
     print(f"\nall in {numbers['seconds']:.0f} s")
     if options.json:
-        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+        _write(options.json, numbers)
         print(f"numbers: {options.json}")
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no figure: matplotlib is not installed ({INSTALL})")
@@ -302,8 +254,11 @@ def run(options: argparse.Namespace) -> int:
     pairs = [tuple(text.split("=", 1)) for text in options.only]
     if bad := [text for text, pair in zip(options.only, pairs, strict=True) if len(pair) != 2]:
         raise ValueError(f"--only takes FIELD=VALUE, got {bad[0]!r}.")
+    if (options.study is None) == (options.figure is None):
+        raise ValueError("run takes a STUDY or a --figure, one of both; `list` shows them.")
+    names = (options.study,) if options.figure is None else studies_of(options.figure)
     failed = 0
-    for study in _asked(options):
+    for study in [studies.asked(name, options) for name in names]:
         failed += run_study(
             study,
             options.network,
@@ -327,14 +282,6 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _asked(options: argparse.Namespace) -> list[studies.Study]:
-    """The study that is named, or those of a figure."""
-    if (options.study is None) == (options.figure is None):
-        raise ValueError("run takes a STUDY or a --figure, one of both; `list` shows them.")
-    names = (options.study,) if options.figure is None else studies_of(options.figure)
-    return [studies.find(name) for name in names]
-
-
 def _workers(options: argparse.Namespace) -> int:
     return (os.cpu_count() or 1) if options.workers is None else options.workers
 
@@ -344,6 +291,11 @@ def _check_places(*files: Path | None) -> None:
     for path in files:
         if path is not None:
             make_folder(path.parent)
+
+
+def _write(path: Path | None, numbers: Mapping[str, Any]) -> None:
+    if path is not None:
+        write_whole(path, json.dumps(numbers, indent=1).encode() + b"\n")
 
 
 def run_speed(options: argparse.Namespace) -> None:
@@ -356,8 +308,7 @@ def run_speed(options: argparse.Namespace) -> None:
         times = ", ".join(f"{name} {row[name]:.2f} s" for name in numbers["seconds"])
         print(f"round {row['round']:2}  density {row['density']:7.2%}  {times}")
     print(", ".join(f"{over:.1f}x of {name}" for name, over in numbers["speedup"].items()))
-    if options.json:
-        write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+    _write(options.json, numbers)
 
 
 def _step_speed(options: argparse.Namespace) -> None:
@@ -365,41 +316,36 @@ def _step_speed(options: argparse.Namespace) -> None:
     if bad := [name for name in options.network if name not in known]:
         raise ValueError(f"network must be fc alone, or of {', '.join(known)}; got {bad[0]!r}.")
     print(step_speed.HEAD)
-    rows = []
+    found = []
     for row in step_speed.measure(options.network):
         print(step_speed.lines(row), flush=True)
-        rows.append(row)
-        if options.json:  # after each, so that what was measured is not lost
-            about = {"threads": 1, "unit": "CPU seconds", "images": step_speed.IMAGES}
-            numbers = {**about, "rows": rows, **provenance()}
-            write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+        found.append(row)
+        about = {"threads": 1, "unit": "CPU seconds", "images": step_speed.IMAGES}
+        # after each, so that what was measured is not lost
+        _write(options.json, {**about, "rows": found, **provenance()})
 
 
 def run_compare(options: argparse.Namespace) -> None:
     _check_shows("compare")
     from experiments.show.compare import compare  # it loads scipy
 
-    rows = [row for folder in options.store for row in Store(folder, create=False).rows()]
+    found = [row for folder in options.store for row in Store(folder, create=False).rows()]
     profile, other = options.profiles
-    print(compare(rows, profile, other, options.network).text(), end="")
+    print(compare(found, profile, other, options.network).text(), end="")
 
 
 def run_tune(options: argparse.Namespace) -> None:
     _check_places(options.json)
-    if options.network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {options.network!r}.")
-    name = NETWORKS[options.network].dataset
+    name = find(options.network).dataset
     dataset = data.load(name, options.data_dir, download=options.download)
-    rows = []
+    found = []
     for row in tune.tune(options.network, dataset, options.rates, options.iterations, options.seed):
         print(
             f"rate {row['rate']:g}  iteration {row['iteration']:,}  validation loss "
             f"{row['validation_loss']:.4f}, accuracy {row['validation_accuracy']:.2%}"
         )
-        rows.append(row)
-        if options.json:  # after each, so that what was measured is not lost
-            numbers = {"rows": rows, "seed": options.seed, **provenance()}
-            write_whole(options.json, json.dumps(numbers, indent=1).encode() + b"\n")
+        found.append(row)
+        _write(options.json, {"rows": found, "seed": options.seed, **provenance()})
 
 
 def only_profile(store: Store) -> str:
@@ -409,10 +355,8 @@ def only_profile(store: Store) -> str:
 
 
 def status(options: argparse.Namespace) -> None:
-    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
-    if options.network is not None and options.network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {options.network!r}.")
-    networks = [options.network] if options.network else list(NETWORKS)
+    chosen = studies.chosen(options)
+    networks = [find(options.network).name] if options.network else list(NETWORKS)
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, got {options.seeds}.")
     store = Store(options.store, create=False)
@@ -437,14 +381,12 @@ def _check_shows(name: str) -> None:
 def overview(options: argparse.Namespace) -> None:
     _check_shows("overview")
     from experiments.findings.selection import select
-    from experiments.show.figures.overview import (
-        overview as draw,  # matplotlib loads slowly
-    )
+    from experiments.show.figures.overview import overview as draw  # matplotlib loads slowly
 
-    speed = json.loads((options.store / "speed.json").read_text("utf-8"))
-    rows = Store(options.store, create=False).rows()
-    selection = select(studies.find("mask-criteria"), "fc", "paper", readable(rows))
-    for path in draw(selection, speed).save(options.out, "overview"):
+    speeds = json.loads((options.store / "speed.json").read_text("utf-8"))
+    found = readable(Store(options.store, create=False).rows())
+    selection = select(studies.find("mask-criteria"), "fc", "paper", found)
+    for path in draw(selection, speeds).save(options.out, "overview"):
         print(path)
 
 

@@ -4,7 +4,7 @@ The statistic of an arm is one number per seed: a column of its rows, averaged o
 the claim names. A profile decides a claim only if the claim names it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,25 @@ class Claim:
     by_level: bool = False
     profiles: tuple[str, ...] = DECIDING
     original: str = ""
+
+
+def of(
+    study: str, networks: Sequence[str], rounds: Sequence[int], **common: Any
+) -> Callable[..., Claim]:
+    """What makes claims of a study with these in common: (text, arms, test, original, ...)."""
+
+    def claim(
+        text: str, arms: Mapping[str, Changes], test: Test, original: str, **own: Any
+    ) -> Claim:
+        fields = {"networks": tuple(networks), "rounds": rounds, **common, **own}
+        return Claim(study, text, arms=arms, test=test, original=original, **fields)
+
+    return claim
+
+
+def each(field: str, *values: Any, **others: Any) -> dict[str, Changes]:
+    """Arms named after the values of one field of `Run`, which share the others."""
+    return {str(value): {**others, field: value} for value in values}
 
 
 # ---- arms and rounds -----------------------------------------------------------------------------

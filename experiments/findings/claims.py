@@ -18,6 +18,8 @@ from experiments.findings.claim import (
     SOONER,
     TICKET,
     Claim,
+    each,
+    of,
 )
 from experiments.findings.claims_masks import MASKS
 from experiments.findings.predicates import (
@@ -29,7 +31,7 @@ from experiments.findings.predicates import (
     no_worse,
     sooner,
 )
-from experiments.study import studies
+from experiments.study.studies import ALL, MASK1, MOMENTS, SIGNED_MASK1, VARIANT_1, VARIANT_2
 
 # Nothing is claimed of the studies early-masks, rescaling and learned-trained: they are options of
 # the authors' code, and what came of them was not published. Before this file a trial of seed 0 of
@@ -39,27 +41,21 @@ from experiments.study import studies
 # asked of each level (before: 0.5 points at most of the mean of rounds 14 to 20), "about random" is
 # 75% of the way (before: 50%), tests are paired by seed (before: Welch), and the pairs of opposite
 # criteria were added.
+criterion, mask1 = of("mask-criteria", ALL, BETWEEN), of("mask-1", ALL, BETWEEN)
+mask0 = of("mask-0", ALL, MANY_PRUNED)
+TICKET_AND_DENSE = {"ticket": TICKET, "dense": DENSE_ARM}
 TICKETS: tuple[Claim, ...] = (
-    Claim(
-        "mask-criteria",
+    criterion(
         "tickets of rounds 4 to 10 (FC: 59% to 89% sparsity) beat the dense network",
-        studies.ALL,
-        {"ticket": TICKET, "dense": DENSE_ARM},
-        FEW_PRUNED,
-        beats("ticket", "dense"),
-        original="often better, 50% to 90% pruned",
+        TICKET_AND_DENSE, beats("ticket", "dense"), "often better, 50% to 90% pruned",
+        rounds=FEW_PRUNED,
     ),
     *(
-        Claim(
-            "mask-criteria",
+        criterion(
             f"at each of rounds {rounds[0]} to {rounds[-1]} ({kept}) tickets lose nothing (not "
             "significantly, and 0.5 points at most)",
-            studies.ALL,
-            {"ticket": TICKET, "dense": DENSE_ARM},
-            rounds,
-            no_drop("ticket", "dense", by=0.005),
-            by_level=True,
-            original="no drop, 95% to 99.5% pruned",
+            TICKET_AND_DENSE, no_drop("ticket", "dense", by=0.005),
+            "no drop, 95% to 99.5% pruned", rounds=rounds, by_level=True,
         )
         for rounds, kept in (
             (MANY_PRUNED, "FC: 95% to 98.8% sparsity"),
@@ -67,179 +63,102 @@ TICKETS: tuple[Claim, ...] = (
         )
     ),
     *(
-        Claim(
-            "mask-criteria",
-            f"{name} beats random",
-            studies.ALL,
-            {name: {"criterion": name}, "random": RANDOM},
-            BETWEEN,
-            beats(name, "random"),
-            original="above random",
+        criterion(f"{name} {word} random", each("criterion", name, "random"), test, original)
+        for names, word, original, sides in (
+            (ABOVE_RANDOM, "beats", "above random", lambda name: (name, "random")),
+            (BELOW_RANDOM, "is below", "below random", lambda name: ("random", name)),
         )
-        for name in ABOVE_RANDOM
+        for name in names
+        for test in [beats(*sides(name))]
     ),
     *(
-        Claim(
-            "mask-criteria",
-            f"{name} is below random",
-            studies.ALL,
-            {name: {"criterion": name}, "random": RANDOM},
-            BETWEEN,
-            beats("random", name),
-            original="below random",
-        )
-        for name in BELOW_RANDOM
-    ),
-    *(
-        Claim(
-            "mask-criteria",
+        criterion(
             f"of two opposite criteria {above} is above random and {below} below",
-            studies.ALL,
-            {name: {"criterion": name} for name in (above, "random", below)},
-            BETWEEN,
-            either_side(above, "random", below),
-            original="one of each pair above random, the other below",
+            each("criterion", above, "random", below), either_side(above, "random", below),
+            "one of each pair above random, the other below",
         )
         for above, below in PAIRS
     ),
-    Claim(
-        "mask-criteria",
+    criterion(
         "magnitude_increase is at least level with large_final (0.2 points at most below)",
-        ("conv4",),
         {"magnitude_increase": {"criterion": "magnitude_increase"}, "large_final": TICKET},
-        BETWEEN,
         no_worse("magnitude_increase", "large_final", by=0.002),
-        original="level, or better at some levels",
+        "level, or better at some levels", networks=("conv4",),
     ),
     *(
-        Claim(
-            "mask-1",
-            f"{name}, without the sign, falls to about random pruning",
-            studies.ALL,
-            {name: {"mask1": name}, "rewind": TICKET, "random": RANDOM},
-            BETWEEN,
-            fallen(name, "rewind", "random", least=0.75),
-            original="about random",
+        mask1(
+            f"{name}, {words}", {name: {"mask1": name}, "rewind": TICKET, "random": RANDOM},
+            fallen(name, "rewind", "random", **share), original,
         )
-        for name in studies.MASK1
-    ),
-    *(
-        Claim(
-            "mask-1",
-            f"{name}, with the sign, matches rewinding",
-            studies.ALL,
-            {name: {"mask1": name}, "rewind": TICKET, "random": RANDOM},
-            BETWEEN,
-            fallen(name, "rewind", "random", most=0.25),
-            original="nearly as good as rewinding",
+        for names, words, share, original in (
+            (MASK1, "without the sign, falls to about random pruning", {"least": 0.75},
+             "about random"),
+            (SIGNED_MASK1, "with the sign, matches rewinding", {"most": 0.25},
+             "nearly as good as rewinding"),
         )
-        for name in studies.SIGNED_MASK1
+        for name in names
     ),
     # here and below: Frankle & Carbin's reinit has the ticket's masks, the paper's finds its own
-    Claim(
-        "mask-1",
+    mask1(
         "reinit is below the dense network from 21% kept on (Frankle & Carbin)",
-        ("fc",),
-        {"dense": DENSE_ARM, "reinit": {"mask1": "reinit"}},
-        range(7, 17),
-        beats("dense", "reinit"),
-        profiles=PAPER,
-        original="below",
+        {"dense": DENSE_ARM, "reinit": {"mask1": "reinit"}}, beats("dense", "reinit"), "below",
+        networks=("fc",), rounds=range(7, 17), profiles=PAPER,
     ),
-    Claim(
-        "mask-0",
+    mask0(
         "pruned weights at their initial values are worse than at zero",
-        studies.ALL,
-        {"zero": TICKET, "freeze_init": {"mask0": "freeze_init"}},
-        BETWEEN,
-        beats("zero", "freeze_init"),
-        original="clearly worse",
+        {"zero": TICKET, "freeze_init": {"mask0": "freeze_init"}}, beats("zero", "freeze_init"),
+        "clearly worse", rounds=BETWEEN,
     ),
-    Claim(
-        "mask-0",
+    mask0(
         "Variant 1 is as good as zero at high sparsity, or better (0.2 points at most below)",
-        studies.ALL,
-        {"zero": TICKET, "Variant 1": {"mask0": studies.VARIANT_1}},
-        MANY_PRUNED,
-        no_worse("Variant 1", "zero", by=0.002),
-        original="as good or better",
+        {"zero": TICKET, "Variant 1": {"mask0": VARIANT_1}},
+        no_worse("Variant 1", "zero", by=0.002), "as good or better",
     ),
-    Claim(
-        "mask-0",
+    mask0(
         "Variant 2 is as good as Variant 1 at high sparsity, or better (0.2 points at most below)",
-        studies.ALL,
-        {"Variant 2": {"mask0": studies.VARIANT_2}, "Variant 1": {"mask0": studies.VARIANT_1}},
-        MANY_PRUNED,
-        no_worse("Variant 2", "Variant 1", by=0.002),
-        original="as good or better",
+        {"Variant 2": {"mask0": VARIANT_2}, "Variant 1": {"mask0": VARIANT_1}},
+        no_worse("Variant 2", "Variant 1", by=0.002), "as good or better",
     ),
-)
+)  # fmt: skip
 
 # A profile that ends trainings early, or takes every fourth round, decides nothing of speed.
+soon = of("early-stop", ("fc",), (7,), profiles=PAPER)
+TICKET_AND_REINIT = {"ticket": TICKET, "reinit": {"mask1": "reinit"}}
 SPEED: tuple[Claim, ...] = (
     # Rows of FC that were there when the claims of early-stop were written: seeds 0 to 2 of the
     # dense network, seeds 0 and 1 of the tickets, and rounds up to 6 of seed 2; none of reinit.
     *(
-        Claim(
-            "early-stop",
+        soon(
             f"tickets of {kept} kept reach the lowest validation loss before the dense network "
             f"(Frankle & Carbin: {times:.2g} times as fast at best)",
-            (network,),
-            {"ticket": TICKET, "dense": DENSE_ARM},
-            (number,),
-            sooner("ticket", "dense", times),
-            statistic=ITERATION,
-            profiles=PAPER,
-            original=f"{times:.2g} times as fast",
+            TICKET_AND_DENSE, sooner("ticket", "dense", times), f"{times:.2g} times as fast",
+            networks=(network,), rounds=(number,), statistic=ITERATION,
         )
         for network, number, kept, times in SOONER
     ),
-    Claim(
-        "early-stop",
+    soon(
         "at 3.6% kept tickets are as slow as the dense network again (Frankle & Carbin)",
-        ("fc",),
-        {"ticket": TICKET, "dense": DENSE_ARM},
-        (15,),
-        as_soon("ticket", "dense", within=0.25),
-        statistic=ITERATION,
-        profiles=PAPER,
-        original="as slow",
+        TICKET_AND_DENSE, as_soon("ticket", "dense", within=0.25), "as slow",
+        rounds=(15,), statistic=ITERATION,
     ),
-    Claim(
-        "early-stop",
+    soon(
         "tickets of 21% kept reach it before reinit (Frankle & Carbin: 2.51 times as fast)",
-        ("fc",),
-        {"ticket": TICKET, "reinit": {"mask1": "reinit"}},
-        (7,),
-        sooner("ticket", "reinit", 2.51),
+        TICKET_AND_REINIT, sooner("ticket", "reinit", 2.51), "2.51 times as fast",
         statistic=ITERATION,
-        profiles=PAPER,
-        original="2.51 times as fast",
     ),
-    Claim(
-        "early-stop",
+    soon(
         "tickets of 21% kept are better there than reinit (Frankle & Carbin: by half a point)",
-        ("fc",),
-        {"ticket": TICKET, "reinit": {"mask1": "reinit"}},
-        (7,),
-        beats("ticket", "reinit"),
-        profiles=PAPER,
-        original="half a point better",
+        TICKET_AND_REINIT, beats("ticket", "reinit"), "half a point better",
     ),
     *(
-        Claim(
-            "late-rewinding",
+        of("late-rewinding", ("fc",), BETWEEN, profiles=PAPER)(
             f"rewinding to {moment:.1%} of the training gains nothing over the start (0.2 points "
             "at most; Frankle et al. 2020: on MNIST the start is stable)",
-            ("fc",),
             {"the start": {"rewind_to": 0.0}, "later": {"rewind_to": moment}},
-            BETWEEN,
-            no_worse("the start", "later", by=0.002),
-            profiles=PAPER,
-            original="no gain",
+            no_worse("the start", "later", by=0.002), "no gain",
         )
-        for moment in studies.MOMENTS[1:-1]
+        for moment in MOMENTS[1:-1]
     ),
-)
+)  # fmt: skip
 
 CLAIMS: tuple[Claim, ...] = (*TICKETS, *SPEED, *MASKS)

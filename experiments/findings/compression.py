@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from experiments.study.networks import NETWORKS, skeleton
+from experiments.study.networks import find, skeleton
 
 SEED, FLOAT = 64, 32
 
@@ -27,7 +27,7 @@ def mask_bits(kept: int, total: int) -> int:
 @cache
 def sizes(network: str) -> tuple[int, int]:
     """Weights that can be pruned, and biases."""
-    shapes = [p.shape for p in skeleton(NETWORKS[network]).parameters()]
+    shapes = [p.shape for p in skeleton(find(network)).parameters()]
     weights = sum(shape.numel() for shape in shapes if len(shape) > 1)
     return weights, sum(shape.numel() for shape in shapes) - weights
 

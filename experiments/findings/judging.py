@@ -12,7 +12,8 @@ from experiments.findings.claim import Changes, Claim
 from experiments.findings.claims import CLAIMS
 from experiments.findings.densities import NOT_RECORDED, WAYS, chosen
 from experiments.findings.predicates import Found, Outcome
-from experiments.study.runs import PROFILES, rounds_of
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import rounds_of
 from experiments.study.studies import Arm
 from experiments.train import heading
 

@@ -1,39 +1,20 @@
 """From rows of the store to what figures and tables show: the curves of a study on one network."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.findings import words
 from experiments.findings.statistics import Comparison, Level, compare, levels
-from experiments.study.networks import NETWORKS
-from experiments.study.runs import DENSE, PROFILES, Run
+from experiments.study.networks import find
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import DENSE
+from experiments.study.studies import Study
 
 Row = dict[str, Any]
 
 ACCURACY = "test_accuracy"
-
-
-class Arm(Protocol):
-    """A curve of a study: a label, and the run behind it for each seed."""
-
-    @property
-    def label(self) -> str: ...
-
-    def runs(self, network: str, profile: str, seeds: Sequence[int]) -> Sequence[Run]: ...
-
-
-class Study(Protocol):
-    """What figures, tables and the report need of a study of `studies.STUDIES`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def question(self) -> str: ...
-
-    def arms(self) -> Sequence[Arm]: ...
 
 
 @dataclass(frozen=True)
@@ -107,6 +88,7 @@ class Selection:
         dense: round 0 of the trained dense networks.
         rows: all of the network and the profile, of other studies too.
         missing: labels of the arms without a row.
+        data: the data set, where it is not the network's.
     """
 
     study: str
@@ -117,6 +99,7 @@ class Selection:
     dense: tuple[Row, ...]
     rows: tuple[Row, ...] = ()
     missing: tuple[str, ...] = ()
+    data: str = ""
 
     @property
     def begun(self) -> bool:
@@ -142,7 +125,7 @@ class Selection:
     @property
     def place(self) -> str:
         """Network and data set: "FC on MNIST"."""
-        dataset = PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
+        dataset = self.data or PROFILES[self.profile].dataset(find(self.network).dataset)
         return f"{words.network(self.network)} on {words.DATA.get(dataset, dataset)}"
 
     @property
@@ -153,7 +136,8 @@ class Selection:
     @property
     def stem(self) -> str:
         """Name of the files: "mask-criteria-fc-paper"."""
-        return f"{self.study}-{self.network}-{self.profile}"
+        words = filter(None, (self.study, self.network, self.data, self.profile))
+        return "-".join(words).replace(":", ".")
 
     @property
     def shared(self) -> "Selection":
@@ -225,6 +209,7 @@ def select(study: Study, network: str, profile: str, rows: Iterable[Row]) -> Sel
         dense,
         tuple(mine),
         tuple(missing),
+        next((row.get("data", "") for curve in curves.values() for row in curve.rows), ""),
     )
 
 

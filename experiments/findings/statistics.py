@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean as mean
 from typing import Any
 
 from scipy import stats
@@ -18,10 +19,6 @@ from scipy import stats
 ALPHA = 0.05
 FEWEST = 3  # runs on each side of a test
 TOO_FEW = "too few runs"
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -61,7 +61,8 @@ MASK0 = {
 }
 WEIGHTS = {"init": "initial weights", "signed_constant": "signed constants"}
 NETWORKS = {"fc": "FC", "conv2": "Conv2", "conv4": "Conv4", "conv6": "Conv6"}
-DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "mnist-mini": "a subset of MNIST"}
+DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "mnist-mini": "a subset of MNIST",
+        "fashion-mnist": "Fashion-MNIST"}  # fmt: skip
 REST = {
     "no rescale": "not rescaled",
     "rescale": "rescaled",

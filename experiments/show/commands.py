@@ -1,8 +1,8 @@
 """Commands that show what a store holds: figure, table, report, claims. They change nothing in it.
 
 Each takes options with the attributes store (a folder), study and network (a name, or None for
-all), profile (a name, or None: those that decide claims, see `profiles_of`), and out (a folder; for
-the report a file or a folder).
+all), criterion and dataset (see `studies.asked`), profile (a name, or None: those that decide
+claims, see `profiles_of`), and out (a folder; for the report a file or a folder).
 """
 
 import argparse
@@ -22,9 +22,9 @@ from experiments.show.report import build, weights_from
 from experiments.store.beside import joined
 from experiments.store.remakes import readable
 from experiments.store.store import Store
-from experiments.study import studies
-from experiments.study.networks import NETWORKS
-from experiments.study.runs import PROFILES
+from experiments.study import parts, studies
+from experiments.study.networks import NETWORKS, find
+from experiments.study.profiles import profile_of
 
 
 def figure(options: argparse.Namespace) -> None:
@@ -58,7 +58,7 @@ def points_from(folder: Path) -> Callable[[str], Table | None]:
 def table(options: argparse.Namespace) -> None:
     """A short table of each study on standard output; with `out`, text, Markdown and CSV there."""
     store = Store(options.store, create=False)
-    rows = _rows(store)
+    rows = _rows(store, options)
     found: list[tuple[str, str, Table, Table]] = []
     for selection in _selections(options, store):
         learned = selection.curves[0].fields["schedule"] == "learned"
@@ -85,9 +85,9 @@ def table(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """One self-contained HTML page, written to `out`; in a folder its name is report.html."""
     store = Store(options.store, create=False)
-    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
+    chosen = studies.chosen(options)
     networks = _networks(options.network)
-    rows = _rows(store)
+    rows = _rows(store, options)
     if not _has_rows(rows, options):
         raise _no_rows(options)
     text = build(
@@ -112,7 +112,7 @@ def claims(options: argparse.Namespace) -> None:
     """What the rows say to each claim, as a Markdown table on standard output, and in claims.md of
     the folder `out`.
     """
-    rows = _rows(Store(options.store, create=False))
+    rows = _rows(Store(options.store, create=False), options)
     profiles = profiles_of(options, rows)
     if options.study is not None:
         studies.find(options.study)
@@ -136,11 +136,7 @@ def profiles_of(options: argparse.Namespace, rows: Iterable[Mapping[str, Any]]) 
     that all rows are of, else paper.
     """
     if options.profile is not None:
-        if options.profile not in PROFILES:
-            raise ValueError(
-                f"profile must be one of {', '.join(PROFILES)}; got {options.profile!r}."
-            )
-        return (options.profile,)
+        return (profile_of(options.profile).name,)
     there = {row["profile"] for row in rows}
     deciding = tuple(name for name in DECIDING if name in there)
     return deciding or (tuple(there) if len(there) == 1 else ("paper",))
@@ -151,9 +147,10 @@ def _only(profiles: Sequence[str]) -> str | None:
     return None if set(profiles) <= set(DECIDING) else profiles[0]
 
 
-def _rows(store: Store) -> list[dict[str, Any]]:
-    """Those to read, with what lies beside them."""
-    return joined(readable(store.rows()), store.curves())
+def _rows(store: Store, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those to read, of the data set that the options name, with what lies beside them."""
+    found = [row for row in store.rows() if row.get("data", "") == options.dataset]
+    return joined(readable(found), store.curves())
 
 
 def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection]:
@@ -162,8 +159,8 @@ def _selections(options: argparse.Namespace, store: Store) -> Iterator[Selection
     Raises:
         ValueError: none has.
     """
-    chosen = [studies.find(options.study)] if options.study else list(studies.STUDIES.values())
-    networks, rows = _networks(options.network), _rows(store)
+    chosen = studies.chosen(options)
+    networks, rows = _networks(options.network), _rows(store, options)
     any_found = False
     for study in chosen:
         for network in networks:
@@ -186,6 +183,8 @@ def _has_rows(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) ->
 def _no_rows(options: argparse.Namespace) -> ValueError:
     of = f"{options.study or 'any study'} on {options.network or 'any network'}"
     profile = options.profile or " or ".join(DECIDING)
+    if any(map(parts.is_path, (options.network, options.dataset, *options.criterion))):
+        profile += ", made of your files as they are now"
     return ValueError(
         f"no rows in {options.store} of {of} with profile {profile}: make them by "
         "`python -m experiments run`, or choose another --profile."
@@ -193,6 +192,4 @@ def _no_rows(options: argparse.Namespace) -> ValueError:
 
 
 def _networks(name: str | None) -> tuple[str, ...]:
-    if name is not None and name not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}.")
-    return tuple(NETWORKS) if name is None else (name,)
+    return tuple(NETWORKS) if name is None else (find(name).name,)

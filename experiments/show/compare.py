@@ -6,7 +6,9 @@ from typing import Any
 
 from experiments.findings.tables import Table
 from experiments.store.remakes import readable
-from experiments.study.runs import DEFAULTS, LITERALS, NETWORKS, PROFILES, run_of
+from experiments.study.networks import find
+from experiments.study.profiles import profile_of
+from experiments.study.runs import DEFAULTS, LITERALS, run_of
 
 Row = Mapping[str, Any]
 Key = tuple[Any, ...]
@@ -24,10 +26,9 @@ def compare(rows: Iterable[Row], profile: str, other: str, network: str | None) 
         ValueError: no run is there under both profiles.
     """
     for name in (profile, other):
-        if name not in PROFILES:
-            raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {name!r}.")
-    if network is not None and network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {network!r}.")
+        profile_of(name)
+    if network is not None:
+        find(network)
     found: dict[str, dict[Key, Row]] = {profile: {}, other: {}}
     for name, its in found.items():
         mine = [row for row in rows if row["profile"] == name]
@@ -49,7 +50,7 @@ def key_of(row: Row) -> Key:
     words = [f"{n}={v}" for n, v in run.changed.items() if n not in apart]
     if run.criterion == DEFAULTS["criterion"]:
         words.insert(0, f"criterion={run.criterion}")
-    return " ".join([run.network, *words]), row["round"], run.seed
+    return " ".join([row["network"], *words]), row["round"], run.seed
 
 
 def numbers(both: list[tuple[Row, Row]]) -> tuple[Any, ...]:

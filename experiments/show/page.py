@@ -109,6 +109,11 @@ def box(name: str, parts: Iterable[str], **attributes: str) -> str:
     return f"<{name}{_attributes(attributes)}>\n" + "\n".join(parts) + f"\n</{name}>"
 
 
+def section(title: str, id: str, *parts: str) -> str:
+    """A part of the page under a heading that links name."""
+    return box("section", [tag("h2", title, id=id), *parts])
+
+
 def _attributes(attributes: dict[str, str]) -> str:
     return "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"'
@@ -159,13 +164,11 @@ def claims(verdicts: Sequence[Verdict]) -> str:
             escape(words.said(some, v.claim.study))
             for some in (v.claim.text, v.ours, v.difference, v.numbers)
         )
-        cells = [
-            ("original", escape(v.claim.original)),
-            ("ours", ours),
-            ("difference", difference),
-            ("verdict", status(v.status)),
-        ]
-        told = "".join(f'<td data-name="{name}">{cell}</td>' for name, cell in cells)
+        cells = (escape(v.claim.original), ours, difference, status(v.status))
+        told = "".join(
+            f'<td data-name="{name}">{cell}</td>'
+            for name, cell in zip(names[1:], cells, strict=True)
+        )
         body.append(f'<tr><th scope="row">{text}</th>{told}</tr>')
         body.append(f'<tr class="why"><td colspan="5">{numbers}</td></tr>')
     return _scroll("", head, body, "claims")

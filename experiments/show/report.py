@@ -5,12 +5,12 @@ It is made of rows and records alone, so the same store gives the same page.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.findings import words
 from experiments.findings.claim import DECIDING
 from experiments.findings.judging import Verdict
-from experiments.findings.selection import ACCURACY, Row, Selection, Study, select
+from experiments.findings.selection import ACCURACY, Row, Selection, select
 from experiments.findings.tables import (
     ITERATION,
     Table,
@@ -25,7 +25,8 @@ from experiments.findings.tables import (
 )
 from experiments.show import figures, how, overview, page
 from experiments.study.networks import NETWORKS
-from experiments.study.runs import PROFILES
+from experiments.study.profiles import PROFILES
+from experiments.study.studies import Study
 
 TITLE = "Zeros, signs and the supermask: a reproduction"
 PAPER = (
@@ -44,22 +45,12 @@ RULES = (
 )
 
 
-class Judge(Protocol):
-    def __call__(
-        self, rows: Sequence[Row], network: str, profile: str | None, study: str | None
-    ) -> Sequence[Verdict]: ...
-
-
-class ReportedStudy(Study, Protocol):
-    @property
-    def networks(self) -> Sequence[str]: ...
-
-    @property
-    def figure(self) -> str: ...
+# rows, network, profile (None: those that can decide), study -> verdicts on its claims
+Judge = Callable[[Sequence[Row], str, str | None, str | None], Sequence[Verdict]]
 
 
 def build(
-    studies: Sequence[ReportedStudy],
+    studies: Sequence[Study],
     rows: Sequence[Row],
     records: Sequence[Mapping[str, Any]],
     judge: Judge,
@@ -159,7 +150,7 @@ def _contents(studies: Sequence[Study]) -> str:
 
 
 def _section(
-    study: ReportedStudy,
+    study: Study,
     selections: Sequence[Selection],
     verdicts: Sequence[Verdict],
     records: Sequence[Mapping[str, Any]],
@@ -168,10 +159,7 @@ def _section(
     named: Callable[[str], str],
 ) -> str:
     where = named(study.name) or study.figure
-    parts = [
-        page.tag("h2", study.question, id=study.name),
-        page.tag("p", f"Study {study.name}: {where}." if where else f"Study {study.name}."),
-    ]
+    parts = [page.tag("p", f"Study {study.name}: {where}." if where else f"Study {study.name}.")]
     for selection in selections:
         if selection.study == study.name:
             mine = [
@@ -182,7 +170,7 @@ def _section(
                 and v.profile == selection.profile
             ]
             parts += _network(selection, records, mine, weights, points)
-    return page.box("section", parts)
+    return page.section(study.question, study.name, *parts)
 
 
 def _network(
@@ -197,15 +185,8 @@ def _network(
     parts = [page.tag("h3", f"{selection.place}{profile}", id=name)]
     for stem, drawing in figures.draw(selection, weights, points):
         caption = f"Numbers: {page.download(f'{stem}.csv', drawing.numbers)}"
-        parts.append(
-            page.box(
-                "figure",
-                [
-                    page.image(drawing.svg(), drawing.alt),
-                    f"<figcaption class='download'>{caption}</figcaption>",
-                ],
-            )
-        )
+        caption = f"<figcaption class='download'>{caption}</figcaption>"
+        parts.append(page.box("figure", [page.image(drawing.svg(), drawing.alt), caption]))
     if verdicts:
         parts.append(page.claims(verdicts))
     ran = [page.tag("h4", "How it was run"), page.facts(how.told(selection, records))]
@@ -237,7 +218,7 @@ def _numbers(selection: Selection) -> list[str]:
 # ---- all studies together ------------------------------------------------------------------------
 
 
-def _claims(studies: Sequence[ReportedStudy], verdicts: Sequence[Verdict]) -> str:
+def _claims(studies: Sequence[Study], verdicts: Sequence[Verdict]) -> str:
     """How claims are judged, and how many there are of each study: each stands by its figure."""
     lines = []
     for study in studies:
@@ -247,8 +228,9 @@ def _claims(studies: Sequence[ReportedStudy], verdicts: Sequence[Verdict]) -> st
             told = [f"{counts[s]} {verb}" for s, verb in overview.STATUSES.items() if counts[s]]
             lines.append((study.name, len(mine), ", ".join(told)))
     table = Table(("study", "claims", "of them"), tuple(lines), "Claims by study")
-    parts = [page.tag("h2", "How claims are judged", id="claims"), page.tag("p", RULES)]
-    return page.box("section", [*parts, page.table(table, "text")])
+    return page.section(
+        "How claims are judged", "claims", page.tag("p", RULES), page.table(table, "text")
+    )
 
 
 def _table_1(networks: Sequence[str], profiles: Sequence[str], rows: Sequence[Row]) -> str:
@@ -264,7 +246,7 @@ def _table_1(networks: Sequence[str], profiles: Sequence[str], rows: Sequence[Ro
     if not some:
         return ""
     table = seven(some).turned("network")
-    return page.box("section", [page.tag("h2", "Table 1: supermasks"), page.table(table)])
+    return page.section("Table 1: supermasks", "table-1", page.table(table))
 
 
 def _deviations(profiles: Sequence[str], rows: Sequence[Row]) -> str:
@@ -273,15 +255,10 @@ def _deviations(profiles: Sequence[str], rows: Sequence[Row]) -> str:
         "theirs, in points of test accuracy, by seed."
     )
     choices = " ".join(f"{choice}." for choice in CHOICES)
-    return page.box(
-        "section",
-        [
-            page.tag("h2", "Deviations and their effect", id="deviations"),
-            page.tag("p", told),
-            page.table(overview.deviations(rows), "text"),
-            page.tag("p", f"Choices in every profile: {choices}"),
-        ],
-    )
+    table = page.table(overview.deviations(rows), "text")
+    choices = page.tag("p", f"Choices in every profile: {choices}")
+    title = "Deviations and their effect"
+    return page.section(title, "deviations", page.tag("p", told), table, choices)
 
 
 def _costs(
@@ -291,7 +268,6 @@ def _costs(
 ) -> str:
     total = overview.core_hours(records)
     parts = [
-        page.tag("h2", "Costs and power", id="costs"),
         page.tag("p", f"All runs of this store took {total:.1f} core-hours."),
         page.table(overview.costs(selections, records, named), "text"),
         page.facts(how.machines(records)),
@@ -299,15 +275,14 @@ def _costs(
     power = overview.power(selections, REFERENCES)
     if power.rows:
         parts.append(page.table(power))
-    return page.box("section", parts)
+    return page.section("Costs and power", "costs", *parts)
 
 
 def _failed(verdicts: Sequence[Verdict]) -> str:
     """Negative results, as such."""
     failed = [verdict for verdict in verdicts if verdict.status == "fails"]
-    parts = [page.tag("h2", "What failed", id="failed")]
     if not failed:
-        return page.box("section", [*parts, page.tag("p", "No claim fails.")])
+        return page.section("What failed", "failed", page.tag("p", "No claim fails."))
     items = [
         page.item(
             words.said(v.claim.text, v.claim.study),
@@ -316,11 +291,11 @@ def _failed(verdicts: Sequence[Verdict]) -> str:
         )
         for v in failed
     ]
-    return page.box("section", [*parts, "<ul>", *items, "</ul>"])
+    return page.section("What failed", "failed", "<ul>", *items, "</ul>")
 
 
 def _idle(
-    studies: Sequence[ReportedStudy],
+    studies: Sequence[Study],
     networks: Sequence[str],
     selections: Sequence[Selection],
     profiles: Sequence[str],
@@ -338,8 +313,7 @@ def _idle(
     if not lines:
         return ""
     table = Table(("study", "networks", "command of the first"), tuple(lines))
-    heading = page.tag("h2", "Not run", id="not-run")
-    return page.box("section", [heading, page.table(table, "text")])
+    return page.section("Not run", "not-run", page.table(table, "text"))
 
 
 Load = Callable[[str], tuple[Mapping[str, Any], Mapping[str, Any]] | None]

@@ -6,9 +6,8 @@ chain goes on from says which they were, so that no chain is made by two.
 """
 
 import os
-import time
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from torch.nn import functional as F
 
 from experiments.store.machine import blas, cpu_model, numerics
 from experiments.study.runs import Limits, Run
+from experiments.timing import least
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops import limits as reference
 from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.optim import train_step
 
+REPETITIONS = 7  # of a timed convolution
 BUILD = "build the kernels by `python -m lottery_sparse build`"
 
 
@@ -96,33 +97,35 @@ def warn_if_slow(run: Run, device: str) -> None:
     """Warn where the precision of a run costs time here; its profile asks for it all the same."""
     if device != "cpu" or run.precision == "float32":
         return
-    factor = seconds_of(run.precision) / seconds_of("float32")
-    if factor > 1:
+    if (factor := slowdown(run.precision)) > 1:
         warnings.warn(
             f"{run.precision} takes {factor:.1f} times as long as float32 on this processor (a "
-            f"convolution of 64 channels, one thread), and so may runs of profile {run.profile}. "
-            "They are run all the same: the profile alone decides precision.",
+            "convolution of 64 channels, one thread, the least of several), and so may runs of "
+            f"profile {run.protocol.name}. They are run all the same: the profile alone decides "
+            "precision.",
             stacklevel=2,
         )
 
 
-def seconds_of(precision: str) -> float:
-    """A convolution as in the networks here, forward and backward, on one thread."""
+def slowdown(precision: str) -> float:
+    """Times as long as float32: a convolution as in the networks here, forward and backward."""
     last = torch.channels_last
     images = torch.ones(8, 64, 32, 32).contiguous(memory_format=last).requires_grad_()
     weight = torch.ones(64, 64, 3, 3, requires_grad=True)
-    threads, best = torch.get_num_threads(), float("inf")
+
+    def step(lowered: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            y = F.conv2d(images, weight, padding=1)
+        y.backward(torch.ones_like(y))
+
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(4):  # the first one prepares
-            began = time.process_time()  # others may load the machine
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-                y = F.conv2d(images, weight, padding=1)
-            y.backward(torch.ones_like(y))
-            best = min(best, time.process_time() - began)
+        calls = {name: partial(step, name == "bfloat16") for name in (precision, "float32")}
+        seconds = least(calls, REPETITIONS)
     finally:
         torch.set_num_threads(threads)
-    return best
+    return seconds[precision] / seconds["float32"]
 
 
 # ---- whose bits a checkpoint holds ---------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.store.machine import machine, versions
+from experiments.study import parts
 from experiments.train.data import Dataset
 
 HERE = Path(__file__).resolve().parents[1]  # experiments
@@ -30,10 +31,11 @@ def provenance() -> dict[str, Any]:
 
 @cache
 def digest(dataset: Dataset) -> str:
-    """SHA-256 of all images, as bytes, and labels, in the order of train, val, test."""
+    """SHA-256 of all images, as bytes (of others' sets as floats), and labels: train, val, test."""
     found = hashlib.sha256()
     for part in (dataset.train, dataset.val, dataset.test):
-        found.update((part.images * 255).round().byte().cpu().numpy().tobytes())
+        pixels = part.images if parts.is_path(dataset.name) else (part.images * 255).round().byte()
+        found.update(pixels.cpu().numpy().tobytes())
         found.update(part.labels.cpu().numpy().tobytes())
     return found.hexdigest()
 

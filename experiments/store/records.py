@@ -1,88 +1,134 @@
-"""What a run leaves in the store: rows of its results, and records of how they were made."""
+"""What runs leave in a store: rows of their results, and records of how they were made.
+
+The `Recorder` of a group writes all of it; `attempt` says that a worker began, or failed.
+"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from experiments.store.arithmetic import OtherArithmetic, here, is_ours, marked
 from experiments.store.provenance import digest, provenance
+from experiments.store.store import Lease, Store
 from experiments.study import studies
 from experiments.study.runs import Run
 from experiments.train.data import Dataset
-from experiments.train.loop import Evaluation
-from experiments.train.lottery import Round
+from experiments.train.loop import NUMBERS, Evaluation, State
 
 Say = Callable[[str], None]
+Facts = Mapping[str, Any]  # what a row says beside its run
 
 
-def base_row(run: Run) -> dict[str, Any]:
-    """What every row of a run says, and null for what it may say."""
-    unknown = dict.fromkeys(
-        (
-            "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
-            "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
-        )
-    )  # fmt: skip
-    return {"study": studies.home(run), "run_id": run.id, **run.named, **unknown}
+@dataclass(frozen=True)
+class Made:
+    """Rows of a run that were made at once.
 
-
-def row_of(run: Run, this: Round) -> dict[str, Any]:
-    """The row of a round; that of the dense one says which run it starts."""
-    apart = ("criterion", "mask1", "mask0", "seed", "engine")
-    return base_row(run) | {key: value for key, value in this.row.items() if key not in apart}
-
-
-def curve_of(run: Run, number: int, found: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """What the validation part said of a row, for a rule that chooses by it to be judged later.
-
-    Of a training over its iterations, of masks on an untrained network over rounds (`of`): the
-    first, the last and those between, evenly apart. Losses have six digits; `correct` counts
-    images. None where the evaluations are not known: of a round that was not made here.
+    Attributes:
+        facts: of each row, `round` among them, and how a step was computed (`engine`).
+        evaluations: of a training over its iterations, of masks on an untrained network over
+            rounds; empty where they are not known.
+        heading: beside the curve of these, see `heading`; None: no curve has it.
     """
-    if not found:
-        return []
-    at = [one.iteration for one in found]
-    return [
-        {
-            "run_id": run.id,
-            "round": number,
-            "of": "iterations" if run.trained else "rounds",
+
+    run: Run
+    facts: Sequence[Facts]
+    evaluations: Sequence[Evaluation] = ()
+    heading: Any = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        run = self.run
+        said = {"study": studies.home(run), "run_id": run.id, **run.named}
+        rows = [{**dict.fromkeys(NUMBERS), **facts, **said} for facts in self.facts]
+        return [{name: row[name] for name in row if name != "engine"} for row in rows]
+
+    def curves(self) -> list[dict[str, Any]]:
+        """What the validation part said of a row, so that a rule can be judged later.
+
+        The first evaluation, the last and those between, evenly apart (`of` says in what). Losses
+        and accuracies have six digits.
+        """
+        found = self.evaluations
+        if not found:
+            return []
+        at = [one.iteration for one in found]
+        curve = {
+            "run_id": self.run.id,
+            "round": self.facts[-1]["round"],
+            "of": "iterations" if self.run.trained else "rounds",
             "first": at[0],
             "every": at[1] - at[0] if len(at) > 1 else 0,
             "last": at[-1],
             "loss": [float(f"{one.validation_loss:.6g}") for one in found],
             "accuracy": [float(f"{one.validation_accuracy:.6g}") for one in found],
         }
-    ]
+        return [curve if self.heading is None else curve | {"heading": self.heading}]
 
 
-def record(
-    run: Run,
-    number: int,
-    began: float,
-    group: Sequence[Run],
-    seconds: float,
-    dataset: Dataset,
-    engine: object = None,
-) -> dict[str, Any]:
-    """How rows were made: what is not a function of the run.
+class Recorder:
+    """Writes what a group of runs leaves, and reads what it goes on from, under one lease."""
 
-    `round` is the last one of them, `seconds` a network's share of the group's.
+    def __init__(self, store: Store, lease: Lease, dataset: Dataset, say: Say):
+        self.store, self.lease, self.dataset, self.say = store, lease, dataset, say
+        self.device = str(dataset.device)
+
+    def add(
+        self, made: Sequence[Made], began: float, seconds: float, group: Sequence[Run] = ()
+    ) -> None:
+        """Rows, their curves, and how they came about.
+
+        Args:
+            seconds: of the group, the runs that were trained together; () for those of `made`.
+        """
+        group = group or [one.run for one in made]
+        records = [
+            {
+                "run_id": one.run.id,
+                "round": one.facts[-1]["round"],
+                "started": _utc(began),
+                "seconds": round(seconds / len(group), 3),
+                "group": [member.id for member in group],
+                "engine": one.facts[-1].get("engine"),
+                "threads": torch.get_num_threads(),
+                "device": self.device,
+                "data_sha256": digest(self.dataset),
+                "outcome": "done",
+                **provenance(),
+            }
+            for one in made
+        ]
+        rows = [row for one in made for row in one.rows()]
+        self.store.add(self.lease, rows, records, [c for one in made for c in one.curves()])
+
+    def copy(self, made: Made) -> None:
+        """The row of another run, which was recorded there."""
+        self.store.add(self.lease, made.rows(), [])
+
+    def save(self, run: Run, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """The checkpoint of a run."""
+        self.store.save(self.lease, run.id, tensors, marked(metadata, self.device))
+
+    def load(self, run: Run) -> State | None:
+        return load(run.id, self.store, self.device)
+
+
+def load(run_id: str, store: Store, device: str) -> State | None:
+    """The checkpoint of a run, to go on from.
+
+    Raises:
+        OtherArithmetic: it was made by another one.
     """
-    return {
-        "run_id": run.id,
-        "round": number,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "seconds": round(seconds / len(group), 3),
-        "group": [member.id for member in group],
-        "engine": engine,
-        "threads": torch.get_num_threads(),
-        "device": str(dataset.train.images.device),
-        "data_sha256": digest(dataset),
-        "outcome": "done",
-        **provenance(),
-    }
+    found = store.load(run_id)
+    if found is not None and not is_ours(found[1], device):
+        raise OtherArithmetic(
+            f"the weights of {run_id} in {store.folder} were made by {found[1]['arithmetic']}, not "
+            f"by {here(device)}, and a chain never mixes two: go on there, or make it anew as a "
+            "whole with --remake."
+        )
+    return found
 
 
 def attempt(run: Run, outcome: str, error: str = "") -> dict[str, Any]:
@@ -93,16 +139,12 @@ def attempt(run: Run, outcome: str, error: str = "") -> dict[str, Any]:
     return {
         "run_id": run.id,
         "round": None,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _utc(time.time()),
         "outcome": outcome,
         **({"error": error} if error else {}),
         **provenance(),
     }
 
 
-def line(run: Run, this: Round) -> str:
-    row = this.row
-    return (
-        f"{run.id} round {this.number:2}: density {row['density']:7.2%}, test accuracy "
-        f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}"
-    )
+def _utc(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))

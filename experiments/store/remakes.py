@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.store.arithmetic import is_ours
 from experiments.store.store import Store
-from experiments.study import studies
+from experiments.study import parts, studies
 from experiments.study.runs import Run, rounds_of, run_of
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ class Remakes:
         self.store, self.device, self.anew = store, device, anew
         rows = store.rows()
         self.have = rounds_there(rows)
-        self.highest: dict[tuple[str, str, int], int] = {}
+        self.highest: dict[Any, int] = {}  # by network, profile and seed
         for row in rows:
             key = row["network"], row["profile"], row["seed"]
             self.highest[key] = max(self.highest.get(key, 0), row.get("remake", 0))
@@ -174,6 +174,8 @@ def readable(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row.get("numerics", 1) != numerics:
             continue
         plain = "numerics" not in row and "remake" not in row
+        # reading imports nothing: what others named keeps its id
+        plain = plain or any(map(parts.is_path, (row["network"], row["criterion"])))
         name = row["run_id"] if plain else replace(run_of(row), numerics=1, remake=0).id
         chains.setdefault(name, {}).setdefault(row.get("remake", 0), []).append(row)
     found = []

@@ -9,13 +9,15 @@ that asked for it, of what it was grouped with, or of restarts.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import lottery_sparse as ls
-from experiments.study.networks import NETWORKS, Network
+from experiments.study import parts
+from experiments.study.networks import Network, find
+from experiments.study.profiles import PROFILES, Profile, check, profile_of
 
 SCHEMA = 1  # of the rules that make numbers of a run; with another one all ids are others
 
@@ -41,92 +43,11 @@ LITERALS: dict[str, tuple[Any, ...]] = {  # field -> the values there are
     "limits": (LIMITS,),
 }
 
+LATER = (*LITERALS, "remake", "data")  # fields that a dense run shares, and few rows say
+
 Schedule = Literal["iterative", "one_shot", "learned"]
 Weights = Literal["init", "signed_constant"]
 Permuted = Literal["none", "pixels", "classes"]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much of the paper's protocol is run.
-
-    Attributes:
-        share: of the network's iterations, of a round and of a learned mask alike.
-        evaluate_every: iterations between two looks at the validation part.
-        rounds: at most so many of a study's; None: all.
-        seeds: at most so many of a study's, where the user gives no number; None: all.
-        stride: a chain trains every so many rounds, and each training prunes the shares of all.
-        patience: the share of its iterations after which a training stops that has not lowered
-            the validation loss; None: none does. The dense network takes all iterations.
-        convolutions: literals of the runs of convolutional networks, learned masks apart.
-        mini: whether MNIST is the subset that ships here.
-        deviations: from the protocol, in words; they stand in every figure's title.
-    """
-
-    name: str
-    share: float = 1.0
-    evaluate_every: int = 100
-    rounds: int | None = None
-    seeds: int | None = None
-    stride: int = 1
-    patience: float | None = None
-    convolutions: tuple[tuple[str, str], ...] = ()
-    mini: bool = False
-    deviations: tuple[str, ...] = ()
-
-    def iterations(self, of: int) -> int:
-        return max(1, math.ceil(self.share * of))
-
-    def literals(self, network: str, schedule: str) -> dict[str, str]:
-        """Those of `LITERALS` that the profile asks for where they are not the defaults."""
-        masked = schedule != "learned" and NETWORKS[network].convolutions
-        return dict(self.convolutions) if masked else {}
-
-    def dataset(self, name: str) -> str:
-        return "mnist-mini" if self.mini and name == "mnist" else name
-
-
-PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile("paper"),
-        Profile(
-            "coarse",
-            seeds=3,
-            stride=4,
-            patience=0.1,
-            convolutions=(
-                ("precision", "bfloat16"),
-                ("layout", "channels_last"),
-                ("form", "masked"),
-            ),
-            deviations=(
-                "tickets of rounds 4, 8, 12, 16 and 20 only, each pruned by four rounds at once",
-                "a ticket's training ends after a tenth of its iterations without a lower "
-                "validation loss",
-                "conv nets in bfloat16",
-                "three seeds where no more are named",
-            ),
-        ),
-        Profile(
-            "patience",
-            patience=0.1,
-            deviations=(
-                "a ticket's training ends after a tenth of its iterations without a lower "
-                "validation loss",
-            ),
-        ),
-        Profile("short", share=0.1, deviations=("a tenth of the iterations",)),
-        Profile(
-            "smoke",
-            share=0.001,
-            evaluate_every=20,
-            rounds=3,
-            mini=True,
-            deviations=("a thousandth of the iterations", "three rounds", "a subset of MNIST"),
-        ),
-    )
-}
 
 
 _TICKETS, _MASKS = ("mask1", "mask0", "rewind_to", "compounding"), ("rescale", "init_score")
@@ -151,10 +72,13 @@ class Run:
     """One curve with one seed. The defaults are a lottery ticket as in the paper.
 
     Attributes:
+        network, profile: names of NETWORKS, or "module:attr", and of PROFILES; a run that is not
+            for a store may have a `Network` and a `Profile` of its own.
         schedule: "iterative": train, prune, train again, round by round. "one_shot": the dense
             network is pruned at once to what each number of rounds leaves. "learned": a mask is
             learned by gradient descent on scores.
-        criterion: one of ls.pruning.CRITERIA; "none": the dense network, or a learned mask.
+        criterion: one of ls.pruning.CRITERIA, or "module:attr", see `parts`; "none": the dense
+            network, or a learned mask.
         mask1: what kept weights restart from, of ls.pruning.MASK1_ACTIONS.
         mask0: what pruned weights hold, of ls.pruning.MASK0_ACTIONS.
         weights: what a network that is not trained computes with, "init" or "signed_constant".
@@ -175,10 +99,11 @@ class Run:
             pruned weights that rest.
         limits: densities above which products are dense.
         remake: how often the chain was made anew before, as a whole; it changes no number.
+        data: the data set; "": the network's.
     """
 
-    network: str
-    profile: str
+    network: str | Network
+    profile: str | Profile
     seed: int
     schedule: Schedule = "iterative"
     criterion: str = "large_final"
@@ -198,18 +123,18 @@ class Run:
     form: str = "compact"
     limits: Limits = LIMITS
     remake: int = 0
+    data: str = ""
 
     def __post_init__(self) -> None:
-        _check("network", self.network, NETWORKS)
-        _check("profile", self.profile, PROFILES)
-        _check("schedule", self.schedule, get_args(Schedule))
-        _check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
-        _check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
-        _check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
-        _check("weights", self.weights, get_args(Weights))
-        _check("permuted", self.permuted, get_args(Permuted))
+        check("schedule", self.schedule, get_args(Schedule))
+        if not parts.is_path(self.criterion):
+            check("criterion", self.criterion, (*ls.pruning.CRITERIA, DENSE))
+        check("mask1", self.mask1, ls.pruning.MASK1_ACTIONS)
+        check("mask0", self.mask0, ls.pruning.MASK0_ACTIONS)
+        check("weights", self.weights, get_args(Weights))
+        check("permuted", self.permuted, get_args(Permuted))
         for name, values in LITERALS.items():
-            _check(name, getattr(self, name), values)
+            check(name, getattr(self, name), values)
         if self.remake < 0:
             raise ValueError(f"remake must be 0 (made once) or more, got {self.remake}.")
         if self.schedule == "learned" and self.criterion != DENSE:
@@ -225,6 +150,8 @@ class Run:
                 raise ValueError(
                     f"{name} must be {default!r}, got {getattr(self, name)!r}: {READ_BY[name]}."
                 )
+        if parts.is_path(self.network):  # what it names is asked when it is computed with
+            return
         self._check_arithmetic()
         for name in ("rewind_to", "final_at"):
             at = getattr(self, name)
@@ -236,19 +163,15 @@ class Run:
 
     def _check_arithmetic(self) -> None:
         """Refuse what the engine does not compute."""
-        plain = (self.precision, self.layout, self.form) == ("float32", "contiguous", "compact")
-        if plain:
+        if self.net.is_plain:
             return
+        told = (
+            f"float32, contiguous and compact; got {self.precision}, {self.layout} and {self.form}."
+        )
         if self.schedule == "learned":
-            raise ValueError(
-                "learned masks are computed in float32, contiguous and compact; got "
-                f"{self.precision}, {self.layout} and {self.form}."
-            )
-        if not NETWORKS[self.network].convolutions:
-            raise ValueError(
-                f"{self.network} has no convolutions, and is computed in float32, contiguous and "
-                f"compact; got {self.precision}, {self.layout} and {self.form}."
-            )
+            raise ValueError(f"learned masks are computed in {told}")
+        if not self.net.has_convolutions:
+            raise ValueError(f"{self.net.name} has no convolutions, and is computed in {told}")
         if self.precision == "bfloat16" and self.form == "compact":
             raise ValueError(
                 "bfloat16 products of studies are the dense library's, so form must be 'masked'; "
@@ -258,28 +181,34 @@ class Run:
     @property
     def net(self) -> Network:
         """The network with the iterations of the profile, as the run computes it."""
-        network, profile = NETWORKS[self.network], PROFILES[self.profile]
+        network, share = _of(self.network, find), self.protocol.iterations
         return replace(
             network,
-            iterations=profile.iterations(network.iterations),
-            score_iterations=profile.iterations(network.score_iterations),
+            iterations=share(network.iterations),
+            score_iterations=share(network.score_iterations),
             precision=self.precision,
             layout=self.layout,
             form=self.form,
         )
 
     @property
+    def protocol(self) -> Profile:
+        return _of(self.profile, profile_of)
+
+    @property
+    def is_ticket(self) -> bool:
+        return self.schedule == "iterative" and self.criterion != DENSE
+
+    @property
     def patience(self) -> int | None:
         """Iterations without a lower validation loss after which a round's training stops."""
-        share = PROFILES[self.profile].patience
-        ticket = self.schedule == "iterative" and self.criterion != DENSE
-        return math.ceil(share * self.iterations) if share is not None and ticket else None
+        share = self.protocol.patience if self.is_ticket else None
+        return None if share is None else math.ceil(share * self.iterations)
 
     @property
     def stride(self) -> int:
         """The rounds whose shares each training of a chain prunes."""
-        ticket = self.schedule == "iterative" and self.criterion != DENSE
-        return PROFILES[self.profile].stride if ticket else 1
+        return self.protocol.stride if self.is_ticket else 1
 
     @property
     def iterations(self) -> int:
@@ -287,11 +216,7 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        return PROFILES[self.profile].dataset(NETWORKS[self.network].dataset)
-
-    @property
-    def evaluate_every(self) -> int:
-        return PROFILES[self.profile].evaluate_every
+        return self.data or self.protocol.dataset(self.net.dataset)
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -313,7 +238,7 @@ class Run:
         numbers: dict[str, Any] = {
             "schema": SCHEMA,
             "dataset": self.dataset,
-            "evaluate_every": self.evaluate_every,
+            "evaluate_every": self.protocol.evaluate_every,
             "iterations": network.iterations,
             "lr": network.lr,
             "batch_size": network.batch_size,
@@ -329,30 +254,34 @@ class Run:
                 "score_iterations": network.score_iterations,
                 "score_batch_size": network.score_batch_size,
             }
+        if paths := [p for p in (network.name, self.criterion, self.dataset) if parts.is_path(p)]:
+            numbers["files"] = {path: parts.digest(path) for path in paths}
         text = json.dumps(self.changed | numbers, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return "-".join([self.network, *self._words(), f"s{self.seed}", self.profile, digest])
+        words = [network.name, *self._words(), f"s{self.seed}", self.protocol.name, digest]
+        return "-".join(words).replace(":", ".")
 
     def _words(self) -> Iterable[str]:
         if self.schedule != "iterative":
             yield self.schedule
-        if self.criterion != DENSE:
-            yield self.criterion
-        elif self.schedule == "iterative":
-            yield "dense"
+        if self.criterion != DENSE or self.schedule == "iterative":
+            yield "dense" if self.criterion == DENSE else self.criterion
         changed = self.changed
-        for name in ("mask1", "mask0", "weights", "permuted"):
+        for name in ("mask1", "mask0", "weights", "permuted", "data"):
             if name in changed:
                 yield str(changed[name])
-        for name in ("rewind_to", "final_at", "init_score"):
+        for name in (
+            "rewind_to",
+            "final_at",
+            "init_score",
+            "compounding",
+            "rescale",
+            "numerics",
+            "remake",
+        ):
             if name in changed:
-                yield f"{name}_{changed[name]:g}"
-        for name in ("compounding", "rescale"):
-            if name in changed:
-                yield name
-        for name in ("numerics", "remake"):
-            if name in changed:
-                yield f"{name}_{changed[name]}"
+                value = changed[name]
+                yield name if isinstance(value, bool) else f"{name}_{value:g}"
         if self.schedule == "learned" and self.trained:
             yield "trained"
 
@@ -364,16 +293,16 @@ class Run:
             profile=self.profile,
             seed=self.seed,
             criterion=DENSE,
-            **{name: getattr(self, name) for name in (*LITERALS, "remake")},
+            **{name: getattr(self, name) for name in LATER},
         )
 
     @property
     def named(self) -> dict[str, Any]:
-        """The fields that a row says; of arithmetic and remake, what differs from the defaults.
+        """The fields that a row says; of `LATER` ones, what differs from the defaults.
 
         Rows were committed before runs had these fields, and stay as they are.
         """
-        silent = {name for name in (*LITERALS, "remake") if name not in self.changed}
+        silent = {name for name in LATER if name not in self.changed}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in silent}
 
 
@@ -383,7 +312,7 @@ DEFAULTS = {field.name: field.default for field in fields(Run)}
 def run_in(profile: str, network: str, seed: int, **changes: Any) -> Run:
     """The run as a profile computes it."""
     schedule = changes.get("schedule", DEFAULTS["schedule"])
-    literals = PROFILES[profile].literals(network, schedule)
+    literals = PROFILES[profile].literals(find(network), schedule)
     return Run(network=network, profile=profile, seed=seed, **{**literals, **changes})
 
 
@@ -402,6 +331,6 @@ def rounds_of(run: Run, rounds: int) -> set[int]:
     return {0} if run.criterion == DENSE else set(range(0, rounds + 1, run.stride))
 
 
-def _check(name: str, value: Any, known: Iterable[Any]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}.")
+def _of(chosen: Any, named: Callable[[str], Any]) -> Any:
+    """The network or profile of a run, which gives itself or a name."""
+    return named(chosen) if isinstance(chosen, str) else chosen

@@ -4,13 +4,16 @@ An arm is a curve of a figure: what its runs change of the defaults of `Run`. Ar
 studies may be the same runs, which are then made once.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
-from experiments.study.runs import DENSE, LITERALS, PROFILES, Run, run_in
+from experiments.study import parts
+from experiments.study.profiles import PROFILES
+from experiments.study.runs import DENSE, LATER, Run, run_in
 
 SEEDS = 5  # as in the paper
 ROUNDS = 20  # where the paper's figures end; its scripts run 24
@@ -50,7 +53,8 @@ class Arm:
         """The values that set the arm apart: "large_final", "large_final, signed_constant"."""
         words = []
         for name, value in self.changes:
-            if name == "schedule" or (name, value) in (("trained", False), ("criterion", DENSE)):
+            common = (("trained", False), ("criterion", DENSE))
+            if name in ("schedule", "data") or (name, value) in common:
                 continue
             if value is None:
                 words.append(f"{name} the end")
@@ -254,6 +258,30 @@ def find(name: str) -> Study:
     return STUDIES[name]
 
 
+def asked(name: str, options: argparse.Namespace) -> Study:
+    """A study with what options choose.
+
+    These are `criterion`, of all arms that have one; `dataset`, of all arms; and a `network` of
+    somebody else, which every study has that trains weights.
+    """
+    study, networks = find(name), find(name).networks
+    changes = {"data": (options.dataset,)} if options.dataset else {}
+    for criterion in options.criterion:
+        parts.criterion(criterion)
+    axes = []
+    for its in study.axes:
+        scored = options.criterion and its.get("criterion") != (DENSE,)
+        axes.append({**its, **({"criterion": options.criterion} if scored else {}), **changes})
+    if parts.is_path(options.network) and study.axes[0].get("schedule") != ("learned",):
+        networks = (*networks, options.network)
+    return replace(study, axes=tuple(axes), networks=networks)
+
+
+def chosen(options: argparse.Namespace) -> list[Study]:
+    """The study that options name, or all, as `asked`."""
+    return [asked(name, options) for name in ([options.study] if options.study else STUDIES)]
+
+
 def wanted(study: Study, network: str, profile: str, seeds: int) -> list[Run]:
     """The runs of a study, for seeds 0 to `seeds` - 1.
 
@@ -278,13 +306,15 @@ def homes() -> dict[tuple[tuple[str, Any], ...], str]:
 
 def home(run: Run) -> str:
     """The first study that has the run, whatever its network, profile and seed; "" if none has."""
-    changes = {name: value for name, value in run.changed.items() if name not in LITERALS}
+    changes = {name: value for name, value in run.changed.items() if name not in LATER}
+    if parts.is_path(run.criterion):  # as if it were the paper's first
+        changes["criterion"] = CRITERIA[0]
     same = Run(**{**changes, "network": "fc", "profile": "paper"})  # for its iterations
     return homes().get(_key(same), "")
 
 
 def _key(run: Run) -> tuple[tuple[str, Any], ...]:
-    apart = ("network", "profile", "seed", "rewind_to", "final_at", "remake", *LITERALS)
+    apart = ("network", "profile", "seed", "rewind_to", "final_at", *LATER)
     late = ("late", run.rewind_to > 0), ("early", run.final_at is not None)
     return (*((k, v) for k, v in run.changed.items() if k not in apart), *late)
 

@@ -13,86 +13,68 @@ import torch
 from torch import Tensor
 
 import lottery_sparse as ls
-from experiments.store.arithmetic import marked
-from experiments.store.checkpoints import Checkpoints, InFlight, device_of, load
-from experiments.store.records import Say, base_row, curve_of, line, record, row_of
+from experiments.store.checkpoints import Checkpoints, InFlight
+from experiments.store.records import Made, Recorder, Say, load
 from experiments.store.remakes import has_snapshots, rounds_there
 from experiments.store.store import Lease, Store
 from experiments.study import studies
-from experiments.study.runs import DENSE, Run, rounds_of
+from experiments.study.runs import Run, rounds_of
 from experiments.train.data import Dataset
 from experiments.train.heading import Counts, towards_zero
 from experiments.train.learned import learn
 from experiments.train.lottery import (
-    Lottery,
-    Rewind,
     Round,
-    Start,
     dense_round,
-    dense_start,
     next_start,
-    spread,
     tensors_at,
     together,
     train_rounds,
     untrained,
 )
-
-
-def lottery_of(run: Run, rounds: int) -> Lottery:
-    """The loop that a run asks for."""
-    return Lottery(
-        run.net,
-        run.criterion if run.criterion != DENSE else "large_final",
-        run.mask1,
-        run.mask0,
-        rounds,
-        run.seed,
-        one_shot=run.schedule == "one_shot",
-        rewind_to=run.rewind_to,
-        compounding=run.compounding,
-        stride=run.stride,
-        patience=run.patience,
-        evaluate_every=run.evaluate_every,
-    )
+from experiments.train.models import dense_start
+from lottery_sparse.tickets.round import Began
 
 
 def execute(
     runs: Sequence[Run], rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
 ) -> None:
     """Bring each run of a group (see `groups`) to `rounds` rounds; add rows as they are there."""
-    kind = runs[0]
+    out, kind = Recorder(store, lease, dataset, say), runs[0]
     if kind == kind.dense:
         for run in runs:
-            run_dense(run, store, lease, dataset, say)
+            run_dense(run, out)
     elif kind.schedule == "iterative":
-        run_chains(runs, rounds, store, lease, dataset, say)
+        run_chains(runs, rounds, out)
     elif kind.schedule == "one_shot":
         for run in runs:
-            run_untrained(run, rounds, store, lease, dataset, say)
+            run_untrained(run, rounds, out)
     else:
-        run_learned(runs, store, lease, dataset, say)
+        run_learned(runs, out)
+
+
+def line(run: Run, this: Round) -> str:
+    row = this.row
+    return (
+        f"{run.id} round {this.number:2}: density {row['density']:7.2%}, test accuracy "
+        f"{row['test_accuracy']:.2%} at iteration {row['early_stop_iteration']:,}"
+    )
 
 
 # ---- the dense run of a seed --------------------------------------------------------------------
 
 
-def run_dense(run: Run, store: Store, lease: Lease, dataset: Dataset, say: Say) -> None:
+def run_dense(run: Run, out: Recorder) -> None:
     """Round 0: one row, and the weights at its end and at iterations that studies ask for."""
-    if store.rounds_done(run.id):
-        say(f"{run.id}: its weights are not here; trained again, and compared with its row")
+    if out.store.rounds_done(run.id):
+        out.say(f"{run.id}: its weights are not here; trained again, and compared with its row")
     began = time.time()
-    at = studies.snapshots(run)
-    flight = InFlight(run, 0, store, lease, device_of(dataset), say)
-    this, found = dense_round(lottery_of(run, 0), dataset, at, midway=flight)
-    made = record(run, 0, began, [run], this.seconds, dataset, this.row["engine"])
-    store.add(lease, [row_of(run, this)], [made], curve_of(run, 0, this.evaluations))
+    flight = InFlight(run, 0, out)
+    this, found = dense_round(run, out.dataset, studies.snapshots(run), midway=flight)
+    out.add([Made(run, [this.row], this.evaluations)], began, this.seconds)
     tensors = {f"final.{name}": value for name, value in this.w_final.items()}
-    tensors |= tensors_at(found)
-    metadata = {"row": this.row, "at": sorted(found)}
-    store.save(lease, run.id, tensors, marked(metadata, device_of(dataset)))
+    out.save(run, tensors | tensors_at(found), {"row": this.row, "at": sorted(found)})
     flight.end()
-    say(line(run, this))
+    out.say(line(run, this))
 
 
 def has_dense(run: Run, store: Store) -> bool:
@@ -102,124 +84,99 @@ def has_dense(run: Run, store: Store) -> bool:
 
 
 def dense_of(run: Run, store: Store, device: torch.device) -> tuple[Round, dict[int, Any]]:
-    """The dense round that a run starts from, and the dense weights at earlier iterations."""
+    """The dense round that a run starts from, as its first masks see it, and dense weights.
+
+    Its end is iteration run.final_at. The weights are those at iteration 0, at the last one and at
+    those between that are kept.
+    """
     found = load(run.dense.id, store, str(device))
     if found is None:
         raise ValueError(f"{run.id} starts from {run.dense.id}, which is not in {store.folder}.")
     parts, metadata = divided(found[0], device), found[1]
     start = dense_start(run.net, run.seed, device)
-    round_ = Round(0, metadata["row"], start, parts["final"], 0.0)
     snapshots = {at: parts[f"at_{at}"] for at in metadata["at"]}
-    return round_, {0: start.weights, run.iterations: parts["final"], **snapshots}
+    snapshots |= {0: start.weights, run.iterations: parts["final"]}
+    last = run.iterations if run.final_at is None else run.final_at
+    return Round(0, metadata["row"], start, snapshots[last]), snapshots
 
 
 # ---- chains of rounds ----------------------------------------------------------------------------
 
 
-def run_chains(
-    runs: Sequence[Run], rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
-) -> None:
+def run_chains(runs: Sequence[Run], rounds: int, out: Recorder) -> None:
     """Lotteries side by side: always the ones with the fewest rounds done."""
-    device = dataset.train.images.device
-    scored = {run: resumed(run, rounds, store, lease, dataset, say) for run in runs}
-    rewinds = {
-        run: Rewind(
-            dense_of(run, store, device)[1][run.rewind_to], spread(run.net, run.seed, device)
-        )
-        for run in runs
-    }
+    device = out.dataset.device
+    origins: dict[Run, Any] = {}
+    scored: dict[Run, Round] = {}
+    for run in runs:
+        dense, snapshots = dense_of(run, out.store, device)
+        origins[run] = snapshots[run.rewind_to]
+        scored[run] = resumed(run, dense, rounds, out)
     [stride] = {run.stride for run in runs}
     while todo := [run for run in runs if scored[run].number + stride <= rounds]:
         number = stride + min(scored[run].number for run in todo)
         now = [run for run in todo if scored[run].number == number - stride]
-        starts = {
-            run: next_start(lottery_of(run, rounds), number, scored[run], rewinds[run])
-            for run in now
-        }
-        company = [r for r in now if together(lottery_of(r, rounds), starts[r], device)]
+        starts = {run: next_start(run, number, scored[run], origins[run]) for run in now}
+        company = [run for run in now if together(run, starts[run], device)]
         for some in [company] * bool(company) + [[run] for run in now if run not in company]:
             began = time.time()
-            plans = [lottery_of(run, rounds) for run in some]
-            flight = InFlight(some[0], number, store, lease, str(device), say)
+            flight = InFlight(some[0], number, out)
             begins = [starts[run] for run in some]
-            done = train_rounds(plans, number, begins, dataset, midway=flight)
+            done = train_rounds(some, number, begins, out.dataset, midway=flight)
             pairs = list(zip(some, done, strict=True))
-            store.add(
-                lease,
-                [row_of(run, this) for run, this in pairs],
-                [
-                    record(run, number, began, some, this.seconds, dataset, this.row["engine"])
-                    for run, this in pairs
-                ],
-                [
-                    curve | {"heading": moved(scored[run], this.start)}
-                    for run, this in pairs
-                    for curve in curve_of(run, number, this.evaluations)
-                ],
-            )
+            made = [
+                Made(run, [this.row], this.evaluations, moved(scored[run], this.start))
+                for run, this in pairs
+            ]
+            out.add(made, began, done[0].seconds)
             for run, this in pairs:
                 scored[run] = this
-                tensors, metadata = packed(this)
-                store.save(lease, run.id, tensors, marked(metadata, str(device)))
-                say(line(run, this))
+                out.save(run, *packed(this))
+                out.say(line(run, this))
             flight.end()
 
 
-def moved(scored: Round, start: Start) -> Counts:
+def moved(scored: Round, start: Began) -> Counts:
     """Of the weights that the masks of a start prune and keep, how many were heading to zero."""
     return towards_zero(scored.start.weights, scored.w_final, scored.start.masks, start.masks)
 
 
-def resumed(run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say) -> Round:
+def resumed(run: Run, dense: Round, rounds: int, out: Recorder) -> Round:
     """The last round that the store holds all of; the dense one, with its row, if none.
 
     A checkpoint behind which rows are missing (a damaged line is not read) is of no use: the chain
     is done again, which adds them. So it is where there is none; rows that are there are compared.
     """
-    device = dataset.train.images.device
-    found = load(run.id, store, str(device))
-    there = store.rounds_done(run.id)
+    found, there = out.load(run), out.store.rounds_done(run.id)
     if found is not None and found[1]["round"] <= rounds:
         if rounds_of(run, found[1]["round"]) <= there:
-            return unpacked(*found, device)
-        say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
+            return unpacked(*found, out.dataset.device)
+        out.say(f"{run.id}: rows before round {found[1]['round']} are missing; done again")
     elif there - {0}:
-        say(
+        out.say(
             f"{run.id}: its weights are not here; done again from the dense run, and compared with "
             f"its rows to round {max(there)}"
         )
-    dense, snapshots = dense_of(run, store, device)
-    dense = scored_at(run, dense, snapshots)
-    store.add(lease, [row_of(run, dense)], [])
+    out.copy(Made(run, [dense.row]))
     return dense
-
-
-def scored_at(run: Run, dense: Round, snapshots: dict[int, Any]) -> Round:
-    """The dense round as the first masks see it: its end is iteration run.final_at."""
-    if run.final_at is None:
-        return dense
-    return Round(0, dense.row, dense.start, snapshots[run.final_at], dense.seconds)
 
 
 def packed(this: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A round as tensors and metadata for a checkpoint."""
-    tensors = {f"final.{name}": value for name, value in this.w_final.items()}
-    tensors |= {f"start.{name}": value for name, value in this.start.weights.items()}
-    for name, mask in this.start.masks.items():
-        tensors[f"mask.{name}"] = mask
-        frozen = this.start.frozen[name]
-        if frozen is not None:
-            tensors[f"frozen.{name}"] = frozen
-    return tensors, {"round": this.number, "row": this.row, "masked": this.start.masked}
+    start = this.start
+    parts = {
+        "final": this.w_final, "start": start.weights, "mask": start.masks, "frozen": start.frozen
+    }  # fmt: skip
+    tensors = {f"{part}.{name}": t for part, its in parts.items() for name, t in its.items()}
+    return tensors, {"round": this.number, "row": this.row, "masked": not start.released}
 
 
 def unpacked(tensors: dict[str, Tensor], metadata: dict[str, Any], device: torch.device) -> Round:
     """The round of `packed`."""
     parts = divided(tensors, device)
-    masks = parts["mask"]
-    frozen = {name: parts.get("frozen", {}).get(name) for name in masks}
-    start = Start(ls.Masks(masks), parts["start"], frozen, metadata["masked"])
-    return Round(metadata["round"], metadata["row"], start, parts["final"], 0.0)
+    frozen = parts.get("frozen", {})
+    start = Began(ls.Masks(parts["mask"]), parts["start"], frozen, not metadata["masked"])
+    return Round(metadata["round"], metadata["row"], start, parts["final"])
 
 
 def divided(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict[str, Tensor]]:
@@ -231,58 +188,31 @@ def divided(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict[
     return parts
 
 
-# ---- masks on untrained networks -----------------------------------------------------------------
+# ---- masks on untrained networks, and learned ones -----------------------------------------------
 
 
-def run_untrained(
-    run: Run, rounds: int, store: Store, lease: Lease, dataset: Dataset, say: Say
-) -> None:
+def run_untrained(run: Run, rounds: int, out: Recorder) -> None:
     """One-shot masks on the initial weights, over density: all rows of a run at once."""
     began = time.time()
-    device = dataset.train.images.device
-    dense = scored_at(run, *dense_of(run, store, device))
-    points = untrained(
-        run.net, dataset, run.seed, dense.w_final, [(run.criterion, run.weights)], range(rounds + 1)
-    )
-    rows, curve, counts = [], [], []
-    for number, point in enumerate(points):
-        curve.append(point["validation"])
-        counts.append(point["heading"])
-        rows.append(
-            base_row(run)
-            | {
-                "round": number,
-                "density": point["density"],
-                "kept": point["kept"],
-                "test_accuracy": point["accuracy"],
-                "iterations": 0,
-            }
-            | {key: point[key] for key in ("backend", "products")}
-        )
-    seconds = time.time() - began
-    made = record(run, rounds, began, [run], seconds, dataset)
-    curves = [entry | {"heading": counts} for entry in curve_of(run, rounds, curve)]
-    store.add(lease, rows, [made], curves)
+    dense, _ = dense_of(run, out.store, out.dataset.device)
+    curve = [(run.criterion, run.weights)]
+    found = list(untrained(run.net, out.dataset, run.seed, dense.w_final, curve, range(rounds + 1)))
+    rows = [point.row for point in found]
+    made = Made(run, rows, [p.validation for p in found], [p.heading for p in found])
+    out.add([made], began, time.time() - began)
     top = max(rows, key=lambda row: row["test_accuracy"])
-    say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
+    out.say(f"{run.id}: best {top['test_accuracy']:.2%} at density {top['density']:.2%}")
 
 
-# ---- learned masks -------------------------------------------------------------------------------
-
-
-def run_learned(
-    runs: Sequence[Run], store: Store, lease: Lease, dataset: Dataset, say: Say
-) -> None:
+def run_learned(runs: Sequence[Run], out: Recorder) -> None:
     """One row each, of ten masks drawn from what was learned."""
-    kept = Checkpoints(store, lease, device_of(dataset))
-    for this in learn(runs, dataset, kept):
-        row, group = base_row(this.run) | this.row, this.company
-        seconds = kept.share(this.run.id, len(group)) * len(group)
-        made = record(this.run, 1, kept.began, group, seconds, dataset, this.engine)
-        store.add(lease, [row], [made])
-        say(
-            f"{this.run.id}: density {row['density']:.2%}, test accuracy {row['test_accuracy']:.2%}"
-        )
+    kept = Checkpoints(out)
+    for this in learn(runs, out.dataset, kept):
+        run, row, group = this.run, this.row, this.company
+        seconds = kept.share(run.id, len(group)) * len(group)
+        out.add([Made(run, [row])], kept.began, seconds, group)
+        accuracy = f"test accuracy {row['test_accuracy']:.2%}"
+        out.say(f"{run.id}: density {row['density']:.2%}, {accuracy}")
 
 
 # ---- what is to do -------------------------------------------------------------------------------
@@ -322,6 +252,6 @@ def groups(
         tuple(members[at : at + size])
         for members in kinds.values()
         # what has no company is done chain after chain, so that one is whole before the next begins
-        for size in [most if members[0].net.is_plain else 1]
+        for size in [most if members[0].net.goes_in_company else 1]
         for at in range(0, len(members), size)
     ]

@@ -17,7 +17,7 @@ from experiments.store.leases import LeaseLost
 from experiments.store.records import attempt
 from experiments.store.remakes import DIFFERS, Remakes, to_do
 from experiments.store.store import Lease, OtherNumbers, Store
-from experiments.study.networks import NETWORKS, keep_by_parameter, skeleton
+from experiments.study.networks import check_fits, find, keep_by_parameter, skeleton
 from experiments.study.runs import Run, rounds_of
 from experiments.study.studies import Study, rounds_asked, wanted
 from experiments.sweep.engines import ATTEMPTS, check, sweep
@@ -171,7 +171,8 @@ def run_study(
         arithmetic.warn_if_slow(runs[0], here)
     if download:
         data.load(runs[0].dataset, data_dir, download=True)
-    load(runs[0].dataset, data_dir, "cpu")
+    dataset = load(runs[0].dataset, data_dir, "cpu")
+    check_fits(runs[0].net, dataset.val.images[:2], dataset.classes, dataset.name)
     store = Store(folder)
     cuda = devices[0] != "cpu"
     # workers of a cluster may be in another folder
@@ -258,7 +259,7 @@ def say_left(runs: Sequence[Run], rounds: int, remakes: Remakes) -> int:
 
 def check_rounds(rounds: int, network: str) -> None:
     """Raise ValueError for fewer than 0, and for more than leave each layer a weight."""
-    net = NETWORKS[network]
+    net = find(network)
     sizes = {name: p.numel() for name, p in skeleton(net).named_parameters()}
     most = min(
         math.floor(math.log(sizes[name]) / -math.log(share))

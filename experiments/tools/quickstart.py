@@ -16,19 +16,15 @@ from torch import Tensor, nn
 
 import lottery_sparse as ls
 from experiments.study.networks import FC
+from experiments.study.profiles import Profile
+from experiments.study.runs import Run
 from experiments.sweep.progress import Progress
+from experiments.timing import least
 from experiments.train.data import Dataset
 from experiments.train.loop import adam, evaluation, step
-from experiments.train.lottery import (
-    Lottery,
-    Round,
-    Start,
-    dense_start,
-    lottery,
-    model_of,
-    train_models,
-    untrained,
-)
+from experiments.train.lottery import Round, lottery, train_models, untrained
+from experiments.train.models import dense_start, model_of
+from lottery_sparse.tickets.round import Began
 
 ITERATIONS = 600  # per training run
 ROUNDS = 6
@@ -51,12 +47,8 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
     """
     began = time.perf_counter()
     torch.set_num_threads(1)  # LeNet at batch 60 gains nothing from a second one
-    run = Lottery(
-        network=replace(FC, keep=SHARES, iterations=iterations),
-        rounds=ROUNDS,
-        seed=seed,
-        train_accuracy=False,
-    )
+    network = replace(FC, keep=SHARES, iterations=iterations)
+    run = Run(network=network, profile=Profile("quick", train_accuracy=False), seed=seed)
     parts = " / ".join(f"{len(part):,}" for part in (dataset.train, dataset.val, dataset.test))
     with Progress(total=iterations * (1 + 3 * ROUNDS)) as progress:
         progress.line(
@@ -70,7 +62,7 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
         timings = measure(run, rounds[0], best, dataset, progress)
     return {
         "dataset": dataset.name,
-        "network": run.network.name,
+        "network": network.name,
         "seed": seed,
         "iterations": iterations,
         **curves,
@@ -81,9 +73,7 @@ def quickstart(dataset: Dataset, seed: int = 0, iterations: int = ITERATIONS) ->
     }
 
 
-def tickets(
-    run: Lottery, dataset: Dataset, progress: Progress
-) -> tuple[list[Round], dict[str, Any]]:
+def tickets(run: Run, dataset: Dataset, progress: Progress) -> tuple[list[Round], dict[str, Any]]:
     """Every round of the lottery loop, each beside its two controls with as many weights per layer.
 
     reinit: the ticket's masks, weights drawn anew. random: the initial weights, masks at random.
@@ -98,7 +88,7 @@ def tickets(
         progress.advance()
 
     progress.describe("dense")
-    for this in lottery(run, dataset, on_step):
+    for this in lottery(run, ROUNDS, dataset, on_step):
         rounds.append(this)
         row = this.row
         point = {key: row[key] for key in ("density", "early_stop_iteration", "kept")}
@@ -111,17 +101,10 @@ def tickets(
                 ("random", randomly_masked(run, this)),
             ):
                 progress.describe(f"round {row['round']}, {name}")
-                model = model_of(run.network, start, dataset.train.images.device)
-                [result] = train_models(
-                    run, [run.seed], model, dataset, lambda iteration: progress.advance()
-                )
-                curves[name].append(
-                    {
-                        **point,
-                        "early_stop_iteration": result.early_stop_iteration,
-                        "accuracy": result.test_accuracy,
-                    }
-                )
+                model = model_of(run.net, start, dataset.device)
+                [result] = train_models([run], model, dataset, lambda i: progress.advance())
+                at, accuracy = result.early_stop_iteration, result.test_accuracy
+                curves[name].append({**point, "early_stop_iteration": at, "accuracy": accuracy})
         cells = [f"{points[-1]['accuracy']:9.1%}" for points in curves.values() if points]
         if not cells:
             cells = [f"{dense['accuracy']:9.1%}  (dense)"]
@@ -130,22 +113,22 @@ def tickets(
     return rounds, {"dense": dense, **curves}
 
 
-def reinitialised(run: Lottery, this: Round) -> Start:
+def reinitialised(run: Run, this: Round) -> Began:
     """The same masks on weights drawn anew from the initial law."""
     seed = ls.random.derive(run.seed, "reinit", this.row["round"])
-    return replace(this.start, weights=dense_start(run.network, seed, "cpu").weights)
+    return this.start._replace(weights=dense_start(run.net, seed, "cpu").weights)
 
 
-def randomly_masked(run: Lottery, this: Round) -> Start:
+def randomly_masked(run: Run, this: Round) -> Began:
     """The same start under masks that keep as many weights of each layer, chosen at random."""
     kept = {
         name: Fraction(int(mask.sum()), mask.numel()) for name, mask in this.start.masks.items()
     }
     weights = {name: this.start.weights[name] for name in kept}
-    everything = dense_start(run.network, run.seed, "cpu").masks
+    everything = dense_start(run.net, run.seed, "cpu").masks
     seed = ls.random.derive(run.seed, "random mask", this.row["round"])
     masks = ls.prune(weights, weights, everything, "random", kept, generator=seed)
-    return replace(this.start, masks=masks)
+    return this.start._replace(masks=masks)
 
 
 def winning(rounds: list[Round]) -> Round:
@@ -164,10 +147,10 @@ def describe(dense: Round, best: Round) -> str:
 
 
 def supermasks(
-    run: Lottery, dataset: Dataset, dense: Round, progress: Progress
+    run: Run, dataset: Dataset, dense: Round, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of masked but untrained networks, over density. The masks come from `dense`."""
-    network = replace(FC, iterations=run.network.iterations)  # the paper's shares
+    network = replace(FC, iterations=run.net.iterations)  # the paper's shares
     start = model_of(network, dense.start, "cpu")
     curves: dict[str, list[dict[str, Any]]] = {
         "init": [{"density": 1.0, "accuracy": evaluation(start, dataset.test)[1]}]
@@ -178,9 +161,9 @@ def supermasks(
     )
     for curve, kind in SUPERMASKS.items():
         curves[curve] = [
-            {"density": point["density"], "accuracy": point["accuracy"]}
+            {"density": point.row["density"], "accuracy": point.row["test_accuracy"]}
             for point in points
-            if (point["criterion"], point["weights"]) == kind
+            if (point.criterion, point.weights) == kind
         ]
     progress.line("\nTest accuracy without training: initial weights under a mask (supermask)")
     progress.line(f"  no mask{curves['init'][0]['accuracy']:33.1%}")
@@ -192,7 +175,7 @@ def supermasks(
 
 
 def measure(
-    run: Lottery, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
+    run: Run, dense: Round, ticket: Round, dataset: Dataset, progress: Progress
 ) -> dict[str, Any]:
     """Milliseconds of a training step, per layer and whole: nn.Linear against the ticket, compact.
 
@@ -201,33 +184,27 @@ def measure(
     """
     progress.describe("time")
     models = {
-        "dense_ms": model_of(run.network, dense.start, "cpu"),
-        "compact_ms": model_of(run.network, ticket.start, "cpu"),
+        "dense_ms": model_of(run.net, dense.start, "cpu"),
+        "compact_ms": model_of(run.net, ticket.start, "cpu"),
     }
-    batch = run.network.batch_size
+    batch = run.net.batch_size
     rows = []
     for layer in (name.removesuffix(".weight") for name in ticket.start.masks):
         mask = ticket.start.masks[f"{layer}.weight"]
         x = torch.rand(batch, mask.shape[1], requires_grad=layer != "fc1")  # fc1 sees the images
         dy = torch.rand(batch, mask.shape[0])
-        times = fastest(
+        times = milliseconds(
             {
                 key: partial(layer_step, model.get_submodule(layer), x, dy)
                 for key, model in models.items()
             }
         )
-        rows.append(
-            {
-                "layer": layer,
-                "shape": list(mask.shape),
-                "density": mask.float().mean().item(),
-                **times,
-            }
-        )
+        density = mask.float().mean().item()
+        rows.append({"layer": layer, "shape": list(mask.shape), "density": density, **times})
     images, labels = dataset.train.images[:batch], dataset.train.labels[:batch]
-    whole = fastest(
+    whole = milliseconds(
         {
-            key: partial(step, model, adam(model.parameters(), run.network.lr), images, labels)
+            key: partial(step, model, adam(model.parameters(), run.net.lr), images, labels)
             for key, model in models.items()
         }
     )
@@ -257,12 +234,5 @@ def layer_step(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
     layer(x).backward(dy)
 
 
-def fastest(functions: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Name -> milliseconds of one call, the minimum over many, the functions taking turns."""
-    best = dict.fromkeys(functions, float("inf"))
-    for _ in range(REPEATS):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
-    return best
+def milliseconds(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    return {name: 1e3 * s for name, s in least(calls, REPEATS, time.perf_counter).items()}

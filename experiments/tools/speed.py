@@ -15,43 +15,38 @@ from torch.nn.utils import prune
 
 from experiments.store.provenance import provenance
 from experiments.study.networks import FC, build
+from experiments.study.profiles import Profile
+from experiments.study.runs import Run
+from experiments.timing import least
 from experiments.train.data import Dataset
 from experiments.train.loop import EPS, evaluation, minibatches, step
-from experiments.train.lottery import (
-    Lottery,
-    Rewind,
-    Start,
-    dense_round,
-    next_start,
-    spread,
-    train_rounds,
-)
+from experiments.train.lottery import dense_round, next_start, train_rounds
+from lottery_sparse.tickets.round import Began
 
 ITERATIONS = 1_000  # of a round; validation every 100, as in the protocol
 ROUNDS = range(21)
 REPEATS = 2  # of each; the minimum is taken
 
 
-def eager_round(run: Lottery, start: Start, dataset: Dataset, fused: bool) -> None:
+def eager_round(run: Run, start: Began, dataset: Dataset, fused: bool) -> None:
     """A round in plain PyTorch."""
-    model = build(run.network, run.seed)
+    model = build(run.net, run.seed)
     for name, mask in start.masks.items():
-        if start.masked:
-            prune.custom_from_mask(
-                model.get_submodule(name.removesuffix(".weight")), "weight", mask
-            )
+        if not start.released:
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            prune.custom_from_mask(layer, "weight", mask)
     fit(model, run, dataset, fused)
 
 
-def fit(model: nn.Module, run: Lottery, dataset: Dataset, fused: bool) -> None:
+def fit(model: nn.Module, run: Run, dataset: Dataset, fused: bool) -> None:
     options = {"fused": True} if fused else {}
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.network.lr, eps=EPS, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.net.lr, eps=EPS, **options)
     evaluation(model, dataset.val)
     for number, (images, labels) in enumerate(
-        minibatches(dataset.train, run.network.iterations, run.network.batch_size, [run.seed]), 1
+        minibatches(dataset.train, run.net.iterations, run.net.batch_size, [run.seed]), 1
     ):
         step(model, optimizer, images, labels)
-        if number % run.evaluate_every == 0:
+        if number % run.protocol.evaluate_every == 0:
             evaluation(model, dataset.val)
     for _ in ("best", "final"):  # as ours does
         evaluation(model, dataset.test)
@@ -61,24 +56,17 @@ def measure(dataset: Dataset, rounds: Sequence[int] = ROUNDS) -> dict[str, Any]:
     """Seconds of each round by each way, one thread, and how much faster a chain is in all."""
     torch.set_num_threads(1)
     network = replace(FC, iterations=ITERATIONS)
-    run = Lottery(network, rounds=max(rounds), train_accuracy=False)
+    run = Run(network=network, profile=Profile("speed", train_accuracy=False), seed=0)
     dense, found = dense_round(run, dataset, [0])
-    rewind = Rewind(found[0], spread(network, run.seed, "cpu"))
     rows = []
     for number in rounds:
-        one_shot = replace(run, one_shot=True)
-        start = next_start(one_shot, number, dense, rewind) if number else dense.start
+        start = next_start(run, number, dense, found[0]) if number else dense.start
         ways = {
             "eager": lambda start=start: eager_round(run, start, dataset, fused=False),
             "eager_fused": lambda start=start: eager_round(run, start, dataset, fused=True),
             "ours": lambda start=start, n=number: train_rounds([run], n, [start], dataset),
         }
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(REPEATS):
-            for name, way in ways.items():
-                began = time.perf_counter()
-                way()
-                best[name] = min(best[name], time.perf_counter() - began)
+        best = least(ways, REPEATS, time.perf_counter)
         rows.append({"round": number, "density": start.masks.density, **best})
     total = {name: sum(row[name] for row in rows) for name in ("eager", "eager_fused", "ours")}
     return {

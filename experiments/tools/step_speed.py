@@ -3,19 +3,20 @@
 The profile `coarse` takes its literals from this table, once; no run asks the host.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import lottery_sparse as ls
 from experiments.study.networks import NETWORKS, Network, keep_by_parameter
+from experiments.timing import least
 from experiments.train.data import Split
 from experiments.train.loop import adam, evaluation, stepper
-from experiments.train.models import Start, dense_start, model_of
+from experiments.train.models import dense_start, model_of
+from lottery_sparse.tickets.round import Began
 
 WAYS = {  # precision, layout, form
     "paper": ("float32", "contiguous", "compact"),
@@ -48,40 +49,28 @@ def of(network: Network, number: int) -> dict[str, Any]:
     """The least seconds of each way, with the masks of so many rounds."""
     images = torch.rand(IMAGES, *network.input_shape, generator=torch.Generator().manual_seed(0))
     data = Split(images, torch.arange(IMAGES) % 10)
-    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
-    start = start_of(network, number)
+    calls: dict[str, Callable[[], object]] = {}
     for name, (precision, layout, form) in WAYS.items():
         way = replace(network, precision=precision, layout=layout, form=form)
-        calls[name] = prepared(way, model_of(way, start_of(way, number), "cpu"), data)
-    least: dict[str, list[float]] = {name: [float("inf")] * 2 for name in calls}
-    for _ in range(REPEATS):
-        for name, pair in calls.items():
-            for i, call in enumerate(pair):
-                began = time.process_time()
-                call()
-                least[name][i] = min(least[name][i], time.process_time() - began)
-    return {
-        "density": start.masks.density,
-        "step": {name: step for name, (step, _) in least.items()},
-        "evaluation": {name: seconds for name, (_, seconds) in least.items()},
+        model = model_of(way, start_of(way, number), "cpu")
+        _, step = stepper(model, adam(model.parameters(), network.lr))
+        batch = images[: network.batch_size], data.labels[: network.batch_size]
+        calls |= {f"{name} step": partial(step, *batch)}
+        calls |= {f"{name} evaluation": partial(evaluation, model, data)}
+    seconds = least(calls, REPEATS)
+    found = {
+        what: {name: seconds[f"{name} {what}"] for name in WAYS} for what in ("step", "evaluation")
     }
+    return {"density": start_of(network, number).masks.density, **found}
 
 
-def start_of(network: Network, number: int) -> Start:
+def start_of(network: Network, number: int) -> Began:
     """The initial weights, the largest of which are kept."""
     dense = dense_start(network, 0, "cpu")
     weights = {name: dense.weights[name] for name in dense.masks}
     keep = keep_by_parameter(network, number)
     masks = ls.prune(weights, weights, dense.masks, "large_final", keep, generator=0)
-    return replace(dense, masks=masks, masked=number > 0)
-
-
-def prepared(
-    network: Network, model: nn.Module, data: Split
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    _, take_step = stepper(model, adam(model.parameters(), network.lr))
-    images, labels = data.images[: network.batch_size], data.labels[: network.batch_size]
-    return lambda: take_step(images, labels), lambda: evaluation(model, data)
+    return dense._replace(masks=masks, released=number == 0)
 
 
 HEAD = f"{'milliseconds':<16}{'density':>8}  " + "".join(f"{name:>24}" for name in WAYS)

@@ -45,7 +45,7 @@ def tune(
     )
     looks = {iterations * look // LOOKS for look in range(1, LOOKS + 1)}
     for rate in rates:
-        model = initial(run, dataset.train.images.device)
+        model = initial(run, dataset.device)
         scores = [p for p in model.parameters() if p.requires_grad]
         _, take_step = stepper(model, ls.optim.SGD(scores, lr=rate, momentum=MOMENTUM))
         model.train()

@@ -17,8 +17,9 @@ import lottery_sparse as ls
 from experiments.study.networks import build, glorot_std
 from experiments.study.runs import Run
 from experiments.train.data import Dataset, permuted
-from experiments.train.loop import Result, State, evaluation, minibatches, stepper, train
-from experiments.train.models import kernels_on
+from experiments.train.loop import Result, State, evaluation, minibatches, stepper
+from experiments.train.lottery import train_models
+from experiments.train.models import backend_of
 from lottery_sparse.nn.supermask import Supermask
 
 MOMENTUM = 0.9
@@ -45,7 +46,6 @@ class Learned:
     run: Run
     row: dict[str, Any]
     ticket: ls.Ticket
-    engine: str  # how a step was computed: "modules", or "train_step" in one call
     company: tuple[Run, ...]  # the runs learned side by side, this one among them
 
 
@@ -80,7 +80,7 @@ def learn(
             raise ValueError(f"{run.id} has schedule {run.schedule!r}, expected 'learned'.")
     kept = checkpoints or Checkpoints()
     if side_by_side is None:
-        side_by_side = dataset.train.images.device.type != "cpu"
+        side_by_side = dataset.device.type != "cpu"
     sets: dict[str, Dataset] = {}
     for company in companies(runs, kept) if side_by_side else [(run,) for run in runs]:
         permutation = company[0].permuted
@@ -108,7 +108,7 @@ def _learn(
     on_step: Callable[[Run, int], None],
 ) -> Iterator[Learned]:
     network = company[0].net
-    models = [initial(run, dataset.train.images.device) for run in company]
+    models = [initial(run, dataset.device) for run in company]
     model = models[0] if len(models) == 1 else ls.ensemble.replicate(models)
     scores = [p for p in model.parameters() if p.requires_grad]
     optimizer = ls.optim.SGD(scores, lr=network.score_lr, momentum=MOMENTUM)
@@ -133,13 +133,13 @@ def _learn(
     for e, run in enumerate(company):
         one = model if len(company) == 1 else ls.ensemble.select(model, e)
         row, ticket = evaluated(run, one, dataset)
-        row = {"round": 1, "iterations": iterations, **row, **backend_of(one)}
+        row = {"round": 1, "iterations": iterations, "engine": engine, **row, **backend_of(one)}
         if run.trained:
-            row |= trained_row(train_weights(run, one, ticket.masks, dataset))
-        yield Learned(run, row, ticket, engine, tuple(company))
+            row |= train_weights(run, one, ticket.masks, dataset).numbers
+        yield Learned(run, row, ticket, tuple(company))
 
 
-def initial(run: Run, device: torch.device | str) -> nn.Sequential:
+def initial(run: Run, device: torch.device | str) -> nn.Module:
     """The network of a run with scores to learn, in training mode."""
     model = build(run.net, run.seed, device)
     ls.supermask_(model, run.weights, run.rescale, run.init_score, run.seed)
@@ -233,12 +233,6 @@ def sources(run: Run, model: nn.Module) -> dict[str, ls.nn.frozen.Seeded | ls.nn
     return found
 
 
-def backend_of(model: nn.Module) -> dict[str, Any]:
-    """Whose kernels train the model; every product is one with a dense, masked weight."""
-    backend = kernels_on(next(model.parameters()).device)
-    return {"backend": backend, "products": ["dense"] * len(list(layers(model)))}
-
-
 # ---- a learned mask as a ticket ------------------------------------------------------------------
 
 
@@ -247,24 +241,5 @@ def train_weights(run: Run, model: nn.Module, masks: ls.Masks, dataset: Dataset)
     ls.sparsify_(model, learned=masks)
     model.train()
     ls.compact_(model)
-    return train(
-        model,
-        dataset,
-        iterations=run.iterations,
-        lr=run.net.lr,
-        batch_size=run.net.batch_size,
-        seed=run.seed,
-        evaluate_every=run.evaluate_every,
-    )
-
-
-def trained_row(result: Result) -> dict[str, Any]:
-    return {
-        "test_accuracy": result.test_accuracy,
-        "final_test_accuracy": result.final_test_accuracy,
-        "early_stop_iteration": result.early_stop_iteration,
-        "early_stop_validation_loss": result.early_stop_validation_loss,
-        "early_stop_validation_accuracy": result.early_stop_validation_accuracy,
-        "final_validation_loss": result.final_validation_loss,
-        "final_train_accuracy": result.final_train_accuracy,
-    }
+    [result] = train_models([run], model, dataset)
+    return result

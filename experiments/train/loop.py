@@ -18,10 +18,15 @@ from torch.nn import functional as F
 import lottery_sparse as ls
 from experiments.study.networks import EVALUATION_BATCH
 from experiments.train.data import Dataset, Split, batches
+from experiments.train.models import moving_buffers
 from lottery_sparse.ops import dispatch
 
 MOST_ON_GPU = 8_000  # images times networks per forward pass: 2 GB for a layer of conv6
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and metadata that is JSON
+NUMBERS = (  # of a `Result`, in rows
+    "test_accuracy", "final_test_accuracy", "early_stop_iteration", "early_stop_validation_loss",
+    "early_stop_validation_accuracy", "final_validation_loss", "final_train_accuracy",
+)  # fmt: skip
 EPS = 1e-8  # torch's form of Adam adds it after the bias correction, TensorFlow's before
 
 
@@ -48,6 +53,11 @@ class Result:
     seconds: float  # of all networks that were trained together
     engine: str  # how a step was computed: "modules", or "train_step" in one call
     evaluations: tuple[Evaluation, ...]  # iteration 0, every `evaluate_every`, and the last
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those that a row has."""
+        return {name: getattr(self, name) for name in NUMBERS}
 
 
 class Midway:
@@ -116,7 +126,8 @@ def train_together(
     start = time.perf_counter()
     parameters = list(model.parameters())
     optimizer = adam(parameters, lr)
-    watch = _Watch(parameters, len(seeds), lr, patience)
+    moving = [*parameters, *moving_buffers(model)]
+    watch = _Watch(moving, len(seeds), lr, patience)
     midway = midway if len(seeds) == 1 else None
     if midway and (found := midway.load()):
         done = restore(optimizer, watch, found)
@@ -139,12 +150,12 @@ def train_together(
             midway.save(*state(optimizer, watch, time.perf_counter() - start))
 
     final_weights = watch.final_weights()
-    assign_(parameters, final_weights)
+    assign_(moving, final_weights)
     final_tests = evaluations(model, dataset.test, len(seeds))
     final_trains = evaluations(model, dataset.train, len(seeds)) if train_accuracy else None
-    assign_(parameters, watch.best_weights)
+    assign_(moving, watch.best_weights)
     tests = evaluations(model, dataset.test, len(seeds))
-    assign_(parameters, final_weights)
+    assign_(moving, final_weights)
     seconds = time.perf_counter() - start
     return [
         Result(
@@ -172,7 +183,7 @@ def state(optimizer: torch.optim.Optimizer, watch: "_Watch", seconds: float) -> 
     """All that the steps from here on depend on: of parameters, Adam and the evaluations."""
     tensors: dict[str, Tensor] = {}
     for i, (parameter, best) in enumerate(zip(watch.parameters, watch.best_weights, strict=True)):
-        held = {"weight": parameter.detach(), "best": best, **optimizer.state[parameter]}
+        held = {"weight": parameter.detach(), "best": best, **optimizer.state.get(parameter, {})}
         tensors |= {f"{name}.{i}": value for name, value in held.items()}
     seen = [[e.iteration, e.validation_loss, e.validation_accuracy] for e in watch.seen[0]]
     return tensors, {"seen": seen, "seconds": seconds}
@@ -186,21 +197,20 @@ def restore(optimizer: torch.optim.Optimizer, watch: "_Watch", found: State) -> 
         held = {n.partition(".")[0]: t for n, t in tensors.items() if n.endswith(f".{i}")}
         parameter.copy_(held.pop("weight"))
         best.copy_(held.pop("best"))
-        steps = held.pop("step")  # a number, which torch keeps where it is cheapest
-        optimizer.state[parameter] = {
-            "step": steps,
-            **{name: torch.zeros_like(parameter).copy_(value) for name, value in held.items()},
-        }
+        if "step" in held:  # no buffer has one; a number, which torch keeps where it is cheapest
+            optimizer.state[parameter] = {"step": held.pop("step")} | {
+                name: torch.zeros_like(parameter).copy_(value) for name, value in held.items()
+            }
     watch.seen[0] = [Evaluation(*one) for one in metadata["seen"]]
     watch.best[:] = [min(watch.seen[0], key=lambda one: one.validation_loss)]  # the first of equals
     return watch.seen[0][-1].iteration
 
 
 class _Watch:
-    """The evaluations of each network so far, and its parameters at the best of them."""
+    """The evaluations of each network so far, and what it was at the best of them."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], networks: int, lr: float, patience: int | None
+        self, parameters: Sequence[Tensor], networks: int, lr: float, patience: int | None
     ):
         self.parameters, self.lr, self.patience = parameters, lr, patience
         self.seen: list[list[Evaluation]] = [[] for _ in range(networks)]
@@ -306,6 +316,8 @@ def evaluation(model: nn.Module, split: Split) -> tuple[float, float]:
 @torch.no_grad()
 def evaluations(model: nn.Module, split: Split, networks: int = 1) -> list[tuple[float, float]]:
     """Mean cross-entropy and accuracy over all images of a part, of each network."""
+    learns = model.training
+    model.eval()
     size = at_once(networks, split.images.device)
     if split.images.is_cpu:
         size = getattr(model, "evaluation_batch", size)
@@ -319,6 +331,7 @@ def evaluations(model: nn.Module, split: Split, networks: int = 1) -> list[tuple
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         loss += losses.view_as(labels).double().sum(1)
         correct += (logits.argmax(2) == labels).sum(1)
+    model.train(learns)
     assert isinstance(loss, Tensor)
     assert isinstance(correct, Tensor)
     means, shares = loss / len(split), correct.double() / len(split)

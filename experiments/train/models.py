@@ -1,62 +1,44 @@
 """The network that a round trains: which weights it keeps, in which form its layers hold them."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import lottery_sparse as ls
-from experiments.study.networks import Network, build, keep_by_parameter, skeleton
+from experiments.study.networks import Network, build, holding, keep_by_parameter
 from lottery_sparse.nn.compact.base import Compact
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.ops import dispatch
+from lottery_sparse.tickets.round import Began
 
-Weights = dict[str, Tensor]  # parameter name -> value, biases included
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a round trains: which weights are kept, where they start, what the pruned ones hold."""
-
-    masks: ls.Masks
-    weights: Weights
-    frozen: dict[str, Tensor | None]  # weight name -> values of the pruned weights; None: zero
-    masked: bool = True  # False: all weights train (dense; mask-0 action "original")
-
-    def effective(self, name: str) -> Tensor:
-        """The weight that the network computes with at the start."""
-        if not self.masked:
-            return self.weights[name]
-        frozen = self.frozen[name]
-        return torch.where(self.masks[name], self.weights[name], 0.0 if frozen is None else frozen)
+Weights = dict[str, Tensor]  # name -> value of parameters, biases included, and buffers
 
 
-def dense_start(network: Network, seed: int, device: torch.device | str) -> Start:
+def dense_start(network: Network, seed: int, device: torch.device | str) -> Began:
     """All weights kept, at the initial values of `seed`."""
     weights = weights_of(build(network, seed, device))
     prunable = keep_by_parameter(network)
     everything = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in prunable}
-    return Start(ls.Masks(everything), weights, dict.fromkeys(prunable), masked=False)
+    return Began(ls.Masks(everything), weights, {}, released=True)
 
 
-def model_of(network: Network, start: Start, device: torch.device | str) -> nn.Module:
+def model_of(network: Network, start: Began, device: torch.device | str) -> nn.Module:
     """The network holding a start: with layers of its form, or plain ones if all weights train."""
-    model = skeleton(network).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(start.weights[name])
-    if start.masked and network.form == "masked":
+    model = holding(network, start.weights, device)
+    if network.form == "masked" and not start.released:
         rest_(model, start)
-    elif start.masked:
+    elif not start.released:
         ls.sparsify_(model)
-        frozen = {name: "zero" if f is None else f for name, f in start.frozen.items()}
+        frozen = dict.fromkeys(start.masks, "zero") | start.frozen
         ls.set_masks_(model, start.masks, frozen=frozen)
         ls.compact_(model)  # the same numbers; time and memory of the kept weights only
     return model
 
 
 @torch.no_grad()
-def rest_(model: nn.Module, start: Start) -> None:
+def rest_(model: nn.Module, start: Began) -> None:
     """Let the pruned weights of dense layers rest at their values, whose gradients become zero.
 
     Adam leaves a weight as it is that never has a gradient.
@@ -74,9 +56,16 @@ def _rest_gradient(pruned: Tensor, parameter: Tensor) -> None:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Copies of the weights the network computes with, dense, and of its biases."""
+    """Copies of the weights the network computes with, dense, of its biases and buffers."""
     state = ls.dense_state_dict(model)
     return {n: value.clone(memory_format=torch.contiguous_format) for n, value in state.items()}
+
+
+def moving_buffers(model: nn.Module) -> list[Tensor]:
+    """What training moves besides parameters, such as the averages of batch norm."""
+    ours = Compact | Masked | Supermask
+    layers = [layer for layer in model.modules() if not isinstance(layer, ours)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def backend_of(model: nn.Module) -> dict[str, object]:

@@ -16,11 +16,12 @@ from experiments.store.store import Store
 from experiments.study import runs
 from experiments.study.networks import NETWORKS
 from experiments.study.runs import LITERALS, Run
-from experiments.train import lottery
+from experiments.train import models
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.eager import has_node
 from lottery_sparse.optim import train_step
+from lottery_sparse.tickets.round import Began
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 needs_kernels = pytest.mark.skipif(
@@ -76,10 +77,10 @@ def test_the_limits_of_a_config_are_those_of_dispatch():
     """A limit that is changed makes runs of its own: add its value to LITERALS, not to LIMITS."""
     assert arithmetic.limits_here() == LITERALS["limits"][0] == SMOKE().limits
     for network in NETWORKS.values():
-        start = lottery.dense_start(network, 0, "cpu")
+        start = models.dense_start(network, 0, "cpu")
         masks = ls.prune(start.weights, start.weights, start.masks, "large_init", 0.5)
-        start = lottery.Start(masks, start.weights, dict.fromkeys(masks))
-        model = lottery.model_of(network, start, "cpu")
+        start = Began(masks, start.weights, {})
+        model = models.model_of(network, start, "cpu")
         layers = [layer for layer in model.modules() if isinstance(layer, Compact)]
         assert len(layers) == len(masks)
         assert {layer.products for layer in layers} == {"auto"}  # no measurement of `ls.plan`

@@ -13,14 +13,17 @@ from torch.nn import functional as F
 
 import lottery_sparse as ls
 from experiments.store import arithmetic, checkpoints
+from experiments.store.records import Recorder
 from experiments.store.store import OtherNumbers, Store
 from experiments.study import runs, studies
 from experiments.study.networks import CONV2, CONV4, FC, NETWORKS, build, columns_as_laid
-from experiments.study.runs import DENSE, PROFILES, Run, rounds_of, run_in, run_of
+from experiments.study.runs import DENSE, PROFILES, Profile, Run, rounds_of, run_in, run_of
 from experiments.sweep.execute import execute, groups
 from experiments.train import data
 from experiments.train import loop as train
-from experiments.train.lottery import Lottery, dense_start, lottery, model_of
+from experiments.train.lottery import lottery
+from experiments.train.models import dense_start, model_of
+from lottery_sparse.tickets.round import Began
 
 SMALL = replace(
     CONV2,
@@ -72,11 +75,11 @@ def masked_start(network, density: float = 0.3, frozen: bool = False):
     for name in dense.masks:
         shape = dense.weights[name].shape
         mask = torch.rand(shape, generator=gen) < density
-        values = torch.randn(shape, generator=gen) if frozen else None
         masks[name] = columns_as_laid(network, name, mask)
-        held[name] = None if values is None else columns_as_laid(network, name, values)
+        if frozen:
+            held[name] = columns_as_laid(network, name, torch.randn(shape, generator=gen))
     weights = {name: columns_as_laid(network, name, w) for name, w in dense.weights.items()}
-    return replace(dense, masks=ls.Masks(masks), weights=weights, frozen=held, masked=True)
+    return Began(ls.Masks(masks), weights, held)
 
 
 # layout, precision, form
@@ -161,8 +164,7 @@ def test_rows_that_are_committed_are_those_of_the_same_runs():
 
 @pytest.mark.parametrize(("factor", "warns"), [(0.5, 0), (3.0, 1)])
 def test_a_slow_precision_is_said(monkeypatch, recwarn, factor, warns):
-    times = {"bfloat16": factor, "float32": 1.0}
-    monkeypatch.setattr(arithmetic, "seconds_of", times.__getitem__)
+    monkeypatch.setattr(arithmetic, "slowdown", {"bfloat16": factor}.__getitem__)
     arithmetic.warn_if_slow(run_in("coarse", "conv2", 0), "cpu")
     arithmetic.warn_if_slow(run_in("coarse", "fc", 0), "cpu")
     assert len(recwarn) == warns
@@ -209,7 +211,8 @@ def test_each_of_several_networks_has_its_own_patience(tiny):
 
 def test_the_dense_network_of_a_lottery_has_no_patience(tiny):
     network = replace(FC, iterations=40, lr=3e-2)
-    found = list(lottery(Lottery(network, rounds=1, patience=4, evaluate_every=2), tiny))
+    patient = Profile("patient", patience=0.1, evaluate_every=2)
+    found = list(lottery(Run(network=network, profile=patient, seed=0), 1, tiny))
     assert found[0].row["iterations"] == 40 > found[1].row["iterations"]
     assert found[1].row["iterations"] == found[1].row["early_stop_iteration"] + 4
 
@@ -354,17 +357,18 @@ def rows_and_curves(store: Store) -> list[dict]:
     return [*store.rows(), *store.curves()]
 
 
-def test_the_state_of_another_round_or_machine_is_not_gone_on_with(tmp_path, any_arithmetic):
+def test_the_state_of_another_round_or_machine_is_not_gone_on_with(tmp_path, tiny, any_arithmetic):
     run, store = run_in("coarse", "conv2", 0), Store(tmp_path)
     with store.claim([run.id]) as lease:
         said = []
-        flight = checkpoints.InFlight(run, 4, store, lease, "cpu", said.append)
+        out = Recorder(store, lease, tiny, said.append)
+        flight = checkpoints.InFlight(run, 4, out)
         assert not flight.is_due()  # it has just begun
         assert flight.load() is None
         flight.save({"weight.0": torch.ones(2)}, {"seen": [[1200, 0.5, 0.9]], "seconds": 1.0})
         assert flight.load() is not None
         assert said == [f"{run.id} round  4: goes on from iteration 1,200"]
-        assert checkpoints.InFlight(run, 8, store, lease, "cpu", said.append).load() is None
+        assert checkpoints.InFlight(run, 8, out).load() is None
         store.save(lease, run.id, {}, {"round": 4, "arithmetic": "another machine"}, part=True)
         assert flight.load() is None
         flight.end()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import tarfile
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,7 +153,8 @@ def test_without_a_folder_the_way_out_is_named(monkeypatch):
     with pytest.raises(image_files.DataError, match="--data-dir DIR or set LS_DATA_DIR"):
         data.load("mnist")
     with pytest.raises(
-        image_files.DataError, match="one of mnist, mnist-mini, cifar10; got 'svhn'"
+        image_files.DataError,
+        match="one of mnist, fashion-mnist, mnist-mini, cifar10, or MODULE:ATTR; got 'svhn'",
     ):
         data.load("svhn")
 
@@ -200,6 +202,60 @@ def test_mnist_is_found_plain_or_packed(packed, small_mnist, tmp_path, monkeypat
     mnist = data.load("mnist")
     assert (len(mnist.train), len(mnist.val), len(mnist.test)) == (22, 2, 6)
     assert mnist.test.images[0, 0, 0, :3].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
+
+
+@pytest.fixture
+def small_fashion(small_mnist, monkeypatch):
+    """image_files.FASHION_MNIST as small as MNIST, other images in files of the same names."""
+    contents = {}
+    for part, file in image_files.MNIST.items():
+        monkeypatch.setitem(image_files.FASHION_MNIST, part, replace(file, sha256=""))
+        content = bytearray(small_mnist[file.name])
+        content[-1] ^= 1
+        contents[file.name] = bytes(content)
+    return contents
+
+
+def put(folder, contents):
+    folder.mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+def test_fashion_mnist_lies_beside_mnist(small_fashion, tmp_path):
+    put(tmp_path / "FashionMNIST" / "raw", small_fashion)
+    fashion = data.load("fashion-mnist", tmp_path)
+    assert (len(fashion.train), len(fashion.val), len(fashion.test)) == (22, 2, 6)
+    assert fashion.test.images.shape == (6, 1, 28, 28)
+    with pytest.raises(image_files.DataError, match=r"MNIST/raw has no .*, or add --download"):
+        data.load("mnist", tmp_path)
+
+
+def test_files_of_mnist_are_not_fashion_mnist(small_mnist, small_fashion, tmp_path):
+    put(tmp_path / "FashionMNIST" / "raw", small_mnist)
+    with pytest.raises(image_files.DataError, match="is the file of MNIST, expected another set"):
+        data.load("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:-1], "holds 13 bytes, expected 14"),
+        (lambda content: content[:-1] + b"\x0a", "holds the label 10, expected labels 0 to 9"),
+    ],
+)
+def test_fashion_mnist_that_is_not_whole_is_refused(change, message, small_fashion, tmp_path):
+    name = "t10k-labels-idx1-ubyte"
+    put(tmp_path / "FashionMNIST" / "raw", small_fashion | {name: change(small_fashion[name])})
+    with pytest.raises(image_files.DataError, match=message):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_fashion_mnist_is_not_downloaded(tmp_path):
+    with pytest.raises(image_files.DataError, match="put its four files into DIR/FashionMNIST/raw"):
+        data.load("fashion-mnist", tmp_path, download=True)
+    with pytest.raises(image_files.DataError, match=r"has no train-\S+\[.gz\].* LS_DATA_DIR\.$"):
+        data.load("fashion-mnist", tmp_path)
 
 
 def test_cifar10_is_read_in_planes(small_cifar10, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from experiments.__main__ import main
 from experiments.findings import claims
 from experiments.store.arithmetic import marked
+from experiments.store.records import Recorder
 from experiments.store.store import Store
 from experiments.study import studies
 from experiments.study.networks import FC, NETWORKS
@@ -28,7 +29,7 @@ from experiments.sweep.execute import (
 from experiments.sweep.sweep import check_only, chosen
 from experiments.train import data
 from experiments.train.loop import minibatches
-from experiments.train.lottery import Lottery, lottery
+from experiments.train.lottery import lottery
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
 DENSE_RUN = SMOKE(criterion=DENSE)
@@ -102,7 +103,10 @@ def test_the_protocol_is_part_of_the_id(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": "lenet"}, "network must be one of fc, conv2, conv4, conv6; got 'lenet'"),
+        (
+            {"network": "lenet"},
+            "network must be one of fc, conv2, conv4, conv6, or MODULE:ATTR; got 'lenet'",
+        ),
         (
             {"profile": "long"},
             "profile must be one of paper, coarse, patience, short, smoke; got 'long'",
@@ -227,8 +231,7 @@ def together(tmp_path_factory, tiny):
 
 
 def test_rows_are_those_of_the_lottery_loop(together, tiny):
-    plan = Lottery(DENSE_RUN.net, rounds=2, evaluate_every=20)
-    expected = [this.row["test_accuracy"] for this in lottery(plan, tiny)]
+    expected = [this.row["test_accuracy"] for this in lottery(MIXED[0], 2, tiny)]
     rows = [row for row in rows_by_id(together) if row["run_id"] == MIXED[0].id]
     assert [row["test_accuracy"] for row in rows[:3]] == expected
     assert [row["round"] for row in rows] == list(range(ROUNDS + 1))
@@ -391,13 +394,13 @@ def test_masks_learned_side_by_side_are_stored_as_alone(tmp_path, monkeypatch, t
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_seconds_of_a_learned_mask_are_its_share_in_all_processes(tmp_path, monkeypatch):
+def test_the_seconds_of_a_learned_mask_are_its_share_in_all_processes(tmp_path, monkeypatch, tiny):
     now = [1000.0]
     monkeypatch.setattr(execution.time, "time", lambda: now[0])
     store = Store(tmp_path)
     for before, at in (0.0, 1.0), (1.0, 4.0), (4.0, 9.0):  # a process gives it 1, 3, 5 s
         with store.claim(["a-run"]) as lease:
-            kept = execution.Checkpoints(store, lease, "cpu")
+            kept = execution.Checkpoints(Recorder(store, lease, tiny, print))
             kept.load("a-run")
             assert kept.seconds["a-run"] == before
             networks = int(at)  # in other company each time

@@ -11,10 +11,12 @@ from tolerances import close
 import lottery_sparse as ls
 from experiments.__main__ import main
 from experiments.study.networks import CONV2, CONV4, CONV6, FC, NETWORKS, build, keep_by_parameter
+from experiments.study.runs import Profile, Run
 from experiments.tools import quickstart
 from experiments.train import data
 from experiments.train import loop as train
-from experiments.train.lottery import Lottery, dense_start, lottery, model_of, untrained, weights_of
+from experiments.train.lottery import lottery, untrained
+from experiments.train.models import dense_start, model_of, weights_of
 from lottery_sparse.ops import dispatch
 
 
@@ -36,6 +38,10 @@ def tiny(mini) -> data.Dataset:
 
 
 SHORT = replace(FC, iterations=12)
+
+
+def short(**changes) -> Run:
+    return Run(**{"network": SHORT, "profile": "paper", "seed": 0, **changes})
 
 
 # networks
@@ -163,7 +169,7 @@ def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
         return engine, and_seen
 
     monkeypatch.setattr(train, "stepper", watched)
-    list(lottery(Lottery(SHORT, rounds=2), tiny))  # 12 iterations: more than one epoch of 10
+    list(lottery(short(), 2, tiny))  # 12 iterations: more than one epoch of 10
     assert len(seen) == 36
     assert seen[:12] == seen[12:24] == seen[24:]
     assert seen[0] != seen[10]
@@ -171,34 +177,19 @@ def test_batches_are_the_same_in_every_round(tiny, monkeypatch):
 
 def test_rows_name_the_engine(tiny, monkeypatch):
     one_call = "train_step" if ls.ops.dispatch.built("cpu") else "modules"
-    run = Lottery(SHORT, rounds=1, mask0="freeze_init")
-    assert [this.row["engine"] for this in lottery(run, tiny)] == [one_call] * 2
+    run = short(mask0="freeze_init")
+    assert [this.row["engine"] for this in lottery(run, 1, tiny)] == [one_call] * 2
     model = build(CONV2, 0)
     assert train.stepper(model, train.adam(model.parameters(), 1e-3))[0] == "modules"
     monkeypatch.setattr(dispatch, "forced", lambda: "reference")
-    assert [this.row["engine"] for this in lottery(run, tiny)] == ["modules"] * 2
+    assert [this.row["engine"] for this in lottery(run, 1, tiny)] == ["modules"] * 2
 
 
 def test_counts_kept_are_exact(tiny):
-    rounds = list(lottery(Lottery(SHORT, rounds=2), tiny))
+    rounds = list(lottery(short(), 2, tiny))
     kept = [[int(mask.sum()) for mask in this.start.masks.values()] for this in rounds]
     assert kept == [[235_200, 30_000, 1_000], [188_160, 24_000, 900], [150_528, 19_200, 810]]
     assert [this.row["density"] for this in rounds] == [sum(k) / 266_200 for k in kept]
-
-
-def test_one_shot_scores_the_dense_network_every_round(tiny):
-    run = Lottery(SHORT, rounds=2, one_shot=True)
-    dense, _, second = lottery(run, tiny)
-    scores = dense.w_final["fc1.weight"].abs()
-    mask = second.start.masks["fc1.weight"]
-    assert mask.sum() == 150_528
-    assert scores[mask].min() >= scores[~mask].max()
-
-
-def test_global_scope_keeps_one_share_over_all_layers(tiny):
-    _, first = lottery(Lottery(SHORT, rounds=1, scope="global"), tiny)
-    assert first.row["kept"] == 212_960
-    assert int(first.start.masks["fc1.weight"].sum()) != 188_160
 
 
 @pytest.mark.parametrize(
@@ -212,32 +203,30 @@ def test_global_scope_keeps_one_share_over_all_layers(tiny):
     ],
 )
 def test_runs_repeat_exactly_and_pruned_weights_hold(criterion, mask1, mask0, tiny):
-    run = Lottery(SHORT, criterion, mask1, mask0, rounds=2)
-    rounds = list(lottery(run, tiny))
-    for this, again in zip(rounds, lottery(run, tiny), strict=True):
+    run = short(criterion=criterion, mask1=mask1, mask0=mask0)
+    rounds = list(lottery(run, 2, tiny))
+    for this, again in zip(rounds, lottery(run, 2, tiny), strict=True):
         assert this.row == again.row
         for name, weight in this.w_final.items():
             assert torch.equal(weight, again.w_final[name])
     last = rounds[-1]
-    assert (last.row["criterion"], last.row["mask1"]) == (criterion, mask1)
     for name, mask in last.start.masks.items():
         assert (last.w_final[name] != last.start.weights[name])[mask].any()
-        held = last.start.frozen[name]
-        held = torch.zeros_like(last.w_final[name]) if held is None else held
+        held = last.start.frozen.get(name, torch.zeros_like(last.w_final[name]))
         moved = last.w_final[name] != held
         assert moved[~mask].any() == (mask0 == "original")
         assert not (mask & ~rounds[1].start.masks[name]).any()  # what is pruned stays pruned
 
 
 def test_biases_are_rewound_and_never_masked(tiny):
-    *_, last = lottery(Lottery(SHORT, rounds=1), tiny)
+    *_, last = lottery(short(), 1, tiny)
     assert set(last.start.masks) == {"fc1.weight", "fc2.weight", "output.weight"}
     assert not last.start.weights["fc1.bias"].any()
     assert last.w_final["fc1.bias"].any()
 
 
 def test_late_rewinding_starts_from_the_dense_run_at_that_iteration(tiny):
-    _, first = lottery(Lottery(SHORT, rounds=1, rewind_to=5), tiny)
+    _, first = lottery(short(rewind_to=5), 1, tiny)
     model = build(FC, 0)
     fit(model, tiny, iterations=5)
     for name, weight in weights_of(model).items():
@@ -245,17 +234,15 @@ def test_late_rewinding_starts_from_the_dense_run_at_that_iteration(tiny):
 
 
 def test_compounding_acts_on_the_last_start(tiny):
-    plain = list(lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2), tiny))
-    compound = list(
-        lottery(Lottery(SHORT, mask1="reinit_permute", rounds=2, compounding=True), tiny)
-    )
+    plain = list(lottery(short(mask1="reinit_permute"), 2, tiny))
+    compound = list(lottery(short(mask1="reinit_permute", compounding=True), 2, tiny))
     starts = [[this.start.weights["fc1.weight"] for this in rounds] for rounds in (plain, compound)]
     assert torch.equal(starts[0][1], starts[1][1])  # the first round has nothing to compound
     assert not torch.equal(starts[0][2], starts[1][2])
 
 
 def test_variant_2_starts_accumulate(tiny):
-    dense, first, second = lottery(Lottery(SHORT, mask0="freeze_init_zero_all", rounds=2), tiny)
+    dense, first, second = lottery(short(mask0="freeze_init_zero_all"), 2, tiny)
     name = "fc1.weight"
     kept = first.start.masks[name]
     toward_zero = dense.w_final[name].abs() < dense.start.weights[name].abs()
@@ -272,36 +259,50 @@ def test_variant_2_starts_accumulate(tiny):
         ({"criterion": "largest"}, "criterion must be one of large_final, .*got 'largest'"),
         ({"mask1": "keep"}, "mask1 must be one of rewind, "),
         ({"mask0": "one"}, "mask0 must be one of zero, "),
-        ({"scope": "all"}, "scope must be one of layer, global; got 'all'"),
-        ({"rounds": -1}, "rounds must be 0 .*got -1"),
         ({"rewind_to": 13}, "0 to 12; got 13"),
-        ({"network": replace(FC, iterations=0)}, "iterations must be at least 1, got 0"),
-        ({"network": replace(FC, keep={"hidden": Fraction(3, 2)})}, r"in \[0, 1\], got 3/2"),
     ],
 )
 def test_a_run_refuses_what_it_cannot_do(change, message):
     with pytest.raises(ValueError, match=message):
-        Lottery(**{"network": SHORT, **change})
+        short(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"keep": {"hidden": Fraction(3, 2)}}, r"in \[0, 1\], got 3/2"),
+    ],
+)
+def test_a_network_refuses_a_protocol_that_is_none(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(FC, **change)
+
+
+@pytest.mark.parametrize("change", [{"evaluate_every": 0}, {"stride": 0}, {"patience": 0}])
+def test_a_profile_refuses_steps_of_nothing(change):
+    with pytest.raises(ValueError, match="must be at least 1 and patience above 0"):
+        Profile("none", **change)
 
 
 def test_untrained_accuracies(mini):
     network = replace(FC, iterations=200)
-    (dense,) = lottery(Lottery(network, rounds=0), mini)
+    (dense,) = lottery(short(network=network), 0, mini)
     curves = [
         ("large_final_same_sign", "init"),
         ("large_final_same_sign", "signed_constant"),
         ("random", "init"),
     ]
     points = list(untrained(network, mini, 0, dense.w_final, curves, rounds=(4,)))
-    accuracy = {(p["criterion"], p["weights"]): p["accuracy"] for p in points}
-    assert {p["density"] for p in points} == {(96_338 + 12_288 + 656) / 266_200}
+    accuracy = {(p.criterion, p.weights): p.row["test_accuracy"] for p in points}
+    assert {p.row["density"] for p in points} == {(96_338 + 12_288 + 656) / 266_200}
     assert accuracy["large_final_same_sign", "init"] > 0.5
     assert accuracy["large_final_same_sign", "signed_constant"] > 0.5
     assert accuracy["random", "init"] < 0.3
 
 
 def test_a_masked_model_computes_with_the_kept_weights_only(tiny):
-    _, first = lottery(Lottery(SHORT, rounds=1), tiny)
+    _, first = lottery(short(), 1, tiny)
     model = model_of(SHORT, first.start, "cpu")
     plain = build(SHORT, 0)
     with torch.no_grad():
@@ -373,5 +374,5 @@ def test_list_names_everything(capsys):
 
 def test_dense_start_masks_nothing():
     start = dense_start(FC, 0, "cpu")
-    assert not start.masked
+    assert start.released
     assert start.masks.density == 1

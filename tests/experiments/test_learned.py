@@ -59,7 +59,7 @@ def same(a, b):
 def test_a_mask_is_learned_and_reported(mini):
     [found] = learn([run(profile="smoke")], mini)
     row = found.row
-    assert found.engine == ("train_step" if ls.ops.dispatch.built("cpu") else "modules")
+    assert row["engine"] == ("train_step" if ls.ops.dispatch.built("cpu") else "modules")
     assert row["iterations"] == 440
     assert row["test_accuracy"] == sum(row["sample_accuracies"]) / 10 > 0.75
     assert len(row["sample_accuracies"]) == 10
@@ -185,7 +185,7 @@ def test_company_changes_across_restarts(mini):
 def test_by_modules_it_learns_as_well(mini):
     with ls.use_backend("reference"):
         [found] = learn([run()], mini)
-    assert found.engine == "modules"
+    assert found.row["engine"] == "modules"
     [other] = learn([run()], mini)
     assert abs(found.row["test_accuracy"] - other.row["test_accuracy"]) < 0.05
 

@@ -11,12 +11,14 @@ import torch
 from experiments.__main__ import main
 from experiments.findings.selection import select
 from experiments.store import arithmetic, remakes
+from experiments.store.records import Recorder, load
 from experiments.store.remakes import readable
 from experiments.store.store import Store
 from experiments.study.runs import DENSE, Run, run_of
 from experiments.study.studies import STUDIES
 from experiments.sweep import execute
 from experiments.sweep.status import progress
+from experiments.train import data
 
 COMMITTED = Path(__file__).parents[2] / "experiments" / "results"
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
@@ -186,7 +188,7 @@ def test_weights_of_another_machine_are_left_alone(cut, made, monkeypatch, capsy
         assert "a chain never mixes two; go on there, or make it anew" in said.out
         assert {path: path.read_bytes() for path in before} == before
         with pytest.raises(arithmetic.OtherArithmetic, match=r"were made by .*torch .* --remake"):
-            execute.load(CHAIN.id, Store(cut), "cpu")
+            load(CHAIN.id, Store(cut), "cpu")
         assert run(cut, 3, "--remake") == 0
         checkpoints = {p: p.read_bytes() for p in before if p.suffix == ".safetensors"}
         assert {path: path.read_bytes() for path in checkpoints} == checkpoints
@@ -199,7 +201,7 @@ def test_masks_half_learned_elsewhere_are_not_learned_on(tmp_path, monkeypatch):
     learned = SMOKE(schedule="learned", criterion=DENSE, trained=False)
     store = Store(tmp_path)
     with store.claim([learned.id]) as lease:
-        kept = execute.Checkpoints(store, lease, "cpu")
+        kept = execute.Checkpoints(Recorder(store, lease, data.load("mnist-mini"), print))
         kept.load(learned.id)
         kept.save(learned.id, {"x": torch.ones(1)}, {"iteration": 1, "networks": 1})
         assert kept.load(learned.id) is not None
@@ -217,7 +219,7 @@ def test_a_checkpoint_of_before_says_no_machine_and_is_taken(cut):
     del metadata["arithmetic"]
     with store.claim([CHAIN.id]) as lease:
         store.save(lease, CHAIN.id, tensors, metadata)
-    assert execute.load(CHAIN.id, store, "cpu") is not None
+    assert load(CHAIN.id, store, "cpu") is not None
     assert remakes.Remakes(store).current(CHAIN) == CHAIN
 
 

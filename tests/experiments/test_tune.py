@@ -68,7 +68,10 @@ def test_the_command_writes_what_it_says(mini, monkeypatch, tmp_path, capsys):
     [
         ("--iterations 3", "iterations must be 4 or more, got 3"),
         ("--iterations 8 --rates 10 0", "rates must be positive numbers, got [10.0, 0.0]"),
-        ("--iterations 8 --network vgg", "network must be one of fc, conv2, conv4, conv6; got"),
+        (
+            "--iterations 8 --network vgg",
+            "network must be one of fc, conv2, conv4, conv6, or MODULE:ATTR; got",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_one_sentence(options, message, mini, monkeypatch, capsys):

@@ -8,9 +8,10 @@ from torch import nn
 
 import lottery_sparse as ls
 from experiments.study.networks import FC, build, keep_by_parameter
+from experiments.study.runs import Profile, Run
 from experiments.train import data
 from experiments.train import loop as train
-from experiments.train.lottery import Lottery, lottery
+from experiments.train.lottery import lottery
 
 ROUNDS, SEED = 3, 4
 SHORT = replace(FC, iterations=8, batch_size=30)
@@ -55,7 +56,6 @@ class AsInTheStudies:
         {"criterion": "large_final"},
         {"criterion": "random"},
         {"criterion": "magnitude_increase"},  # full of ties: inputs that are black in all images
-        {"criterion": "large_final", "scope": "global"},
         {"mask1": "signed_constant", "mask0": "freeze_init_zero_mask"},
         {"mask1": "reinit", "mask0": "freeze_init_zero_reshuffle"},
         {"mask1": "reshuffle", "mask0": "freeze_reinit"},
@@ -66,15 +66,18 @@ class AsInTheStudies:
     ids=lambda choice: "-".join(map(str, choice.values())),
 )
 def test_both_loops_find_the_same_tickets(choice, mini):
-    run = Lottery(SHORT, rounds=ROUNDS, seed=SEED, train_accuracy=False, **choice)
+    brief = Profile("brief", train_accuracy=False)
+    run = Run(network=SHORT, profile=brief, seed=SEED, **choice)
     found: list[ls.Ticket] = []
     train_fn = AsInTheStudies(mini, run.rewind_to)
-    keep = SHORT.keep["hidden"] if "scope" in choice else keep_by_parameter(SHORT)
+    keep = keep_by_parameter(SHORT)
     ls.find_ticket(
         build(SHORT, SEED), train_fn, ROUNDS, keep, generator=SEED, on_round=found.append, **choice
     )
     assert len(found) == ROUNDS + 1
-    for round, ticket, final in zip(lottery(run, mini), found, train_fn.finals, strict=True):
+    for round, ticket, final in zip(
+        lottery(run, ROUNDS, mini), found, train_fn.finals, strict=True
+    ):
         assert ticket.masks == round.start.masks, round.number
         for name, weight in round.start.weights.items():
             start = round.start.effective(name) if name in round.start.masks else weight

@@ -3,17 +3,16 @@
 A drawing is a matplotlib figure, the table behind it, and words for who does not see it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
-from experiments.findings.selection import Row, Selection, Study, select
+from experiments.findings.selection import Row, Selection
 from experiments.findings.tables import Table
 from experiments.show.figures import curves, masks, plane, untrained
 from experiments.show.figures.canvas import Drawing
 
-__all__ = ["FIGURES", "Drawing", "Points", "Weights", "draw", "save"]
+__all__ = ["FIGURES", "Drawing", "Points", "Weights", "draw"]
 
 # Row of a dense run -> the tensors of its checkpoint, or None where they are gone.
 Weights = Callable[[Row], Mapping[str, Tensor] | None]
@@ -81,29 +80,3 @@ def draw(
             table = points(stem) if points is not None else None
         if table is not None:
             yield stem, plane.plane(selection, table, layer, seed)
-
-
-def save(
-    study: Study,
-    network: str,
-    profile: str,
-    rows: Iterable[Row],
-    folder: Path,
-    weights: Weights | None = None,
-) -> list[Path]:
-    """Draw a study on one network and write PNG, SVG and CSV into `folder`.
-
-    Raises:
-        ValueError: there is nothing to draw.
-    """
-    selection = select(study, network, profile, rows)
-    paths = [
-        path for stem, drawing in draw(selection, weights) for path in drawing.save(folder, stem)
-    ]
-    if not paths:
-        what = "no rows" if not selection.curves else "no checkpoint of a dense run"
-        raise ValueError(
-            f"nothing to draw: {what} of study {study.name}, network {network}, profile {profile}; "
-            f"`python -m experiments run {study.name}` makes them."
-        )
-    return paths

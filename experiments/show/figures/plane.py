@@ -13,7 +13,7 @@ from experiments.findings import words
 from experiments.findings.selection import Row, Selection
 from experiments.findings.tables import Table, percent
 from experiments.show.figures.canvas import WIDTH, Drawing, sheet, style
-from experiments.study.networks import NETWORKS, build
+from experiments.study.networks import build, find
 
 PLANE = (
     "large_final", "small_final", "random",
@@ -150,10 +150,10 @@ def _between(score: Array, kept: Array) -> float:
 
 def layer_shown(network: str) -> str:
     """The layer that the plane shows: the first that is not tiny."""
-    return "conv2.weight" if NETWORKS[network].convolutions else "fc1.weight"
+    return "conv2.weight" if find(network).convolutions else "fc1.weight"
 
 
 def dense_pair(row: Row, tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     """Initial and final weights of a layer of a dense run, from its row and its checkpoint."""
-    initial = dict(build(NETWORKS[row["network"]], row["seed"]).named_parameters())
+    initial = dict(build(find(row["network"]), row["seed"]).named_parameters())
     return initial[layer].detach(), tensors[f"final.{layer}"]

@@ -2,6 +2,7 @@
 // values go on into the dense weights that hold them.
 #include <cmath>
 
+#include "common/cuda_kernel.h"
 #include "optim/cuda_optim.h"
 
 namespace lottery_sparse {

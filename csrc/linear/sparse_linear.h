@@ -114,10 +114,10 @@ void compact_linear_forward(const CompactLinearForward<Bfloat16>& p, const Paral
 void compact_linear_backward(const CompactLinearBackward<float>& p, const Parallel& parallel);
 void compact_linear_backward(const CompactLinearBackward<Bfloat16>& p, const Parallel& parallel);
 
-void sparse_linear_forward(const SparseLinearForward<float>& p, const Parallel& parallel);
-void sparse_linear_forward(const SparseLinearForward<Bfloat16>& p, const Parallel& parallel);
-void sparse_linear_backward(const SparseLinearBackward<float>& p, const Parallel& parallel);
-void sparse_linear_backward(const SparseLinearBackward<Bfloat16>& p, const Parallel& parallel);
+template <class T>
+void sparse_linear_forward(const SparseLinearForward<T>& p, const Parallel& parallel);
+template <class T>
+void sparse_linear_backward(const SparseLinearBackward<T>& p, const Parallel& parallel);
 
 constexpr int64_t kTileBatch = 32;  // batch columns of a tile: [features][kTileBatch]
 constexpr int64_t kRowBlock = 16;   // rows whose results leave a product together

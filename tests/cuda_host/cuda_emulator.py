@@ -110,7 +110,7 @@ def linear(
 ) -> tuple[Linear, Tensor, tuple]:
     """The struct of a product, y filled with NaN, and what else its pointers point to.
 
-    x of float32, or int8, is made rows of 16 bits, as bindings_cuda.cpp does.
+    x of float32, or int8, is made rows of 16 bits, as bindings_cuda_packed.cpp does.
     """
     y = torch.full((len(x), rows), torch.nan, dtype=x.dtype)
     parts, made, scale = 1, x, None

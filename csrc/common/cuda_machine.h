@@ -79,12 +79,12 @@ LS_DEVICE float float_from_lane(float value, int lane) {
     return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
-// The lanes of the warp for which it holds, as bits. All lanes call it together.
+// The lanes of the warp for which `holds` is true, as bits. All lanes call it together.
 LS_DEVICE uint32_t ballot(bool holds) {
     return __ballot_sync(0xFFFFFFFFu, holds);
 }
 
-// The same of the lane whose number differs in these bits.
+// The value of the lane whose number differs in `bits`.
 LS_DEVICE float float_across(float value, int bits) {
     return __shfl_xor_sync(0xFFFFFFFFu, value, bits);
 }
@@ -131,7 +131,7 @@ LS_MMA(BFloat16, "bf16")
 LS_MMA(Float16, "f16")
 #undef LS_MMA
 
-// Bytes {selector's digits, lowest first} of the 8 bytes of b : a.
+// Byte i of the result is one of the 8 bytes of b : a; digit i of the selector says which.
 LS_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     return __byte_perm(a, b, selector);
 }
@@ -151,7 +151,7 @@ LS_DEVICE uint16_t half_from_float(float x) {
     return bits;
 }
 
-// nullptr, or what went wrong.
+// Returns nullptr, or the message of CUDA.
 template <class Problem>
 const char* launch(void (*kernel)(Problem), int64_t grid_x, int64_t grid_y, int threads, int shared,
                    const Device& device, const Problem& problem) {

@@ -55,7 +55,8 @@ SparseLinearShape checked_shape(Tensor& x, Tensor& weight, Tensor& mask) {
         "x has shape ", shape_text(x), ", which does not fit weight ", shape_text(weight), ".");
     STD_TORCH_CHECK(
         std::max(shape.in_features, shape.out_features) <= std::numeric_limits<uint32_t>::max(),
-        "weight has shape ", shape_text(weight), "; the native kernels take up to 2^32 - 1.");
+        "weight has shape ", shape_text(weight),
+        "; the native kernels take up to 2^32 - 1 rows and columns.");
     return shape;
 }
 

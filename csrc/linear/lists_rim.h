@@ -1,4 +1,5 @@
-// The lists of a compact layer, as tensors of a rim.
+// The lists of a compact layer, from tensors to pointers, for the rims of linear layers and of
+// convolutions.
 #pragma once
 
 #include "linear/sparse_linear.h"

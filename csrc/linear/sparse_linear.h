@@ -207,7 +207,7 @@ struct SparseLinearKernels {
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);
 LS_DECLARE_KERNELS(SparseLinearKernels<uint32_t>, sparse_linear_32);
 
-// What bfloat16 storage needs besides. The first three are as above.
+// The kernels that storage as bfloat16 needs besides. The first three do what their namesakes do.
 struct Bfloat16Kernels {
     void (*pack_tile)(const Bfloat16* source, int64_t batch, int64_t features, float* tile);
     void (*list_rows_16)(const uint8_t* mask, const Bfloat16* weight, int64_t columns,

@@ -10,7 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocks = 8;  // of a multiprocessor
 
-// Where a word is.
 struct Place {
     int64_t row, word;
 };

@@ -50,7 +50,8 @@ struct Product {
         }
     }
 
-    // Makes rows of 16 bits of a float32 x, or whole numbers of any. Once there is a result.
+    // Makes rows of 16 bits: three parts of a float32 x, or for int8 the whole numbers of any x.
+    // y must have elements.
     void prepare(bool int8, const Device& device) {
         if (linear.type != Number::kFloat && !int8) return;
         linear.parts = int8 ? 1 : 3;
@@ -107,8 +108,8 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     return product.y;
 }
 
-// `starts` and what it counts are the packing's to keep right: units of 64 bytes, or of 16 for a
-// bitmap, of values in the dtype of x.
+// The packing keeps `starts` right, which count units of `data`: 64 bytes, or 16 of a bitmap. The
+// values in it have the dtype of x.
 Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tensor> bias,
                        int64_t rows, bool bitmap) {
     check_x(x);
@@ -143,7 +144,8 @@ Tensor tiles_linear_op(Tensor x, Tensor starts, Tensor data, std::optional<Tenso
     return product.y;
 }
 
-// As for csr_linear on the CPU: columns below K and starts that ascend are the caller's.
+// The caller keeps columns below K and starts ascending. The kernel of the CPU checks that, this
+// one does not.
 Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
                      std::optional<Tensor> bias) {
     check_x(x);

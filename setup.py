@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from typing import ClassVar
 
 from build_backend import NEWER, NO_WHEEL, VERSION, BdistWheel  # says so if setuptools is missing
@@ -48,65 +49,6 @@ STABLE_ABI_TARGET = "0x020b000000000000"  # torch 2.11
 OLDEST_TORCH = (2, 11)
 BYTES_PER_JOB = 3 << 29  # what one compilation may need: 1.5 GiB
 
-# Kernel files, compiled once per instruction set (csrc/common/variants.h); the others once.
-KERNELS = [
-    "common/finite_cpu",
-    "conv2d/sparse_conv2d_cpu",
-    "conv2d/sparse_conv2d_planes_cpu",
-    "linear/list_check_cpu",
-    "linear/sparse_linear_bf16_cpu",
-    "linear/sparse_linear_cpu",
-    "masks/keep_top_cpu",
-    "masks/mask_bits_cpu",
-    "masks/random_fill_cpu",
-    "masks/sample_mask_cpu",
-    "masks/select_kept_cpu",
-    "optim/masked_optim_cpu",
-    "packed/bitmap_linear_cpu",
-    "packed/packed_linear_cpu",
-    "packed/ternary_linear_cpu",
-    "packed/ternary_tiles_cpu",
-    "step/dense_tiles_cpu",
-]
-DRIVERS = [
-    "common/variants",
-    "conv2d/bindings_conv2d",
-    "conv2d/compact_conv2d",
-    "conv2d/sparse_conv2d",
-    "conv2d/sparse_conv2d_planes",
-    "linear/bindings_linear",
-    "linear/compact_linear",
-    "linear/sparse_linear",
-    "masks/bindings_sample",
-    "masks/bindings_select",
-    "masks/keep_top",
-    "optim/bindings_optim",
-    "optim/masked_optim",
-    "packed/bindings_packed",
-    "packed/packed_linear",
-    "packed/ternary_linear",
-    "rim/bindings",
-    "step/bindings_step",
-    "step/train_step",
-]
-CUDA_KERNELS = [  # pointers only, so that nvcc needs seconds
-    "linear/compact_dvalues_cuda",
-    "linear/compact_linear_cuda",
-    "linear/compact_pack_cuda",
-    "masks/mask_bits_cuda",
-    "optim/masked_optim_cuda",
-    "packed/bitmap_linear_cuda",
-    "packed/csr_linear_cuda",
-    "packed/rows_cuda",
-    "packed/ternary_linear_cuda",
-    "packed/tiles_linear_cuda",
-]
-CUDA_DRIVERS = [
-    "linear/bindings_cuda_compact",
-    "masks/bindings_cuda_bits",
-    "optim/bindings_cuda_optim",
-    "rim/bindings_cuda",
-]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -117,8 +59,21 @@ if X86:
     VARIANTS["avx512"] = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 
-def sources(stems):
-    return [f"csrc/{stem}.cpp" for stem in stems]
+def sources(*patterns, but=()):
+    """Files of csrc/ by their names, the rule of csrc/README.md."""
+    found = sorted({path for pattern in patterns for path in glob(f"csrc/*/{pattern}")})
+    return [path for path in found if path not in but]
+
+
+KERNELS = sources("*_cpu.cpp")  # compiled once per instruction set, see csrc/common/variants.h
+CUDA_KERNELS = sources("*_cuda.cu")  # pointers only, so that nvcc needs seconds
+CUDA_RIM = sources("bindings_cuda*.cpp")
+HOST_RIM = sources("host.cpp")
+EAGER_RIM = sources("eager*.cpp")
+RIM_AND_DRIVERS = sources("*.cpp", but=[*KERNELS, *CUDA_RIM, *HOST_RIM, *EAGER_RIM])
+EAGER_DRIVERS = sources(
+    "compact_linear.cpp", "sparse_linear.cpp", "masked_optim.cpp", "variants.cpp"
+)
 
 
 def free_memory():
@@ -225,10 +180,10 @@ def compile_cuda(folder):
     nvcc = os.path.join(cuda_toolkit(), "bin", "nvcc")
     os.makedirs(folder, exist_ok=True)
 
-    def compile_one(stem):
-        made = os.path.join(folder, f"{os.path.basename(stem)}.o")
+    def compile_one(path):
+        made = os.path.join(folder, f"{os.path.basename(path)[:-3]}.o")
         options = [*CUDA_FLAGS, *cuda_targets(cuda_architectures())]
-        command = [nvcc, *options, "-c", "-Icsrc", f"csrc/{stem}.cu", "-o", made]
+        command = [nvcc, *options, "-c", "-Icsrc", path, "-o", made]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
         return made
@@ -282,7 +237,7 @@ def native(required):
             objects = self.kernels
             for variant, flags in VARIANTS.items():
                 objects += self.compiler.compile(
-                    sources(KERNELS),
+                    KERNELS,
                     output_dir=os.path.join(self.build_temp, variant),
                     macros=[*ext.define_macros, ("LS_VARIANT", variant)],
                     include_dirs=ext.include_dirs,
@@ -301,7 +256,7 @@ def native(required):
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TARGET), ("LS_X86_VARIANTS", str(int(X86)))]
     kernels = CppExtension(
         "lottery_sparse._C",
-        sources(DRIVERS),
+        RIM_AND_DRIVERS,
         include_dirs=[csrc],
         define_macros=macros,
         extra_compile_args={"cxx": cxx},
@@ -313,16 +268,7 @@ def native(required):
     version = "".join(c if c.isalnum() else "_" for c in torch.__version__.split("+")[0])
     eager = CppExtension(
         f"lottery_sparse._eager_{version}",
-        sources(
-            [
-                "linear/eager",
-                "linear/compact_linear",
-                "linear/sparse_linear",
-                "optim/eager_optim",
-                "optim/masked_optim",
-                "common/variants",
-            ]
-        ),
+        [*EAGER_RIM, *EAGER_DRIVERS],
         include_dirs=[csrc],
         define_macros=[*macros[1:], ("LS_EAGER", f"_eager_{version}")],
         extra_compile_args={"cxx": cxx},
@@ -332,7 +278,7 @@ def native(required):
     flags = "; ".join([" ".join(FLAGS), *(f"{v}: {' '.join(f)}" for v, f in VARIANTS.items() if f)])
     host = Extension(
         "lottery_sparse._host",
-        sources(["rim/host", "common/variants"]),
+        [*HOST_RIM, *sources("variants.cpp")],
         include_dirs=[csrc, *pybind_include],
         define_macros=[*macros, ("LS_BUILD_FLAGS", f'"{flags}"')],
         extra_compile_args={"cxx": cxx},
@@ -350,7 +296,7 @@ def cuda_extension(CppExtension, csrc, macros, required):
     toolkit = cuda_toolkit()
     return CppExtension(
         "lottery_sparse._C_cuda",
-        sources(CUDA_DRIVERS),
+        CUDA_RIM,
         define_macros=[*macros, ("LS_CUDA_ARCHITECTURES", f'"{" ".join(cuda_architectures())}"')],
         extra_compile_args={"cxx": FLAGS},
         include_dirs=[csrc, os.path.join(toolkit, "include")],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.tools.doctor_cases import tf32
+from lottery_sparse.tools.doctor import tf32
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -104,14 +104,13 @@ def _runs_avx2() -> bool:
 
 
 def _setup() -> dict[str, list[str]]:
-    """The lists of flags, and of kernel files compiled for each variant, in setup.py."""
+    """The lists of flags in setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
     assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in assigned
-        if isinstance(node.targets[0], ast.Name)
-        and node.targets[0].id in ("FLAGS", "AVX2", "KERNELS")
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("FLAGS", "AVX2")
     }
 
 
@@ -132,7 +131,7 @@ def _build(variants: dict[str, list[str]], pool: ThreadPoolExecutor) -> dict[str
     shared += [HERE / f"{name}.cpp" for name in PROGRAM]
     wanted = [(BUILD / "shared" / f"{source.stem}.o", source, []) for source in shared]
     for variant, flags in variants.items():
-        sources = [ROOT / "csrc" / f"{kernel}.cpp" for kernel in setup["KERNELS"]]
+        sources = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
         wanted += [(BUILD / variant / f"{source.stem}.o", source, flags) for source in sources]
     headers = [*(ROOT / "csrc").rglob("*.h"), *HERE.glob("*.h"), ROOT / "setup.py", Path(__file__)]
     newest = max(p.stat().st_mtime for p in headers)

@@ -23,7 +23,7 @@ from lottery_sparse.ops.bits import reference as bits_reference
 from lottery_sparse.ops.compact import reference as compact_reference
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.packed import formats
-from lottery_sparse.tools import doctor_cases
+from lottery_sparse.tools import doctor
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -138,8 +138,7 @@ def learned_backward_of(forward: Problem) -> Problem:
 def small() -> dict[str, tuple[str, Problem]]:
     """The doctor's case of each op, and compact ones: ragged on purpose."""
     found = {
-        f"{op} small": (op, lambda d, case=case: doctor_cases.to(case(), d.name))
-        for op, case in doctor_cases.CASES.items()
+        f"{op} small": (op, lambda d, op=op: doctor.cases(d.name)[op]) for op in doctor.cases("cpu")
     }
     one, many = compact(33, 65, 7), compact(9, 70, 5, networks=3)
     for name, make in (("small", one), ("small, 3 networks", many)):

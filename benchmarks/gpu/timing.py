@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lottery_sparse as ls
 from benchmarks.gpu.rows import Case, Row
-from lottery_sparse.tools.doctor_cases import tf32
+from lottery_sparse.tools.doctor import tf32
 
 REPLAYS, SECONDS = 50, 0.25  # at least so many replays, or as many as fit
 SHORT = 300.0  # us: shorter calls are captured several times in a graph

@@ -22,8 +22,4 @@ LS_HOST_DEVICE int64_t packed_words(int64_t columns) {
     return (columns + kRowAlignBits - 1) / kRowAlignBits * (kRowAlignBits / kWordBits);
 }
 
-LS_HOST_DEVICE bool packed_bit(const uint32_t* row, int64_t column) {
-    return (row[column / kWordBits] >> (column % kWordBits)) & 1u;
-}
-
 }  // namespace lottery_sparse

@@ -1,5 +1,5 @@
-// Whether numbers are finite, asked before a product that skips pruned weights: where a pruned
-// weight would meet NaN or Inf, 0 times it is NaN, as the dense product has it.
+// Whether numbers are finite. A product that skips pruned weights asks: where a pruned weight meets
+// NaN or Inf, the dense product has 0 * NaN, which is NaN.
 #pragma once
 
 #include <cstdint>

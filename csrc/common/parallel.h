@@ -6,8 +6,8 @@
 
 namespace lottery_sparse {
 
-// Threads that ran a range of a loop since somebody asked: for the tests, as a loop that should be
-// parallel and is not gives the right numbers.
+// Counts the threads that run ranges of loops. Tests ask for the count: a loop that should be
+// parallel and is not gives the right numbers all the same.
 inline std::atomic<int64_t> counting_round{0}, counted_threads{0};
 
 inline void count_this_thread() {
@@ -18,7 +18,7 @@ inline void count_this_thread() {
     counted_threads.fetch_add(1, std::memory_order_relaxed);
 }
 
-// How many there were, and begins anew. No loop may run meanwhile.
+// The count since the last call. No loop may run meanwhile.
 inline int64_t threads_used() {
     counting_round.fetch_add(1);
     return counted_threads.exchange(0);

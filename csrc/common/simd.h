@@ -57,10 +57,6 @@ inline int64_t count_bits(uint64_t bits) {
 // kSumLanes of them, in kSumVecs vectors.
 #if defined(__AVX512F__)
 using Vec = __m512;
-constexpr int kWidth = 16;
-inline Vec zero() {
-    return _mm512_setzero_ps();
-}
 inline Vec load(const float* p) {
     return _mm512_loadu_ps(p);
 }
@@ -70,18 +66,6 @@ inline void store(float* p, Vec v) {
 inline Vec broadcast(float v) {
     return _mm512_set1_ps(v);
 }
-inline Vec add(Vec a, Vec b) {
-    return _mm512_add_ps(a, b);
-}
-inline Vec sub(Vec a, Vec b) {
-    return _mm512_sub_ps(a, b);
-}
-inline Vec mul(Vec a, Vec b) {
-    return _mm512_mul_ps(a, b);
-}
-inline Vec div(Vec a, Vec b) {
-    return _mm512_div_ps(a, b);
-}
 inline Vec sqrt(Vec a) {
     return _mm512_sqrt_ps(a);
 }
@@ -90,10 +74,6 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 #elif defined(__AVX2__)
 using Vec = __m256;
-constexpr int kWidth = 8;
-inline Vec zero() {
-    return _mm256_setzero_ps();
-}
 inline Vec load(const float* p) {
     return _mm256_loadu_ps(p);
 }
@@ -103,18 +83,6 @@ inline void store(float* p, Vec v) {
 inline Vec broadcast(float v) {
     return _mm256_set1_ps(v);
 }
-inline Vec add(Vec a, Vec b) {
-    return _mm256_add_ps(a, b);
-}
-inline Vec sub(Vec a, Vec b) {
-    return _mm256_sub_ps(a, b);
-}
-inline Vec mul(Vec a, Vec b) {
-    return _mm256_mul_ps(a, b);
-}
-inline Vec div(Vec a, Vec b) {
-    return _mm256_div_ps(a, b);
-}
 inline Vec sqrt(Vec a) {
     return _mm256_sqrt_ps(a);
 }
@@ -123,10 +91,6 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 #else
 typedef float Vec __attribute__((vector_size(16)));
-constexpr int kWidth = 4;
-inline Vec zero() {
-    return Vec{};
-}
 inline Vec load(const float* p) {
     Vec v;
     std::memcpy(&v, p, sizeof v);
@@ -137,6 +101,18 @@ inline void store(float* p, Vec v) {
 }
 inline Vec broadcast(float v) {
     return Vec{v, v, v, v};
+}
+inline Vec sqrt(Vec a) {
+    for (int i = 0; i < 4; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return a * b + c;
+}
+#endif
+constexpr int kWidth = sizeof(Vec) / sizeof(float);
+inline Vec zero() {
+    return Vec{};
 }
 inline Vec add(Vec a, Vec b) {
     return a + b;
@@ -150,14 +126,6 @@ inline Vec mul(Vec a, Vec b) {
 inline Vec div(Vec a, Vec b) {
     return a / b;
 }
-inline Vec sqrt(Vec a) {
-    for (int i = 0; i < kWidth; ++i) a[i] = __builtin_sqrtf(a[i]);
-    return a;
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-    return a * b + c;
-}
-#endif
 
 // The first n floats (0 to kWidth); the other lanes are 0.
 inline Vec load_first(const float* p, int64_t n) {

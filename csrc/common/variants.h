@@ -11,9 +11,9 @@ constexpr int kVariants = 3;
 const char* variant_name(Variant variant);
 bool variant_compiled(Variant variant);
 bool variant_runs_here(Variant variant);
-// Variants of one number give the same float32 results, bit for bit. Its size names the order of
-// sums, its sign is negative where products are rounded before they are added (portable code).
-// Another order of sums is another number: studies name theirs (backends.numerics).
+// Variants of one number give the same float32 results, bit for bit. The size of the number names
+// the order of sums; the sign is negative where products are rounded before they are added
+// (portable code). Studies record the number (dispatch.numerics).
 int variant_numerics(Variant variant);
 
 // The best variant of this machine, or the one named by LS_CPU (read once). Throws

@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "conv2d/sparse_conv2d.h"
-#include "rim/rim.h"
+#include "linear/lists_rim.h"
 
 namespace lottery_sparse {
 namespace {
@@ -58,31 +58,19 @@ int64_t output_size(int64_t image, int64_t kernel, int64_t stride, int64_t paddi
 Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& columns,
                          const Options& o) {
     x = checked("x", x, ScalarType::Float);
-    values = checked("values", values, ScalarType::Float);
-    check_rank("values", values, 1, 2);
+    const auto [replicates, rows, lists] =
+        checked_lists(values, ScalarType::Float, starts, columns);
     check_rank("x", x, 4, values.dim() + 3);
-    starts = checked("starts", starts, ScalarType::Long);
-    const bool wide = columns.scalar_type() == ScalarType::Int;
-    columns = checked("columns", columns, wide ? ScalarType::Int : ScalarType::Short);
-    const int64_t d = values.dim();
-    STD_TORCH_CHECK(same_shape(values, columns) && starts.dim() == d &&
-                        (d == 1 || starts.size(0) == values.size(0)) && starts.size(d - 1) > 0,
-                    "values ", shape_text(values), ", columns ", shape_text(columns),
-                    " and starts ", shape_text(starts), " do not fit each other.");
-    check_ends("starts", starts, values.size(d - 1));
-    const int64_t replicates = d == 2 ? values.size(0) : 1;
     const int64_t first = x.dim() - 3, channel = o.channels_last ? first + 2 : first;
     const int64_t row = o.channels_last ? first : first + 1;
     const Pair image = {x.size(row), x.size(row + 1)};
     const Pair output = {output_size(image.h, o.kernel.h, o.stride.h, o.padding.h, o.dilation.h),
                          output_size(image.w, o.kernel.w, o.stride.w, o.padding.w, o.dilation.w)};
-    const Conv2dShape shape = {replicates,      x.size(first - 1),
-                               x.size(channel), starts.size(d - 1) - 1,
-                               o.groups,        image,
-                               output,          o.kernel,
-                               o.stride,        o.padding,
-                               o.dilation,      d == 2 && x.dim() == 4,
-                               o.channels_last};
+    const bool shared_x = values.dim() == 2 && x.dim() == 4;
+    const Conv2dShape shape = {
+        replicates,     x.size(first - 1), x.size(channel), rows,      o.groups,   image,
+        output,         o.kernel,          o.stride,        o.padding, o.dilation, shared_x,
+        o.channels_last};
     STD_TORCH_CHECK(x.dim() == 4 || x.size(0) == replicates, "x has shape ", shape_text(x),
                     ", but there are ", replicates, " networks.");
     STD_TORCH_CHECK(shape.in_channels % o.groups == 0 && shape.out_channels % o.groups == 0,
@@ -92,9 +80,7 @@ Arguments checked_conv2d(Tensor& x, Tensor& values, Tensor& starts, Tensor& colu
                     ", whose padded images are too large for the native kernels.");
     STD_TORCH_CHECK(output.h > 0 && output.w > 0, "x has shape ", shape_text(x),
                     ", which is smaller than the kernel.");
-    return {shape,
-            {static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
-             nullptr, nullptr, nullptr, values.size(d - 1), wide}};
+    return {shape, lists};
 }
 
 // Of images of y or x, with networks or without.
@@ -144,19 +130,8 @@ std::tuple<Tensor, Tensor, Tensor> compact_conv2d_backward_op(
     for (int64_t d = 0; fits && d < dy.dim(); ++d) fits = dy.size(d) == dy_size[d];
     STD_TORCH_CHECK(fits, "dy has shape ", shape_text(dy), ", which does not fit x ", shape_text(x),
                     ".");
-    column_starts = checked("column_starts", column_starts, ScalarType::Long);
-    rows = checked("rows", rows, lists.wide ? ScalarType::Int : ScalarType::Short);
-    positions = checked("positions", positions, ScalarType::Int);
     const int64_t k = shape.in_channels / shape.groups * shape.kernel.h * shape.kernel.w;
-    STD_TORCH_CHECK(same_shape(rows, values) && same_shape(positions, values) &&
-                        column_starts.numel() == shape.replicates * (k + 1),
-                    "rows ", shape_text(rows), ", positions ", shape_text(positions),
-                    " and column_starts ", shape_text(column_starts), " do not fit values ",
-                    shape_text(values), ".");
-    check_ends("column_starts", column_starts, lists.capacity);
-    lists.column_starts = static_cast<const int64_t*>(column_starts.const_data_ptr());
-    lists.rows = rows.const_data_ptr();
-    lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());
+    add_lists_by_column(lists, values, shape.replicates, k, column_starts, rows, positions);
     Tensor dx = empty({0}, ScalarType::Float), dvalues = dx, dbias = dx;
     if (need_dx) dx = torch::stable::empty(x.sizes(), ScalarType::Float);
     if (need_dvalues) dvalues = torch::stable::empty(values.sizes(), ScalarType::Float);

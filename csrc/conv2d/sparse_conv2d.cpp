@@ -65,7 +65,7 @@ class Conv2d {
         for (int64_t u = 0; u < units; u += size)
             f(Group{u, std::min(u + size, units), s_.replicates});
     }
-    // Packs the x of a group; where of a unit it lies says x_at.
+    // Packs the x of a group; x_at says where that of a unit lies.
     void pack_x(const Packing& packing, const float* x, const Group& group, float* planes) const {
         packing(
             x, s_.shared_x ? group.tiles() : group.end - group.begin,
@@ -112,7 +112,7 @@ class Conv2d {
     const int64_t x_tile_;  // floats
 };
 
-// Of the lists by column; the ranges of groups are looked for in ascending rows.
+// Checks the lists by column. With groups, rows must ascend: column_range searches them.
 void Conv2d::check_columns() const {
     const int64_t k = group_in_ * s_.kernel.h * s_.kernel.w;
     ListCheck check;
@@ -136,7 +136,8 @@ void Conv2d::check_columns() const {
     check.done();
 }
 
-// What a kept weight reads of the packed x. Without values, theirs are 0.
+// The taps of y and dvalues: what each kept weight reads of the packed x. Without `values`, a tap
+// has the value 0.
 Taps Conv2d::taps_by_row(const float* values) const {
     const int64_t rows = s_.out_channels, kernel = s_.kernel.h * s_.kernel.w;
     std::vector<int64_t> line(group_in_ * kernel);
@@ -163,7 +164,7 @@ Taps Conv2d::taps_by_row(const float* values) const {
     return taps;
 }
 
-// The same for dx: [phase][input channel], what it reads of the packed dy.
+// The taps of dx, by phase and input channel: what each kept weight reads of the packed dy.
 Taps Conv2d::taps_by_column(const float* values, const Window& dy) const {
     check_columns();
     const int64_t channels = s_.in_channels, phases = s_.stride.h * s_.stride.w;
@@ -308,7 +309,7 @@ void Conv2d::sample(const CompactConv2dBackward& p, const Group& group, const Ta
     const Regions regions(grid_of(s_.output), group_in_, s_.stride, span(), 1, false);
     const int64_t dy_tile = rows * window.plane() * kLineFloats;
     const auto sample = LS_CHOSEN_KERNELS(sparse_conv2d).sample;
-    // the first replicates' worth of units holds every replicate of the group
+    // the first units of a group, as many as replicates, hold each of its replicates once
     const int64_t networks = std::min(group.end - group.begin, s_.replicates);
     parallel_(networks * blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {

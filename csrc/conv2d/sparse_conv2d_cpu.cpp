@@ -7,8 +7,7 @@ namespace {
 static_assert(kLanes == kSumLanes);
 constexpr int kLineVecs = kSumVecs;
 
-// ---- between images and lines
-// --------------------------------------------------------------------
+// ---- between images and lines -------------------------------------------------------------------
 
 // out[j][lane] = source[lane * stride + j] for j < count (<= kLanes); missing lanes are 0.
 inline void lines_of(const float* source, int64_t stride, int64_t lanes, int64_t count,
@@ -136,8 +135,7 @@ void pack(const PackPlanes& p, int64_t channel_begin, int64_t channel_end) {
     }
 }
 
-// ---- y and dx
-// ------------------------------------------------------------------------------------
+// ---- y and dx -----------------------------------------------------------------------------------
 
 // Where a block reads and writes; in floats.
 struct Block {
@@ -268,8 +266,7 @@ void multiply(const RegionProduct& p) {
     }
 }
 
-// ---- dvalues and dbias
-// ---------------------------------------------------------------------------
+// ---- dvalues and dbias --------------------------------------------------------------------------
 
 // kEntries kept entries of a row share the row's dy: each sums its own products, lane by lane.
 template <int kEntries, int kStep>

@@ -167,7 +167,7 @@ inline Pair dx_positions(const Conv2dShape& s) {
     return {divide_up(s.image.h, s.stride.h), divide_up(s.image.w, s.stride.w)};
 }
 
-// All of dy (for dvalues), and all that dx reads.
+// The window of dy: all of dy, for dvalues, and all that dx reads.
 inline Window dy_window(const Conv2dShape& s) {
     const Pair rounded = grid_of(dx_positions(s)).rounded;
     const auto along = [](int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,

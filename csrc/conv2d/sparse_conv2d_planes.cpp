@@ -67,8 +67,9 @@ bool planes_fit(const Conv2dShape& s) {
            padded_x(s).floats() <= kMost / std::max<int64_t>(s.in_channels, 1);
 }
 
-// Measured on 3x3 kernels with 1 to 64 input channels, widths 8 to 32: most kept weights of an
-// output plane. Rows that fill their vectors badly cost products; small planes cost calls.
+// An output plane has at most so many kept weights, as measured on 3x3 kernels with 1 to 64 input
+// channels and widths of 8 to 32. Rows that fill their vectors badly cost products; small planes
+// cost calls.
 bool planes_win(const Conv2dShape& s, int64_t kept, bool backward) {
     constexpr double kMostForward = 8.0, kPixelsBackward = 300.0;
     constexpr int64_t kImageFloats = 1 << 16;  // of x: beyond, products wait for it

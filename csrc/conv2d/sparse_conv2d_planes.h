@@ -33,7 +33,8 @@ struct PaddedPlane {
 
 // Whether these kernels take one network with `kept` weights, and are the faster ones.
 bool planes_win(const Conv2dShape& shape, int64_t kept, bool backward);
-// All networks of p, whatever planes_win says, if planes_fit.
+// Whether these kernels take the shape. The two below run all networks of p, whatever planes_win
+// says.
 bool planes_fit(const Conv2dShape& shape);
 void compact_conv2d_planes_forward(const CompactConv2dForward& p, const Parallel& parallel);
 void compact_conv2d_planes_backward(const CompactConv2dBackward& p, const Parallel& parallel);

@@ -38,7 +38,7 @@ inline void store_part(float* p, Vec v, int64_t n) {
         store_first(p, v, n);
 }
 
-// Copies rows into the middle; `sum` is that of their lanes.
+// Copies the rows of a plane into the middle of its padding, and sums their lanes.
 inline void place(const PaddedPlane& padded, const float* plane, float* out, Vec (&sum)[kSumVecs]) {
     const int64_t width = padded.image.w, height = padded.image.h, pitch = padded.pitch;
     Vec lanes[kSumVecs];

@@ -1,5 +1,6 @@
-// The rim of _C_cuda for compact layers, see cuda_compact.h. As on the CPU, lists that belong to
-// the weight are the caller's: column and row numbers below K and N, starts that ascend.
+// The rim of _C_cuda for compact layers, see cuda_compact.h. The caller keeps the lists right:
+// column and row numbers below K and N, starts that ascend. Kernels of the CPU check them, these do
+// not.
 #include <optional>
 #include <tuple>
 

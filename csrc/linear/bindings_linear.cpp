@@ -5,8 +5,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "linear/lists_rim.h"
 #include "linear/sparse_linear.h"
-#include "rim/rim.h"
 
 namespace lottery_sparse {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 template <class T>
 constexpr ScalarType kDtype = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::BFloat16;
 
-// f(T{}) for the T of this tensor; another dtype is refused where it is checked to be float.
+// f(T{}) for the T of this tensor; a check that it is float refuses another dtype.
 template <class F>
 auto with_storage(const Tensor& t, const F& f) {
     return t.scalar_type() == ScalarType::BFloat16 ? f(Bfloat16{}) : f(float{});
@@ -55,54 +55,46 @@ SparseLinearShape checked_shape(Tensor& x, Tensor& weight, Tensor& mask) {
         "x has shape ", shape_text(x), ", which does not fit weight ", shape_text(weight), ".");
     STD_TORCH_CHECK(
         std::max(shape.in_features, shape.out_features) <= std::numeric_limits<uint32_t>::max(),
-        "weight has shape ", shape_text(weight), "; the native kernels take up to 2^32 - 1.");
+        "weight has shape ", shape_text(weight),
+        "; the native kernels take up to 2^32 - 1 rows and columns.");
     return shape;
 }
 
-std::vector<int64_t> output_size(const SparseLinearShape& shape, const Tensor& weight) {
-    if (weight.dim() == 3) return {shape.replicates, shape.batch, shape.out_features};
+std::vector<int64_t> output_size(const SparseLinearShape& shape, bool networks) {
+    if (networks) return {shape.replicates, shape.batch, shape.out_features};
     return {shape.batch, shape.out_features};
 }
 
-template <class T>
-Tensor masked_linear(Tensor x, Tensor weight, Tensor mask, std::optional<Tensor> bias) {
-    const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
-    const T* b = checked_bias<T>(bias, shape);
-    Tensor y = empty(output_size(shape, weight), kDtype<T>);
-    sparse_linear_forward({shape, data<T>(x), data<T>(weight), bytes(mask), b, output<T>(y)},
-                          kParallel);
-    return y;
-}
-
 Tensor masked_linear_op(Tensor x, Tensor weight, Tensor mask, std::optional<Tensor> bias) {
-    return with_storage(x,
-                        [&](auto t) { return masked_linear<decltype(t)>(x, weight, mask, bias); });
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> masked_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor mask,
-                                                  bool need_dx, bool need_dw) {
-    const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
-    dy = checked("dy", dy, kDtype<T>);
-    STD_TORCH_CHECK(dy.dim() == weight.dim() &&
-                        dy.numel() == shape.replicates * shape.batch * shape.out_features &&
-                        dy.size(dy.dim() - 1) == shape.out_features,
-                    "dy has shape ", shape_text(dy), ", which does not fit x ", shape_text(x),
-                    " and weight ", shape_text(weight), ".");
-    const auto like = [](bool needed, const Tensor& t) {
-        return needed ? torch::stable::empty(t.sizes(), kDtype<T>) : empty({0}, kDtype<T>);
-    };
-    Tensor dx = like(need_dx, x), dw = like(need_dw, weight);
-    sparse_linear_backward({shape, data<T>(dy), data<T>(x), data<T>(weight), bytes(mask),
-                            need_dx ? output<T>(dx) : nullptr, need_dw ? output<T>(dw) : nullptr},
-                           kParallel);
-    return {dx, dw};
+    return with_storage(x, [&]<class T>(T) {
+        const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
+        const T* b = checked_bias<T>(bias, shape);
+        Tensor y = empty(output_size(shape, weight.dim() == 3), kDtype<T>);
+        sparse_linear_forward<T>({shape, data<T>(x), data<T>(weight), bytes(mask), b, output<T>(y)},
+                                 kParallel);
+        return y;
+    });
 }
 
 std::tuple<Tensor, Tensor> masked_linear_backward_op(Tensor dy, Tensor x, Tensor weight,
                                                      Tensor mask, bool need_dx, bool need_dw) {
-    return with_storage(x, [&](auto t) {
-        return masked_linear_backward<decltype(t)>(dy, x, weight, mask, need_dx, need_dw);
+    return with_storage(x, [&]<class T>(T) -> std::tuple<Tensor, Tensor> {
+        const SparseLinearShape shape = checked_shape<T>(x, weight, mask);
+        dy = checked("dy", dy, kDtype<T>);
+        STD_TORCH_CHECK(dy.dim() == weight.dim() &&
+                            dy.numel() == shape.replicates * shape.batch * shape.out_features &&
+                            dy.size(dy.dim() - 1) == shape.out_features,
+                        "dy has shape ", shape_text(dy), ", which does not fit x ", shape_text(x),
+                        " and weight ", shape_text(weight), ".");
+        const auto like = [](bool needed, const Tensor& t) {
+            return needed ? torch::stable::empty(t.sizes(), kDtype<T>) : empty({0}, kDtype<T>);
+        };
+        Tensor dx = like(need_dx, x), dw = like(need_dw, weight);
+        sparse_linear_backward<T>(
+            {shape, data<T>(dy), data<T>(x), data<T>(weight), bytes(mask),
+             need_dx ? output<T>(dx) : nullptr, need_dw ? output<T>(dw) : nullptr},
+            kParallel);
+        return {dx, dw};
     });
 }
 
@@ -112,101 +104,34 @@ struct CompactArguments {
     CompactLists lists;
 };
 
-// Checks what both ops take. values [C] or [E, C]; starts [N + 1] or [E, N + 1].
+// Checks what both ops take.
 template <class T>
 CompactArguments checked_compact(Tensor& values, Tensor& starts, Tensor& columns, int64_t batch,
                                  int64_t in_features, bool shared_x) {
-    values = checked("values", values, kDtype<T>);
-    check_rank("values", values, 1, 2);
-    starts = checked("starts", starts, ScalarType::Long);
-    const bool wide = columns.scalar_type() == ScalarType::Int;
-    columns = checked("columns", columns, wide ? ScalarType::Int : ScalarType::Short);
-    const int64_t d = values.dim();
-    STD_TORCH_CHECK(same_shape(values, columns) && starts.dim() == d &&
-                        (d == 1 || starts.size(0) == values.size(0)) && starts.size(d - 1) > 0,
-                    "values ", shape_text(values), ", columns ", shape_text(columns),
-                    " and starts ", shape_text(starts), " do not fit each other.");
-    check_ends("starts", starts, values.size(d - 1));
-    const int64_t replicates = d == 2 ? values.size(0) : 1;
-    return {{replicates, batch, in_features, starts.size(d - 1) - 1, d == 2 && shared_x},
-            {static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
-             nullptr, nullptr, nullptr, values.size(d - 1), wide}};
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> compact_linear(Tensor x, Tensor values, Tensor starts, Tensor columns,
-                                          std::optional<Tensor> bias) {
-    x = checked("x", x, kDtype<T>);
-    check_rank("x", x, 2, values.dim() + 1);
-    const int64_t batch = x.size(x.dim() - 2), k = x.size(x.dim() - 1);
-    const auto [shape, lists] =
-        checked_compact<T>(values, starts, columns, batch, k, /*shared_x=*/x.dim() == 2);
-    STD_TORCH_CHECK(x.dim() == 2 || x.size(0) == shape.replicates, "x has shape ", shape_text(x),
-                    ", but there are ", shape.replicates, " networks.");
-    const T* b = checked_bias<T>(bias, shape);
-    const int64_t tiles = (batch + kTileBatch - 1) / kTileBatch;
-    Tensor y = values.dim() == 2 ? empty({shape.replicates, batch, shape.out_features}, kDtype<T>)
-                                 : empty({batch, shape.out_features}, kDtype<T>);
-    Tensor packed =
-        empty({x.dim() == 2 ? 1 : shape.replicates, tiles, k, kTileBatch}, ScalarType::Float);
-    compact_linear_forward(
-        {shape, lists, data<T>(x), data<T>(values), b, output<T>(y), output<float>(packed)},
-        kParallel);
-    return {y, packed};
+    const auto [replicates, rows, lists] = checked_lists(values, kDtype<T>, starts, columns);
+    return {{replicates, batch, in_features, rows, values.dim() == 2 && shared_x}, lists};
 }
 
 std::tuple<Tensor, Tensor> compact_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
                                              std::optional<Tensor> bias) {
-    return with_storage(
-        x, [&](auto t) { return compact_linear<decltype(t)>(x, values, starts, columns, bias); });
-}
-
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> compact_linear_backward(Tensor dy, Tensor packed_x,
-                                                           Tensor values, Tensor starts,
-                                                           Tensor columns, Tensor column_starts,
-                                                           Tensor rows, Tensor positions,
-                                                           bool shared_x, bool need_dx,
-                                                           bool need_dvalues, bool need_dbias) {
-    dy = checked("dy", dy, kDtype<T>);
-    check_rank("dy", dy, values.dim() + 1, values.dim() + 1);
-    packed_x = checked("packed_x", packed_x, ScalarType::Float);
-    check_rank("packed_x", packed_x, 4, 4);
-    const int64_t batch = dy.size(dy.dim() - 2), k = packed_x.size(2);
-    auto [shape, lists] = checked_compact<T>(values, starts, columns, batch, k, shared_x);
-    column_starts = checked("column_starts", column_starts, ScalarType::Long);
-    rows = checked("rows", rows, lists.wide ? ScalarType::Int : ScalarType::Short);
-    positions = checked("positions", positions, ScalarType::Int);
-    STD_TORCH_CHECK(dy.size(dy.dim() - 1) == shape.out_features && same_shape(rows, values) &&
-                        same_shape(positions, values) &&
-                        column_starts.numel() == shape.replicates * (k + 1),
-                    "dy ", shape_text(dy), ", rows ", shape_text(rows), ", positions ",
-                    shape_text(positions), " and column_starts ", shape_text(column_starts),
-                    " do not fit values ", shape_text(values), ".");
-    check_ends("column_starts", column_starts, lists.capacity);
-    STD_TORCH_CHECK(!need_dvalues || (packed_x.size(0) == (shape.shared_x ? 1 : shape.replicates) &&
-                                      packed_x.size(1) == (batch + kTileBatch - 1) / kTileBatch &&
-                                      packed_x.size(3) == kTileBatch),
-                    "packed_x has shape ", shape_text(packed_x), ", which does not fit dy ",
-                    shape_text(dy), ".");
-    lists.column_starts = static_cast<const int64_t*>(column_starts.const_data_ptr());
-    lists.rows = rows.const_data_ptr();
-    lists.positions = static_cast<const int32_t*>(positions.const_data_ptr());
-    const bool separate_x = values.dim() == 2 && !shared_x;
-    Tensor dx = empty({0}, kDtype<T>), dvalues = dx, dbias = dx;
-    if (need_dx)
-        dx = separate_x ? empty({shape.replicates, batch, k}, kDtype<T>)
-                        : empty({batch, k}, kDtype<T>);
-    if (need_dvalues) dvalues = torch::stable::empty(values.sizes(), kDtype<T>);
-    if (need_dbias)
-        dbias = values.dim() == 2 ? empty({shape.replicates, shape.out_features}, kDtype<T>)
-                                  : empty({shape.out_features}, kDtype<T>);
-    compact_linear_backward(
-        {shape, lists, data<T>(dy), floats(packed_x), data<T>(values),
-         need_dx ? output<T>(dx) : nullptr, need_dvalues ? output<T>(dvalues) : nullptr,
-         need_dbias ? output<T>(dbias) : nullptr},
-        kParallel);
-    return {dx, dvalues, dbias};
+    return with_storage(x, [&]<class T>(T) -> std::tuple<Tensor, Tensor> {
+        x = checked("x", x, kDtype<T>);
+        check_rank("x", x, 2, values.dim() + 1);
+        const int64_t batch = x.size(x.dim() - 2), k = x.size(x.dim() - 1);
+        const bool shared_x = x.dim() == 2;
+        const auto [shape, lists] = checked_compact<T>(values, starts, columns, batch, k, shared_x);
+        STD_TORCH_CHECK(shared_x || x.size(0) == shape.replicates, "x has shape ", shape_text(x),
+                        ", but there are ", shape.replicates, " networks.");
+        const T* b = checked_bias<T>(bias, shape);
+        const int64_t tiles = (batch + kTileBatch - 1) / kTileBatch;
+        Tensor y = empty(output_size(shape, values.dim() == 2), kDtype<T>);
+        Tensor packed =
+            empty({shared_x ? 1 : shape.replicates, tiles, k, kTileBatch}, ScalarType::Float);
+        compact_linear_forward(
+            {shape, lists, data<T>(x), data<T>(values), b, output<T>(y), output<float>(packed)},
+            kParallel);
+        return {y, packed};
+    });
 }
 
 std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor packed_x,
@@ -215,27 +140,51 @@ std::tuple<Tensor, Tensor, Tensor> compact_linear_backward_op(Tensor dy, Tensor 
                                                               Tensor rows, Tensor positions,
                                                               bool shared_x, bool need_dx,
                                                               bool need_dvalues, bool need_dbias) {
-    return with_storage(dy, [&](auto t) {
-        return compact_linear_backward<decltype(t)>(dy, packed_x, values, starts, columns,
-                                                    column_starts, rows, positions, shared_x,
-                                                    need_dx, need_dvalues, need_dbias);
+    return with_storage(dy, [&]<class T>(T) -> std::tuple<Tensor, Tensor, Tensor> {
+        dy = checked("dy", dy, kDtype<T>);
+        check_rank("dy", dy, values.dim() + 1, values.dim() + 1);
+        packed_x = checked("packed_x", packed_x, ScalarType::Float);
+        check_rank("packed_x", packed_x, 4, 4);
+        const int64_t batch = dy.size(dy.dim() - 2), k = packed_x.size(2);
+        auto [shape, lists] = checked_compact<T>(values, starts, columns, batch, k, shared_x);
+        STD_TORCH_CHECK(dy.size(dy.dim() - 1) == shape.out_features, "dy has shape ",
+                        shape_text(dy), ", which does not fit starts ", shape_text(starts), ".");
+        add_lists_by_column(lists, values, shape.replicates, k, column_starts, rows, positions);
+        STD_TORCH_CHECK(
+            !need_dvalues || (packed_x.size(0) == (shape.shared_x ? 1 : shape.replicates) &&
+                              packed_x.size(1) == (batch + kTileBatch - 1) / kTileBatch &&
+                              packed_x.size(3) == kTileBatch),
+            "packed_x has shape ", shape_text(packed_x), ", which does not fit dy ", shape_text(dy),
+            ".");
+        const bool networks = values.dim() == 2;
+        Tensor dx = empty({0}, kDtype<T>), dvalues = dx, dbias = dx;
+        if (need_dx)
+            dx = networks && !shared_x ? empty({shape.replicates, batch, k}, kDtype<T>)
+                                       : empty({batch, k}, kDtype<T>);
+        if (need_dvalues) dvalues = torch::stable::empty(values.sizes(), kDtype<T>);
+        if (need_dbias)
+            dbias = networks ? empty({shape.replicates, shape.out_features}, kDtype<T>)
+                             : empty({shape.out_features}, kDtype<T>);
+        compact_linear_backward(
+            {shape, lists, data<T>(dy), floats(packed_x), data<T>(values),
+             need_dx ? output<T>(dx) : nullptr, need_dvalues ? output<T>(dvalues) : nullptr,
+             need_dbias ? output<T>(dbias) : nullptr},
+            kParallel);
+        return {dx, dvalues, dbias};
     });
 }
 
-template <class T>
-Tensor packed_tiles(Tensor x) {
-    x = checked("x", x, kDtype<T>);
-    check_rank("x", x, 2, 3);
-    const int64_t count = x.dim() == 3 ? x.size(0) : 1, batch = x.size(x.dim() - 2),
-                  features = x.size(x.dim() - 1);
-    Tensor tiles = empty({count, (batch + kTileBatch - 1) / kTileBatch, features, kTileBatch},
-                         ScalarType::Float);
-    pack_tiles(data<T>(x), count, batch, features, output<float>(tiles), kParallel);
-    return tiles;
-}
-
 Tensor pack_tiles_op(Tensor x) {
-    return with_storage(x, [&](auto t) { return packed_tiles<decltype(t)>(x); });
+    return with_storage(x, [&]<class T>(T) {
+        x = checked("x", x, kDtype<T>);
+        check_rank("x", x, 2, 3);
+        const int64_t count = x.dim() == 3 ? x.size(0) : 1, batch = x.size(x.dim() - 2),
+                      features = x.size(x.dim() - 1);
+        Tensor tiles = empty({count, (batch + kTileBatch - 1) / kTileBatch, features, kTileBatch},
+                             ScalarType::Float);
+        pack_tiles(data<T>(x), count, batch, features, output<float>(tiles), kParallel);
+        return tiles;
+    });
 }
 
 // `dense` [..., N, K] of any rank as rows of the lists.
@@ -251,33 +200,27 @@ CompactArguments checked_entries(const Tensor& dense, Tensor& values, Tensor& st
     return found;
 }
 
-template <class T>
-Tensor gathered(Tensor dense, Tensor starts, Tensor columns) {
-    dense = checked("dense", dense, kDtype<T>);
-    Tensor values = torch::stable::empty(columns.sizes(), kDtype<T>);
-    const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
-    gather_kept(KeptEntries<T>{shape, lists, const_cast<T*>(data<T>(dense)), output<T>(values)},
-                kParallel);
-    return values;
-}
-
 Tensor gather_kept_op(Tensor dense, Tensor starts, Tensor columns) {
-    return with_storage(dense,
-                        [&](auto t) { return gathered<decltype(t)>(dense, starts, columns); });
-}
-
-template <class T>
-void scatter(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
-    STD_TORCH_CHECK(dense.is_cpu() && dense.scalar_type() == kDtype<T> && dense.is_contiguous(),
-                    "dense must be a contiguous ", toString(kDtype<T>),
-                    " CPU tensor for the native kernels.");
-    const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
-    scatter_kept(KeptEntries<T>{shape, lists, output<T>(dense), const_cast<T*>(data<T>(values))},
-                 kParallel);
+    return with_storage(dense, [&]<class T>(T) {
+        dense = checked("dense", dense, kDtype<T>);
+        Tensor values = torch::stable::empty(columns.sizes(), kDtype<T>);
+        const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
+        gather_kept(KeptEntries<T>{shape, lists, const_cast<T*>(data<T>(dense)), output<T>(values)},
+                    kParallel);
+        return values;
+    });
 }
 
 void scatter_kept_op(Tensor dense, Tensor values, Tensor starts, Tensor columns) {
-    with_storage(dense, [&](auto t) { scatter<decltype(t)>(dense, values, starts, columns); });
+    with_storage(dense, [&]<class T>(T) {
+        STD_TORCH_CHECK(dense.is_cpu() && dense.scalar_type() == kDtype<T> && dense.is_contiguous(),
+                        "dense must be a contiguous ", toString(kDtype<T>),
+                        " CPU tensor for the native kernels.");
+        const auto [shape, lists] = checked_entries<T>(dense, values, starts, columns);
+        scatter_kept(
+            KeptEntries<T>{shape, lists, output<T>(dense), const_cast<T*>(data<T>(values))},
+            kParallel);
+    });
 }
 
 }  // namespace

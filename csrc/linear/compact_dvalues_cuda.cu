@@ -1,6 +1,6 @@
-// dy^T x at the kept entries from panels of both, see cuda_compact.h: as a product with W, but an
-// entry's numbers are multiplied with those of dy in its row and added up over the rows of x. Each
-// panel leaves its own sums, which are then added in the order of the panels.
+// dW = dy^T x at the kept entries only, from panels of x and of dy; see cuda_compact.h. An entry
+// multiplies its column of x with its row of dy and adds up over the rows of x. Each panel leaves
+// sums of its own; a second kernel adds them in the order of the panels.
 #include "linear/cuda_panels.h"
 
 namespace lottery_sparse {

@@ -1,5 +1,6 @@
 // x -> panels, values in the order of the lists by column, values -> a dense weight; see
 // cuda_compact.h.
+#include "common/cuda_kernel.h"
 #include "linear/cuda_compact.h"
 
 namespace lottery_sparse {

@@ -85,7 +85,7 @@ struct CudaScatter {
     Number values_type, dense_type;
 };
 
-// nullptr, or what went wrong.
+// Each returns nullptr, or the message of CUDA, and sets the fields of the driver itself.
 const char* cuda_compact_pack(const CudaPack& p, const Device& device);
 const char* cuda_compact_linear(CudaCompact p, const Device& device);
 const char* cuda_compact_dvalues(CudaDvalues p, const Device& device);

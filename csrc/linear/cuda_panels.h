@@ -2,6 +2,7 @@
 // warps, and a panel's chunks in shared memory.
 #pragma once
 
+#include "common/cuda_kernel.h"
 #include "linear/cuda_compact.h"
 
 namespace lottery_sparse {

@@ -167,22 +167,19 @@ void SparseLinear<Index>::backward(const SparseLinearBackward<T>& p) const {
 
 }  // namespace
 
-void sparse_linear_forward(const SparseLinearForward<float>& p, const Parallel& parallel) {
+template <class T>
+void sparse_linear_forward(const SparseLinearForward<T>& p, const Parallel& parallel) {
     with_index(p.shape,
                [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).forward(p); });
 }
-void sparse_linear_forward(const SparseLinearForward<Bfloat16>& p, const Parallel& parallel) {
-    with_index(p.shape,
-               [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).forward(p); });
-}
-
-void sparse_linear_backward(const SparseLinearBackward<float>& p, const Parallel& parallel) {
+template <class T>
+void sparse_linear_backward(const SparseLinearBackward<T>& p, const Parallel& parallel) {
     with_index(p.shape,
                [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).backward(p); });
 }
-void sparse_linear_backward(const SparseLinearBackward<Bfloat16>& p, const Parallel& parallel) {
-    with_index(p.shape,
-               [&](auto index) { SparseLinear<decltype(index)>(p.shape, parallel).backward(p); });
-}
+template void sparse_linear_forward(const SparseLinearForward<float>&, const Parallel&);
+template void sparse_linear_forward(const SparseLinearForward<Bfloat16>&, const Parallel&);
+template void sparse_linear_backward(const SparseLinearBackward<float>&, const Parallel&);
+template void sparse_linear_backward(const SparseLinearBackward<Bfloat16>&, const Parallel&);
 
 }  // namespace lottery_sparse

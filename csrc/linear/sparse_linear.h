@@ -115,10 +115,10 @@ void compact_linear_forward(const CompactLinearForward<Bfloat16>& p, const Paral
 void compact_linear_backward(const CompactLinearBackward<float>& p, const Parallel& parallel);
 void compact_linear_backward(const CompactLinearBackward<Bfloat16>& p, const Parallel& parallel);
 
-void sparse_linear_forward(const SparseLinearForward<float>& p, const Parallel& parallel);
-void sparse_linear_forward(const SparseLinearForward<Bfloat16>& p, const Parallel& parallel);
-void sparse_linear_backward(const SparseLinearBackward<float>& p, const Parallel& parallel);
-void sparse_linear_backward(const SparseLinearBackward<Bfloat16>& p, const Parallel& parallel);
+template <class T>
+void sparse_linear_forward(const SparseLinearForward<T>& p, const Parallel& parallel);
+template <class T>
+void sparse_linear_backward(const SparseLinearBackward<T>& p, const Parallel& parallel);
 
 constexpr int64_t kTileBatch = 32;  // batch columns of a tile: [features][kTileBatch]
 constexpr int64_t kRowBlock = 16;   // rows whose results leave a product together
@@ -213,7 +213,7 @@ struct SparseLinearKernels {
 LS_DECLARE_KERNELS(SparseLinearKernels<uint16_t>, sparse_linear_16);
 LS_DECLARE_KERNELS(SparseLinearKernels<uint32_t>, sparse_linear_32);
 
-// What bfloat16 storage needs besides. The first three are as above.
+// The kernels that storage as bfloat16 needs besides. The first three do what their namesakes do.
 struct Bfloat16Kernels {
     void (*pack_tile)(const Bfloat16* source, int64_t batch, int64_t features, float* tile);
     void (*list_rows_16)(const uint8_t* mask, const Bfloat16* weight, int64_t columns,

@@ -251,25 +251,20 @@ void gather_row(const float* row, int64_t columns, const Index* kept, int64_t co
     for (; i < count; ++i) values[i] = row[kept[i]];
 }
 
+template <class Index>
+constexpr SparseLinearKernels<Index> kKernels = {list_rows<Index, float>,
+                                                 pack_tile,
+                                                 multiply,
+                                                 multiply_packed,
+                                                 scatter,
+                                                 sample,
+                                                 sum_row,
+                                                 gather_row,
+                                                 order};
+
 }  // namespace
 
-const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = {list_rows<uint16_t, float>,
-                                                                    pack_tile,
-                                                                    multiply,
-                                                                    multiply_packed,
-                                                                    scatter,
-                                                                    sample,
-                                                                    sum_row,
-                                                                    gather_row,
-                                                                    order};
-const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = {list_rows<uint32_t, float>,
-                                                                    pack_tile,
-                                                                    multiply,
-                                                                    multiply_packed,
-                                                                    scatter,
-                                                                    sample,
-                                                                    sum_row,
-                                                                    gather_row,
-                                                                    order};
+const SparseLinearKernels<uint16_t> LS_KERNELS(sparse_linear_16) = kKernels<uint16_t>;
+const SparseLinearKernels<uint32_t> LS_KERNELS(sparse_linear_32) = kKernels<uint32_t>;
 
 }  // namespace lottery_sparse

@@ -12,7 +12,7 @@ void check_matrix(const char* name, const Tensor& t, ScalarType dtype) {
                     toString(t.scalar_type()), " ", shape_text(t), ".");
 }
 
-// Of `bits`, every element is written by a pack, and of `mask` by an unpack.
+// A pack writes every element of `bits`, an unpack every element of `mask`.
 CudaBits problem(const Tensor& mask, const Tensor& bits) {
     CudaBits p = {bits.size(0), mask.size(1), bits.size(1), nullptr, nullptr};
     if (mask.numel()) p.mask = output<uint8_t>(mask);

@@ -15,8 +15,8 @@ struct CudaBits {
     uint32_t* bits;  // [rows, words]
 };
 
-// mask -> bits, a byte that is not zero is a kept weight; and bits -> mask. nullptr, or what went
-// wrong.
+// mask -> bits, where a byte that is not zero is a kept weight; and bits -> mask. Both return
+// nullptr, or the message of CUDA.
 const char* cuda_pack_mask(const CudaBits& p, const Device& device);
 const char* cuda_unpack_mask(const CudaBits& p, const Device& device);
 

@@ -17,14 +17,15 @@
 namespace lottery_sparse {
 namespace {
 
-// One sample in so many entries, up to kSamples.
+// One entry in kSampleShare is a sample, up to kSamples in all.
 constexpr int64_t kSampleShare = 32;
 constexpr int64_t kSamples = 1 << 16;
 constexpr int64_t kFewestSamples = 256;
-// Candidates stored per chunk; up to this many entries in all, every one may be a candidate.
+// Candidates that a chunk stores. Where there are no more entries than these, all may be
+// candidates.
 constexpr int64_t kCapacity = kKeepTopChunk / 16;
-// Half widths of brackets, in standard deviations of the rank they aim at. A miss costs three more
-// passes over the scores; over ties, which are more numerous than any sample, it costs memory.
+// Half widths of brackets, in standard deviations of the rank that a bracket aims at. A miss costs
+// three more passes over the scores; a miss over ties, which no sample outnumbers, costs memory.
 constexpr double kDeviations = 4.0;
 constexpr double kTieDeviations = 6.5;
 constexpr uint32_t kMaxValue = 0xFFFFFFFFu;

@@ -1,6 +1,7 @@
 // See cuda_bits.h. A warp has 32 words of bits. Where rows of the mask begin on 16 bytes, a lane
 // reads or writes those of its word; elsewhere the lanes go through the words together, a byte
 // each.
+#include "common/cuda_kernel.h"
 #include "masks/cuda_bits.h"
 
 namespace lottery_sparse {
@@ -9,7 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocks = 8;  // of a multiprocessor
 
-// Where a word is.
 struct Place {
     int64_t row, word;
 };

@@ -9,18 +9,11 @@ namespace lottery_sparse {
 namespace {
 
 constexpr float kRange = 1 << 24;  // of a draw
-// `limit` errs by less than 3; where a draw is as near as this, `exact_limit` decides.
+// Where a draw is as near to `limit` as this, `exact_limit` decides.
 constexpr int32_t kDoubt = 8;
 
-// exp(-score) 2^-24's share of a limit: |score| up to 88, a NaN as -88. Written so that the
-// compiler turns a loop over it into vectors.
-inline int32_t limit(float score) {
-    float t = -score;
-    t = t < 88.0f ? t : 88.0f;
-    t = t > -88.0f ? t : -88.0f;
-    const float z = t * 1.44269504f;        // exp(t) = 2^z = 2^n 2^f
-    const float shifted = z + 12582912.0f;  // 1.5 2^23: its low bits are n
-    const float f = (z - (shifted - 12582912.0f)) * 0.69314718f;
+// 2^n exp(f), where n is in the low bits of shifted = n + 1.5 2^23, and |f| is at most log(2) / 2.
+inline float exponential(float shifted, float f) {
     float e = 1.0f / 720;
     e = e * f + 1.0f / 120;
     e = e * f + 1.0f / 24;
@@ -33,7 +26,19 @@ inline int32_t limit(float score) {
     bits = (bits - 0x4B400000 + 127) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof(power));
-    return static_cast<int32_t>(kRange / (1.0f + e * power));
+    return e * power;
+}
+
+// sigmoid(score) 2^24, wrong by less than 3. A score counts as at most 88 in size, NaN as -88.
+// Compilers make vectors of a loop over it.
+inline int32_t limit(float score) {
+    float t = -score;
+    t = t < 88.0f ? t : 88.0f;
+    t = t > -88.0f ? t : -88.0f;
+    const float z = t * 1.44269504f;        // exp(t) = 2^z = 2^n 2^f
+    const float shifted = z + 12582912.0f;  // 1.5 2^23: its low bits are n
+    const float f = (z - (shifted - 12582912.0f)) * 0.69314718f;
+    return static_cast<int32_t>(kRange / (1.0f + exponential(shifted, f)));
 }
 
 int32_t exact_limit(float score) {
@@ -132,19 +137,7 @@ inline float variance(float score) {
     const float shifted = t * 1.44269504f + 12582912.0f;  // 1.5 2^23: its low bits are n
     const float n = shifted - 12582912.0f;
     const float f = t - n * 0.693359375f + n * 2.12194440e-4f;  // t - n log(2), in two parts
-    float e = 1.0f / 720;
-    e = e * f + 1.0f / 120;
-    e = e * f + 1.0f / 24;
-    e = e * f + 1.0f / 6;
-    e = e * f + 0.5f;
-    e = e * f + 1.0f;
-    e = e * f + 1.0f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits - 0x4B400000 + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof(power));
-    e *= power;
+    const float e = exponential(shifted, f);
     return e / ((1.0f + e) * (1.0f + e));
 }
 

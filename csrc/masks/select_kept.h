@@ -12,7 +12,7 @@ struct SelectKeptKernels {
     // `width` bytes (2, 4 or 8).
     void (*select)(const uint8_t* mask, const void* values, const void* others, void* out,
                    int64_t count, int width);
-    // The same in place, which writes nothing where all is so already; whether it wrote.
+    // The same in place. Returns whether it wrote: it writes nothing to values that are right.
     bool (*put_back)(const uint8_t* mask, void* values, const void* others, int64_t count,
                      int width);
 };

@@ -34,7 +34,7 @@ Word wrong_bits(const uint8_t* mask, const Word* values, const Word* others, int
 
 template <class Word>
 bool put_back_words(const uint8_t* mask, Word* values, const Word* others, int64_t count) {
-    // After most steps nothing has moved, and what is read only stays clean in the cache.
+    // After most steps nothing has moved; memory that is only read stays clean in the cache.
     constexpr int64_t kBlock = 2048;
     bool wrote = false;
     for (int64_t at = 0; at < count; at += kBlock) {

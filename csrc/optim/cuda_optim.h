@@ -9,7 +9,7 @@
 
 namespace lottery_sparse {
 
-constexpr int kStepChunk = 1024;  // elements of a block: CHUNK of step_tables
+constexpr int kStepChunk = 1024;  // elements of a block: CHUNK of tables.py
 // Numbers of a row of a table, and their places: PART and TARGET.
 constexpr int kPart = 9, kTarget = 6;
 
@@ -48,7 +48,7 @@ struct CudaAdam {
     bool maximize;
 };
 
-// Steps that are counted on the device, and what follows from them, in double.
+// Counts steps on the device, and computes the factors of CudaAdam from them, in double.
 struct CudaCount {
     const int64_t* steps;  // [count]: pointers of float
     int64_t count;
@@ -58,7 +58,7 @@ struct CudaCount {
     float* factors;  // [count, 2]
 };
 
-// nullptr, or what went wrong.
+// Each returns nullptr, or the message of CUDA.
 const char* cuda_sgd_step(const CudaSgd& p, const Device& device);
 const char* cuda_adam_step(const CudaAdam& p, const Device& device);
 const char* cuda_count_steps(const CudaCount& p, const Device& device);

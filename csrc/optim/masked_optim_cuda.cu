@@ -2,6 +2,7 @@
 // values go on into the dense weights that hold them.
 #include <cmath>
 
+#include "common/cuda_kernel.h"
 #include "optim/cuda_optim.h"
 
 namespace lottery_sparse {
@@ -12,8 +13,8 @@ constexpr int kThreads = kStepChunk / kEach;
 constexpr int kBlocks = 4;  // of a multiprocessor
 constexpr int kCountThreads = 128;
 
-// The last i with list[i] <= value, of ascending ones that begin so: 32 at a time. All lanes of a
-// warp call it together.
+// The last i with list[i] <= value. The list ascends, and list[0] <= value. The lanes of a warp
+// call it together and look at 32 numbers at a time.
 LS_DEVICE int last_at_most(const int64_t* list, int count, int64_t value) {
     const int lane = thread_index() % kLanes;
     int low = 0;
@@ -31,7 +32,7 @@ LS_DEVICE int last_at_most(const int64_t* list, int count, int64_t value) {
 struct Elements {
     const int64_t* part;
     int64_t begin, used;
-    bool whole;  // all four, and where vectors fit
+    bool whole;  // all four are there, and aligned
 
     LS_MEMBER explicit Elements(const CudaStep& p) {
         const int parts = static_cast<int>(p.parts),

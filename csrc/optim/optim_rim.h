@@ -1,8 +1,8 @@
 // What both rims of the optimizers share: bindings_optim.cpp on torch's stable ABI and
 // eager_optim.cpp on its C++ interface, which hands over forty tensors 5 us sooner.
 //
-// Nothing is written unless every tensor is one that the kernels take; else a step returns the
-// position of the first Parameter that they do not, and -2 if its lists do not fit each other.
+// A step writes nothing unless the kernels take every tensor; else it returns the position of the
+// first Parameter that they do not take. Lists of unequal lengths are the rim's error, `misfit`.
 #pragma once
 
 #include <algorithm>
@@ -11,45 +11,47 @@
 #include <vector>
 
 #include "optim/masked_optim.h"
+#include "rim/parallel_rim.h"
 
 namespace lottery_sparse {
 namespace {
 
-constexpr int64_t kTaken = -1, kMisfit = -2;
+constexpr int64_t kTaken = -1;
+constexpr const char* kMisfit =
+    "params, grads, states and targets of the optimizer do not fit each other.";
 
-// Tensor is the rim's class, Tensors and Integers are its lists.
-template <class Tensor, bool (*is_strided)(const Tensor&), class Tensors, class Integers>
+// Tensor is the rim's class, Tensors and Integers are its lists; misfit() throws.
+template <class Tensor, bool (*is_strided)(const Tensor&), void (*misfit)(), class Tensors,
+          class Integers>
 class OptimRim {
   public:
-    struct Parameters {
-        const Tensors &params, &grads;
-        const Tensors *first, *second;  // states of the rule, or nullptr
-        const Tensors &effective, &starts, &columns;
-        const Integers& owners;  // positions of the targets' Parameters, ascending
-    };
-
-    static int64_t sgd(const Parameters& from, double lr, double momentum, double dampening,
-                       double weight_decay, bool nesterov, bool maximize, bool first,
-                       const Parallel& parallel) {
+    static int64_t sgd_step(Tensors params, Tensors grads, Tensors momenta, Tensors effective,
+                            Tensors starts, Tensors columns, Integers owners, double lr,
+                            double momentum, double dampening, double weight_decay, bool nesterov,
+                            bool maximize, bool first) {
         Step step;
-        const int64_t refused = collect(from, step);
+        const int64_t refused = collect({params, grads, momentum != 0 ? &momenta : nullptr, nullptr,
+                                         effective, starts, columns, owners},
+                                        step);
         if (refused != kTaken) return refused;
-        sgd_step({static_cast<float>(-lr), static_cast<float>(momentum),
-                  static_cast<float>(1 - dampening), static_cast<float>(weight_decay), nesterov,
-                  maximize, first},
-                 step.parts, step.targets, parallel);
+        lottery_sparse::sgd_step({static_cast<float>(-lr), static_cast<float>(momentum),
+                                  static_cast<float>(1 - dampening),
+                                  static_cast<float>(weight_decay), nesterov, maximize, first},
+                                 step.parts, step.targets, kParallel);
         return kTaken;
     }
 
-    static int64_t adam(const Parameters& from, const Tensors& steps, double lr, double beta1,
-                        double beta2, double eps, double weight_decay, bool decoupled,
-                        bool maximize, const Parallel& parallel) {
-        if (steps.size() != from.params.size()) return kMisfit;
+    static int64_t adam_step(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+                             Tensors steps, Tensors effective, Tensors starts, Tensors columns,
+                             Integers owners, double lr, double beta1, double beta2, double eps,
+                             double weight_decay, bool decoupled, bool maximize) {
+        if (steps.size() != params.size()) misfit();
         for (size_t i = 0; i < steps.size(); ++i)
             if (!takes(steps[i], Dtype::Float) || steps[i].numel() != 1)
                 return static_cast<int64_t>(i);
         Step step;
-        const int64_t refused = collect(from, step);
+        const int64_t refused = collect(
+            {params, grads, &exp_avgs, &exp_avg_sqs, effective, starts, columns, owners}, step);
         if (refused != kTaken) return refused;
         // in double, as Python has it, and once for Parameters that have taken as many steps
         double known = -1;
@@ -64,17 +66,24 @@ class OptimRim {
             step.parts[i].step_size = step_size;
             step.parts[i].second_scale = second_scale;
         }
-        adam_step({static_cast<float>(1 - beta1), static_cast<float>(beta2),
-                   static_cast<float>(1 - beta2), static_cast<float>(eps),
-                   decoupled ? 0.0f : static_cast<float>(weight_decay),
-                   decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f, maximize},
-                  step.parts, step.targets, parallel);
+        lottery_sparse::adam_step(
+            {static_cast<float>(1 - beta1), static_cast<float>(beta2),
+             static_cast<float>(1 - beta2), static_cast<float>(eps),
+             decoupled ? 0.0f : static_cast<float>(weight_decay),
+             decoupled ? static_cast<float>(1 - lr * weight_decay) : 1.0f, maximize},
+            step.parts, step.targets, kParallel);
         // last, so that a step for which there is no memory does not count
         for (const Tensor& taken : steps) *floats(taken) += 1;
         return kTaken;
     }
 
   private:
+    struct Parameters {
+        const Tensors &params, &grads;
+        const Tensors *first, *second;  // states of the rule, or nullptr
+        const Tensors &effective, &starts, &columns;
+        const Integers& owners;  // positions of the targets' Parameters, ascending
+    };
     using Dtype = decltype(std::declval<const Tensor&>().scalar_type());
 
     struct Step {
@@ -87,13 +96,6 @@ class OptimRim {
 
     static bool takes(const Tensor& t, Dtype dtype) {
         return is_strided(t) && t.is_cpu() && t.scalar_type() == dtype && t.is_contiguous();
-    }
-
-    static bool same_shape(const Tensor& a, const Tensor& b) {
-        if (a.dim() != b.dim()) return false;
-        for (int64_t d = 0; d < a.dim(); ++d)
-            if (a.size(d) != b.size(d)) return false;
-        return true;
     }
 
     // Whether a target's tensors fit a compact Parameter of `networks` networks.
@@ -109,7 +111,7 @@ class OptimRim {
                            : effective.numel() == 0);
     }
 
-    // Fills `step` and returns kTaken, or says why not.
+    // Fills `step` and returns kTaken, or returns the position of a Parameter that is not taken.
     static int64_t collect(const Parameters& from, Step& step) {
         const Tensors &params = from.params, &grads = from.grads;
         const Tensors *first = from.first, *second = from.second;
@@ -117,7 +119,7 @@ class OptimRim {
         if (grads.size() != count || (first && first->size() != count) ||
             (second && second->size() != count) || from.effective.size() != targets ||
             from.starts.size() != targets || from.columns.size() != targets)
-            return kMisfit;
+            misfit();
         step.parts.reserve(count);
         size_t t = 0;
         for (size_t i = 0; i < count; ++i) {
@@ -171,7 +173,8 @@ class OptimRim {
                 step.owners.push_back(refused);
             }
         }
-        return t == targets ? kTaken : kMisfit;
+        if (t != targets) misfit();
+        return kTaken;
     }
 };
 

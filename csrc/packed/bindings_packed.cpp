@@ -1,4 +1,4 @@
-// The rim of packed inference: ternary_linear and csr_linear.
+// The rim of packed inference.
 #include <optional>
 
 #include "common/bits.h"
@@ -67,62 +67,39 @@ Tensor ternary_linear_op(Tensor x, Tensor codes, Tensor scale, std::optional<Ten
     return y;
 }
 
-// A product of entries by row, without their columns.
-struct Entries {
-    Tensor x, values, starts, places, y;
-    std::optional<Tensor> bias;
-    PackedLinear problem;
-
-    Entries(const Tensor& given_x, const Tensor& given_values, const Tensor& given_starts,
-            const char* name, const Tensor& given_places, ScalarType type,
-            std::optional<Tensor> given_bias)
-        : x(checked("x", given_x, ScalarType::Float)),
-          values(checked("values", given_values,
-                         given_values.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16
-                                                                            : ScalarType::Float)),
-          starts(checked("starts", given_starts, ScalarType::Long)),
-          places(checked(name, given_places, type)),
-          y(x),
-          bias(given_bias) {
-        check_rank("x", x, 2, 2);
-        STD_TORCH_CHECK(values.dim() == 1 && same_shape(values, places) && starts.dim() == 1 &&
-                            starts.numel() > 0,
-                        "values ", shape_text(values), ", ", name, " ", shape_text(places),
-                        " and starts ", shape_text(starts), " do not fit each other.");
-        check_ends("starts", starts, values.numel());
-        const int64_t rows = starts.numel() - 1;
-        y = empty({x.size(0), rows}, ScalarType::Float);
-        problem = {x.size(0),
-                   x.size(1),
-                   rows,
-                   floats(x),
-                   static_cast<const int64_t*>(starts.const_data_ptr()),
-                   places.const_data_ptr(),
-                   values.const_data_ptr(),
-                   values.numel(),
-                   type == ScalarType::Int,
-                   values.scalar_type() == ScalarType::BFloat16,
-                   checked_bias(bias, rows),
-                   output<float>(y)};
-    }
-};
-
-Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
-                     std::optional<Tensor> bias) {
-    const bool wide = columns.scalar_type() == ScalarType::Int;
-    const Entries entries(x, values, starts, "columns", columns,
-                          wide ? ScalarType::Int : ScalarType::Short, bias);
-    packed_linear(entries.problem, kParallel);
-    return entries.y;
-}
-
-Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
-                        std::optional<Tensor> bias) {
+// Makes x, values and starts contiguous, and says whether values are bfloat16.
+bool checked_entries(Tensor& x, Tensor& values, Tensor& starts) {
     x = checked("x", x, ScalarType::Float);
     check_rank("x", x, 2, 2);
     const bool half = values.scalar_type() == ScalarType::BFloat16;
     values = checked("values", values, half ? ScalarType::BFloat16 : ScalarType::Float);
     starts = checked("starts", starts, ScalarType::Long);
+    return half;
+}
+
+Tensor csr_linear_op(Tensor x, Tensor values, Tensor starts, Tensor columns,
+                     std::optional<Tensor> bias) {
+    const bool half = checked_entries(x, values, starts);
+    const bool wide = columns.scalar_type() == ScalarType::Int;
+    columns = checked("columns", columns, wide ? ScalarType::Int : ScalarType::Short);
+    STD_TORCH_CHECK(
+        values.dim() == 1 && same_shape(values, columns) && starts.dim() == 1 && starts.numel() > 0,
+        "values ", shape_text(values), ", columns ", shape_text(columns), " and starts ",
+        shape_text(starts), " do not fit each other.");
+    check_ends("starts", starts, values.numel());
+    const int64_t rows = starts.numel() - 1;
+    Tensor y = empty({x.size(0), rows}, ScalarType::Float);
+    packed_linear({x.size(0), x.size(1), rows, floats(x),
+                   static_cast<const int64_t*>(starts.const_data_ptr()), columns.const_data_ptr(),
+                   values.const_data_ptr(), values.numel(), wide, half, checked_bias(bias, rows),
+                   output<float>(y)},
+                  kParallel);
+    return y;
+}
+
+Tensor bitmap_linear_op(Tensor x, Tensor values, Tensor starts, Tensor bits,
+                        std::optional<Tensor> bias) {
+    const bool half = checked_entries(x, values, starts);
     bits = checked("bits", bits, ScalarType::Int);
     STD_TORCH_CHECK(values.dim() == 1 && starts.dim() == 1 && bits.dim() == 2 &&
                         starts.numel() == bits.size(0) + 1 &&

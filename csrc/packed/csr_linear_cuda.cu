@@ -11,7 +11,7 @@ constexpr int kWarps = 8;
 constexpr int kBlocks = 2;  // of a multiprocessor
 constexpr int kReserved = 1 << 10;
 constexpr int kEach = 8;   // entries that a lane reads at once
-constexpr int kAhead = 2;  // times so many, of the next row
+constexpr int kAhead = 2;  // reads of kEach entries of the next row
 constexpr int kChunk = kEach * kLanes;
 
 // A warp's row: its entries, from a multiple of kEach on.

@@ -1,9 +1,9 @@
 // Products y = x w^T + bias on a GPU for at most 16 rows of x and a weight packed for streaming.
 //
-// They are bound by the bytes of the weight. So each byte is read once, 16 at a time, becomes the
-// first operand of the matrix unit in registers, and the rows of x are the second; few rows of x
-// leave the unit idle, which costs nothing. The warps of a block share a row tile and divide its
-// columns; if x does not fit in shared memory, so do blocks. Partial sums are added in a fixed
+// The bytes of the weight bound these products. So each byte is read once, 16 at a time, and
+// becomes the first operand of the matrix unit in registers; the rows of x are the second. Few rows
+// of x leave the unit idle, which costs nothing. The warps of a block share a row tile and divide
+// its columns; if x does not fit in shared memory, so do blocks. Partial sums are added in a fixed
 // order: the same bits in every run.
 #pragma once
 
@@ -82,7 +82,8 @@ const char* cuda_csr_linear(const CudaCsr& p, const Device& device);
 
 // How many splits a product takes; `partial` above has room for them.
 int64_t cuda_ternary_splits(int64_t batch, int64_t in_features, const Device& device);
-// nullptr, or what went wrong. `split_words` and the like are the driver's.
+// Each product returns nullptr, or the message of CUDA, and sets `split_words` or `split_tiles`
+// itself.
 const char* cuda_ternary_linear(CudaTernary p, const Device& device);
 
 int64_t cuda_tiles_splits(int64_t batch, int64_t in_features, const Device& device);

@@ -3,6 +3,7 @@
 // in ternary_pair's order (kPairs), or the quarters of four words go together (kQuarters).
 #pragma once
 
+#include "common/cuda_kernel.h"
 #include "packed/cuda_linear.h"
 
 namespace lottery_sparse {

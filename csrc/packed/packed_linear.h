@@ -32,7 +32,7 @@ struct PackedLinear {
     float* y;           // [B, N], every element is written
 };
 
-// Each throws where the lists do not fit: what they number is checked, as it was said above.
+// Throws where starts do not ascend to at most `entries`, or a column is not below K.
 void packed_linear(const PackedLinear& p, const Parallel& parallel);
 
 struct BitmapLinear {
@@ -49,6 +49,8 @@ struct BitmapLinear {
     float* y;           // [B, N], every element is written
 };
 
+// Throws where starts do not ascend to at most `entries`, or a row of bits has more ones than
+// values are left.
 void bitmap_linear(const BitmapLinear& p, const Parallel& parallel);
 
 constexpr int64_t kNarrowTile = 16;  // rows of x in a tile, if there are no more than these

@@ -4,27 +4,13 @@
 //   parts  a float32 is the sum of three bfloat16, each the upper 8 bits of what is left: exactly,
 //          down to 2^-126; rows m, B + m and 2 B + m
 //   int8   q of x ~ q max|x| / 127, a whole number of up to 7 bits, which bfloat16 holds exactly
+#include "common/cuda_kernel.h"
 #include "packed/cuda_linear.h"
 
 namespace lottery_sparse {
 namespace {
 
 constexpr int kThreads = 256;
-
-LS_DEVICE uint32_t bits_of(float x) {
-    union {
-        float from;
-        uint32_t to;
-    } u = {x};
-    return u.to;
-}
-LS_DEVICE float of_bits(uint32_t bits) {
-    union {
-        uint32_t from;
-        float to;
-    } u = {bits};
-    return u.to;
-}
 
 LS_GLOBAL(kThreads, 1)
 parts_kernel(CudaRows p) {

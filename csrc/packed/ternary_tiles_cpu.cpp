@@ -1,10 +1,40 @@
 #include <cstring>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "packed/ternary_block.h"
 
 namespace lottery_sparse {
 namespace {
+
+// Calls f(constant) with the width of a tile.
+template <class F>
+void with_width(int64_t width, const F& f) {
+    switch (width) {
+        case 1:
+            return f(std::integral_constant<int, 1>());
+        case 2:
+            return f(std::integral_constant<int, 2>());
+        case 4:
+            return f(std::integral_constant<int, 4>());
+        case 8:
+            return f(std::integral_constant<int, 8>());
+        default:
+            return f(std::integral_constant<int, 16>());
+    }
+}
+
+// Blocks whose sums the registers hold together.
+template <int kWidthX>
+constexpr int kAtOnce = kWidthX <= 4 ? 4 : 16 / kWidthX;
+
+// Calls f(constant number of blocks, first block): kMost at a time, the rest one by one.
+template <int kMost, class F>
+void for_blocks(int64_t begin, int64_t end, const F& f) {
+    int64_t block = begin;
+    for (; block + kMost <= end; block += kMost) f(std::integral_constant<int, kMost>(), block);
+    for (; block < end; ++block) f(std::integral_constant<int, 1>(), block);
+}
 
 // ---- int8 activations ---------------------------------------------------------------------------
 
@@ -117,29 +147,15 @@ LS_VNNI void multiply_vnni(const TernaryTileX& p, int64_t block) {
         }
 }
 
-template <int kWidthX, int kBlocks>
-LS_VNNI void multiply_vnni_all(const TernaryTileX& p, int64_t begin, int64_t end) {
-    int64_t block = begin;
-    for (; block + kBlocks <= end; block += kBlocks)
-        kWidthX == 1 ? multiply_vnni_one<kBlocks>(p, block)
-                     : multiply_vnni<kWidthX, kBlocks>(p, block);
-    for (; block < end; ++block)
-        kWidthX == 1 ? multiply_vnni_one<1>(p, block) : multiply_vnni<kWidthX, 1>(p, block);
-}
-
 void multiply_int8_vnni(const TernaryTileX& p, int64_t begin, int64_t end) {
-    switch (p.width) {
-        case 1:
-            return multiply_vnni_all<1, 4>(p, begin, end);
-        case 2:
-            return multiply_vnni_all<2, 4>(p, begin, end);
-        case 4:
-            return multiply_vnni_all<4, 4>(p, begin, end);
-        case 8:
-            return multiply_vnni_all<8, 2>(p, begin, end);
-        default:
-            return multiply_vnni_all<16, 1>(p, begin, end);
-    }
+    with_width(p.width, [&](auto width) {
+        for_blocks<kAtOnce<width>>(begin, end, [&](auto blocks, int64_t block) {
+            if constexpr (width == 1)
+                multiply_vnni_one<blocks>(p, block);
+            else
+                multiply_vnni<width, blocks>(p, block);
+        });
+    });
 }
 
 #endif
@@ -203,28 +219,14 @@ void multiply_block_int8(const TernaryTileX& p, int64_t block) {
 }
 #endif
 
-template <int kWidthX>
-void multiply_blocks_int8(const TernaryTileX& p, int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) multiply_block_int8<kWidthX>(p, block);
-}
-
 void multiply_int8(const TernaryTileX& p, int64_t begin, int64_t end) {
 #if defined(__AVX512BW__)
     static const bool vnni = __builtin_cpu_supports("avx512vnni");
     if (vnni) return multiply_int8_vnni(p, begin, end);
 #endif
-    switch (p.width) {
-        case 1:
-            return multiply_blocks_int8<1>(p, begin, end);
-        case 2:
-            return multiply_blocks_int8<2>(p, begin, end);
-        case 4:
-            return multiply_blocks_int8<4>(p, begin, end);
-        case 8:
-            return multiply_blocks_int8<8>(p, begin, end);
-        default:
-            return multiply_blocks_int8<16>(p, begin, end);
-    }
+    with_width(p.width, [&](auto width) {
+        for (int64_t block = begin; block < end; ++block) multiply_block_int8<width>(p, block);
+    });
 }
 
 // ---- bfloat16 activations -----------------------------------------------------------------------
@@ -287,26 +289,12 @@ LS_BF16 void multiply_pairs(const TernaryTileX& p, int64_t block) {
         }
 }
 
-template <int kWidthX, int kBlocks>
-LS_BF16 void multiply_pairs_all(const TernaryTileX& p, int64_t begin, int64_t end) {
-    int64_t block = begin;
-    for (; block + kBlocks <= end; block += kBlocks) multiply_pairs<kWidthX, kBlocks>(p, block);
-    for (; block < end; ++block) multiply_pairs<kWidthX, 1>(p, block);
-}
-
 void multiply_half(const TernaryTileX& p, int64_t begin, int64_t end) {
-    switch (p.width) {
-        case 1:
-            return multiply_pairs_all<1, 8>(p, begin, end);
-        case 2:
-            return multiply_pairs_all<2, 4>(p, begin, end);
-        case 4:
-            return multiply_pairs_all<4, 4>(p, begin, end);
-        case 8:
-            return multiply_pairs_all<8, 2>(p, begin, end);
-        default:
-            return multiply_pairs_all<16, 1>(p, begin, end);
-    }
+    with_width(p.width, [&](auto width) {
+        for_blocks<width == 1 ? 8 : kAtOnce<width>>(begin, end, [&](auto blocks, int64_t block) {
+            multiply_pairs<width, blocks>(p, block);
+        });
+    });
 }
 
 #else

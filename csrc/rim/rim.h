@@ -23,13 +23,6 @@ inline std::string shape_text(const Tensor& t) {
     return text + ")";
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-    if (a.dim() != b.dim()) return false;
-    for (int64_t d = 0; d < a.dim(); ++d)
-        if (a.size(d) != b.size(d)) return false;
-    return true;
-}
-
 // `t`, contiguous, after checking that it is a CPU tensor of this dtype.
 inline Tensor checked(const char* name, const Tensor& t, ScalarType dtype) {
     STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor for the native kernels.");

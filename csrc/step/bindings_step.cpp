@@ -67,12 +67,16 @@ std::vector<PhiloxKey> keys_of(const Tensor& keys, int64_t networks) {
     return found;
 }
 
-// Per layer: values and bias (empty: none) in `parameters`, in `first` and `second` their states
-// (empty: none), in `steps` their counters; starts, columns, column_starts, rows, positions and
-// mask in `lists`, empty for a plain layer, whose values are `effective` too; no `effective` for a
-// layer that neither reads nor keeps it; `zero`: whether pruned weights hold zero. `rates` has
-// kRates numbers per parameter. A layer with a learned mask has scores for values, its weights in
-// `frozen` and its `keys`, which go on by a step; both are empty for others.
+// Each layer has, where an empty tensor says that there is none:
+//
+//   parameters     values and bias; a layer with a learned mask has scores for values
+//   first, second  the states of its parameters; `steps` their counters, `rates` kRates numbers
+//   each effective      its effective weight, unless it neither reads nor keeps one lists starts,
+//   columns, column_starts, rows, positions and mask; a plain layer has none,
+//                  and its values are `effective`, too
+//   zero           whether pruned weights hold zero
+//   frozen, keys   the weights under a learned mask, and the key of its draws, which goes on by a
+//                  step
 Tensor train_step_op(Tensor x, Tensor labels, std::vector<Tensor> parameters,
                      std::vector<Tensor> first, std::vector<Tensor> second,
                      std::vector<Tensor> steps, std::vector<Tensor> effective,

@@ -18,6 +18,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 HOST = Path(__file__).resolve().parent
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Werror", "-fPIC", "-ffp-contract=off"]
+FLAGS += ['-DLS_MACHINE="emulate_cuda.h"']  # see csrc/common/cuda_kernel.h
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHARED = 163 << 10  # bytes of a block, as sm_80 has them
 
@@ -49,12 +50,14 @@ class Scale(ctypes.Structure):  # CudaScale
     ]
 
 
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    return found or pytest.skip("no C++ compiler for the emulated kernels")
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Built into build/, once for each state of the sources."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler to build the emulated kernels with")
     csrc = ROOT / "csrc"
     kernels = sorted(csrc.rglob("*_cuda.cu"))
     sources = [*sorted(HOST.glob("emulate_cuda*.cpp")), *kernels]
@@ -66,7 +69,7 @@ def library() -> ctypes.CDLL:
         built.parent.mkdir(parents=True, exist_ok=True)
         ours = built.with_suffix(f".{os.getpid()}")
         options = [*FLAGS, f"-I{csrc}", f"-I{HOST}", "-shared", "-x", "c++"]
-        command = [*compiler.split(), *options, *sources, "-o", ours]
+        command = [*compiler().split(), *options, *sources, "-o", ours]
         done = subprocess.run([str(part) for part in command], text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         ours.replace(built)
@@ -107,7 +110,7 @@ def linear(
 ) -> tuple[Linear, Tensor, tuple]:
     """The struct of a product, y filled with NaN, and what else its pointers point to.
 
-    x of float32, or int8, is made rows of 16 bits, as bindings_cuda.cpp does.
+    x of float32, or int8, is made rows of 16 bits, as bindings_cuda_packed.cpp does.
     """
     y = torch.full((len(x), rows), torch.nan, dtype=x.dtype)
     parts, made, scale = 1, x, None

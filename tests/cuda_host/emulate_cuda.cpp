@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "common/device.h"
+#include "common/cuda_kernel.h"
 
 namespace lottery_sparse {
 namespace {

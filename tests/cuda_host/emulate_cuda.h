@@ -1,6 +1,7 @@
-// CUDA on the host, for tests: the threads of a block take turns (a fiber each), collectives wait
-// for all of their warp or block, reads of global memory are checked against the ranges that the
-// test has registered, and a barrier that cannot be reached is an error. See emulate_cuda.cpp.
+// The machine of csrc/common/cuda_kernel.h on a host, for tests: the threads of a block take turns
+// (a fiber each), collectives wait for all of their warp or block, reads of global memory are
+// checked against the ranges that the test has registered, and a barrier that cannot be reached is
+// an error. See emulate_cuda.cpp.
 #pragma once
 
 #include <cmath>
@@ -8,10 +9,17 @@
 #include <cstdint>
 #include <functional>
 
+#include "common/device.h"
+
+#define LS_DEVICE static inline
+#define LS_METHOD static inline
+#define LS_MEMBER inline
+#define LS_GLOBAL(threads, blocks) static void
+#define LS_UNROLL
+#define LS_ROLLED
+
 namespace lottery_sparse {
 
-struct Words4;
-struct Words2;
 struct BFloat16;
 struct Float16;
 
@@ -58,13 +66,19 @@ template <class T>
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2]);
 uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector);
 
+inline float nearest_even(float x) {
+    return std::nearbyint(x);
+}
+float half_to_float(uint16_t bits);
+uint16_t half_from_float(float x);
+
 // Runs every block of a grid; the message of the first fault, or nullptr.
 const char* emulate_grid(const std::function<void()>& thread, int64_t grid_x, int64_t grid_y,
                          int threads, int shared);
 
 template <class Problem>
-const char* emulate(void (*kernel)(Problem), int64_t grid_x, int64_t grid_y, int threads,
-                    int shared, const Problem& problem) {
+const char* launch(void (*kernel)(Problem), int64_t grid_x, int64_t grid_y, int threads, int shared,
+                   const Device&, const Problem& problem) {
     return emulate_grid([&] { kernel(problem); }, grid_x, grid_y, threads, shared);
 }
 

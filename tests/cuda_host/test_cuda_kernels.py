@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
+import subprocess
 from collections import Counter
 
 import cuda_emulator as emulator
@@ -188,3 +190,21 @@ def test_rows_beside_an_infinity_are_finite():
     x[0, 4] = torch.inf
     y = emulator.csr_linear(x, *formats.pack_csr(kept.bfloat16(), kept), None)
     assert y[0].isinf().tolist() == [i == 4 for i in range(9)]
+
+
+# ---- drivers -----------------------------------------------------------------------------------
+
+
+def test_the_rim_of_cuda_needs_no_machine():
+    """A C++ compiler without CUDA takes the headers with which the rim calls the kernels."""
+    rims = sorted((emulator.ROOT / "csrc").rglob("bindings_cuda*.cpp"))
+    names = {
+        name for rim in rims for name in re.findall(r'#include "(\w+/\w+\.h)"', rim.read_text())
+    }
+    lines = [f'#include "{name}"\n' for name in sorted(names) if not name.startswith("rim/")]
+    assert len(lines) > 3
+    command = [*emulator.compiler().split(), "-std=c++20", "-fsyntax-only", "-Icsrc", "-xc++", "-"]
+    done = subprocess.run(
+        command, input="".join(lines), cwd=emulator.ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
 """Lines of code per folder beside the budget in size.txt: `make size`.
 
-A line of code holds more than blanks, comments and docstrings. `python tests/house/size.py --write`
-makes what is there now the budget: a commit that does says what the lines are for.
+A line of code holds more than blanks, comments and docstrings. The exit status is 1 if a folder
+has more lines than its budget. `python tests/house/size.py --write` makes what is there now the
+budget: a commit that does says what the lines are for.
 """
 
 from __future__ import annotations
@@ -84,6 +85,15 @@ def table(now: Counter[str], planned: Counter[str]) -> list[str]:
     ]
 
 
+def over(now: Counter[str], planned: Counter[str]) -> list[str]:
+    """A sentence for each folder with more lines than its budget; a new one has none."""
+    return [
+        f"{name} has {now[name]:,} lines of code, {now[name] - planned[name]:,} over its budget."
+        for name in sorted(now)
+        if now[name] > planned[name]
+    ]
+
+
 def main(arguments: list[str]) -> int:
     now = measured()
     if arguments == ["--write"]:
@@ -91,8 +101,17 @@ def main(arguments: list[str]) -> int:
     elif arguments:
         print(f"size.py takes --write or nothing, got {' '.join(arguments)}.", file=sys.stderr)
         return 2
-    print(*table(now, budget()), sep="\n")
-    return 0
+    print(*table(now, budget()), sep="\n", flush=True)
+    faults = over(now, budget())
+    if faults:
+        print(
+            *faults,
+            "Take lines out, or say what they are for in a commit with the new budget: "
+            "python tests/house/size.py --write",
+            sep="\n",
+            file=sys.stderr,
+        )
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -50,6 +50,23 @@ def test_a_folder_is_a_row_with_its_change():
     assert ["all", "1,205", "-52"] in rows.values()
 
 
+def test_a_folder_over_its_budget_is_a_failure(monkeypatch, capsys):
+    now = size.measured()
+    monkeypatch.setattr(size, "measured", lambda: now)
+    monkeypatch.setattr(size, "budget", lambda: now)
+    assert size.main([]) == 0
+    assert capsys.readouterr().err == ""
+
+    less = now - Counter({"csrc/rim": 7, "tests/nn": now["tests/nn"]})  # and a folder that is new
+    more = less + Counter({"csrc/step": 100})  # lines of one folder are not another's
+    monkeypatch.setattr(size, "budget", lambda: more)
+    assert size.main([]) == 1
+    first, second, way_out = capsys.readouterr().err.splitlines()
+    assert first == f"csrc/rim has {now['csrc/rim']:,} lines of code, 7 over its budget."
+    assert second.startswith("tests/nn has ")
+    assert "size.py --write" in way_out
+
+
 def test_the_budget_names_the_folders_that_there_are():
     folders = set(map(size.folder_of, size.sources()))
     assert size.budget().keys() == folders, "python tests/house/size.py --write"

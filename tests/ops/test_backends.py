@@ -19,7 +19,7 @@ from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact import reference as compact_reference
 from lottery_sparse.ops.masked import reference as masked_reference
 from lottery_sparse.ops.selection import reference as selection_reference
-from lottery_sparse.tools import doctor, doctor_steps
+from lottery_sparse.tools import doctor
 
 CPU = torch.device("cpu")
 ONE = torch.ones(1, 1, 1, 1).bool()
@@ -57,7 +57,7 @@ def test_every_op_has_a_reference_everywhere(op):
 
 def test_the_doctor_has_a_case_of_every_op_that_is_listed():
     listed = {op for ops in dispatch.PREFERENCE.values() for op in ops}
-    assert listed <= set(doctor.CASES)
+    assert listed <= set(doctor.cases("cpu"))
 
 
 def test_what_is_not_listed_runs_on_the_reference():
@@ -240,12 +240,12 @@ def test_the_doctor_takes_steps_beside_torch(monkeypatch):
         names |= {f"train_step, {name}" for name in ("SGD", "Adam", "AdamW")}
     assert found["steps"]["cpu"] == dict.fromkeys(names, "ok")
 
-    ours, theirs, options = doctor_steps.OPTIMIZERS["Adam"]
+    ours, theirs, options = doctor.OPTIMIZERS["Adam"]
 
     def wrong(parameters, lr):
         return ours(parameters, lr=1.1 * lr)
 
-    monkeypatch.setitem(doctor_steps.OPTIMIZERS, "Adam", (wrong, theirs, options))
+    monkeypatch.setitem(doctor.OPTIMIZERS, "Adam", (wrong, theirs, options))
     found = doctor.report()
     assert not found["healthy"]
     failed = {name for name, said in found["steps"]["cpu"].items() if said.startswith("FAILED: ")}
@@ -255,7 +255,7 @@ def test_the_doctor_takes_steps_beside_torch(monkeypatch):
 @pytest.mark.parametrize("backend", ["reference", "dense"])
 def test_steps_that_a_forced_backend_does_not_take_are_not_failures(backend):
     with ls.use_backend(backend):
-        found = doctor_steps.verdicts("cpu")
+        found = doctor.steps("cpu")
     assert set(found.values()) == {"ok"}
 
 

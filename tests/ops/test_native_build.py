@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,10 +20,6 @@ pytest.importorskip("lottery_sparse._C", reason="_C is not built", exc_type=Impo
 
 ops = torch.ops.lottery_sparse_native
 VARIANT = _host.cpu_variant()
-
-
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def test_errors_do_not_say_where_the_kernels_were_built():
@@ -44,23 +39,6 @@ def test_host_knows_the_build():
     assert "-ffast-math" not in info["flags"]
     for schema in info["ops"]:
         assert hasattr(ops, schema.split("(")[0])
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
-def test_host_packs_bits_in_little_endian_order(count):
-    mask = rng(count).random(count) < 0.5
-    bits = _host.pack_bits(mask.astype(np.uint8))
-    assert bits == np.packbits(mask, bitorder="little").tobytes()
-    assert _host.unpack_bits(bits, count) == mask.tobytes()
-
-
-def test_host_refuses_bits_that_do_not_fit():
-    with pytest.raises(ValueError, match="1 bytes, but 9 entries take 2"):
-        _host.unpack_bits(b"\0", 9)
-    with pytest.raises(ValueError, match="ones beyond"):
-        _host.unpack_bits(b"\xff", 3)
-    with pytest.raises(ValueError, match="flat buffer"):
-        _host.pack_bits(np.zeros((2, 2), dtype=np.uint8))
 
 
 def run_again(variant: str, *command: str) -> subprocess.CompletedProcess:

@@ -33,7 +33,7 @@ WAYS = {
 # torch's switches are of a process, and some cannot be taken back: each way has a fork of its own
 PROGRAM = """
 import json, os, sys, torch
-from lottery_sparse.tools.doctor_cases import tf32
+from lottery_sparse.tools.doctor import tf32
 from lottery_sparse.ops.triton import tiles
 
 products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv

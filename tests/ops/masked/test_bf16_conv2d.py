@@ -10,7 +10,7 @@ from problems import check, conv_problem, effective_weight
 
 import lottery_sparse as ls
 from lottery_sparse.ops import dispatch
-from lottery_sparse.tools import doctor_torch
+from lottery_sparse.tools import doctor
 
 BF16 = torch.bfloat16
 BACKENDS = [b for b in dispatch.available("masked_conv2d", "cpu") if b != "cpu"]  # float32 alone
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.numeric
 
 def torch_is_right(p):
     """Whether F.conv2d on the effective weight gives y, dx and dw of float64, within rounding."""
-    if doctor_torch.wrong_convolutions():  # of what memory held before, so not always the same
+    if doctor.wrong_convolutions():  # of what memory held before, so not always the same
         return False
     x, w = p.x.clone().requires_grad_(), effective_weight(p).to(BF16).requires_grad_()
     y = F.conv2d(x, w, p.bias, **p.options)
@@ -34,7 +34,7 @@ def torch_is_right(p):
 
 @pytest.mark.parametrize("form", ["masked", "compact"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", doctor_torch.CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("case", doctor.CONVOLUTIONS, ids=str)
 def test_outputs_one_pixel_wide_at_a_stride(case, backend, form):
     (batch, channels, *image), (outputs, _, *kernel), options = case
     p = conv_problem((channels, outputs), kernel, image, batch, 0.6, dtype=BF16, **options)
@@ -52,10 +52,10 @@ def test_the_doctor_says_where_torch_is_wrong(monkeypatch):
         y = conv2d(x, w, **options)
         return y * 1e22 if x.dtype == BF16 and x.shape[0] == 17 else y
 
-    monkeypatch.setattr(doctor_torch.F, "conv2d", wrong)
-    (found,) = doctor_torch.wrong_convolutions()
+    monkeypatch.setattr(doctor.F, "conv2d", wrong)
+    (found,) = doctor.wrong_convolutions()
     assert found.startswith("x (17, 1, 25, 6), weight (7, 1, 5, 3), {'stride': (3, 2)")
-    said = doctor_torch.line([found])
+    said = doctor.convolutions_line([found])
     assert "WRONG here" in said
     assert "1 of 3 tried, pytorch issue 169688" in said
-    assert "right here" in doctor_torch.line([])
+    assert "right here" in doctor.convolutions_line([])

@@ -138,8 +138,8 @@ class Masked(CheckedLoad):
         those of a functional call or a replica. Then the op selects.
 
         Args:
-            looks: compare some pruned entries with their frozen values, too. A kernel that skips
-                pruned entries does not need it.
+            looks: compare some entries with what they held, too. A kernel that skips pruned
+                entries does not need it.
         """
         return not is_compiling() and self._rests(looks)
 

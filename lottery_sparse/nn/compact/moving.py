@@ -18,7 +18,9 @@ from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.ops.limits import may_lag
 
-SLOTS = 16  # of a network's kept weights, compared to see writes
+# About so many of a network's kept weights are compared to see writes. Not a whole number: in a
+# layer that keeps all, those compared would lie in one column, whose weights may never move.
+SLOTS = 16.618
 # What torch's optimizers hold for each element of a weight, of its shape.
 PER_ELEMENT = {
     "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq",
@@ -69,7 +71,7 @@ class Watch:
 
     Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
     shared memory. One that replaces or changes the whole vector changes its address or one of the
-    numbers compared here, bit by bit: sixteen to thirty-one per network, spread over the kept
+    numbers compared here, bit by bit: sixteen to thirty-three per network, spread over the kept
     ones. On other devices than the CPU, where reading them would wait, it is the address alone.
     """
 
@@ -83,7 +85,7 @@ class Watch:
             # in place, which takes no memory: read only where the weight still lies there
             kept = int(_in_place(starts, "i8")[..., -1].max())
             numbers = _in_place(weight, f"V{weight.element_size()}")
-            self.slots = numbers[..., : max(kept, 1) : max(kept // SLOTS, 1)]
+            self.slots = numbers[..., : max(kept, 1) : max(int(kept / SLOTS), 1)]
             self.seen = self.slots.tobytes()
 
     def notes(self, weight: Tensor) -> bool:

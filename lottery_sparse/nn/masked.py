@@ -214,6 +214,8 @@ class Masked(CheckedLoad):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.pop("_summed", None)  # of older pickles
+        self._buffers.pop("weight_signs_sum", None)
         self._buffers_outside_inference_mode()
         self._rest = Rest.of(self._own())
 
@@ -386,6 +388,15 @@ def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], ra
         return
     for e, one in enumerate(weight):
         reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
+
+
+def masked_alike(one: Masked, two: Masked) -> bool:
+    """Whether two layers have the same mask and the same frozen values."""
+    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 class MaskedLinear(Masked, nn.Linear):

@@ -65,7 +65,8 @@ class Rest(NamedTuple):
     def reached(self, rank: int) -> Rest:
         """Put the weight to rest, in place; returns the state of the tensors after it."""
         weight, mask, frozen, signs = self.tensors
-        same = self.versions[1:] == versions_of(self.tensors)[1:]
+        versions = versions_of(mask, frozen, signs)
+        same = self.versions[1:] == versions
         kept = self.kept if same else int(mask.count_nonzero())
         if kept < mask.numel():
             put_back_(weight, mask, frozen, signs, rank)
@@ -73,7 +74,7 @@ class Rest(NamedTuple):
         if not same:
             spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
         now = self._replace(
-            versions=versions_of(self.tensors),
+            versions=(weight._version, *versions),
             address=weight.data_ptr(),
             spots=spots,
             values=None if spots is None else torch.take(weight.detach(), spots),
@@ -112,8 +113,10 @@ class Rest(NamedTuple):
 
         looks: whether some entries are looked at, for writes that count no version.
         """
-        weight = self.tensors[0]
-        if self.versions != versions_of(self.tensors) or self.address != weight.data_ptr():
+        weight, *buffers = self.tensors
+        if self.versions != (weight._version, *versions_of(*buffers)):
+            return False
+        if self.address != weight.data_ptr():
             return False
         if self.values is None or self.spots is None or not looks:
             return True
@@ -141,12 +144,11 @@ def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.d
     return cpu.masked_linear_least_rows(dtype, kept, weight.numel())
 
 
-def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
-    """The versions of (weight, mask, frozen, signs); no loop, since each forward asks."""
-    weight, mask, frozen, signs = tensors
+def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
+    """The versions of a layer's buffers; no loop, since each forward asks."""
     if frozen is None:
-        return weight._version, mask._version
-    return weight._version, mask._version, frozen._version, 0 if signs is None else signs._version
+        return (mask._version,)
+    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
 def _spots(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.compact import following
 from lottery_sparse.nn.compact.layers import CompactLinear
 from lottery_sparse.nn.compact.registry import note_optimizer, take_back
 from lottery_sparse.nn.forms.replicate import LinearNetworks, as_rows
@@ -125,7 +126,7 @@ class _Layer:
 
     def _list(self) -> None:
         layer = self.layer
-        layer._update_derived()
+        following.follow(layer)
         mask, self.zero = layer.weight_mask, layer.zero
         self.lists, self.version = [*layer.kept, plain(mask)], plain(mask)._version
         self.products = layer.__dict__.get("products")
@@ -134,7 +135,8 @@ class _Layer:
         self.dense = not self.zero or most / max(size, 1) > DENSE_MULTIPLY
         self.keep = self.dense or not layer.refreshes_lazily  # else made when someone reads it
         if self.keep:
-            layer.make_dense()
+            following.make_dense(layer)
+            layer.refresh_if_stale(self.weight)
         self.effective = layer._derived.dense if self.keep else self.empty
         self.made = layer.kept, layer._derived.dense, mask, layer.weight_frozen
 

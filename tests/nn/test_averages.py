@@ -323,3 +323,23 @@ def test_tied_layers_move_once():
     ls.set_masks_(model, {"0.weight": mask})
     update(copy_buffers, other, model)
     torch.testing.assert_close(other(x), wanted(x))
+
+
+def test_only_copies_are_asked_when_a_mask_changes():
+    """Layers of one shape whose masks differ are not compared; a copy by a file is found, too."""
+    model, other = model_of("compact"), model_of("compact")
+    ls.set_masks_(other, masks_at(other, 0.6, seed=7))
+    copies = [copy.deepcopy(model), model_of("compact")]
+    copies[1].load_state_dict({n: v.clone() for n, v in model.state_dict().items()})
+    for i in (0, 2):
+        family = set(model[i]._derived.family)  # and perhaps copies that other tests left behind
+        assert {each[i] for each in (model, *copies)} <= family
+        assert other[i] not in family
+    ls.set_masks_(model, masks_at(model, 0.6, seed=2))
+    assert not {each[0] for each in copies} & set(model[0]._derived.family)
+    for each in copies:
+        update(lerp, each, model)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            each(X)
+    update(lerp, other, model)
+    other(X)  # its mask was another one before

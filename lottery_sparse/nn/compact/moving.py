@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn.compact.registry import optimizers_of
-from lottery_sparse.nn.masked import outside_inference_mode, redraw_
+from lottery_sparse.nn.masked import outside_inference_mode
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -120,13 +120,6 @@ def follow(tensor: Tensor, other: Tensor) -> Tensor:
 
 def version_of(weight: Tensor) -> int:
     return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
-
-
-def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
-    """The versions of a layer's buffers; no loop, since each forward asks."""
-    if frozen is None:
-        return (mask._version,)
-    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:
@@ -238,18 +231,3 @@ def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
         else isinstance(v, Tensor) and v.numel() > 1 and v.shape != weight.shape
         for v in optimizer.state.get(weight, {}).values()
     )
-
-
-@torch.no_grad()
-def redraw_kept_(
-    weight: nn.Parameter,
-    bias: Tensor | None,
-    kept: KeptLists,
-    effective: Tensor,
-    dense_type: type[nn.Module],
-    rank: int,
-) -> None:
-    """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
-    dense = zeros_of(effective) if is_blank(effective) else torch.empty_like(effective)
-    redraw_(dense, bias, dense_type, rank)
-    weight.copy_(gather_kept(dense, kept.starts, kept.columns))

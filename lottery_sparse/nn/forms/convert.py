@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.nn.forms.weight_types import none_to_mask
 from lottery_sparse.nn.frozen import FrozenState, Source, keyed, prepare_frozen
-from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, masked_alike
 from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.pruning.mask_tensor import plain
 from lottery_sparse.pruning.masks import Masks, as_mask
@@ -266,22 +266,12 @@ def check_tied(model: nn.Module) -> None:
     names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
     for name, (first, *others) in by_parameter(model):
         for layer in others:
-            if not _alike(first, layer):
+            if not (first.weight_mask.is_meta or masked_alike(first, layer)):
                 raise ValueError(
                     f"{name} and {names[id(layer)]} are one weight under two masks, or two kinds "
                     f"of frozen values; call ls.set_masks_(model, {{{name!r}: mask}}), which sets "
                     "both, or give each layer a weight of its own first."
                 )
-
-
-def _alike(one: Masked, two: Masked) -> bool:
-    if one.weight_mask.is_meta:
-        return True
-    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

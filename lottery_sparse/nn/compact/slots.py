@@ -89,7 +89,7 @@ def check(layer: Any) -> None:
     Raises:
         RuntimeError: the slots were written, and no live layer with the same mask has the same.
     """
-    if not layer._derived.slots_before.were_written(layer.weight):
+    if not _is_written(layer):
         return
     if not _are_copied(layer, plain(layer.weight_mask)):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
@@ -98,12 +98,19 @@ def check(layer: Any) -> None:
 
 
 def _are_copied(layer: Any, mask: Tensor) -> bool:
-    """Whether a live layer with this mask has the slots of `layer`."""
+    """Whether a live layer with this mask has the slots of `layer`, and is no mixture itself."""
     mine = layer.weight.detach()
     return any(
         torch.equal(other.weight.detach().to(mine), mine)
         for other in _copies(layer, mask, _family_of(mask))
+        if not _is_written(other)
     )
+
+
+def _is_written(layer: Any) -> bool:
+    """Whether somebody wrote to the slots of a layer after they were noted."""
+    noted = layer._derived.slots_before
+    return noted is not None and noted.were_written(layer.weight)
 
 
 def mask_is_written(layer: Any, source: MaskTensor | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn import registry
+from lottery_sparse.nn.common import outside_inference_mode, redraw_
 from lottery_sparse.nn.compact import following, slots
 from lottery_sparse.nn.compact.derived import CompactParts, Derived
 from lottery_sparse.nn.compact.init import apply_to
@@ -25,7 +26,7 @@ from lottery_sparse.nn.compact.moving import (
 from lottery_sparse.nn.compact.registry import holders_of, lends, lends_no_more, optimizers_of
 from lottery_sparse.nn.frozen import FrozenState, remake
 from lottery_sparse.nn.loading import LayerLoad, Load
-from lottery_sparse.nn.masked import Masked, outside_inference_mode, redraw_
+from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.rest import put_back_
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight, spread_kept

@@ -8,7 +8,7 @@ ones, which follow the Parameter. It is a cache, in one of three states:
     lent    `is_lent`          readers have it, and may write to it; ops get the blank
     read    `dense is real`    ops read it; it may be lent, too
 
-`following` says who else writes to what, and keeps all of it true.
+`Derived` is what there is and how it looked when it was last true; `following` keeps it true.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact.moving import (
     Watch,
     as_matrix,
@@ -29,11 +30,9 @@ from lottery_sparse.nn.compact.moving import (
     is_blank,
     skips_pruned,
     version_of,
-    zeros_of,
 )
-from lottery_sparse.nn.masked import Masked, outside_inference_mode
-from lottery_sparse.nn.rest import put_back_, versions_of
-from lottery_sparse.ops import dispatch
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.nn.rest import versions_of
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.ops.limits import kernels_take
@@ -81,6 +80,7 @@ class Derived:
         real: the dense weight, if there is one.
         dense: what ops get: `real`, or a blank.
         is_blank: `dense` is a blank; a word of its own, since compiled graphs guard what they ask.
+        plain: mask, frozen values and signs, of torch's own type, which is quicker to ask.
         is_lent: readers have `real`; a write to it is one to the Parameter.
         is_shared: another layer may have the same dense weight.
         skips_pruned: kernels for this layer skip pruned weights.
@@ -89,14 +89,6 @@ class Derived:
         slots_before: what the Parameter held before this mask, or that of a copy, changed.
         family: the layers among which copies of this one are, see `slots`.
     """
-
-    __slots__ = (
-        "_buffers", "_lent_version", "_plain", "_versions", "_watch", "dense", "family", "is_blank",
-        "is_lent", "is_shared", "kept", "parameter_id", "real", "skips_pruned", "slots_before",
-        "weight_version",
-    )  # fmt: skip
-
-    slots_before: Any
 
     def __init__(self, dense: Tensor, kept: KeptLists, skips_pruned: bool):
         self.__setstate__({"dense": dense, "kept": kept, "skips_pruned": skips_pruned})
@@ -111,7 +103,7 @@ class Derived:
         self.kept = KeptLists(*map(outside_inference_mode, state["kept"]))
         self.skips_pruned: bool = state["skips_pruned"]
         self.is_shared: bool = state.get("is_shared", False)
-        self.slots_before = state.get("slots_before")
+        self.slots_before: Any = state.get("slots_before")
         self.is_blank = is_blank(self.dense)
         self.real: Tensor | None = None if self.is_blank else self.dense
         self.family: WeakSet[Any] = WeakSet()
@@ -132,10 +124,10 @@ class Derived:
 
     def is_current(self) -> bool:
         """Whether nobody wrote to the buffers since; each forward asks."""
-        mask, frozen, _ = self._plain
+        mask, frozen, _ = self.plain
         if frozen is None:
             return self._versions == (mask._version,)
-        return self._versions == versions_of(*self._plain)
+        return self._versions == versions_of(*self.plain)
 
     def lent_was_written(self) -> bool:
         """Whether a reader wrote to the dense weight that it was lent."""
@@ -155,9 +147,9 @@ class Derived:
         """Say that lists and frozen values are those of the buffers."""
         self._buffers: tuple[Any, ...] = tuple(buffers[name] for name in BUFFERS)
         mask, frozen, signs = self._buffers
-        # of torch's own type, quicker to ask
-        self._plain = plain(mask), frozen, None if signs is None else plain(signs)
-        self._versions = versions_of(*self._plain)
+        signs = None if signs is None else plain(signs)
+        self.plain: tuple[Tensor, Tensor | None, Tensor | None] = plain(mask), frozen, signs
+        self._versions = versions_of(*self.plain)
 
     def note_weight(self, weight: Tensor) -> None:
         """Say that the dense weight has the values of the Parameter."""
@@ -177,15 +169,6 @@ class Derived:
             held.copy_(numbers)  # the same tensors: a compiled model runs on
 
     # ---- the dense weight ------------------------------------------------------------------------
-
-    def make_real(self, twin: Tensor | None) -> None:
-        """Have a dense weight, that of a twin or a new one; the kept weights are yet to enter it.
-
-        Its pruned entries hold zero: there is one already where they hold something else.
-        """
-        if self.real is None:
-            self.real = outside_inference_mode(zeros_of(self.dense)) if twin is None else twin
-            self.weight_version = -1
 
     def read(self) -> None:
         """Have ops get the dense weight."""
@@ -208,29 +191,6 @@ class Derived:
         """Give up the dense weight, of which nobody reads anything."""
         self.dense, self.is_blank = blank_of(self.dense, self.dense.shape), True
         self.real = None
-
-    @torch.no_grad()
-    def fill(self, rank: int) -> None:
-        """Write frozen values into the dense weight, if there is one."""
-        if self.real is not None:
-            put_back_(self.real, *self._plain, rank)
-
-    def scatter(self, weight: Tensor) -> None:
-        """Write the kept weights into the dense weight, if there is one."""
-        dense = self.real
-        if dense is None:
-            return
-        args = (dense, weight, self.kept.starts, self.kept.columns)
-        dispatch.kernel("scatter_kept_", dense.device, args)(*args)
-        torch.autograd.graph.increment_version(dense)
-
-    @torch.no_grad()
-    def gather(self, weight: Tensor) -> None:
-        """Write the kept weights of the lent dense one into the Parameter."""
-        assert self.real is not None
-        values = gather_kept(self.real, self.kept.starts, self.kept.columns)
-        if not torch.equal(values, weight):  # a write that changes nothing is none
-            weight.copy_(values)
 
     def move(self, fn: Callable[[Tensor], Tensor], mask: Tensor) -> bool:
         """Apply `fn`, which moves or converts; whether the dense weight is one nobody has filled.

@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact import slots
-from lottery_sparse.nn.compact.moving import as_matrix, skips_pruned
+from lottery_sparse.nn.compact.moving import as_matrix, skips_pruned, zeros_of
 from lottery_sparse.nn.compact.registry import register, twins_of
 from lottery_sparse.nn.masked import masked_alike
+from lottery_sparse.nn.rest import put_back_
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 
 
@@ -53,7 +57,7 @@ def follow(layer: Any) -> None:
             slots.move(layer, new)
         set_lists(layer, new)
     if written:
-        derived.gather(layer.weight.detach())
+        gather(layer)
     fill(layer)
     if noted:
         slots.note(layer, again=current)
@@ -81,20 +85,33 @@ def fill(layer: Any) -> None:
     derived.skips_pruned = skips_pruned(derived.dense, derived.kept, layer.zero)
     if not layer.refreshes_lazily:
         make_dense(layer)
-    derived.fill(layer.rank)
+    if derived.real is not None:
+        mask, frozen, signs = derived.plain
+        put_back_(derived.real, mask, frozen, signs, layer.rank)
     scatter(layer)
 
 
 def scatter(layer: Any) -> None:
     """Write the kept weights into the dense weight, if there is one."""
-    weight, real = layer.weight.detach(), layer._derived.real
-    if real is not None and weight.device != real.device:
-        raise RuntimeError(
-            f"weight is on {weight.device}, but the {type(layer).__name__} that holds it on "
-            f"{real.device}; move the whole layer, layer.to(device), or put it back."
-        )
-    layer._derived.scatter(weight)
+    weight, dense = layer.weight.detach(), layer._derived.real
+    if dense is not None:
+        if weight.device != dense.device:
+            raise RuntimeError(
+                f"weight is on {weight.device}, but the {type(layer).__name__} that holds it on "
+                f"{dense.device}; move the whole layer, layer.to(device), or put it back."
+            )
+        args = (dense, weight, layer.kept.starts, layer.kept.columns)
+        dispatch.kernel("scatter_kept_", dense.device, args)(*args)
+        torch.autograd.graph.increment_version(dense)
     note_weight(layer)
+
+
+@torch.no_grad()
+def gather(layer: Any) -> None:
+    """Write the kept weights of the lent dense weight into `weight`."""
+    values, weight = gather_kept(layer._derived.real, *layer.kept[:2]), layer.weight.detach()
+    if not torch.equal(values, weight):  # a write that changes nothing is none
+        weight.copy_(values)
 
 
 def note_buffers(layer: Any) -> None:
@@ -121,9 +138,15 @@ def note_weight(layer: Any) -> None:
 
 
 def make_real(layer: Any) -> None:
-    """Have a dense weight, that of a twin or a new one, which the kept weights are yet to enter."""
-    if layer._derived.real is None:
-        layer._derived.make_real(_shared_dense(layer))
+    """Have a dense weight, that of a twin or a new one; the kept weights are yet to enter it.
+
+    A new one holds zero where pruned: there is one already where frozen values are others.
+    """
+    derived = layer._derived
+    if derived.real is None:
+        derived.real, derived.weight_version = _shared_dense(layer), -1
+        if derived.real is None:
+            derived.real = outside_inference_mode(zeros_of(derived.dense))
 
 
 def make_dense(layer: Any) -> None:

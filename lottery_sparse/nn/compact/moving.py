@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact.registry import optimizers_of
-from lottery_sparse.nn.masked import outside_inference_mode
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -181,9 +181,9 @@ def check_optimizers(
     That of `optimizer` moves along, if it can.
     """
 
-    def others() -> list[str]:
+    def others() -> list[torch.optim.Optimizer]:
         return [
-            type(o).__name__
+            o
             for o in optimizers_of(weight)
             if o is not optimizer
             and (elementwise(o.state.get(weight, {}), weight) or is_immovable(o, weight))
@@ -193,13 +193,11 @@ def check_optimizers(
         check_movable(name, weight, optimizer)
     if others():
         gc.collect()  # one that nobody uses any more may wait for it
-    for other in optimizers_of(weight):
-        if other is not optimizer:
-            check_movable(name, weight, other)
-    for kind in others():
+    for other in others():
+        check_movable(name, weight, other)
         raise ValueError(
-            f"{kind} holds state for the kept weights of {name}, which a new mask would "
-            "misplace; pass it: set_masks_(..., optimizer=optimizer)."
+            f"{type(other).__name__} holds state for the kept weights of {name}, which a new mask "
+            "would misplace; pass it: set_masks_(..., optimizer=optimizer)."
         )
 
 

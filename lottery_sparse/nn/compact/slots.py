@@ -53,7 +53,7 @@ class Slots(NamedTuple):
 
 def join(layer: Any, mask: Tensor) -> None:
     """Put a layer into the family of a mask, that of its lists."""
-    if not mask.is_meta:
+    if type(mask) is Tensor and not mask.is_meta:  # and no stand-in of torch.export
         layer._derived.family.discard(layer)
         layer._derived.family = _family_of(mask)
         layer._derived.family.add(layer)

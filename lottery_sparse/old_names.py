@@ -41,6 +41,7 @@ OLD_NAMES: dict[str, tuple[str, str, str]] = {
 
 # Modules whose classes pickles name: what torch.save made of a whole model, of Masks or a Ticket.
 OLD_MODULES: dict[str, str] = {
+    "compact": "ops.compact.kept",
     "compact_layers": "nn.compact.layers",
     "frozen": "nn.frozen",
     "masks": "pruning.masks",

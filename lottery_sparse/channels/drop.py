@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.channels.reads import NORMS, WEIGHTED, layers_of, staying
+from lottery_sparse.nn.common import has_hooks
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.forms.compacting import shrink_layers_
 from lottery_sparse.nn.forms.replicate import (
@@ -20,7 +21,7 @@ from lottery_sparse.nn.forms.replicate import (
     parameter_like,
     plain_copy,
 )
-from lottery_sparse.nn.masked import Masked, has_hooks
+from lottery_sparse.nn.masked import Masked
 
 
 @dataclass(frozen=True)

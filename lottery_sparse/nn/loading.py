@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.frozen import Constant, decode
 from lottery_sparse.pruning.masks import as_mask
 from lottery_sparse.pruning.names import prefix_of
 
@@ -229,6 +230,50 @@ class Load:
                 f"{after / total:.1%}; to keep masks, take masks = ls.masks_of(model) before the "
                 "load, and call ls.set_masks_(model, masks) after it."
             )
+
+
+def masked_entries(layer: Any, load: LayerLoad, whole: Load) -> Any:
+    """The weight, mask and frozen source that a state_dict holds for a masked layer; None: nothing.
+
+    Entries of torch.nn.utils.prune are replaced in the state_dict by those of a masked layer.
+
+    Raises:
+        ValueError, TypeError: they do not fit the layer.
+    """
+    state, prefix = load.state, load.prefix
+    name, shape = f"{prefix}weight", layer.weight_mask.shape
+    take_pruned(layer, state, prefix)
+    weight, mask, frozen = whole.entries(layer, Entries.of(layer, state, prefix))
+    computed = weight is None and "weight" not in layer._parameters
+    if computed and mask is not None and _has_parts(state, prefix):
+        weight = layer.effective_weight.detach()
+    if weight is None:
+        return None
+    if weight.shape != shape:
+        raise ValueError(
+            f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
+            f"the model {tuple(shape)}."
+        )
+    mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else as_mask(name, mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
+        )
+    held = decode(name, frozen, weight)
+    if computed and isinstance(held.descriptor, Constant):
+        raise ValueError(
+            f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
+            "give a tensor of them, as this version saves it."
+        )
+    load.own.update(load.names("weight_mask", "weight_frozen"))
+    return weight, mask, held
+
+
+def _has_parts(state_dict: Any, prefix: str) -> bool:
+    """Whether a state_dict holds the parts that a weight is computed from (weight_norm)."""
+    parts = f"{prefix}parametrizations.weight.", f"{prefix}weight_"
+    ours = f"{prefix}weight_mask", f"{prefix}weight_frozen"
+    return any(name.startswith(parts) and name not in ours for name in state_dict)
 
 
 def take_pruned(layer: Any, state: MutableMapping[str, Any], prefix: str) -> None:

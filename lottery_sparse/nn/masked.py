@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,50 +13,15 @@ from torch.fx import Proxy
 
 from lottery_sparse import ops
 from lottery_sparse.nn import registry
-from lottery_sparse.nn.frozen import Constant, FrozenState, decode, encode, remake
-from lottery_sparse.nn.loading import CheckedLoad, Entries, LayerLoad, Load, take_pruned
+from lottery_sparse.nn.common import one_node, outside_inference_mode, redraw_
+from lottery_sparse.nn.frozen import FrozenState, encode, remake
+from lottery_sparse.nn.loading import CheckedLoad, LayerLoad, Load, masked_entries
 from lottery_sparse.nn.rest import KeptGradient, Own, Rest
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.common.autograd import is_plain_eager
 from lottery_sparse.ops.dispatch import overrides
 from lottery_sparse.ops.masked import conv2d, linear, reference
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
-from lottery_sparse.pruning.masks import as_mask
-
-
-def outside_inference_mode(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it if it was created in torch.inference_mode.
-
-    Autograd cannot save an inference tensor, and nobody may write to one outside of the mode. So
-    layers never store one.
-    """
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone()
-
-
-def has_hooks(tensor: Tensor) -> bool:
-    """Whether the tensor has hooks on its gradient."""
-    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
-
-
-def one_node(layer: nn.Module, input: Proxy) -> Any:
-    """The node that torch.fx.symbolic_trace puts into its graph for a call of the layer.
-
-    A layer of ours stays one node, as torch's layers do: the traced module holds the layer itself,
-    with its masks and its state_dict.
-
-    Raises:
-        TypeError: the layer itself is traced, and not a model that calls it.
-    """
-    path = input.tracer.path_of_module(layer)  # pyright: ignore[reportAttributeAccessIssue]
-    if not path:
-        raise TypeError(
-            f"torch.fx cannot trace a {type(layer).__name__} by itself, only a model that calls "
-            "one; trace nn.Sequential(layer)."
-        )
-    return input.tracer.create_proxy("call_module", path, (input,), {})
 
 
 class Masked(CheckedLoad):
@@ -138,8 +102,8 @@ class Masked(CheckedLoad):
         those of a functional call or a replica. Then the op selects.
 
         Args:
-            looks: compare some pruned entries with their frozen values, too. A kernel that skips
-                pruned entries does not need it.
+            looks: compare some entries with what they held, too. A kernel that skips pruned
+                entries does not need it.
         """
         return not is_compiling() and self._rests(looks)
 
@@ -214,6 +178,8 @@ class Masked(CheckedLoad):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.pop("_summed", None)  # of older pickles
+        self._buffers.pop("weight_signs_sum", None)
         self._buffers_outside_inference_mode()
         self._rest = Rest.of(self._own())
 
@@ -332,60 +298,16 @@ class Masked(CheckedLoad):
             load.missing.append(frozen)
 
     def _entries(self, load: LayerLoad) -> Any:
-        """The weight, mask and frozen source that a state_dict holds; None: it has no weight.
-
-        Entries of torch.nn.utils.prune are replaced in the state_dict by those of a masked layer.
-        """
-        state, prefix = load.state, load.prefix
-        name, shape = f"{prefix}weight", self.weight_mask.shape
-        whole = Load.of(self, Masked, state, prefix)
-        take_pruned(self, state, prefix)
-        weight, mask, frozen = whole.entries(self, Entries.of(self, state, prefix))
-        computed = weight is None and "weight" not in self._parameters
-        if computed and mask is not None and _has_parts(state, prefix):
-            weight = self.effective_weight.detach()
-        if weight is None:
-            return None
-        if weight.shape != shape:
-            raise ValueError(
-                f"size mismatch for {name}: the checkpoint has {tuple(weight.shape)}, "
-                f"the model {tuple(shape)}."
-            )
-        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else as_mask(name, mask)
-        if mask.shape != shape:
-            raise ValueError(
-                f"mask of {name} has shape {tuple(mask.shape)}, the model needs {tuple(shape)}."
-            )
-        held = decode(name, frozen, weight)
-        if computed and isinstance(held.descriptor, Constant):
-            raise ValueError(
-                f"frozen values of {name} are signs of a weight that the checkpoint does not hold; "
-                "give a tensor of them, as this version saves it."
-            )
-        load.own.update(load.names("weight_mask", "weight_frozen"))
-        return weight, mask, held
+        return masked_entries(self, load, Load.of(self, Masked, load.state, load.prefix))
 
 
-def _has_parts(state_dict: Any, prefix: str) -> bool:
-    """Whether a state_dict holds the parts that a weight is computed from (weight_norm)."""
-    parts = f"{prefix}parametrizations.weight.", f"{prefix}weight_"
-    ours = f"{prefix}weight_mask", f"{prefix}weight_frozen"
-    return any(name.startswith(parts) and name not in ours for name in state_dict)
-
-
-@torch.no_grad()
-def redraw_(weight: Tensor, bias: Tensor | None, dense_type: type[nn.Module], rank: int) -> None:
-    """Draw a weight and bias by the `reset_parameters` of the dense layer.
-
-    E networks side by side are drawn one after another, since the law of a draw depends on the
-    number of inputs of one network.
-    """
-    reset: Any = dense_type.reset_parameters  # pyright: ignore[reportAttributeAccessIssue]
-    if weight.dim() == rank:
-        reset(SimpleNamespace(weight=weight, bias=bias))
-        return
-    for e, one in enumerate(weight):
-        reset(SimpleNamespace(weight=one, bias=None if bias is None else bias[e]))
+def masked_alike(one: Masked, two: Masked) -> bool:
+    """Whether two layers have the same mask and the same frozen values."""
+    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 class MaskedLinear(Masked, nn.Linear):

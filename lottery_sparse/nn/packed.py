@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lottery_sparse.nn.common import one_node, outside_inference_mode
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
-from lottery_sparse.nn.masked import one_node, outside_inference_mode
 from lottery_sparse.nn.packed_formats import (
     FORMATS,
     GONE,

@@ -125,10 +125,6 @@ def _pack_ternary(weight: Tensor) -> tuple[Tensor, ...]:
     return formats.pack_ternary(weight.sign()), scale
 
 
-def _unpack_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> Tensor:
-    return formats.ternary_weight(codes, scale, rows, columns)
-
-
 def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool:
     blocks = (-(-rows // formats.BLOCK), -(-columns // formats.BLOCK), formats.BLOCK)
     fits = codes.dtype == torch.int32 and codes.shape == blocks and _fits_scale(rows, scale)
@@ -136,21 +132,7 @@ def _fits_ternary(rows: int, columns: int, codes: Tensor, scale: Tensor) -> bool
     return fits and not bool((codes & (codes >> 1) & 0x55555555).any())
 
 
-def _multiply_ternary(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, activations: str
-) -> Tensor:
-    return ternary_linear(x, codes, scale, rows, bias, activations)
-
-
 # ---- kept weights by row -------------------------------------------------------------------------
-
-
-def _pack_csr(weight: Tensor) -> tuple[Tensor, ...]:
-    return formats.pack_csr(weight, weight != 0)
-
-
-def _unpack_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> Tensor:
-    return formats.unpack_csr(values, starts, numbers, columns)
 
 
 def _fits_csr(rows: int, columns: int, values: Tensor, starts: Tensor, numbers: Tensor) -> bool:
@@ -165,29 +147,10 @@ def _pack_bitmap(weight: Tensor) -> tuple[Tensor, ...]:
     return weight[kept], formats.row_starts(kept), pack_mask(kept)
 
 
-def _unpack_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> Tensor:
-    return formats.unpack_bitmap(values, bits_reference.unpack_mask(bits, columns))
-
-
 def _fits_bitmap(rows: int, columns: int, values: Tensor, starts: Tensor, bits: Tensor) -> bool:
     if not (_fits_rows(rows, values, starts) and _fits_bits(rows, columns, bits)):
         return False
     return torch.equal(bits_reference.unpack_mask(bits, columns).sum(1), starts.diff())
-
-
-# ---- dense ---------------------------------------------------------------------------------------
-
-
-def _pack_dense(weight: Tensor) -> tuple[Tensor, ...]:
-    return (weight.clone(),)
-
-
-def _unpack_dense(rows: int, columns: int, weight: Tensor) -> Tensor:
-    return weight
-
-
-def _fits_dense(rows: int, columns: int, weight: Tensor) -> bool:
-    return weight.shape == (rows, columns) and weight.is_floating_point()
 
 
 # ---- what several share --------------------------------------------------------------------------
@@ -239,19 +202,38 @@ GONE = {
     "delta": ("values", "starts", "gaps"),
 }
 
+# n, k: rows and columns of the weight
 FORMATS: dict[str, Format] = {
     "ternary": Format(
-        ("codes", "scale"), _pack_ternary, _unpack_ternary, _fits_ternary, _multiply_ternary
+        ("codes", "scale"),
+        pack=_pack_ternary,
+        unpack=lambda n, k, codes, scale: formats.ternary_weight(codes, scale, n, k),
+        fits=_fits_ternary,
+        multiply=lambda x, codes, scale, bias, rows, activations: ternary_linear(
+            x, codes, scale, rows, bias, activations
+        ),
     ),
     "csr": Format(
-        ("values", "starts", "columns"), _pack_csr, _unpack_csr, _fits_csr, _exact(csr_linear)
+        ("values", "starts", "columns"),
+        pack=lambda weight: formats.pack_csr(weight, weight != 0),
+        unpack=lambda n, k, *csr: formats.unpack_csr(csr[0], csr[1], csr[2], k),
+        fits=_fits_csr,
+        multiply=_exact(csr_linear),
     ),
     "bitmap": Format(
         ("values", "starts", "bits"),
-        _pack_bitmap,
-        _unpack_bitmap,
-        _fits_bitmap,
-        _exact(bitmap_linear),
+        pack=_pack_bitmap,
+        unpack=lambda n, k, values, _, bits: formats.unpack_bitmap(
+            values, bits_reference.unpack_mask(bits, k)
+        ),
+        fits=_fits_bitmap,
+        multiply=_exact(bitmap_linear),
     ),
-    "dense": Format(("weight",), _pack_dense, _unpack_dense, _fits_dense, _exact(F.linear)),
+    "dense": Format(
+        ("weight",),
+        pack=lambda weight: (weight.clone(),),
+        unpack=lambda n, k, weight: weight,
+        fits=lambda n, k, weight: weight.shape == (n, k) and weight.is_floating_point(),
+        multiply=_exact(F.linear),
+    ),
 }

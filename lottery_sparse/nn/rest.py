@@ -6,8 +6,9 @@ state_dict and the forward all see one weight.
 
 A hook runs after each step of any torch optimizer (`registry`). The next forward, and state_dict(),
 notice all other writes: by version counters, or, for writes that count no version (`.data`, another
-process), by the address and by up to sixteen pruned entries. A write through `.data` to a part of
-the weight may stay unseen until `ls.nn.refresh_`.
+process), by the address and by up to sixteen kept and sixteen pruned entries. A write that changes
+every kept entry, or every pruned one, is seen. A write through `.data` to a part of the weight may
+stay unseen until `ls.nn.refresh_`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from lottery_sparse.ops.common.eager import eager
 from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
 from lottery_sparse.pruning.mask_tensor import plain
 
-SPOTS = 16  # pruned entries that are looked at
-_TRIED = 256  # entries, spread over the weight, among which pruned ones are looked for
+SPOTS = 16  # kept entries that are looked at, and as many pruned ones
+_TRIED = 256  # entries, spread over the weight, among which they are looked for
+_GOLDEN = 0.6180339887498949  # multiples of it, without their whole part, spread over [0, 1]
 
 
 class Own(NamedTuple):
@@ -49,7 +51,7 @@ class Rest(NamedTuple):
     versions: tuple[int, ...] = ()  # of these; empty: never at rest so far
     address: int = 0  # of the weight
     kept: int = -1  # entries that the mask keeps
-    spots: Tensor | None = None  # flat indices of some pruned entries
+    spots: Tensor | None = None  # flat indices of some entries, kept and pruned
     values: Tensor | None = None  # of these entries; None: none is looked at
     least_rows: tuple[int, int] = (0, 0)  # of x, for the sparse kernel in float32 and in bfloat16
     node: Callable | None = None  # of `ops.eager`: the forward of a plain eager call
@@ -63,19 +65,24 @@ class Rest(NamedTuple):
     def reached(self, rank: int) -> Rest:
         """Put the weight to rest, in place; returns the state of the tensors after it."""
         weight, mask, frozen, signs = self.tensors
-        same = self.versions[1:] == versions_of(self.tensors)[1:]
+        versions = versions_of(mask, frozen, signs)
+        same = self.versions[1:] == versions
         kept = self.kept if same else int(mask.count_nonzero())
         if kept < mask.numel():
             put_back_(weight, mask, frozen, signs, rank)
-        now = self._replace(versions=versions_of(self.tensors), address=weight.data_ptr())
+        spots = self.spots
+        if not same:
+            spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
+        now = self._replace(
+            versions=(weight._version, *versions),
+            address=weight.data_ptr(),
+            spots=spots,
+            values=None if spots is None else torch.take(weight.detach(), spots),
+        )
         if same:
             return now
-        spots = _spots(mask) if mask.is_cpu and kept < mask.numel() else None
-        values = None if spots is None else torch.take(weight.detach(), spots)
         return now._replace(
             kept=kept,
-            spots=spots,
-            values=values,
             least_rows=tuple(_least_rows(weight, kept, frozen, dtype) for dtype in _KERNEL_DTYPES),
             node=_node(weight, rank),
         )
@@ -104,10 +111,12 @@ class Rest(NamedTuple):
     def holds(self, looks: bool) -> bool:
         """Whether nobody has written to the tensors since, as far as can be seen.
 
-        looks: whether pruned entries are looked at, for writes that count no version.
+        looks: whether some entries are looked at, for writes that count no version.
         """
-        weight = self.tensors[0]
-        if self.versions != versions_of(self.tensors) or self.address != weight.data_ptr():
+        weight, *buffers = self.tensors
+        if self.versions != (weight._version, *versions_of(*buffers)):
+            return False
+        if self.address != weight.data_ptr():
             return False
         if self.values is None or self.spots is None or not looks:
             return True
@@ -135,20 +144,24 @@ def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.d
     return cpu.masked_linear_least_rows(dtype, kept, weight.numel())
 
 
-def versions_of(tensors: tuple[Any, ...]) -> tuple[int, ...]:
-    """The versions of (weight, mask, frozen, signs); no loop, since each forward asks."""
-    weight, mask, frozen, signs = tensors
+def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
+    """The versions of a layer's buffers; no loop, since each forward asks."""
     if frozen is None:
-        return weight._version, mask._version
-    return weight._version, mask._version, frozen._version, 0 if signs is None else signs._version
+        return (mask._version,)
+    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
-def _spots(mask: Tensor) -> Tensor | None:
-    """The flat indices of up to SPOTS pruned entries, spread over the weight; None: none found."""
-    count = mask.numel()
-    tried = torch.arange(min(_TRIED, count)) * count // min(_TRIED, count)
-    pruned = tried[~torch.take(mask, tried)]
-    return pruned[:: max(1, -(-len(pruned) // SPOTS))] if len(pruned) else None
+def _spots(mask: Tensor) -> Tensor:
+    """The flat indices of up to SPOTS kept and SPOTS pruned entries, spread over the weight.
+
+    They are no whole number of rows apart, or all might lie in one column, whose kept weights never
+    move where that feature of x is always 0.
+    """
+    tried = torch.arange(min(_TRIED, mask.numel()))
+    if len(tried) < mask.numel():
+        tried = (tried * _GOLDEN % 1 * mask.numel()).long()
+    kept = torch.take(mask, tried)
+    return torch.cat([tried[kept][:SPOTS], tried[~kept][:SPOTS]])
 
 
 def put_back_(

@@ -16,9 +16,9 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.fx import Proxy
 
 from lottery_sparse import ops
+from lottery_sparse.nn.common import one_node, outside_inference_mode, redraw_
 from lottery_sparse.nn.frozen import std_of
 from lottery_sparse.nn.loading import CheckedLoad, LayerLoad
-from lottery_sparse.nn.masked import one_node, outside_inference_mode, redraw_
 from lottery_sparse.nn.recompute import advance, key_and_next, next_key
 from lottery_sparse.ops.bits.reference import mask_as_bool
 from lottery_sparse.ops.common.eager import eager
@@ -77,6 +77,12 @@ class Supermask(CheckedLoad):
     round_mask: bool
     evaluation: str
     init_score: float
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
+        check_options(options["weights"], options["init_score"], options["evaluation"])
+        super().__init__(*args, **kwargs)
+        self._enter_supermask(**options)
 
     def _enter_supermask(
         self,
@@ -330,12 +336,6 @@ class SupermaskLinear(Supermask, nn.Linear):
     dense_type, rank = nn.Linear, 2
     __signature__ = _signature(nn.Linear)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
-        check_options(options["weights"], options["init_score"], options["evaluation"])
-        super().__init__(*args, **kwargs)
-        self._enter_supermask(**options)
-
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return one_node(self, input)
@@ -365,12 +365,6 @@ class SupermaskConv2d(Supermask, nn.Conv2d):
 
     dense_type, rank = nn.Conv2d, 4
     __signature__ = _signature(nn.Conv2d)
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        options = {name: kwargs.pop(name, default) for name, default in _OPTIONS.items()}
-        check_options(options["weights"], options["init_score"], options["evaluation"])
-        super().__init__(*args, **kwargs)
-        self._enter_supermask(**options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

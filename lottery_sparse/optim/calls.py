@@ -181,6 +181,15 @@ class Call:
         return self.plan.refuse(refused)
 
 
+def adam_state(parameter: Tensor, dtype: torch.dtype, device: Any = "cpu") -> dict[str, Tensor]:
+    """The state of Adam before its first step, as torch makes it."""
+    return {
+        "step": torch.zeros((), dtype=dtype, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 @functools.cache
 def op_of(name: str, backend: str) -> Callable:
     """An op of a backend, the one of the kernel library in the quickest form that was built."""

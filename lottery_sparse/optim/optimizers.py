@@ -39,7 +39,7 @@ from lottery_sparse.ops.common.torch_private import (
     profiler_is_enabled,
     step_dtype,
 )
-from lottery_sparse.optim.calls import Call, GroupPlan, StepPlan
+from lottery_sparse.optim.calls import Call, GroupPlan, StepPlan, adam_state
 
 
 def _unhooked(step: Any) -> Callable:
@@ -301,11 +301,7 @@ class _AdamStep(_KernelStep):
             if not held:
                 beside = group["capturable"] or group["fused"]
                 device = parameter.device if beside else "cpu"
-                held |= {  # all or nothing
-                    "step": torch.zeros((), dtype=step_dtype(group["fused"]), device=device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                held |= adam_state(parameter, step_dtype(group["fused"]), device)  # all or nothing
             params.append(parameter)
             grads.append(grad)
             first.append(held["exp_avg"])

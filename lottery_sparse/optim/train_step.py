@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.compact import following
 from lottery_sparse.nn.compact.layers import CompactLinear
 from lottery_sparse.nn.compact.registry import note_optimizer, take_back
-from lottery_sparse.nn.forms.replicate import LinearNetworks, as_rows
+from lottery_sparse.nn.forms.replicate import LinearNetworks, as_rows, inside
 from lottery_sparse.nn.supermask import SupermaskLinear
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.optim import optimizers
+from lottery_sparse.optim.calls import adam_state
 from lottery_sparse.pruning.mask_tensor import plain
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
@@ -125,7 +127,7 @@ class _Layer:
 
     def _list(self) -> None:
         layer = self.layer
-        layer._update_derived()
+        following.follow(layer)
         mask, self.zero = layer.weight_mask, layer.zero
         self.lists, self.version = [*layer.kept, plain(mask)], plain(mask)._version
         self.products = layer.__dict__.get("products")
@@ -134,7 +136,8 @@ class _Layer:
         self.dense = not self.zero or most / max(size, 1) > DENSE_MULTIPLY
         self.keep = self.dense or not layer.refreshes_lazily  # else made when someone reads it
         if self.keep:
-            layer.make_dense()
+            following.make_dense(layer)
+            layer.refresh_if_stale(self.weight)
         self.effective = layer._derived.dense if self.keep else self.empty
         self.made = layer.kept, layer._derived.dense, mask, layer.weight_frozen
 
@@ -284,11 +287,7 @@ class _Step:
             rates += numbers
             if self.adam:
                 if not state:  # all or nothing, if memory runs out
-                    state |= {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    state |= adam_state(parameter, torch.float32)
                 first.append(state["exp_avg"])
                 second.append(state["exp_avg_sq"])
                 steps.append(state["step"])
@@ -305,21 +304,15 @@ class _Step:
     def _options(self, group: dict[str, Any]) -> list[float]:
         """The options of a group, as the op takes them."""
         _check_options(group)
-        if self.adam:
-            rates = (
-                group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                _decoupled(self.optimizer, group), group["maximize"],
-            )  # fmt: skip
-        else:
-            rates = (
-                group["lr"], group["momentum"], group["dampening"], group["weight_decay"],
-                group["nesterov"], group["maximize"], False,
-            )  # fmt: skip
+        if not self.adam:
+            names = "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"
+            return [*(float(group[name]) for name in names), 0.0]
+        decoupled = isinstance(self.optimizer, torch.optim.AdamW)
+        rates = (
+            group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+            group.get("decoupled_weight_decay", decoupled), group["maximize"],
+        )  # fmt: skip
         return list(map(float, rates))
-
-
-def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
 
 
 def _function(step: Any) -> Any:
@@ -367,16 +360,10 @@ def _check_options(group: dict[str, Any]) -> None:
 
 def _stack(model: nn.Module) -> list[nn.Linear]:
     """The layers of a Sequential of Flatten, then CompactLinear or Linear with ReLU between."""
-    named = list(_flat(model, ""))
     layers: list[nn.Linear] = []
     relu = True  # whether a layer may come next
-    for i, (name, module) in enumerate(named):
-        if (
-            isinstance(module, nn.Flatten)
-            and i == 0
-            and module.start_dim == 1
-            and module.end_dim == -1
-        ):
+    for i, (name, module) in enumerate(inside(model)):
+        if isinstance(module, nn.Flatten) and (i, module.start_dim, module.end_dim) == (0, 1, -1):
             continue
         if isinstance(module, nn.ReLU) and layers and not relu:
             relu = True
@@ -389,7 +376,7 @@ def _stack(model: nn.Module) -> list[nn.Linear]:
         else:
             hint = "call ls.compact_ first, or " if "Linear" in _kind(module) else ""
             raise ValueError(
-                f"{name or 'the model'} is a {_kind(module)}, but train_step takes an "
+                f"{name} is a {_kind(module)}, but train_step takes an "
                 f"nn.Sequential of Flatten and compact or plain linear layers with ReLU between; "
                 f"{hint}{OTHERWISE}."
             )
@@ -407,12 +394,3 @@ def _frozen(layer: nn.Linear) -> list[Tensor]:
 
 def _kind(module: nn.Module) -> str:
     return type(module).__name__
-
-
-def _flat(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    if type(module) is not nn.Sequential:
-        yield name, module
-        return
-    for child_name, child in module._modules.items():
-        assert child is not None
-        yield from _flat(child, f"{name}.{child_name}" if name else child_name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -28,28 +29,50 @@ from lottery_sparse.ops.common.torch_private import (
 
 _changes = itertools.count(1)
 
-# Called with a mask and the one that it is about to take; with None after any other write to it.
-watchers: list[Callable[[MaskTensor, MaskTensor | None], None]] = []
+
+class Age:
+    """When a mask was chosen, and who wants to know of writes to it; all views of it share one.
+
+    Attributes:
+        number: of the change that made the mask; copies have the same.
+        readers: their `mask_is_written(mask, source)` is called before the mask takes that of
+            `source`, and with None after any other write.
+    """
+
+    __slots__ = "number", "readers"
+
+    def __init__(self, number: int | None = None):
+        self.number = next(_changes) if number is None else number
+        self.readers: WeakSet[Any] | None = None  # made when there is one
+
+    def tell(self, reader: Any) -> None:
+        """Tell the reader, too, from now on."""
+        self.readers = WeakSet() if self.readers is None else self.readers
+        self.readers.add(reader)
+
+    def tell_no_more(self, reader: Any) -> None:
+        if self.readers is not None:
+            self.readers.discard(reader)
 
 
 class MaskTensor(Tensor):
     """A tensor of bits, bool or packed, that knows when they were chosen.
 
-    `age` is shared by all views of a mask: [the number of the change that made it]. `plain` is the
-    same tensor of torch's own type, an attribute so that graphs of torch.compile take it instead.
+    `plain` is the same tensor of torch's own type, an attribute so that graphs of torch.compile
+    take it instead.
     """
 
-    age: list[int]
+    age: Age
     plain: Tensor
 
     @staticmethod
-    def of(mask: Tensor, age: list[int] | None = None) -> MaskTensor:
+    def of(mask: Tensor, age: Age | None = None) -> MaskTensor:
         """A view of the mask; a mask chosen now, if `age` is not given."""
         if isinstance(mask, MaskTensor):
             return mask
         new = mask.as_subclass(MaskTensor)
         new.plain = mask if type(mask) is Tensor else mask.as_subclass(Tensor)
-        new.age = [next(_changes)] if age is None else age
+        new.age = Age() if age is None else age
         return new
 
     @classmethod
@@ -67,9 +90,9 @@ class MaskTensor(Tensor):
         if isinstance(first, MaskTensor):
             if func in _STAY_MASKS and result.dtype == first.dtype:
                 copied = func in _COPIES or not _shares_memory(result, first)
-                return MaskTensor.of(result, list(first.age) if copied else first.age)
+                return MaskTensor.of(result, Age(first.age.number) if copied else first.age)
             if result is first or func is Tensor.__setitem__:  # written in place
-                first.age[0] = next(_changes)
+                first.age.number = next(_changes)
                 _tell(first, None)
         return result
 
@@ -134,20 +157,20 @@ def _masks_in(operands: Iterable[Any]) -> list[MaskTensor]:
 
 
 def _newest(masks: list[MaskTensor]) -> MaskTensor:
-    return max(masks, key=lambda mask: mask.age[0])
+    return max(masks, key=lambda mask: mask.age.number)
 
 
 def _tell(mask: MaskTensor, source: MaskTensor | None) -> None:
-    for watcher in watchers:
-        watcher(mask, source)
+    for reader in list(mask.age.readers or ()):
+        reader.mask_is_written(mask, source)
 
 
 def _copy(mask: MaskTensor, source: MaskTensor) -> None:
-    if source.age[0] != mask.age[0]:
+    if source.age.number != mask.age.number:
         _tell(mask, source)
     if source is not mask:
         _plain(Tensor.copy_, (mask, source), {})
-        mask.age[0] = source.age[0]
+        mask.age.number = source.age.number
 
 
 # ---- what arithmetic does ------------------------------------------------------------------------

@@ -156,9 +156,51 @@ def test_a_new_mask_is_followed_or_refused(loop, form, density):
     elif loop is hard:  # a copy of the model's weights under the old mask
         assert ls.masks_of(average) != ls.masks_of(model)
     else:
-        if loop is polyak:  # which counts no version, and wrote to few of the pruned entries
-            ls.nn.refresh_(average)
         assert_averaged(average, wanted)
+
+
+@densities
+def test_an_average_by_data_is_seen_where_one_pruned_entry_moved(density):
+    """No write of it counts a version, and the pruned entries that are looked at stay zero."""
+    model = model_of("masked", density)
+    average = copy.deepcopy(model)
+    for i in (0, 2):  # one more is kept by the model
+        mask = model[i].weight_mask.clone()
+        new = (~mask).flatten().nonzero()[3]
+        mask.view(-1)[new] = True
+        ls.set_masks_(model[i], {"weight": mask})
+        with torch.no_grad():
+            model[i].weight.view(-1)[new] = 1.0
+    average(X)
+    step(model)
+    wanted = follow_by_hand(average, model, own_mask=True)
+    update(polyak, average, model)
+    assert_averaged(average, wanted)
+
+
+@pytest.mark.parametrize("form", ["masked", "compact"])
+def test_an_average_by_data_is_seen_though_a_feature_is_always_zero(form):
+    """The weights of that column never move, and rows are as many as make strides whole rows."""
+    torch.manual_seed(0)
+    model = ls.sparsify_(nn.Sequential(nn.Linear(64, 256)))
+    mask = torch.ones(256, 64, dtype=torch.bool)
+    mask[::2, 1] = form == "compact"  # a compact layer may keep everything
+    ls.set_masks_(model, {"0.weight": mask})
+    model, x = ls.compact_(model) if form == "compact" else model, torch.randn(32, 64)
+    x[:, 0] = 0.0
+    average = copy.deepcopy(model)
+    average(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model[0].effective_weight[:, 0], average[0].effective_weight[:, 0])
+    with torch.no_grad():
+        average[0].weight.data.lerp_(model[0].weight.data, 0.5)
+        if form == "masked":
+            average[0].weight.data[~mask] = 1.0
+    y = average(x)
+    wanted = (average[0].weight.view(256, 64) * mask).detach()
+    torch.testing.assert_close(y, nn.functional.linear(x, wanted, average[0].bias))
 
 
 @pytest.mark.parametrize("loop", BY_STATE_DICT + BY_SLOT, ids=name_of)
@@ -281,3 +323,23 @@ def test_tied_layers_move_once():
     ls.set_masks_(model, {"0.weight": mask})
     update(copy_buffers, other, model)
     torch.testing.assert_close(other(x), wanted(x))
+
+
+def test_only_copies_are_asked_when_a_mask_changes():
+    """Layers of one shape whose masks differ are not compared; a copy by a file is found, too."""
+    model, other = model_of("compact"), model_of("compact")
+    ls.set_masks_(other, masks_at(other, 0.6, seed=7))
+    copies = [copy.deepcopy(model), model_of("compact")]
+    copies[1].load_state_dict({n: v.clone() for n, v in model.state_dict().items()})
+    for i in (0, 2):
+        family = set(model[i]._derived.family)  # and perhaps copies that other tests left behind
+        assert {each[i] for each in (model, *copies)} <= family
+        assert other[i] not in family
+    ls.set_masks_(model, masks_at(model, 0.6, seed=2))
+    assert not {each[0] for each in copies} & set(model[0]._derived.family)
+    for each in copies:
+        update(lerp, each, model)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            each(X)
+    update(lerp, other, model)
+    other(X)  # its mask was another one before

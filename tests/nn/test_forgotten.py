@@ -114,7 +114,7 @@ WITHOUT_LAYERS = {
     ),
     "a shared weight": (
         shared,
-        r"type: Embedding 1\.00; 1: its weight is shared with 0 \(Embedding\)\.",
+        r"type: Embedding 1\.00; 1: its weight is shared with 0 \(Embedding\), which has no mask\.",
     ),
     "attention": (
         lambda: nn.MultiheadAttention(4, 2),

@@ -11,7 +11,7 @@ from tolerances import close
 from torch import nn
 
 import lottery_sparse as ls
-from lottery_sparse.nn.compact import registry
+from lottery_sparse.nn.compact import following, registry
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.optim import calls
@@ -45,7 +45,7 @@ def assert_fresh(model):
         if not layer.refreshes_lazily:
             assert layer._derived.weight_version == layer.weight._version
         got = layer.weight_effective.clone()
-        layer._fill()
+        following.fill(layer)
         assert torch.equal(got, layer.weight_effective)
         kept = int(layer.kept.kept)
         assert kept < layer.capacity
@@ -93,7 +93,7 @@ def test_the_step_itself_writes_the_effective_weights(name, monkeypatch):
         kept = int(layer.kept.kept)
         got = layer.weight_effective.clone()
         assert (layer.weight[kept:] == 0).all()  # whose gradient was not 0
-        layer._fill()
+        following.fill(layer)
         assert torch.equal(got, layer.weight_effective)
 
 

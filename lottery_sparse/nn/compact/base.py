@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn import registry
-from lottery_sparse.nn.compact import slots as compact_slots
+from lottery_sparse.nn.common import outside_inference_mode, redraw_
+from lottery_sparse.nn.compact import following, slots
 from lottery_sparse.nn.compact.derived import CompactParts, Derived
 from lottery_sparse.nn.compact.init import apply_to
 from lottery_sparse.nn.compact.moving import (
@@ -19,27 +20,25 @@ from lottery_sparse.nn.compact.moving import (
     check_optimizers,
     elementwise,
     fit_state,
-    follow,
-    redraw_kept_,
     skips_pruned,
     version_of,
-    zeros_of,
 )
-from lottery_sparse.nn.compact.registry import (
-    holders_of,
-    lends,
-    lends_no_more,
-    optimizers_of,
-    register,
-)
-from lottery_sparse.nn.compact.slots import Slots, leave_copies
+from lottery_sparse.nn.compact.registry import holders_of, lends, lends_no_more, optimizers_of
 from lottery_sparse.nn.frozen import FrozenState, remake
 from lottery_sparse.nn.loading import LayerLoad, Load
-from lottery_sparse.nn.masked import Masked, outside_inference_mode
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.nn.rest import put_back_
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight, spread_kept
 from lottery_sparse.ops.masked.reference import effective_weight
-from lottery_sparse.pruning.mask_tensor import plain
+from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
+
+# of layers in older pickles: attributes, and buffers
+OLD_ATTRIBUTES = (
+    "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent", "_lent_at",
+    "_listed", "_made_at", "_made_of", "_skips", "_twins", "_watch", "weight_effective",
+    "kept_starts", "kept_columns", "kept_column_starts", "kept_rows", "kept_positions",
+)  # fmt: skip
 
 
 class Compact(Masked):
@@ -92,14 +91,16 @@ class Compact(Masked):
         """Turn the masked layer into a compact one."""
         registry.masked.drop(self)
         self.weight = parts.parameter
-        self._derived = Derived(parts, self._buffers)
-        self._share_dense()
-        self.mark_fresh()
+        self._derived = Derived(parts.dense, parts.kept, parts.skips_pruned)
+        following.start(self)
+        following.share_dense(self)
 
     def _leave_compact(self, parameter: nn.Parameter | None = None) -> None:
         """Turn the compact layer into a masked one; `parameter`: of a layer that shares it."""
         parameter = self._dense_parameter() if parameter is None else parameter
         del self._derived
+        if isinstance(self.weight_mask, MaskTensor):
+            self.weight_mask.age.tell_no_more(self)
         lends_no_more(self)
         registry.compact.drop(self)
         self.weight = parameter
@@ -117,9 +118,11 @@ class Compact(Masked):
         if "_derived" not in self.__dict__:  # the constructor of the dense layer
             self.dense_type.reset_parameters(self)  # pyright: ignore[reportAttributeAccessIssue]
             return
-        self._update_derived()
-        dense = self._derived.dense
-        redraw_kept_(self.weight, self.bias, self.kept, dense, self.dense_type, self.rank)
+        following.follow(self)
+        dense = torch.zeros_like(self._derived.dense)
+        redraw_(dense, self.bias, self.dense_type, self.rank)
+        with torch.no_grad():
+            self.weight.copy_(gather_kept(dense, *self.kept[:2]))
         for holder in holders_of(self.weight):
             holder.weight_changed()
 
@@ -162,7 +165,7 @@ class Compact(Masked):
                 self._spread(), plain(self.weight_mask), *self._frozen_state()[:2], self.rank
             )
         if not torch.compiler.is_compiling():
-            self._update_derived()
+            following.follow(self)
         return kept_weight(self.weight, self._derived.dense, *self.kept[:2])
 
     @property
@@ -173,19 +176,20 @@ class Compact(Masked):
             return self.effective_weight.detach()
         if weight.is_meta:
             return derived.dense
-        self._update_derived()
-        if derived.lent is None:
-            derived.lend(self._shared_dense() if derived.is_blank else None)
+        following.follow(self)
+        if not derived.is_lent:
+            following.make_real(self)
+            derived.lend()
             lends(self)
         if derived.is_stale(weight):
             self.refresh_()
-        assert derived.lent is not None
-        return derived.lent.detach()  # readers are counted by who shares its memory
+        assert derived.real is not None
+        return derived.real.detach()  # readers are counted by who shares its memory
 
     def derived(self) -> list[Tensor]:
         """The tensors of the layer that are neither Parameters nor buffers."""
-        dense = self._derived.real
-        return [*self.kept] if dense is None else [dense, *self.kept]
+        real = self._derived.real
+        return [*self.kept] if real is None else [real, *self.kept]
 
     def _spread(self) -> Tensor:
         """`weight` as the masked layer holds it, by the mask alone."""
@@ -220,13 +224,13 @@ class Compact(Masked):
         if self.target is None:
             self.weight_changed()
             return
-        self._note_written_slots()
+        slots.renew(self)
         self.mark_fresh()
 
     def weight_changed(self) -> None:
         """Called by what wrote `weight` alone: the dense weight follows now, or when it is read."""
-        self._note_written_slots()
-        if self.refreshes_lazily and self._derived.lent is None:
+        slots.renew(self)
+        if self.refreshes_lazily and not self._derived.is_lent:
             self._derived.weight_version = -1
         else:
             self.refresh_()
@@ -252,7 +256,7 @@ class Compact(Masked):
             )
         derived, compiling = self._derived, torch.compiler.is_compiling()
         if not compiling:
-            self._update_derived()
+            following.follow(self)
         is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
         lazily = self.refreshes_lazily
         blank = derived.is_blank and not lazily  # a conv2d whose stride was changed
@@ -262,158 +266,46 @@ class Compact(Masked):
             args = weight.detach().to(derived.dense.dtype), derived.dense, kept.starts, kept.columns
             return weight, kept_weight(*args)
         if not compiling:
-            if derived.lent is not None:
+            if derived.is_lent:
                 self.take_back()
-            if derived.lent is not None or not lazily:
+            if derived.is_lent or not lazily:
                 self.refresh_if_stale(weight)
         return weight, derived.dense
 
-    # ---- keeping it true -------------------------------------------------------------------------
+    # ---- keeping it true, see `following` --------------------------------------------------------
 
     def refresh_if_stale(self, weight: nn.Parameter) -> None:
         """Make the dense weight that of `weight`, if this was written."""
         if self._derived.is_blank and not self.refreshes_lazily:
-            self.make_dense()
+            following.make_dense(self)
         if self._derived.is_stale(weight):
             self.refresh_()
 
     def refresh_(self) -> None:
         """Copy the kept weights into the dense weight, if there is one."""
-        self._update_derived()  # first: wrong lists would write over frozen values
-        dense = self._derived.real
-        if dense is not None:
-            weight = self.weight.detach()
-            if weight.device != dense.device:
-                raise RuntimeError(
-                    f"weight is on {weight.device}, but the {type(self).__name__} that holds it on "
-                    f"{dense.device}; move the whole layer, layer.to(device), or put it back."
-                )
-            self._derived.scatter(weight)
-        self.mark_fresh()
+        following.follow(self)  # first: wrong lists would write over frozen values
+        following.scatter(self)
 
     def mark_fresh(self) -> None:
         """Say that the dense weight has the values of `weight`."""
-        weight, derived = self.weight, self._derived
-        derived.note_weight(weight)
-        if derived.is_shared and derived.real is not None:
-            for twin in self._others():
-                if twin._derived.real is derived.real:
-                    twin._derived.note_weight(weight)
-        if derived.parameter_id != id(weight):
-            register(self)
-            derived.parameter_id = id(weight)
+        following.note_weight(self)
 
     def take_back(self) -> bool:
         """Take over what others wrote to the dense weight; whether they still have it."""
-        if self._derived.lent is None or self._buffers_were_swapped():
+        if not self._derived.is_lent or self._buffers_were_swapped():
             return False
-        self._update_derived()
-        return self._derived.is_lent()
-
-    def make_dense(self) -> None:
-        """Have ops get a dense weight that holds numbers."""
-        if self._derived.is_blank:
-            lent = self._derived.lent
-            self._derived.set_dense(self._shared_dense() if lent is None else lent)
-            self._fill()
+        following.follow(self)
+        return self._derived.take_back()
 
     def release(self) -> None:
         """Give up a dense weight that no op reads, and nobody else has."""
         if self.refreshes_lazily and not self._derived.is_blank and not self.take_back():
             self._derived.release()
 
-    def _update_derived(self) -> None:
-        """Follow what others wrote: to buffers (averaged, copied, broadcast), to a lent weight."""
-        derived = self._derived
-        wrote = derived.lent is not None and derived.lent_was_written()
-        current, noted = derived.is_current(), False
-        if (current and not wrote and derived.slots_before is None) or self._buffers_were_swapped():
-            return
-        if derived.slots_before is not None:
-            compact_slots.check(self)
-            noted = derived.slots_before is not None
-        if current and not wrote:
-            return
-        if not current:
-            mask = as_matrix(plain(self.weight_mask), self.rank)
-            new = KeptLists.of(mask, self.weight.shape[-1])
-            if noted and not wrote:
-                self._move(new)
-            derived.set_lists(new)
-        if noted:
-            self._note_slots(again=False)
-        if wrote:
-            assert derived.lent is not None
-            derived.gather(derived.lent, self.weight.detach())
-        self._fill()
-        if noted and current:
-            self._note_slots(again=True)
-
-    @torch.no_grad()
-    def _fill(self) -> None:
-        """Write frozen and kept values into the dense weight anew."""
-        self._derived.fill(plain(self.weight_mask), self._frozen_state(), self.rank)
-        self._derived.note_buffers(self._buffers)
-        self._note_kernels()
-        self.refresh_()
-
-    def _note_kernels(self) -> None:
-        self._derived.note_kernels(self.zero)
-        if not self.refreshes_lazily:
-            self.make_dense()
-
-    def _note_written_slots(self) -> None:
-        if self._derived.slots_before is not None:  # of a network whose mask may be yet to follow
-            self._note_slots(again=not self._derived.is_current())
-
-    def _note_slots(self, again: bool) -> None:
-        """Note what the slots hold after a write that is known, or that nobody needs to know."""
-        for layer in (self, *self._others()):
-            layer._derived.slots_before = Slots.of(layer) if again else None
-
-    @torch.no_grad()
-    def _move(self, new: KeptLists) -> None:
-        """Move the kept weights to the slots that a mask, written alone, gives them."""
-        old = self.kept
-        if all(torch.equal(a, b) for a, b in zip(old[:2], new[:2], strict=True)):
-            return
-        check_optimizers("the layer", self.weight)
-        weight = self.weight.detach()
-        dense = kept_weight(weight, self._derived.dense, old.starts, old.columns)
-        weight.copy_(gather_kept(dense, new.starts, new.columns))
-        self.weight.grad = None  # of weights that were kept
-
-    # ---- layers with the same Parameter ----------------------------------------------------------
-
-    def _others(self) -> list[Compact]:
-        """The other layers with this Parameter."""
-        holders = holders_of(self.weight)
-        return [layer for layer in holders if isinstance(layer, Compact) and layer is not self]
-
-    def _shared_dense(self) -> Tensor | None:
-        """That of a layer with the same Parameter, mask and frozen values: one is enough."""
-        for twin in self._others():
-            dense = twin._derived.real
-            if dense is not None and self._computes_as(twin, dense):
-                twin._derived.is_shared = self._derived.is_shared = True
-                return dense
-        return None
-
-    def _share_dense(self) -> None:
-        """Use the dense weight of another layer, where there is one."""
-        derived = self._derived
-        shared = None if derived.is_blank else self._shared_dense()
-        derived.dense = derived.dense if shared is None else shared
-
-    def _computes_as(self, twin: Compact, dense: Tensor) -> bool:
-        mine, theirs = (
-            (layer.weight_mask, layer.weight_frozen, layer.weight_signs) for layer in (self, twin)
-        )
-        like = self._derived.dense
-        return (dense.dtype, dense.device) == (like.dtype, like.device) and all(
-            a is b or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in zip(mine, theirs, strict=True)
-        )
+    def mask_is_written(self, mask: MaskTensor, source: MaskTensor | None) -> None:
+        """Called before the mask takes that of `source`, and after any other write to it."""
+        if getattr(self.weight_mask, "age", None) is mask.age and not self.weight.is_meta:
+            slots.mask_is_written(self, source)
 
     # ---- a new mask ------------------------------------------------------------------------------
 
@@ -434,46 +326,35 @@ class Compact(Masked):
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         moving = [self.weight.grad] if self.weight.grad is not None else []
         moving += elementwise(state, self.weight)
-        self._update_derived()  # or the old lists may be those of another mask
+        following.follow(self)  # or the old lists may be those of another mask
         # everything is allocated first, so that a lack of memory changes nothing
         mask = mask.to(self.weight_mask.device, torch.bool)
-        leave_copies(self, mask)
-        old, new = self.kept, KeptLists.of(as_matrix(mask, self.rank), self.capacity)
-        derived = self._derived
-        values, moved = self.weight.detach(), []
+        slots.leave_copies(self, mask)
+        derived, old = self._derived, self.kept
+        new = KeptLists.of(as_matrix(mask, self.rank), self.capacity)
+        values, moved, dense = self.weight.detach(), [], None
         blank = blank_of(derived.dense, derived.dense.shape)
         if leader is self:
-            values = gather_kept(self.effective_weight, new.starts, new.columns)
-            for slots in moving:
-                dense = kept_weight(slots, blank, old.starts, old.columns)
-                moved.append(gather_kept(dense, new.starts, new.columns))
+            values = gather_kept(self.effective_weight, *new[:2])
+            moved = [gather_kept(kept_weight(v, blank, *old[:2]), *new[:2]) for v in moving]
         skips = skips_pruned(derived.dense, new, held.frozen is None)
         lazily = skips and self._has_kernels()
-        effective, real = None, derived.real
-        if real is None and not lazily:
-            real = outside_inference_mode(zeros_of(derived.dense))
-        if real is not None:
-            effective = kept_weight(
-                values,
-                effective_weight(blank, mask, held.frozen, held.signs, self.rank),
-                new.starts,
-                new.columns,
-            )
+        if derived.real is not None or not lazily:
+            dense = outside_inference_mode(kept_weight(values, blank, *new[:2]))
+            put_back_(dense, mask, held.frozen, held.signs, self.rank)
         self._set_frozen(held)
         self.weight_mask.copy_(mask)
         derived.set_lists(new)
         if leader is self:
-            self.weight.copy_(values)
-            for slots, there in zip(moving, moved, strict=True):
-                slots.copy_(there)
+            for there, value in zip((self.weight, *moving), (values, *moved), strict=True):
+                there.copy_(value)
         derived.skips_pruned = skips
-        if real is not None and effective is not None:
-            real.copy_(effective)
+        if dense is not None:
+            derived.real = dense if derived.real is None else derived.real.copy_(dense)
             if not lazily:
-                derived.set_dense(real)
-        self._note_slots(again=False)
-        derived.note_buffers(self._buffers)
-        self.mark_fresh()
+                derived.read()
+        slots.note(self, again=False)
+        following.start(self)
 
     # ---- moving, saving, loading -----------------------------------------------------------------
 
@@ -482,7 +363,7 @@ class Compact(Masked):
         derived = self._derived
         was_meta, was_dtype = self.weight_mask.is_meta, derived.dense.dtype
         if not was_meta:
-            self._update_derived()
+            following.follow(self)
         was_fresh = derived.weight_version == version_of(self.weight)
         nn.Module._apply(self, fn, recurse)
         self._buffers_outside_inference_mode()
@@ -491,50 +372,49 @@ class Compact(Masked):
                 "a compact layer on the meta device has lost which weights it keeps; move the "
                 "masked model with to_empty, load it, then call ls.compact_."
             )
-        # lists follow the mask, so that to_empty leaves no numbers that are out of range
-        kept = KeptLists(*(outside_inference_mode(follow(t, self.weight_mask)) for t in self.kept))
-        anew = derived.move(fn, kept)
-        if derived.slots_before is not None and not self.weight.is_meta:
-            derived.slots_before = Slots.of(self)
-        derived.note_buffers(self._buffers)
+        anew = derived.move(fn, self.weight_mask)
         if self.weight.dtype != was_dtype:
             self._set_frozen(remake(self._frozen_state(), derived.dense))
             anew = True
+        following.note_buffers(self)
         if self.weight.is_meta:
             return self
-        if anew or not was_fresh:
-            self._fill()
+        if derived.slots_before is not None:
+            derived.slots_before = slots.Slots.of(self)
+        derived.skips_pruned = skips_pruned(derived.dense, self.kept, self.zero)
+        if anew or not was_fresh or (derived.is_blank and not self.refreshes_lazily):
+            following.fill(self)
         else:
-            self._note_kernels()
             self.mark_fresh()
         if derived.is_shared:
-            self._share_dense()
+            following.share_dense(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         if not self.weight_mask.is_meta:
-            self._update_derived()  # a copy cannot tell
+            following.follow(self)  # a copy cannot tell
         return super().__getstate__() | {"_derived": copy.copy(self._derived)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        own = self.__dict__
-        if "_derived" not in own:  # of a pickle that was written before there was one
-            parts = CompactParts(own["_dense"], own["kept"], self.weight, own["_skips"])
-            for name in (
-                "fresh_version", "kept", "slots_before", "_blank", "_dense", "_known", "_lent",
-                "_lent_at", "_made_at", "_made_of", "_skips", "_twins", "_watch",
-            ):  # fmt: skip
-                own.pop(name, None)
-            own["_derived"] = Derived(parts, self._buffers)
-        derived = self._derived
-        derived.kept = KeptLists(*map(outside_inference_mode, derived.kept))
-        derived.dense = outside_inference_mode(derived.dense)
-        derived.note_buffers(self._buffers)
-        if not self.weight.is_meta:  # a copy: its Parameter counts versions from 0 again
-            self.mark_fresh()
-            derived.weight_version = -1
-            derived.slots_before = Slots.of(self) if derived.slots_before else None
+        if "_derived" not in self.__dict__:
+            self._derive_anew()
+        following.start(self)
+        self._derived.weight_version = -1  # a copy's Parameter counts versions from 0 again
+        noted = self._derived.slots_before and not self.weight.is_meta
+        self._derived.slots_before = slots.Slots.of(self) if noted else None
+
+    def _derive_anew(self) -> None:
+        """Derive everything from the mask, in a pickle of before there was a `Derived`."""
+        for name in OLD_ATTRIBUTES:
+            self.__dict__.pop(name, None)
+            self._buffers.pop(name, None)
+        mask = plain(self.weight_mask)
+        kept = KeptLists.of(as_matrix(mask, self.rank), self.capacity)
+        dense = torch.zeros_like(mask, dtype=self.weight.dtype)
+        self._derived = Derived(dense, kept, False)
+        following.fill(self)
+        self.release()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -576,12 +456,12 @@ class Compact(Masked):
         self._report_shared(load)
         if other_mask:
             self.weight.grad = None  # of weights that were kept
-            leave_copies(self, mask)
+            slots.leave_copies(self, mask)
         with torch.no_grad():
             self.weight_mask.copy_(mask)
-            self._derived.set_lists(new)
+            following.set_lists(self, new)
         self._set_frozen(held)
-        self._note_slots(again=False)
-        self._fill()
+        slots.note(self, again=False)
+        following.fill(self)
         if load.assign:
             Load.of(self, Masked, load.state, load.prefix).tie(self)

@@ -1,33 +1,38 @@
-"""What a compact layer derives from its Parameter and buffers: lists of kept weights, a dense one.
+"""What a compact layer derives: lists of its kept weights and, where one is read, a dense weight.
 
-The lists say where kept weights are (`KeptLists`); they follow the mask. The dense weight holds
-kept and frozen values; it follows the Parameter and the buffers. It is a cache for dense libraries
-and for readers: where kernels skip what is pruned and never read it, it is a blank, a zero in every
-place that takes no memory.
+The lists follow the mask. The dense weight holds frozen values, which follow the buffers, and kept
+ones, which follow the Parameter. It is a cache, in one of three states:
+
+    none    `real` is None     kernels skip pruned weights and nobody reads it; ops get a blank,
+                               a zero in every place that takes no memory
+    lent    `is_lent`          readers have it, and may write to it; ops get the blank
+    read    `dense is real`    ops read it; it may be lent, too
+
+`Derived` is what there is and how it looked when it was last true; `following` keeps it true.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact.moving import (
     Watch,
     as_matrix,
     blank_of,
+    follow,
     has_readers,
     is_blank,
     skips_pruned,
     version_of,
-    versions_of,
-    zeros_of,
 )
-from lottery_sparse.nn.frozen import FrozenState
-from lottery_sparse.nn.masked import Masked, outside_inference_mode
-from lottery_sparse.ops import dispatch
+from lottery_sparse.nn.masked import Masked
+from lottery_sparse.nn.rest import versions_of
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.ops.limits import kernels_take
@@ -72,51 +77,39 @@ class Derived:
 
     Attributes:
         kept: where kept weights are.
-        dense: what ops get: the dense weight, or a blank.
-        is_blank: `dense` is a blank.
-        skips_pruned: kernels for this layer skip pruned weights.
-        lent: the dense weight that readers have; a write to it is one to the Parameter.
+        real: the dense weight, if there is one.
+        dense: what ops get: `real`, or a blank.
+        is_blank: `dense` is a blank; a word of its own, since compiled graphs guard what they ask.
+        plain: mask, frozen values and signs, of torch's own type, which is quicker to ask.
+        is_lent: readers have `real`; a write to it is one to the Parameter.
         is_shared: another layer may have the same dense weight.
+        skips_pruned: kernels for this layer skip pruned weights.
         weight_version: of the Parameter when the dense weight last got its values; -1: it has not.
         parameter_id: of the Parameter that the registry has for this layer.
         slots_before: what the Parameter held before this mask, or that of a copy, changed.
+        family: the layers among which copies of this one are, see `slots`.
     """
 
-    __slots__ = (
-        "_buffers", "_lent_version", "_plain", "_versions", "_watch", "dense", "is_blank",
-        "is_shared", "kept", "lent", "parameter_id", "skips_pruned", "slots_before",
-        "weight_version",
-    )  # fmt: skip
-
-    kept: KeptLists
-    dense: Tensor
-    lent: Tensor | None
-    parameter_id: int | None
-    slots_before: Any
-    _watch: Watch | None
-
-    def __init__(self, parts: CompactParts, buffers: Mapping[str, Any]):
-        self.kept, self.dense, self.skips_pruned = parts.kept, parts.dense, parts.skips_pruned
-        self.is_blank, self.is_shared = is_blank(parts.dense), False
-        self.lent = self.parameter_id = self.slots_before = self._watch = None
-        self._lent_version, self.weight_version = 0, -1
-        self.note_buffers(buffers)
+    def __init__(self, dense: Tensor, kept: KeptLists, skips_pruned: bool):
+        self.__setstate__({"dense": dense, "kept": kept, "skips_pruned": skips_pruned})
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has a Parameter and readers of its own, which nobody has looked at yet."""
-        state = {name: getattr(self, name) for name in self.__slots__}
-        noted = self.slots_before is not None
-        gone = dict.fromkeys(("lent", "parameter_id", "_watch", "_buffers", "_plain", "_versions"))
-        return state | gone | {"slots_before": noted or None}
+        state = {name: getattr(self, name) for name in ("dense", "kept", "skips_pruned")}
+        return state | {"is_shared": self.is_shared, "slots_before": bool(self.slots_before)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-    @property
-    def real(self) -> Tensor | None:
-        """The dense weight that takes memory, if there is one."""
-        return self.lent if self.is_blank else self.dense
+        self.dense: Tensor = outside_inference_mode(state["dense"])
+        self.kept = KeptLists(*map(outside_inference_mode, state["kept"]))
+        self.skips_pruned: bool = state["skips_pruned"]
+        self.is_shared: bool = state.get("is_shared", False)
+        self.slots_before: Any = state.get("slots_before")
+        self.is_blank = is_blank(self.dense)
+        self.real: Tensor | None = None if self.is_blank else self.dense
+        self.family: WeakSet[Any] = WeakSet()
+        self.parameter_id: int | None = None
+        self._watch: Watch | None = None
+        self.is_lent, self._lent_version, self.weight_version = False, 0, -1
 
     # ---- whether they are still true -------------------------------------------------------------
 
@@ -131,14 +124,14 @@ class Derived:
 
     def is_current(self) -> bool:
         """Whether nobody wrote to the buffers since; each forward asks."""
-        mask, frozen, _ = self._plain
+        mask, frozen, _ = self.plain
         if frozen is None:
             return self._versions == (mask._version,)
-        return self._versions == versions_of(*self._plain)
+        return self._versions == versions_of(*self.plain)
 
     def lent_was_written(self) -> bool:
         """Whether a reader wrote to the dense weight that it was lent."""
-        return self.lent is not None and self.lent._version != self._lent_version
+        return self.is_lent and self.real._version != self._lent_version  # pyright: ignore
 
     def is_stale(self, weight: nn.Parameter) -> bool:
         """Whether somebody wrote to the Parameter, as far as can be seen."""
@@ -154,24 +147,18 @@ class Derived:
         """Say that lists and frozen values are those of the buffers."""
         self._buffers: tuple[Any, ...] = tuple(buffers[name] for name in BUFFERS)
         mask, frozen, signs = self._buffers
-        # of torch's own type, quicker to ask
-        self._plain = plain(mask), frozen, None if signs is None else plain(signs)
-        self._versions = versions_of(*self._plain)
+        signs = None if signs is None else plain(signs)
+        self.plain: tuple[Tensor, Tensor | None, Tensor | None] = plain(mask), frozen, signs
+        self._versions = versions_of(*self.plain)
 
     def note_weight(self, weight: Tensor) -> None:
         """Say that the dense weight has the values of the Parameter."""
         self.weight_version = version_of(weight)
-        dense = self.real
-        if dense is None:
+        if self.real is None:
             return
-        if self.lent is not None:
-            self._lent_version = dense._version
+        self._lent_version = self.real._version
         if self._watch is None or not self._watch.notes(weight):
             self._watch = Watch(weight, self.kept.starts)
-
-    def note_kernels(self, zero: bool) -> None:
-        """Find out whether the kernels for the layer skip pruned weights."""
-        self.skips_pruned = skips_pruned(self.dense, self.kept, zero)
 
     def set_lists(self, kept: KeptLists) -> None:
         self._watch = None  # other slots are in use
@@ -183,73 +170,50 @@ class Derived:
 
     # ---- the dense weight ------------------------------------------------------------------------
 
-    def set_dense(self, dense: Tensor | None) -> None:
-        """Have ops get this dense weight, or zeros that take memory."""
-        self.dense = outside_inference_mode(zeros_of(self.dense)) if dense is None else dense
-        self.is_blank = False
+    def read(self) -> None:
+        """Have ops get the dense weight."""
+        assert self.real is not None
+        self.dense, self.is_blank = self.real, False
+
+    def lend(self) -> None:
+        """Say that readers get the dense weight."""
+        assert self.real is not None
+        self.is_lent, self._lent_version = True, self.real._version
+
+    def take_back(self) -> bool:
+        """Whether somebody still has the dense weight that was lent; else it is no longer lent."""
+        if self.is_lent and not has_readers(self.real):  # pyright: ignore
+            self.is_lent = False
+            self.real = None if self.is_blank else self.real
+        return self.is_lent
 
     def release(self) -> None:
+        """Give up the dense weight, of which nobody reads anything."""
         self.dense, self.is_blank = blank_of(self.dense, self.dense.shape), True
+        self.real = None
 
-    def lend(self, dense: Tensor | None) -> None:
-        """Have readers get the dense weight: this one, or zeros, where ops have a blank."""
-        if self.is_blank:
-            self.weight_version = -1
-            self.lent = outside_inference_mode(zeros_of(self.dense)) if dense is None else dense
-        else:
-            self.lent = self.dense
-        self._lent_version = self.lent._version
-
-    def is_lent(self) -> bool:
-        """Whether somebody still has the dense weight that was lent; else it is no longer lent."""
-        if self.lent is not None and not has_readers(self.lent):
-            self.lent = None
-        return self.lent is not None
-
-    @torch.no_grad()
-    def fill(self, mask: Tensor, held: FrozenState, rank: int) -> None:
-        """Write frozen values into the dense weight, if there is one, and zero where kept."""
-        dense = self.real
-        if dense is not None:
-            blank = torch.zeros_like(dense)
-            dense.copy_(effective_weight(blank, mask, held.frozen, held.signs, rank))
-            self._lent_version = dense._version
-
-    def scatter(self, weight: Tensor) -> None:
-        """Write the kept weights into the dense weight, if there is one."""
-        dense = self.real
-        if dense is None:
-            return
-        args = (dense, weight, self.kept.starts, self.kept.columns)
-        dispatch.kernel("scatter_kept_", dense.device, args)(*args)
-        torch.autograd.graph.increment_version(dense)
-
-    @torch.no_grad()
-    def gather(self, dense: Tensor, weight: Tensor) -> None:
-        """Write the kept weights of a dense one into the Parameter."""
-        values = gather_kept(dense, self.kept.starts, self.kept.columns)
-        if not torch.equal(values, weight):  # a write that changes nothing is none
-            weight.copy_(values)
-
-    def move(self, fn: Callable[[Tensor], Tensor], kept: KeptLists) -> bool:
+    def move(self, fn: Callable[[Tensor], Tensor], mask: Tensor) -> bool:
         """Apply `fn`, which moves or converts; whether the dense weight is one nobody has filled.
 
-        kept: the lists where they are then.
+        mask: the mask where it is then. The lists follow it, so that to_empty leaves no numbers
+            that are out of range.
         """
-        lent, dense = self.lent, self.dense
-        self.kept, self._watch = kept, None
+        self.kept = KeptLists(*(outside_inference_mode(follow(t, mask)) for t in self.kept))
+        self._watch = None
+        dense, real = self.dense, self.real
         if not self.is_blank:
-            self.dense = outside_inference_mode(fn(dense))
-            self.lent = lent if self.dense is dense else None
+            self.dense = self.real = outside_inference_mode(fn(dense))
+            self.is_lent = self.is_lent and self.real is dense
             return False
         # as few numbers as tell where to, and whether channels go last
         few = fn(dense.new_zeros([min(2, size) for size in dense.shape]))
         self.dense = blank_of(few, dense.shape)
-        self.lent = lent if lent is not None and fn(lent) is lent else None
-        self.is_blank = few.is_contiguous() and not few.is_meta
-        if not self.is_blank:
-            zeros = torch.zeros(dense.shape, dtype=few.dtype, device=few.device)
-            last = few.dim() == 4 and not few.is_contiguous()
-            self.dense = zeros.contiguous(memory_format=torch.channels_last) if last else zeros
-            self.lent = None
-        return not self.is_blank
+        if few.is_contiguous() and not few.is_meta:
+            if real is None or fn(real) is not real:
+                self.real, self.is_lent = None, False
+            return False
+        zeros = torch.zeros(dense.shape, dtype=few.dtype, device=few.device)
+        last = few.dim() == 4 and not few.is_contiguous()
+        self.dense = zeros.contiguous(memory_format=torch.channels_last) if last else zeros
+        self.real, self.is_blank, self.is_lent = self.dense, False, False
+        return True

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lottery_sparse.nn.common import one_node
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, one_node
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.ops import masked_conv2d, masked_linear
 from lottery_sparse.ops.compact import op as products
 from lottery_sparse.ops.limits import kernels_take

@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact.registry import optimizers_of
-from lottery_sparse.nn.masked import outside_inference_mode, redraw_
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.torch_private import storage_uses
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.reference import gather_kept
 from lottery_sparse.ops.limits import may_lag
 
-SLOTS = 16  # of a network's kept weights, compared to see writes
+# About so many of a network's kept weights are compared to see writes. Not a whole number: in a
+# layer that keeps all, those compared would lie in one column, whose weights may never move.
+SLOTS = 16.618
 # What torch's optimizers hold for each element of a weight, of its shape.
 PER_ELEMENT = {
     "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq",
@@ -69,7 +71,7 @@ class Watch:
 
     Such are `p.data = t`, `p.data.copy_()`, vector_to_parameters and those of another process to
     shared memory. One that replaces or changes the whole vector changes its address or one of the
-    numbers compared here, bit by bit: sixteen to thirty-one per network, spread over the kept
+    numbers compared here, bit by bit: sixteen to thirty-three per network, spread over the kept
     ones. On other devices than the CPU, where reading them would wait, it is the address alone.
     """
 
@@ -83,7 +85,7 @@ class Watch:
             # in place, which takes no memory: read only where the weight still lies there
             kept = int(_in_place(starts, "i8")[..., -1].max())
             numbers = _in_place(weight, f"V{weight.element_size()}")
-            self.slots = numbers[..., : max(kept, 1) : max(kept // SLOTS, 1)]
+            self.slots = numbers[..., : max(kept, 1) : max(int(kept / SLOTS), 1)]
             self.seen = self.slots.tobytes()
 
     def notes(self, weight: Tensor) -> bool:
@@ -118,13 +120,6 @@ def follow(tensor: Tensor, other: Tensor) -> Tensor:
 
 def version_of(weight: Tensor) -> int:
     return -2 if weight.is_inference() else weight._version  # -1 is that of a written one
-
-
-def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:
-    """The versions of a layer's buffers; no loop, since each forward asks."""
-    if frozen is None:
-        return (mask._version,)
-    return mask._version, frozen._version, 0 if signs is None else signs._version
 
 
 def most_kept(mask: Tensor, rank: int) -> int:
@@ -186,9 +181,9 @@ def check_optimizers(
     That of `optimizer` moves along, if it can.
     """
 
-    def others() -> list[str]:
+    def others() -> list[torch.optim.Optimizer]:
         return [
-            type(o).__name__
+            o
             for o in optimizers_of(weight)
             if o is not optimizer
             and (elementwise(o.state.get(weight, {}), weight) or is_immovable(o, weight))
@@ -198,13 +193,11 @@ def check_optimizers(
         check_movable(name, weight, optimizer)
     if others():
         gc.collect()  # one that nobody uses any more may wait for it
-    for other in optimizers_of(weight):
-        if other is not optimizer:
-            check_movable(name, weight, other)
-    for kind in others():
+    for other in others():
+        check_movable(name, weight, other)
         raise ValueError(
-            f"{kind} holds state for the kept weights of {name}, which a new mask would "
-            "misplace; pass it: set_masks_(..., optimizer=optimizer)."
+            f"{type(other).__name__} holds state for the kept weights of {name}, which a new mask "
+            "would misplace; pass it: set_masks_(..., optimizer=optimizer)."
         )
 
 
@@ -236,18 +229,3 @@ def is_immovable(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
         else isinstance(v, Tensor) and v.numel() > 1 and v.shape != weight.shape
         for v in optimizer.state.get(weight, {}).values()
     )
-
-
-@torch.no_grad()
-def redraw_kept_(
-    weight: nn.Parameter,
-    bias: Tensor | None,
-    kept: KeptLists,
-    effective: Tensor,
-    dense_type: type[nn.Module],
-    rank: int,
-) -> None:
-    """Draw kept weights and biases by the `reset_parameters` of the dense layer."""
-    dense = zeros_of(effective) if is_blank(effective) else torch.empty_like(effective)
-    redraw_(dense, bias, dense_type, rank)
-    weight.copy_(gather_kept(dense, kept.starts, kept.columns))

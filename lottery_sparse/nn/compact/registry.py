@@ -54,6 +54,12 @@ def holders_of(parameter: Tensor) -> list[Holder]:
     return _holders.of(parameter)
 
 
+def twins_of(layer: Any) -> list[Any]:
+    """The other compact layers with the Parameter of this one."""
+    holders = holders_of(layer.weight)
+    return [twin for twin in holders if twin is not layer and hasattr(twin, "_derived")]
+
+
 def lends(layer: Any) -> None:
     """Say that others may write to a tensor of the layer, which takes that over before a step."""
     _lenders.add(layer)

@@ -5,18 +5,24 @@ something only if both vectors belong to one mask. So when a layer takes another
 copies note what their slots hold. A copy that then takes the new mask moves its weights to their
 new slots. A copy whose slots were written since, by anything but an optimizer or a load, mixes
 weights of two masks, and is refused.
+
+Copies are found in families: layers of one shape whose masks keep the same columns as often. Only
+they are compared, and not all compact layers that live.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lottery_sparse.nn import registry
-from lottery_sparse.nn.compact.moving import Watch, version_of
-from lottery_sparse.pruning import mask_tensor
+from lottery_sparse.nn.compact.moving import Watch, check_optimizers, version_of
+from lottery_sparse.nn.compact.registry import twins_of
+from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
 from lottery_sparse.pruning.mask_tensor import MaskTensor, plain
 
 MIXED = (
@@ -26,6 +32,9 @@ MIXED = (
     "models (ls.sparsify_); or start the average anew by load_state_dict(model.state_dict()). "
     "If this is no average and its numbers are meant, call ls.nn.refresh_ on it."
 )
+
+# (shape, a number made of the kept columns) -> layers, which keep the set alive
+_families: WeakValueDictionary[tuple[Any, ...], WeakSet[Any]] = WeakValueDictionary()
 
 
 class Slots(NamedTuple):
@@ -42,21 +51,36 @@ class Slots(NamedTuple):
         return version_of(weight) != self.version or self.watch.sees_a_write(weight.detach())
 
 
+def join(layer: Any, mask: Tensor) -> None:
+    """Put a layer into the family of a mask, that of its lists."""
+    if type(mask) is Tensor and not mask.is_meta:  # and no stand-in of torch.export
+        layer._derived.family.discard(layer)
+        layer._derived.family = _family_of(mask)
+        layer._derived.family.add(layer)
+
+
+def _family_of(mask: Tensor) -> WeakSet[Any]:
+    columns = mask.flatten(1).sum(0)
+    numbers = torch.arange(1, len(columns) + 1, device=mask.device)
+    return _families.setdefault((mask.shape, int((columns * numbers).sum())), WeakSet())
+
+
+def _copies(layer: Any, mask: Tensor, family: WeakSet[Any]) -> Iterator[Any]:
+    """The other layers of a family that have this mask, and a Parameter of their own."""
+    for other in list(family):
+        if other.weight is layer.weight or other.weight.is_meta or not hasattr(other, "_derived"):
+            continue
+        its, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
+        if fits and torch.equal(its, mask.to(its.device)):
+            yield other
+
+
 def leave_copies(layer: Any, mask: Tensor) -> None:
     """Make the live copies of a layer note their slots, before the layer takes another mask."""
     old = plain(layer.weight_mask)
-    if torch.equal(old, mask.to(old.device, torch.bool)):
-        return
-    for other in registry.compact.all():
-        if (
-            other.weight is layer.weight
-            or other._derived.slots_before is not None
-            or other.weight.is_meta
-        ):
-            continue
-        mask, fits = plain(other.weight_mask), other.weight.shape == layer.weight.shape
-        if fits and mask.shape == old.shape and torch.equal(mask, old.to(mask.device)):
-            other._derived.slots_before = Slots.of(other)
+    if not torch.equal(old, mask.to(old.device, torch.bool)):
+        for other in _copies(layer, old, layer._derived.family):
+            other._derived.slots_before = other._derived.slots_before or Slots.of(other)
 
 
 def check(layer: Any) -> None:
@@ -65,39 +89,62 @@ def check(layer: Any) -> None:
     Raises:
         RuntimeError: the slots were written, and no live layer with the same mask has the same.
     """
-    if not layer._derived.slots_before.were_written(layer.weight):
+    if not _is_written(layer):
         return
-    if not _are_copied(layer, _age(layer)):
+    if not _are_copied(layer, plain(layer.weight_mask)):
         text = MIXED.format(kind=type(layer).__name__, shape=tuple(layer.weight_mask.shape))
         raise RuntimeError(text)
     layer._derived.slots_before = None
 
 
-def _age(layer: Any) -> int | None:
-    """When the layer's mask was chosen; None: somebody put a tensor of torch in its place."""
-    mask = layer.weight_mask
-    return mask.age[0] if isinstance(mask, MaskTensor) else None
+def _are_copied(layer: Any, mask: Tensor) -> bool:
+    """Whether a live layer with this mask has the slots of `layer`, and is no mixture itself."""
+    mine = layer.weight.detach()
+    return any(
+        torch.equal(other.weight.detach().to(mine), mine)
+        for other in _copies(layer, mask, _family_of(mask))
+        if not _is_written(other)
+    )
 
 
-def _are_copied(layer: Any, age: int | None) -> bool:
-    """Whether a live layer with a mask of this age has the same slots."""
-    for other in registry.compact.all():
-        if other is not layer and age is not None and _age(other) == age:
-            weight, mine = other.weight.detach(), layer.weight.detach()
-            if weight.shape == mine.shape and torch.equal(weight.to(mine), mine):
-                return True
-    return False
+def _is_written(layer: Any) -> bool:
+    """Whether somebody wrote to the slots of a layer after they were noted."""
+    noted = layer._derived.slots_before
+    return noted is not None and noted.were_written(layer.weight)
 
 
-def _mask_is_written(mask: MaskTensor, source: MaskTensor | None) -> None:
-    """Called before a mask takes the one of `source`, and after any other write to a mask."""
-    for layer in registry.compact.all():
-        if getattr(layer.weight_mask, "age", None) is not mask.age or layer.weight.is_meta:
-            continue
-        if source is not None and _are_copied(layer, source.age[0]):
-            layer._derived.slots_before = None  # everything is
-        elif layer._derived.slots_before is None:
-            layer._derived.slots_before = Slots.of(layer)
+def mask_is_written(layer: Any, source: MaskTensor | None) -> None:
+    """Called before the mask of a layer takes that of `source`, and after any other write to it."""
+    if source is not None and _are_copied(layer, plain(source)):
+        layer._derived.slots_before = None  # everything is
+        join(layer, plain(source))
+    elif layer._derived.slots_before is None:
+        layer._derived.slots_before = Slots.of(layer)
 
 
-mask_tensor.watchers.append(_mask_is_written)
+def renew(layer: Any) -> None:
+    """Called after a write that is known: noted slots hold what they should."""
+    if layer._derived.slots_before is not None:
+        note(layer, again=not layer._derived.is_current())  # of a mask that is yet to be followed
+
+
+def note(layer: Any, again: bool) -> None:
+    """Note what the slots hold now, or that nobody needs to know."""
+    for twin in (layer, *twins_of(layer)):
+        twin._derived.slots_before = Slots.of(twin) if again else None
+
+
+@torch.no_grad()
+def move(layer: Any, new: KeptLists) -> None:
+    """Move the kept weights to the slots that a mask, written alone, gives them.
+
+    Raises:
+        ValueError: an optimizer holds state for them.
+    """
+    old, weight = layer.kept, layer.weight.detach()
+    if all(torch.equal(a, b) for a, b in zip(old[:2], new[:2], strict=True)):
+        return
+    check_optimizers("the layer", layer.weight)
+    dense = kept_weight(weight, layer._derived.dense, old.starts, old.columns)
+    weight.copy_(gather_kept(dense, new.starts, new.columns))
+    layer.weight.grad = None  # of weights that were kept

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lottery_sparse.nn import registry
+from lottery_sparse.nn.common import has_hooks
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.derived import CompactParts
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
 from lottery_sparse.nn.compact.moving import check_movable, most_kept
 from lottery_sparse.nn.compact.registry import note_optimizer
 from lottery_sparse.nn.forms.convert import become, by_parameter, check_masked, check_tied
-from lottery_sparse.nn.masked import Masked, has_hooks
+from lottery_sparse.nn.masked import Masked
 from lottery_sparse.ops.compact.reference import gather_kept, kept_weight
 
 
@@ -27,8 +28,6 @@ def shrink_layers_(
 
     Compact layers stay compact, and give up dense weights that nothing reads any more.
     """
-    if spare < 0:
-        raise ValueError(f"spare must be 0 or more, got {spare}.")
     check_masked(model)
     check_tied(model)
     groups = []

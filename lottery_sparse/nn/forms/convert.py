@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lottery_sparse.nn.forms.weight_types import none_to_mask
 from lottery_sparse.nn.frozen import FrozenState, Source, keyed, prepare_frozen
-from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, masked_alike
 from lottery_sparse.nn.supermask import Supermask
 from lottery_sparse.pruning.mask_tensor import plain
 from lottery_sparse.pruning.masks import Masks, as_mask
@@ -42,7 +42,6 @@ def mask_layers_(
     model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> nn.Module:
     """Dense layers to masked ones: `ls.sparsify_`, which see. Other forms stay as they are."""
-    owners = owners_of(model)
     candidates = {
         name: module
         for name, module in model.named_modules()
@@ -50,40 +49,47 @@ def mask_layers_(
         and not _has_form(module)
         and (filter_fn is None or filter_fn(module, name))
     }
-    pruned = {name: m for name, m in candidates.items() if hooks_of_prune(m)}
-    skipped = {
-        name: why
-        for name, m in candidates.items()
-        if (why := refusal_of(model, name, m, name in pruned))
-    }
-    for name, module in pruned.items():
-        if name not in skipped and len(owners[id(module._parameters["weight_orig"])]) > 1:
-            skipped[name] = "torch.nn.utils.prune masks its weight, which another layer shares"
-    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
-    for name, module in candidates.items():
-        if name in skipped:
-            continue
-        weight = module._parameters["weight_orig" if name in pruned else "weight"]
-        others = [
-            f"{owner_name} ({type(owner).__name__})"
-            for owner_name, owner in owners.get(id(weight), [])
-            if id(owner) not in swapped and not isinstance(owner, Masked)
-        ]
-        if others:
-            skipped[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
+    skipped = _refusals(model, candidates)
     for name, why in skipped.items():
         warnings.warn(f"sparsify_ skipped {name or 'the model itself'}: {why}.", stacklevel=3)
-    swapped = {id(m) for name, m in candidates.items() if name not in skipped}
-    for name, module in candidates.items():
-        if name not in skipped:
-            mask = _take_from_prune(module) if name in pruned else None
-            become(module, MASKED_TYPES[type(module)])
-            cast(Masked, module)._enter_masked(mask)
+    taken = [m for name, m in candidates.items() if name not in skipped]
+    for module in taken:
+        mask = _take_from_prune(module) if hooks_of_prune(module) else None
+        become(module, MASKED_TYPES[type(module)])
+        cast(Masked, module)._enter_masked(mask)
+    swapped = {id(module) for module in taken}
     _match_tied_masks(model, swapped)
     if not skipped and not any(map(_has_form, model.modules())):
         why = why_unmasked(model) or "filter_fn left out every layer that could have a mask"
         warnings.warn(f"sparsify_ masked nothing: {why}.", stacklevel=3)
     return model
+
+
+def _refusals(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Name -> why it cannot be masked, of those of the layers that cannot."""
+    owners = owners_of(model)
+    pruned = [name for name, m in candidates.items() if hooks_of_prune(m)]
+    refused = {
+        name: why
+        for name, m in candidates.items()
+        if (why := refusal_of(model, name, m, name in pruned))
+    }
+    for name in pruned:
+        shared = len(owners[id(candidates[name]._parameters["weight_orig"])]) > 1
+        if shared and name not in refused:
+            refused[name] = "torch.nn.utils.prune masks its weight, which another layer shares"
+    masked = {id(m) for name, m in candidates.items() if name not in refused}
+    for name, module in candidates.items():
+        if name in refused or name in pruned:
+            continue
+        others = [
+            f"{owner_name} ({type(owner).__name__})"
+            for owner_name, owner in owners[id(module._parameters["weight"])]
+            if id(owner) not in masked and not isinstance(owner, Masked)
+        ]
+        if others:
+            refused[name] = f"its weight is shared with {', '.join(others)}, which has no mask"
+    return refused
 
 
 def _has_form(module: nn.Module) -> bool:
@@ -226,20 +232,9 @@ def check_masked(model: nn.Module) -> None:
 
 def why_unmasked(model: nn.Module) -> str | None:
     """Why `sparsify_` can mask no layer of a dense model; None: it can mask one."""
-    owners, refused = owners_of(model), {}
-    for name, module in model.named_modules():
-        if not isinstance(module, tuple(MASKED_TYPES)):
-            continue
-        pruned = bool(hooks_of_prune(module))
-        weight = module._parameters.get("weight_orig" if pruned else "weight")
-        why = refusal_of(model, name, module, pruned)
-        for other, owner in owners.get(id(weight), []):
-            if owner is not module and (pruned or type(owner) not in MASKED_TYPES):
-                why = f"its weight is shared with {other} ({type(owner).__name__})"
-        if why is None:
-            return None
-        refused[name] = why
-    return none_to_mask(model, refused)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, tuple(MASKED_TYPES))}
+    refused = _refusals(model, layers)
+    return none_to_mask(model, refused) if len(refused) == len(layers) else None
 
 
 def check_not_learned(model: nn.Module) -> None:
@@ -266,22 +261,12 @@ def check_tied(model: nn.Module) -> None:
     names = {id(layer): f"{prefix}weight" for prefix, layer in masked_modules(model)}
     for name, (first, *others) in by_parameter(model):
         for layer in others:
-            if not _alike(first, layer):
+            if not (first.weight_mask.is_meta or masked_alike(first, layer)):
                 raise ValueError(
                     f"{name} and {names[id(layer)]} are one weight under two masks, or two kinds "
                     f"of frozen values; call ls.set_masks_(model, {{{name!r}: mask}}), which sets "
                     "both, or give each layer a weight of its own first."
                 )
-
-
-def _alike(one: Masked, two: Masked) -> bool:
-    if one.weight_mask.is_meta:
-        return True
-    ours, theirs = ((m.weight_mask, m.weight_frozen, m.weight_signs) for m in (one, two))
-    return all(
-        a is b or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(ours, theirs, strict=True)
-    )
 
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:

@@ -15,7 +15,6 @@ from lottery_sparse.nn.supermask import (
     Supermask,
     SupermaskConv2d,
     SupermaskLinear,
-    check_options,
 )
 from lottery_sparse.ops.random.op import as_seed, stream_of
 from lottery_sparse.pruning.masks import Masks
@@ -33,17 +32,11 @@ FIXED_TYPES: dict[type[nn.Module], type[Masked]] = {
 
 def supermask_layers_(
     model: nn.Module,
-    weights: str = "init",
-    rescale: bool = False,
-    init_score: float = 0.0,
-    seed: int | torch.Generator | None = 0,
-    *,
-    round_mask: bool = False,
-    evaluation: str = "sample",
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool],
+    seed: int | torch.Generator | None,
+    **options: Any,
 ) -> nn.Module:
     """`ls.supermask_` for dense layers."""
-    check_options(weights, init_score, evaluation)
     seed = as_seed(seed)
     owners = owners_of(model)
     chosen = {
@@ -51,7 +44,7 @@ def supermask_layers_(
         for name, module in model.named_modules()
         if isinstance(module, tuple(SUPERMASK_TYPES))
         and not isinstance(module, Masked | Supermask)
-        and (filter_fn is None or filter_fn(module, name))
+        and filter_fn(module, name)
     }
     if not chosen:
         raise ValueError(f"model has no layer to learn a mask for; {_why_none(model)}.")
@@ -72,8 +65,7 @@ def supermask_layers_(
     for name, module in chosen.items():
         become(module, SUPERMASK_TYPES[type(module)])
         assert isinstance(module, Supermask)
-        stream = stream_of(keys[scores[name]])
-        module._enter_supermask(weights, rescale, init_score, round_mask, evaluation, seed, stream)
+        module._enter_supermask(**options, seed=seed, stream=stream_of(keys[scores[name]]))
     return model
 
 

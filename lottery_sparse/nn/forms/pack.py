@@ -8,22 +8,16 @@ import torch
 from torch import nn
 
 from lottery_sparse.nn.forms.compacting import expand_layers_
-from lottery_sparse.nn.forms.convert import become, check_masked, check_tied
+from lottery_sparse.nn.forms.convert import become, check_tied
 from lottery_sparse.nn.forms.densify import densify_layers_, settle_bias
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.packed import PackedLinear
 
 
 def pack_layers_(
-    model: nn.Module,
-    *,
-    activations: str = "exact",
-    report: Callable[[str], object] | None = print,
+    model: nn.Module, activations: str, report: Callable[[str], object] | None
 ) -> nn.Module:
     """`ls.pack_` for masked and compact layers."""
-    if activations not in ("exact", "int8"):
-        raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
-    check_masked(model)
     check_tied(model)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Masked)]
     for name, layer in layers:

@@ -8,13 +8,14 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
+from lottery_sparse.nn.common import outside_inference_mode
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
 from lottery_sparse.nn.compact.moving import most_kept
 from lottery_sparse.nn.forms.compacting import shrink_layers_
 from lottery_sparse.nn.forms.convert import become
 from lottery_sparse.nn.frozen import Constant, FrozenState, prepare_frozen
-from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear, outside_inference_mode
+from lottery_sparse.nn.masked import Masked, MaskedConv2d, MaskedLinear
 from lottery_sparse.nn.supermask import Supermask, SupermaskConv2d, SupermaskLinear
 from lottery_sparse.ops.masked.reference import effective_weight, linear
 from lottery_sparse.pruning.mask_tensor import MaskTensor
@@ -63,13 +64,13 @@ def replicate(
         ValueError: models that differ in structure, or arguments that contradict each other.
     """
     models = _models(model, E, seeds)
-    names = [[f"{n} {type(m).__name__}" for n, m in _named(one)] for one in models]
+    names = [[f"{n} {type(m).__name__}" for n, m in inside(one)] for one in models]
     for e, other in enumerate(names):
         if other != names[0]:
             at = next((a for a, b in zip(names[0], other, strict=False) if a != b), "its length")
             raise ValueError(f"models[{e}] differs from models[0] in structure, at {at}.")
     owners: dict[int, str] = {}
-    for name, module in _named(models[0]):
+    for name, module in inside(models[0]):
         _check(name, module)
         for parameter in module._parameters.values():
             if parameter is not None and owners.setdefault(id(parameter), name) != name:
@@ -97,7 +98,7 @@ def select(model: nn.Module, e: int) -> nn.Module:
     Raises:
         ValueError: there is no such network, or the module holds only one.
     """
-    counts = {c for _, m in _named(model) if (c := networks_of(m)) is not None}
+    counts = {c for _, m in inside(model) if (c := networks_of(m)) is not None}
     if len(counts) != 1:
         raise ValueError(
             "model holds a single network; select takes one from ls.ensemble.replicate."
@@ -218,12 +219,13 @@ def _models(model: Any, count: int | None, seeds: Sequence[int] | None) -> list[
     return models
 
 
-def _named(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    """The modules inside nested Sequentials, in order."""
+def inside(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    """(name, module) inside nested Sequentials, in order; one that is used twice comes twice."""
     if type(module) is not nn.Sequential:
         return [(name or "the model", module)]
     prefix = f"{name}." if name else ""
-    return [pair for n, m in module.named_children() for pair in _named(m, prefix + n)]
+    children: Any = module._modules.items()
+    return [pair for n, m in children for pair in inside(m, prefix + n)]
 
 
 def _check(name: str, module: nn.Module) -> None:
@@ -298,7 +300,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def _reset(model: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        for _, module in _named(model):
+        for _, module in inside(model):
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
@@ -307,8 +309,8 @@ def _reset(model: nn.Module, seed: int) -> None:
 
 
 def _side_by_side(plains: list[nn.Module], models: list[nn.Module], count: int) -> nn.Module:
-    layers = [[module for _, module in _named(plain)] for plain in plains]
-    before = [[module for _, module in _named(one)] for one in models]
+    layers = [[module for _, module in inside(plain)] for plain in plains]
+    before = [[module for _, module in inside(one)] for one in models]
     position = 0
     first = True  # no layer with parameters so far: x may be shared
 

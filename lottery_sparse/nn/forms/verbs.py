@@ -246,8 +246,9 @@ def supermask_(
         return filter_fn(module, name)
 
     return supermask_layers_(
-        model, weights, rescale, init_score, seed,
-        round_mask=round_mask, evaluation=evaluation, filter_fn=chosen,
+        model, chosen, seed,
+        weights=weights, rescale=rescale, init_score=init_score, round_mask=round_mask,
+        evaluation=evaluation,
     )  # fmt: skip
 
 
@@ -293,7 +294,7 @@ def pack_(
     if activations not in ("exact", "int8"):
         raise ValueError(f'activations must be "exact" or "int8", got {activations!r}.')
     _masked_or_compact(model, packs=True)
-    return pack_layers_(model, activations=activations, report=report)
+    return pack_layers_(model, activations, report)
 
 
 def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:

@@ -379,21 +379,3 @@ def test_pruned_weights_hold(name):
         assert (saved[key] != start[key])[mask].all(), "kept weights train"
         assert not layer.weight[int(layer.kept.kept) :].any(), "spare slots hold zero"
     assert is_fresh(model)
-
-
-@pytest.mark.parametrize("density", [0.1, 0.9])
-def test_pickles_of_before_the_derived_object_load(density):
-    layer = ls.sparsify_(nn.Linear(40, 30))
-    ls.set_masks_(layer, {"weight": torch.rand(30, 40) < density})
-    ls.compact_(layer, spare=3)
-    state = copy.deepcopy(layer.__getstate__())
-    derived, of_then = state.pop("_derived"), {"fresh_version": 7, "slots_before": None}
-    of_then |= {"_dense": derived.dense, "_blank": derived.is_blank, "_skips": derived.skips_pruned}
-    loaded, x = ls.nn.CompactLinear.__new__(ls.nn.CompactLinear), torch.randn(8, 40)
-    loaded.__setstate__(state | of_then | {"kept": derived.kept, "_twins": False, "_known": None})
-    assert vars(loaded).keys() == vars(layer).keys()
-    for model in (layer, loaded):
-        model(x).square().sum().backward()
-        torch.optim.SGD(model.parameters(), lr=0.1).step()
-    same(loaded, layer, 1)
-    assert torch.equal(loaded(x), layer(x))

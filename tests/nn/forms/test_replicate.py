@@ -200,6 +200,9 @@ def test_shared_parameters_are_refused():
     model[2].weight = model[0].weight
     with pytest.raises(TypeError, match="2 shares a parameter with 0"):
         ls.ensemble.replicate(model, 2)
+    twice = nn.Sequential(model[0], model[1], model[0])  # one layer in two places
+    with pytest.raises(TypeError, match="2 shares a parameter with 0"):
+        ls.ensemble.replicate(twice, 2)
 
 
 @pytest.mark.parametrize("e", [-1, E])

@@ -143,7 +143,7 @@ class _Step:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         if not dispatch.built("cpu"):
             raise ValueError(f"train_step needs the native kernels; build them, or {OTHERWISE}.")
-        dispatch.rules_of("cpu")
+        dispatch.library_of("cpu")
         self.optimizer = optimizer
         layers = _stack(model)
         self.layers = [_Layer(layer) for layer in layers]

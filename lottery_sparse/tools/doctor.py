@@ -181,7 +181,8 @@ def _diagnose(op: str, device: str) -> dict[str, Any]:
 def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
     """The backend that `backends.kernel` gives the case, and why."""
     try:
-        module = dispatch.kernel(op, torch.device(device), args).__module__
+        own = dispatch.own_arguments(op, args)
+        module = dispatch.kernel(op, torch.device(device), own).__module__
     except (RuntimeError, ValueError, ImportError) as error:
         return None, str(error)
     chosen = module.rpartition(".")[2].partition("_")[0]  # a file is named by its backend
@@ -197,7 +198,7 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
 def _why_not(name: str, op: str, device: str, args: tuple) -> str:
     if not dispatch.built(name):
         return f"{name} is not built"
-    why = dispatch.unfit(name, torch.device(device)) or dispatch.rules_of(name).refuses(op, *args)
+    why = dispatch.why_not(name, op, torch.device(device), args)
     return why or f"{name} is not faster at this density"
 
 
@@ -206,17 +207,15 @@ def _verdict(op: str, name: str, device: str, args: tuple) -> str | None:
     try:
         if dispatch.module_of(op, name) is None:
             return None
-        why = dispatch.unfit(name, torch.device(device)) or dispatch.rules_of(name).refuses(
-            op, *args
-        )
+        why = dispatch.why_not(name, op, torch.device(device), args)
         if why is not None:
             return f"cannot run this case: {why}"
         ours, theirs = copy.deepcopy(args), copy.deepcopy(args)  # some ops write to them
         with tf32(False):  # which torch allows in convolutions, and TOLERANCE does not
-            got = dispatch.function(op, name)(*ours)
-            expected = dispatch.function(op, "reference")(*theirs)
+            got = dispatch.run_on(name, op, *ours)
+            expected = dispatch.run_on("reference", op, *theirs)
         if op in CARRY:
-            got, expected = got[0], expected[0]
+            (got, _), (expected, _) = got, expected
         pairs = (got, *_compared(ours)), (expected, *_compared(theirs))
         torch.testing.assert_close(*pairs, rtol=TOLERANCE, atol=TOLERANCE)
     except Exception as error:  # a self-check reports whatever goes wrong, it must not stop at it

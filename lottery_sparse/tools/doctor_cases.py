@@ -1,5 +1,6 @@
-"""One small problem per op, in the order of the arguments of `reference`; ragged on purpose. Also
-how it gets onto a device, and how its float32 is computed there.
+"""One small problem per op, ragged on purpose: the arguments of the registered op.
+
+Also how it gets onto a device, and how its float32 is computed there.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _compact_linear_forward() -> tuple:
 
 def _compact_linear_backward() -> tuple:
     dy, x, *_ = _linear_backward()
-    return dy, x, *_compact(_OUT, _IN), True, True, None
+    return dy, x, *_compact(_OUT, _IN), True, True
 
 
 def _scatter() -> tuple:
@@ -125,7 +126,7 @@ def _compact_conv_forward() -> tuple:
 
 def _compact_conv_backward() -> tuple:
     x, values, _, *rest = _compact_conv_forward()
-    return _values(2, 4, 6, 6, stream=8), x, values, *rest, True, True, None
+    return _values(2, 4, 6, 6, stream=8), x, values, *rest, True, True
 
 
 def _learned_conv_forward() -> tuple:

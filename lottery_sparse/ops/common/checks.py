@@ -119,9 +119,9 @@ def check_masked(
 def check_bits(
     name: str, bits: Tensor, weight: Tensor, rank: int, meaning: str, packed_only: bool = False
 ) -> None:
-    rows = tuple(weight.shape[: weight.dim() - rank + 1])
-    packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
     if bits.dtype == torch.int32:
+        rows = tuple(weight.shape[: weight.dim() - rank + 1])
+        packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
         if tuple(bits.shape) != packed:
             raise ValueError(
                 f"packed {name} has shape {tuple(bits.shape)}, but weight "

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common import product
 from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
+from lottery_sparse.ops.masked.arguments import GEOMETRY
+from lottery_sparse.ops.masked.product import masked_product
 
 Pair = int | Sequence[int]
 
@@ -117,15 +118,4 @@ def resolve_padding(
     return x, [t // 2 for t in total]
 
 
-torch.library.define(
-    "lottery_sparse::masked_conv2d",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? frozen, Tensor? signs, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
-)
-torch.library.define(
-    "lottery_sparse::masked_conv2d_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mask, Tensor? frozen, Tensor? signs, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-)
-_forward = product.register("masked_conv2d", rank=4, bias_dims=(-4, -2, -1))
+_forward = masked_product("masked_conv2d", rank=4, geometry=GEOMETRY)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common import product
-from lottery_sparse.ops.common.autograd import EagerFunction
+from lottery_sparse.ops.common.autograd import EagerFunction, cast_all_of
 from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
+from lottery_sparse.ops.masked.product import masked_product
 
 
 def masked_linear(
@@ -103,12 +103,12 @@ def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> T
     """`masked_linear` with zeros by the CPU kernel, past checks and dispatch: see `way_of`."""
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     if torch.is_autocast_enabled("cpu"):
-        rows, weight, _, bias = product.cast_all_of((rows, weight, mask, bias), "cpu")
+        rows, weight, _, bias = cast_all_of((rows, weight, mask, bias), "cpu")
     asks = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if asks and torch.is_grad_enabled():
         y: Tensor = _ByKernel.apply(rows, weight, mask, bias)  # pyright: ignore
     else:
-        y = dispatch.function("masked_linear", "cpu")(rows, weight, mask, bias, None, None)
+        y = dispatch.run_on("cpu", "masked_linear", rows, weight, mask, bias, None, None)
     return y if x.dim() == 2 else y.view(x.shape[:-1] + (weight.shape[0],))
 
 
@@ -116,7 +116,7 @@ class _ByKernel(EagerFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        return dispatch.function("masked_linear", "cpu")(x, weight, mask, bias, None, None)
+        return dispatch.run_on("cpu", "masked_linear", x, weight, mask, bias, None, None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -128,7 +128,7 @@ class _ByKernel(EagerFunction):
             if torch.is_grad_enabled() or type(dy) is not Tensor:  # gradients of gradients
                 dx, dw = torch.ops.lottery_sparse.masked_linear_backward(*args)
             else:
-                dx, dw = dispatch.function("masked_linear_backward", "cpu")(*args)
+                dx, dw = dispatch.run_on("cpu", "masked_linear_backward", *args)
         return (
             dx if need_dx else None,
             dw if need_dw else None,
@@ -137,13 +137,4 @@ class _ByKernel(EagerFunction):
         )
 
 
-torch.library.define(
-    "lottery_sparse::masked_linear",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? frozen, Tensor? signs) -> Tensor",
-)
-torch.library.define(
-    "lottery_sparse::masked_linear_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mask, Tensor? frozen, Tensor? signs, "
-    "bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-)
-_forward = product.register("masked_linear", rank=2, bias_dims=(-2,))
+_forward = masked_product("masked_linear", rank=2)

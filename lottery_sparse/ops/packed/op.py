@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.reference import words_per_row
-from lottery_sparse.ops.common.autograd import unwatched
-from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
-from lottery_sparse.ops.common.product import cast_one
-from lottery_sparse.ops.common.torch_private import below, forward_ad, functorch_is_active
+from lottery_sparse.ops.common.autograd import Direct, cast_one
+from lottery_sparse.ops.common.torch_private import forward_ad
 from lottery_sparse.ops.compact.lists import (
     check_bitmap,
     check_codes,
@@ -224,65 +222,35 @@ SCHEMAS = {
 }
 
 
-def _register(name: str):
-    qualified = f"lottery_sparse::{name}"
-    torch.library.define(qualified, f"{SCHEMAS[name]} -> Tensor")
+class Packed(Direct):
+    """An op on a packed weight; autocast casts x alone."""
 
-    def run(*args) -> Tensor:
-        return dispatch.kernel(name, args[0].device, args)(*args)
+    casts = True
 
-    def fake(x: Tensor, *args) -> Tensor:
-        return x.new_empty(x.shape[0], _rows(name, args))
+    def __init__(self, stem: str) -> None:
+        torch.library.define(f"lottery_sparse::{stem}", f"{SCHEMAS[stem]} -> Tensor")
+        super().__init__(stem)
 
-    torch.library.impl(qualified, "default", run)
-    torch.library.register_fake(qualified, fake)
-    op = getattr(torch.ops.lottery_sparse, name).default
+    def fake(self, *args: Any) -> Tensor:
+        (own,) = dispatch.own_arguments(self._stem, args)
+        return own.x.new_empty(own.x.shape[0], own.rows)
 
-    def call(*args) -> Tensor:
-        """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
-        watched = torch.compiler.is_compiling() or functorch_is_active()
-        if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
-            return op(*args)
-        return run(*_autocast(args, args[0].device.type))
+    def cast(self, args: tuple, device: str) -> tuple:
+        x, *rest = args
+        return cast_one(x, device, torch.get_autocast_dtype(device)), *rest
 
-    torch.library.register_vmap(qualified, _vmap_rule(call))
-    for device, key in AUTOCAST_KEYS.items():
-
-        def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
-            args = _autocast(args, device)
-            with below(key):
-                return op(*args)
-
-        torch.library.impl(qualified, key, cast)
-    return call
-
-
-def _rows(name: str, args: tuple) -> int:
-    """Rows of the weight, from the arguments after x."""
-    return args[3] if name == "ternary_linear" else args[1].shape[0] - 1
-
-
-def _autocast(args: tuple, device: str) -> tuple:
-    if not autocasts(device):
-        return args
-    return cast_one(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
-
-
-def _vmap_rule(op: Callable) -> Callable:
-    """More inputs of one weight are a larger batch; other weights are a loop."""
-
-    def rule(info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
-        if all(d is None for d in in_dims[1:]):
-            x = x.movedim(in_dims[0], 0)
-            return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
+    def vmap(self, info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
+        """More inputs of one weight are a larger batch; other weights are a loop."""
+        of_x, *others = in_dims
+        if all(d is None for d in others):
+            x = x.movedim(of_x, 0)
+            return self(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
         pairs = list(zip((x, *args), in_dims, strict=True))
         each = [
-            op(*(a if d is None else a.select(d, i) for a, d in pairs))
+            self(*(a if d is None else a.select(d, i) for a, d in pairs))
             for i in range(info.batch_size)
         ]
         return torch.stack(each), 0
 
-    return rule
 
-
-_ternary, _csr, _bitmap = map(_register, SCHEMAS)
+_ternary, _csr, _bitmap = map(Packed, SCHEMAS)

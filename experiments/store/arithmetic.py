@@ -18,7 +18,6 @@ from experiments.store.machine import blas, cpu_model, numerics
 from experiments.study.runs import Limits, Run
 from lottery_sparse.ops import dispatch, limits
 from lottery_sparse.ops.common.eager import has_node
-from lottery_sparse.optim import train_step
 
 BUILD = "build the kernels by `python -m lottery_sparse build`"
 
@@ -82,8 +81,8 @@ def limits_here() -> Limits:
         ("linear_quick", limits.MAX_DENSITY_QUICK),
         ("linear_values", limits.MAX_DENSITY_SAMPLED),
         ("conv", limits.max_density(conv)),
-        ("step", train_step.DENSE_MULTIPLY),
-        ("step_values", train_step.DENSE_SAMPLE),
+        ("step", limits.MAX_DENSITY_STEP),
+        ("step_values", limits.MAX_DENSITY_STEP_SAMPLED),
     )
 
 

@@ -347,7 +347,7 @@ class SupermaskLinear(Supermask, nn.Linear):
             w = self._half_rounded(self._next("key", compiles))
             return ops.masked_linear(input, w, _every(w), self.bias)
         key, mask = self._key_or_mask(compiles)
-        own = self._parameters
+        own: Any = self._parameters
         if compiles or not own.keys() >= _TENSORS:  # a replica has none
             score, weight, bias = self.score, self.weight, self.bias
         else:  # which is quicker

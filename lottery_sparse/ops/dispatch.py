@@ -10,8 +10,8 @@ so beside it, by functions of its own arguments:
     why_not(*args)      None if the kernel can run the call, else a sentence that says why not
     is_faster(*args)    whether it is the faster one, where it is listed first
 
-An op of many arguments has a record of them, in arguments.py of its folder. A function there of the
-op's name makes the arguments of kernels of those of the registered op: `arguments_of`.
+An op of many arguments has a record of them in arguments.py of its folder, which kernels take. The
+function of the op's name there makes a kernel's arguments of those of the registered op.
 """
 
 from __future__ import annotations
@@ -89,8 +89,6 @@ PLACES: dict[str, tuple[str, str]] = {
     "adam_step": ("steps", ""),
     "prepare_step": ("steps", ""),
 }
-
-_TAKE_ALL = ("reference", "dense")  # plain torch, for every call and on every device
 
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
 # An op that is not listed runs on "reference". A kernel is listed only where benchmarks/results
@@ -258,7 +256,7 @@ def library_of(name: str) -> ModuleType:
 def limited(
     why_not: Callable[..., str | None], is_faster: Callable[..., bool] | None = None
 ) -> Callable[[Callable], Callable]:
-    """Decorates a kernel that does not take every call, or is not always the faster one."""
+    """The decorator of a kernel that does not take every call, or is not always the faster one."""
 
     def decorate(kernel: Any) -> Any:
         kernel.why_not, kernel.is_faster = why_not, is_faster
@@ -336,14 +334,14 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     if (overrides or _ENVIRONMENT.get(_LS_BACKEND)) and (name := forced()) is not None:
         return _forced_kernel(name, op, device, args)
     for name in PREFERENCE.get(device.type, {}).get(op, ()):
-        if name in _TAKE_ALL:
-            return getattr(module_of(op, name), op)
         if not _found(BACKENDS[name].needs):
             _say_not_built(name)
             continue
         if device.type == "cuda" and not fits(name, device):
             continue
-        found = getattr(module_of(op, name), op)
+        found = getattr(module_of(op, name), op, None)
+        if found is None:  # a file that is not there
+            continue
         if not hasattr(found, "why_not"):
             return found
         if found.why_not(*args) is None and (found.is_faster is None or found.is_faster(*args)):
@@ -351,14 +349,8 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     return function(op, "reference")
 
 
-def run(op: str, *args: Any) -> Any:
-    """What `op` computes of the registered op's arguments, on the device of the first one."""
-    own = own_arguments(op, args)
-    return kernel(op, args[0].device, own)(*own)
-
-
 def run_on(name: str, op: str, *args: Any) -> Any:
-    """The same on one backend, that has the op and can run it."""
+    """What a backend that has `op`, and can run it, computes of the registered op's arguments."""
     return function(op, name)(*own_arguments(op, args))
 
 

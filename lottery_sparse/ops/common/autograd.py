@@ -32,7 +32,7 @@ class Direct:
     casts = False  # whether autocast casts the arguments
 
     def __init__(self, stem: str) -> None:
-        self._stem, self._name = stem, f"lottery_sparse::{stem}"
+        self.stem, self._name = stem, f"lottery_sparse::{stem}"
         self._op = getattr(torch.ops.lottery_sparse, stem).default
         self._arguments = dispatch.arguments_of(stem)
         torch.library.impl(self._name, "default", self.run)
@@ -45,11 +45,11 @@ class Direct:
     def run(self, *args: Any) -> Any:
         """What the kernel that dispatch chooses computes."""
         own = args if self._arguments is None else self._arguments(*args)
-        return dispatch.kernel(self._stem, args[0].device, own)(*own)
+        return dispatch.kernel(self.stem, args[0].device, own)(*own)
 
     def fake(self, *args: Any) -> Any:
         """Tensors without numbers of the shapes that `run` returns."""
-        return dispatch.run_on("reference", self._stem, *args)
+        return dispatch.run_on("reference", self.stem, *args)
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         """The rule of torch.vmap: (output, its vmapped dimensions)."""
@@ -76,7 +76,7 @@ class Direct:
             if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.is_meta or _outlived(a)):
                 return self._op(*args)
         own = args if self._arguments is None else self._arguments(*args)
-        return dispatch.kernel(self._stem, args[0].device, own)(*own)
+        return dispatch.kernel(self.stem, args[0].device, own)(*own)
 
 
 class Differentiable(Direct):
@@ -119,7 +119,7 @@ class Differentiable(Direct):
     def forward(self, ctx: Any, *args: Any) -> Any:
         """A plain eager call that asks for gradients."""
         own = args if self._arguments is None else self._arguments(*args)
-        output = dispatch.kernel(self._stem, args[0].device, own)(*own)
+        output = dispatch.kernel(self.stem, args[0].device, own)(*own)
         self.save(ctx, args, output)
         return output
 

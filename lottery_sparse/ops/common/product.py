@@ -11,28 +11,23 @@ from lottery_sparse.ops.common.autograd import Differentiable
 from lottery_sparse.ops.limits import rounds
 
 
-def bias_dims(rank: int) -> tuple[int, ...]:
-    """The dimensions of y that the bias does not have; rank = that of one weight and one x."""
-    return (-2,) if rank == 2 else (-4, -2, -1)
-
-
 class Product(Differentiable):
     """y = product(x, weight under a mask) + b.
 
     Args:
         stem: name of the op, defined with its backward, `stem`_backward.
         rank: dimensions of one weight and of one x.
-        tensors: how many tensors come first: x, and all that a network has of its own.
         backward: the class of the backward.
+        tensors: how many tensors come first, for `vmap`: x, and all that a network has of its own.
     """
 
     casts = True
 
-    def __init__(self, stem: str, rank: int, tensors: int, backward: type[ProductBackward]):
+    def __init__(self, stem: str, rank: int, backward: type[ProductBackward], tensors: int = 0):
         super().__init__(stem)
         self.rank, self.tensors = rank, tensors
         self.backward = backward(stem, self)
-        self.bias_dims = bias_dims(rank)
+        self.bias_dims = (-2,) if rank == 2 else (-4, -2, -1)  # of y, that the bias does not have
 
     def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         """Of (x, *network, *rest) -> y; the first of a network is like its weight."""

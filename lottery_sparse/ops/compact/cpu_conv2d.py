@@ -47,8 +47,10 @@ def _lines(a: CompactArgs) -> int:
     """What packing takes of x or dy at most: `lines_fit` of csrc/conv2d/sparse_conv2d.cpp."""
     stride, padding, dilation, groups = a.geometry
     image, (o, i, *kernel) = a.x.shape[-2:], a.effective.shape[-4:]
-    axes = zip(image, padding, kernel, dilation, stride, strict=True)
-    return max(o, i * groups) * math.prod(n + 2 * p + k * d + 16 * s for n, p, k, d, s in axes)
+    lines = max(o, i * groups)
+    for n, p, k, d, s in zip(image, padding, kernel, dilation, stride, strict=True):
+        lines *= n + 2 * p + k * d + 16 * s
+    return lines
 
 
 @dispatch.limited(why_not, is_faster)
@@ -76,7 +78,8 @@ def compact_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx, summed over networks for a shared x, and dvalues; empty where not needed."""
     x = a.x
-    if not _finite(dy, x):  # in products with pruned weights, and with the zeros of a padding
+    # NaN and Inf count in products with pruned weights, and with the zeros of a padding
+    if not (_finite(dy) and _finite(x)):
         return reference.compact_conv2d_backward(a, dy, need_dx, need_dv)
     sparse_dx = need_dx and a.zero
     dx, dv = x.new_empty(0), x.new_empty(0)
@@ -92,9 +95,9 @@ def compact_conv2d_backward(
     return dx, dv
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no number is NaN or Inf: one pass. Sums that overflow count as not finite, too."""
-    return all(math.isfinite(float(t.sum())) for t in tensors)
+def _finite(t: Tensor) -> bool:
+    """Whether no number is NaN or Inf: one pass. A sum that overflows counts as not finite, too."""
+    return math.isfinite(float(t.sum()))
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -2,21 +2,20 @@
 
 Both compute y = product(x, W) + b, where W holds `values` at the entries that `kept` lists and is
 `effective` elsewhere. `effective` must hold the values too: implementations read whichever of the
-two is the faster one. The arguments of the registered ops:
+two is the faster one. The registered ops:
 
     forward   (x, values, bias, effective, *kept, zero, *rest) -> y
     backward  (dy, x, values, effective, *kept, zero, *rest, need_dx, need_dv) -> (dx, dvalues)
 
-Under autocast `effective` stays in its dtype: kernels do not read it, others convert it.
 `kept` is five tensors (`compact.KeptLists`); `zero` says that effective is 0 wherever no kept entry
-is. Backends have the same functions with one more result, or argument: what the forward carries to
-the backward (the packed x) where autograd calls them directly, empty otherwise.
+is. Under autocast `effective` stays in its dtype: kernels do not read it, others convert it. A
+kernel of the forward has one more result, the packed x or nothing, which autograd carries to the
+kernel of the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,14 +23,19 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import Differentiable, cast_all_of
-from lottery_sparse.ops.common.checks import autocasts
+from lottery_sparse.ops.common.autograd import cast_all_of
+from lottery_sparse.ops.common.checks import (
+    autocasts,
+    check_devices,
+    check_like_x,
+    check_x_of_linear,
+)
 from lottery_sparse.ops.common.eager import eager
-from lottery_sparse.ops.common.product import bias_dims
+from lottery_sparse.ops.common.product import Product, ProductBackward
 from lottery_sparse.ops.compact import arguments, reference
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.lists import check_kept, once, readable
-from lottery_sparse.ops.limits import MAX_DENSITY_LINEAR, MAX_DENSITY_QUICK, MAX_DENSITY_SAMPLED
+from lottery_sparse.ops.limits import CompactLimits
 from lottery_sparse.ops.masked.arguments import GEOMETRY
 from lottery_sparse.ops.masked.conv2d import Pair, as_pair
 
@@ -72,18 +76,7 @@ def compact_linear(
         RuntimeError: in a backward, a list that does not fit.
     """
     _check(x, values, kept, effective, bias, rank=2)
-    if x.dim() == 0 or x.shape[-1] != effective.shape[-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but effective {tuple(effective.shape)} "
-            f"needs [..., {effective.shape[-1]}]."
-        )
-    if effective.dim() == 3 and (
-        x.dim() not in (2, 3) or x.shape[:-2] not in ((), values.shape[:1])
-    ):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but {len(values)} networks side by side need "
-            f"[B, K], shared, or [{len(values)}, B, K]."
-        )
+    check_x_of_linear("effective", effective, x)
     return _checked(linear, 2, x, values, kept, effective, bias, zero)
 
 
@@ -99,10 +92,9 @@ def linear(
     """`compact_linear` without checks, for layers that hold what fits together."""
     args = (values, bias, effective, *kept, zero)
     if not is_dynamo_compiling() and not dispatch.overrides:
-        node = _node()
+        node = eager()
         if node is not None:
-            call, limits = node
-            y = call(x, *args, *limits[products])
+            y = node.compact_linear(x, *args, *LIMITS[products])
             if y is not None:  # [B, K] or [E, B, K], float32 on the CPU, and nobody watches ops
                 return y
     if values.device != x.device:
@@ -118,18 +110,12 @@ def linear(
     return y.view(x.shape[:-1] + (effective.shape[0],))
 
 
-@cache
-def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/linear/eager.cpp, if it is built.
-
-    Also returns, per value of `layer.products`, three density limits of the sparse kernels: for
-    forward and dx; for both at shapes where they are fast, or dense is slow; and for dvalues.
-    """
-    module = eager()
-    if module is None:
-        return None
-    table = MAX_DENSITY_LINEAR, MAX_DENSITY_QUICK, MAX_DENSITY_SAMPLED
-    return module.compact_linear, {"auto": table, "sparse": (1.0,) * 3, "dense": (-1.0,) * 3}
+# by `layer.products`
+LIMITS = {
+    "auto": CompactLimits(),
+    "sparse": CompactLimits(product=1.0, quick=1.0, sampled=1.0),
+    "dense": CompactLimits(product=-1.0, quick=-1.0, sampled=-1.0),
+}
 
 
 def compact_conv2d(
@@ -248,19 +234,11 @@ def _check(
     if effective.requires_grad:
         raise ValueError("effective is a constant, got one that requires grad; detach it.")
     for name, value in (("values", values), ("effective", effective), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
-        if value.dtype != x.dtype and not autocasts(x.device.type):
-            raise ValueError(
-                f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
-            )
+        if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
+            check_like_x(name, value, x)
     for name, numbers in zip(KeptLists._fields, kept, strict=True):
         if numbers.device != x.device:
-            raise ValueError(
-                f"kept.{name} is on {numbers.device}, but x is on {x.device}; move one."
-            )
+            check_devices(x, **{f"kept.{name}": numbers})
         if numbers.dtype not in _LISTED[name]:
             raise ValueError(
                 f"kept.{name} is {numbers.dtype}, not {_LISTED[name][0]}; use KeptLists.of."
@@ -284,7 +262,8 @@ def _checked(op: Callable, rank: int, x: Tensor, values: Tensor, kept: KeptLists
 
 
 def _check_lists(*args: Any) -> None:
-    check_kept(KeptLists(*args[:5]), *args[5:])
+    *lists, rows, columns = args
+    check_kept(KeptLists(*lists), rows, columns)
 
 
 _KEPT = "Tensor starts, Tensor columns, Tensor column_starts, Tensor rows, Tensor positions"
@@ -301,17 +280,10 @@ def _define(stem: str, rank: int, geometry: str = "") -> CompactProduct:
         f"(Tensor dy, Tensor x, {common.format('')}, bool need_dx, bool need_dv) "
         "-> (Tensor, Tensor)",
     )
-    return CompactProduct(stem, rank)
+    return CompactProduct(stem, rank, CompactBackward)
 
 
-class CompactProduct(Differentiable):
-    casts = True
-
-    def __init__(self, stem: str, rank: int):
-        super().__init__(stem)
-        self.backward = CompactBackward(stem, self)
-        self.bias_dims = bias_dims(rank)
-
+class CompactProduct(Product):
     def run(self, *args: Any) -> Tensor:
         y, _ = super().run(*args)
         return y
@@ -322,7 +294,7 @@ class CompactProduct(Differentiable):
 
     def forward(self, ctx: Any, *args: Any) -> Tensor:
         own = arguments.compact_linear(*args)
-        y, carried = dispatch.kernel(self._stem, args[0].device, own)(*own)
+        y, carried = dispatch.kernel(self.stem, args[0].device, own)(*own)
         self.save(ctx, args, y, carried)
         return y
 
@@ -341,7 +313,7 @@ class CompactProduct(Differentiable):
                 dx, dv = self.backward(*args)
             else:
                 own = arguments.compact_linear_backward(*args)
-                run = dispatch.kernel(f"{self._stem}_backward", dy.device, own)
+                run = dispatch.kernel(f"{self.stem}_backward", dy.device, own)
                 dx, dv = run(*own, carried)
         return (
             dx if need_dx else None,
@@ -359,11 +331,7 @@ class CompactProduct(Differentiable):
         return _one_by_one(self, info.batch_size, in_dims, args)
 
 
-class CompactBackward(Differentiable):
-    def __init__(self, stem: str, forward: CompactProduct):
-        super().__init__(f"{stem}_backward")
-        self.product = forward
-
+class CompactBackward(ProductBackward):
     def save(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, ctx.asked_dx, ctx.asked_dv = inputs
         dy, x, values, effective, starts, columns, column_starts, rows, positions, *rest = tensors

@@ -10,8 +10,6 @@ product grows with the number of kept entries.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -142,13 +140,12 @@ def _scatter(
             tl.store(values + at, tl.zeros((1024,), values.dtype.element_ty), mask=at < C)
 
 
-def why_not(a: CompactArgs, *backward: Any) -> str | None:
-    return limits.why_not((*a, *backward), networks=_networks(a.values))
+def why_not(a: CompactArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    return limits.why_not((*a, dy), networks=_networks(a.values))
 
 
-def _why_not_sampled(a: CompactArgs, dy: Tensor, *rest: Any) -> str | None:
-    sizes = (n for t in (dy, a.x) for n in t.shape[-2:])
-    return limits.why_not((*a, dy, *rest), sizes, _networks(a.values))
+def _why_not_sampled(a: CompactArgs, dy: Tensor, *needs: bool) -> str | None:
+    return limits.why_not((*a, dy), limits.sizes_of(dy, a.x), _networks(a.values))
 
 
 def _networks(values: Tensor) -> int:

@@ -29,7 +29,7 @@ def masked_product(stem: str, rank: int, geometry: str = "") -> MaskedProduct:
         f"(Tensor dy, Tensor x, Tensor weight, Tensor mask, {common}, bool need_dx, bool need_dw) "
         "-> (Tensor, Tensor)",
     )
-    return MaskedProduct(stem, rank, 6, MaskedBackward)
+    return MaskedProduct(stem, rank, MaskedBackward, tensors=6)
 
 
 class MaskedProduct(Product):

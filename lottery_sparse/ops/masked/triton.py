@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -63,13 +61,9 @@ def _dw(
     tl.store(dw + at, tl.where(kept, sum, 0.0).to(dw.dtype.element_ty), mask=inside)
 
 
-def why_not(a: MaskedArgs, *backward: Any) -> str | None:
-    matrices = (a.x, a.weight, *backward[:1])  # and dy
-    return limits.why_not(
-        (*a, *backward),
-        sizes=(n for t in matrices for n in t.shape[-2:]),
-        networks=a.weight.shape[0] if a.weight.dim() > 2 else 1,
-    )
+def why_not(a: MaskedArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    networks = a.weight.shape[0] if a.weight.dim() > 2 else 1
+    return limits.why_not((*a, dy), limits.sizes_of(a.x, a.weight, dy), networks)
 
 
 @dispatch.limited(why_not)

@@ -40,8 +40,8 @@ from lottery_sparse.ops.triton.conv_tiles import (
 from lottery_sparse.ops.triton.tiles import Parts, precision, source, tiles
 
 
-def why_not(a: MaskedArgs, *backward: Any) -> str | None:
-    why = limits.why_not((*a, *backward))
+def why_not(a: MaskedArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    why = limits.why_not((*a, dy))
     if why is not None:
         return why
     x, weight, groups = a.x, a.weight, a.geometry.groups
@@ -57,7 +57,7 @@ def why_not(a: MaskedArgs, *backward: Any) -> str | None:
     if pixels > 2**30:
         return f"its kernels take up to 2**30 pixels in all, got {pixels}."
     reach = 2 + WIDEST // max(min(area, x.shape[-2:].numel() // remainders), 1)
-    images = (x, *backward[:1])  # and dy
+    images = (x,) if dy is None else (x, dy)
     largest = max(_extent(t) * min(reach, t.shape[-4] + 1) for t in images)
     largest = max(largest, shape[-3] * area * min(reach, shape[-4] + 1))
     largest = max(largest, taps * (shape[-3] // groups + WIDEST) * (weight.shape[-3] + WIDEST))

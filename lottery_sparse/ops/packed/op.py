@@ -16,6 +16,7 @@ from torch import Tensor
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.common.autograd import Direct, cast_one
+from lottery_sparse.ops.common.checks import check_devices
 from lottery_sparse.ops.common.torch_private import forward_ad
 from lottery_sparse.ops.compact.lists import (
     check_bitmap,
@@ -69,7 +70,7 @@ def ternary_linear(
         )
     _check_scale(scale, rows)
     _check_bias(bias, rows)
-    _check_devices(x, codes=codes, scale=scale, bias=bias)
+    check_devices(x, codes=codes, scale=scale, bias=bias)
     once(check_codes, codes)
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
 
@@ -104,7 +105,7 @@ def csr_linear(
         )
     rows = starts.shape[0] - 1
     _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
+    check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
     check = check_csr, columns, starts, x.shape[-1]
     return _checked(check, _csr, x, rows, values, starts, columns, bias)
 
@@ -132,7 +133,7 @@ def bitmap_linear(
     if _check_bits(bits, x.shape[-1]) != rows:
         raise ValueError(f"bits has {len(bits)} rows, but starts has {rows}.")
     _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
+    check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
     check = check_bitmap, bits, starts, len(values)
     return _checked(check, _bitmap, x, rows, values, starts, bits, bias)
 
@@ -187,13 +188,6 @@ def _check_bias(bias: Tensor | None, rows: int) -> None:
         )
 
 
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    device = x.device
-    for name, value in tensors.items():
-        if value is not None and value.device != device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {device}; move one.")
-
-
 def _checked(check: tuple, op: Callable, x: Tensor, rows: int, *args: Any) -> Tensor:
     """`_by_rows`; the CPU's kernels check lists as they read them, others' are checked before."""
     if x.device.type != "cpu":
@@ -232,7 +226,7 @@ class Packed(Direct):
         super().__init__(stem)
 
     def fake(self, *args: Any) -> Tensor:
-        (own,) = dispatch.own_arguments(self._stem, args)
+        (own,) = dispatch.own_arguments(self.stem, args)
         return own.x.new_empty(own.x.shape[0], own.rows)
 
     def cast(self, args: tuple, device: str) -> tuple:

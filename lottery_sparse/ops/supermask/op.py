@@ -13,12 +13,14 @@ from lottery_sparse.ops.common.autograd import Direct, cast_all_of
 from lottery_sparse.ops.common.checks import (
     SignConstant,
     check_bits,
+    check_devices,
     check_like_x,
+    check_x_of_linear,
     split_source,
 )
 from lottery_sparse.ops.common.product import Product, ProductBackward
 from lottery_sparse.ops.masked.arguments import GEOMETRY
-from lottery_sparse.ops.masked.conv2d import Pair, as_pair, resolve_padding
+from lottery_sparse.ops.masked.conv2d import Pair, checked_images
 from lottery_sparse.ops.supermask.sampling import keyed
 
 
@@ -100,18 +102,9 @@ def supermask_linear(
     plain = isinstance(weight, Tensor)
     values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=2)
     check_supermask(x, score, values, key, mask, bias, signs, rank=2)
-    if x.dim() == 0 or x.shape[-1] != score.shape[-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} "
-            f"needs [..., {score.shape[-1]}]."
-        )
+    check_x_of_linear("score", score, x)
     bits, kept = bits_and_kept(score, key, mask, rescale, rank=2)
     if score.dim() == 3:
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != score.shape[0]):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but {score.shape[0]} networks side by side need "
-                f"[B, K], shared, or [{score.shape[0]}, B, K]."
-            )
         return _linear(x, score, values, bits, kept, bias, signs)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     y = _linear(rows, score, values, bits, kept, bias, signs)
@@ -158,24 +151,9 @@ def supermask_conv2d(
     plain = isinstance(weight, Tensor)
     values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=4)
     check_supermask(x, score, values, key, mask, bias, signs, rank=4)
-    if groups < 1 or score.shape[-4] % groups:
-        raise ValueError(f"groups={groups} must divide the {score.shape[-4]} output channels.")
-    single = score.dim() == 4
-    allowed = (3, 4) if single else (4, 5)
-    channels = score.shape[-3] * groups
-    if x.dim() not in allowed or x.shape[-3] != channels:
-        layout = "[B, C, H, W]" if single else "[B, C, H, W], shared, or [E, B, C, H, W]"
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} with groups={groups} "
-            f"needs {layout} with C = {channels}."
-        )
-    if x.dim() == 5 and x.shape[0] != score.shape[0]:
-        raise ValueError(f"x holds {x.shape[0]} networks, but score {score.shape[0]}.")
-    stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
-    x, padding = resolve_padding(x, padding, stride, dilation, list(score.shape[-2:]))
+    x, geometry = checked_images("score", score, x, stride, padding, dilation, groups)
     bits, kept = bits_and_kept(score, key, mask, rescale, rank=4)
     batched = x.unsqueeze(0) if x.dim() == 3 else x
-    geometry = stride, padding, dilation, groups
     y = _conv2d(batched, score, values, bits, kept, bias, signs, *geometry)
     return y.squeeze(0) if x.dim() == 3 else y
 
@@ -258,9 +236,8 @@ def check_supermask(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
             check_like_x(name, value, x)
-    for name, value in (("score", score), ("mask", mask), ("signs", signs)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+    if score.device != x.device or mask is not None or signs is not None:
+        check_devices(x, score=score, mask=mask, signs=signs)
 
 
 def bits_and_kept(
@@ -345,7 +322,7 @@ class SupermaskBackward(ProductBackward):
 
     def gradients(self, ctx: Any, *grads: Tensor) -> tuple:
         raise NotImplementedError(
-            f"{self.product._stem} is differentiable once; for second derivatives multiply the "
+            f"{self.product.stem} is differentiable once; for second derivatives multiply the "
             "weight by ops.sample_mask(score, key) and call torch.nn.functional."
         )
 
@@ -362,7 +339,7 @@ def _product(stem: str, rank: int, geometry: str = "") -> SupermaskProduct:
         f"Tensor? signs{geometry}, bool need_dx, bool need_dw, bool need_dscore) "
         "-> (Tensor, Tensor, Tensor)",
     )
-    return SupermaskProduct(stem, rank, 7, SupermaskBackward)
+    return SupermaskProduct(stem, rank, SupermaskBackward, tensors=7)
 
 
 _linear = _product("supermask_linear", rank=2)

@@ -8,8 +8,6 @@ multiply the sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -109,13 +107,9 @@ def _dscore(
         tl.store(dscore + first + at, value, mask=inside)
 
 
-def why_not(a: SupermaskArgs, *backward: Any) -> str | None:
-    matrices = (a.x, a.score, *backward[:1])  # and dy
-    return limits.why_not(
-        (*a, *backward),
-        sizes=(n for t in matrices for n in t.shape[-2:]),
-        networks=a.score.shape[0] if a.score.dim() > 2 else 1,
-    )
+def why_not(a: SupermaskArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    networks = a.score.shape[0] if a.score.dim() > 2 else 1
+    return limits.why_not((*a, dy), limits.sizes_of(a.x, a.score, dy), networks)
 
 
 @dispatch.limited(why_not)

@@ -8,8 +8,6 @@ happens to weights: one pass makes w m r, one pass turns dW into dscore (and dw)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -100,9 +98,9 @@ def _gradients(
         tl.store(dscore + to, gradient_of_score(dm, s).to(dscore.dtype.element_ty), mask=inside)
 
 
-def why_not(a: SupermaskArgs, *backward: Any) -> str | None:
+def why_not(a: SupermaskArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
     networks, size, _ = _sizes(a.score)
-    return limits.why_not((*a, *backward), networks=networks, longest=size)
+    return limits.why_not((*a, dy), networks=networks, longest=size)
 
 
 @dispatch.limited(why_not)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,11 @@ def why_not_dtypes(*args: Any) -> str | None:
     if not floating <= set(GPU_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
     return None
+
+
+def sizes_of(*matrices: Tensor | None) -> Iterator[int]:
+    """The rows and columns of the matrices that there are."""
+    return (n for t in matrices if t is not None for n in t.shape[-2:])
 
 
 def why_not(

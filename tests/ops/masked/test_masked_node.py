@@ -239,7 +239,7 @@ def test_python_frames_beyond_torch(kind, form, density):
 @pytest.mark.parametrize("density", [0.05, 0.5])
 def test_python_frames_without_the_node(kind, form, density, monkeypatch):
     monkeypatch.setattr(rest, "eager", cache(lambda: None))
-    monkeypatch.setattr(products, "_node", cache(lambda: None))
+    monkeypatch.setattr(products, "eager", cache(lambda: None))
     made, x = layer(kind, density)
     if form == "compact":
         made = ls.compact_(nn.Sequential(made))[0]

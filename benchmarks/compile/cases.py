@@ -28,7 +28,7 @@ def bits(*shape: int) -> Tensor:
 
 def call(op: str, *args: Any) -> Callable[[], Any]:
     """A call of the backend's function of that name."""
-    return lambda: dispatch.function(op, "triton")(*args)
+    return lambda: dispatch.run_on("triton", op, *args)
 
 
 def linear_case(
@@ -131,7 +131,7 @@ def compact_cases() -> dict[str, Callable[[], Any]]:
             w, values = meta(*lead, n, k, dtype=dtype), meta(*lead, slots, dtype=dtype)
             cases[f"compact_linear product {title} {name}, backward"] = call(
                 "compact_linear_backward",
-                *(dy, x, values, w, starts, columns, *rest, True, False, True, None),
+                *(dy, x, values, w, starts, columns, *rest, True, False, True),
             )
         w, values = meta(*lead, n, k), meta(*lead, slots, dtype=FP32)
         cases[f"scatter_kept_ {title}"] = call("scatter_kept_", w, values, starts, columns)

@@ -108,19 +108,17 @@ def kernels(p: Problem, layout: torch.memory_format = torch.contiguous_format) -
     if not dispatch.built("cpu"):
         pytest.skip("lottery_sparse._C is not built")
     from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
+    from lottery_sparse.ops.compact.arguments import CompactArgs
+    from lottery_sparse.ops.masked.arguments import Geometry
 
     layer = layer_of(p)
     x, dy = (t.detach().contiguous(memory_format=layout) for t in (p.x, p.dy))
-    values, kept = layer.weight.detach(), layer.kept
-    effective, geometry = layer.weight_effective, ([1, 1], [1, 1], [1, 1], 1)
+    own = layer.weight.detach(), None, layer.weight_effective, layer.kept
+    a = CompactArgs(x, *own, zero=True, geometry=Geometry([1, 1], [1, 1], [1, 1], 1))
 
     def step():
-        _, carried = compact_cpu_conv2d.compact_conv2d(
-            x, values, None, effective, *kept, True, *geometry
-        )
-        compact_cpu_conv2d.compact_conv2d_backward(
-            dy, x, values, effective, *kept, True, *geometry, True, True, carried
-        )
+        _, carried = compact_cpu_conv2d.compact_conv2d(a)
+        compact_cpu_conv2d.compact_conv2d_backward(a, dy, True, True, carried)
 
     return step
 

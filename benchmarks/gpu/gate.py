@@ -80,7 +80,7 @@ def compact_backward_of(forward: Problem) -> Problem:
     def make(d: Device) -> tuple:
         x, values, _, w, *rest = forward(d)
         dy = d.randn(*w.shape[:-2], x.shape[-2], w.shape[-2], dtype=torch.float32)
-        return dy, x, values, w, *rest, True, True, None
+        return dy, x, values, w, *rest, True, True
 
     return make
 
@@ -208,7 +208,7 @@ def results(op: str, backend: str, args: tuple) -> list[Tensor]:
     """What an op returns, and the arguments that it writes to, as a list."""
     written = WRITTEN.get(op, [])
     args = tuple(a.clone() if i in written else a for i, a in enumerate(args))
-    found = dispatch.function(op, backend)(*args)
+    found = dispatch.run_on(backend, op, *args)
     returned = [] if found is None else list(found) if isinstance(found, list | tuple) else [found]
     return returned + [args[i] for i in written]
 
@@ -228,7 +228,7 @@ def poisoned() -> Iterator[None]:
 
 def parity(op: str, backend: str, make: Problem, dtype: str, device: Device) -> Row:
     args = cast(make(device), DTYPES[dtype])
-    why = dispatch.rules_of(backend).refuses(op, *args)
+    why = dispatch.why_not(backend, op, torch.device(device.name), args)
     if why is not None:
         raise Skip(f"{backend} refuses: {why}")
     with tf32(dtype == "tf32"), poisoned():
@@ -266,8 +266,6 @@ def opcheck(op: str, make: Problem, device: Device) -> Row:
     if found is None:
         raise Skip("no registered op")
     args = make(device)
-    if op.startswith("compact_") and op.endswith("_backward"):  # backends have one argument more
-        args = args[:-1]
     tests = torch.library.opcheck(found.default, args, raise_exception=False)
     wrong = {name: str(outcome)[:200] for name, outcome in tests.items() if outcome != "SUCCESS"}
     return {"ok": not wrong, "summary": str(wrong) if wrong else f"{len(tests)} checks"}

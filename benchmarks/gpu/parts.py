@@ -20,7 +20,7 @@ from lottery_sparse.ops.compact.kept import KeptLists
 def kernel(op: str) -> Callable:
     if dispatch.module_of(op, "triton") is None:
         raise Skip(f"there is no triton {op}")
-    return dispatch.function(op, "triton")
+    return partial(dispatch.run_on, "triton", op)
 
 
 class Part:
@@ -41,7 +41,7 @@ class Part:
         return run(self.dy, self.x, self.w, self.bits, None, None, *needs)
 
     def dvalues(self, run: Callable) -> tuple:
-        rest = (*self.kept, True, False, True, None)
+        rest = (*self.kept, True, False, True)
         return run(self.dy, self.x, self.values, self.w, *rest)
 
 
@@ -61,7 +61,7 @@ PARTS: dict[str, dict[str, Callable[[Part], Any]]] = {
     },
     "dvalues": {
         "cuBLAS and gather": lambda p: p.dvalues(
-            dispatch.function("compact_linear_backward", "dense")
+            partial(dispatch.run_on, "dense", "compact_linear_backward")
         ),
         "triton": lambda p: p.dvalues(kernel("compact_linear_backward")),
     },

@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.rows import BANDWIDTH, RATES, Case, Row
 from benchmarks.gpu.timing import Device, Skip, Work, tf32, timed
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.arguments import CompactArgs
 from lottery_sparse.ops.compact.kept import KeptLists
 
 SHAPES = ((4096, 4096, 60), (4096, 4096, 256), (300, 784, 60))
@@ -36,13 +37,12 @@ def sparse(layer: Layer, forward: bool, dx: bool, dvalues: bool) -> None:
     if not dispatch.built("cuda"):
         raise Skip("lottery_sparse._C_cuda is not built")
     carried = None
-    rest = layer.w, *layer.kept, True
+    a = CompactArgs(layer.x, layer.values, None, layer.w, layer.kept, zero=True)
     if forward:
-        _, carried = dispatch.function("compact_linear", "cuda")(layer.x, layer.values, None, *rest)
+        _, carried = dispatch.function("compact_linear", "cuda")(a)
     if dx or dvalues:
-        needs = dx, dvalues, carried
         backward = dispatch.function("compact_linear_backward", "cuda")
-        backward(layer.dy, layer.x, layer.values, *rest, *needs)
+        backward(a, layer.dy, dx, dvalues, carried)
 
 
 def dense(layer: Layer, forward: bool, dx: bool, dvalues: bool) -> None:

@@ -40,10 +40,10 @@ bool watched() {
 }
 
 // compact_linear(x, values, bias, effective, starts, columns, column_starts, rows, positions, zero,
-// most_product, most_quick, most_sampled) -> y, or None: a call for the registered op.
+// *limits) -> y, or None: a call for the registered op.
 PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK(count == 13, "compact_linear takes 13 arguments, got ", count, ".");
+    TORCH_CHECK(count == 16, "compact_linear takes 16 arguments, got ", count, ".");
     if (watched() || at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NONE;
     std::array<Tensor, 9> tensors;
     for (int i = 0; i < 9; ++i) {
@@ -61,8 +61,9 @@ PyObject* compact_linear_py(PyObject*, PyObject* const* args, Py_ssize_t count) 
     if (bias.defined() && !(plain(bias) && bias.scalar_type() == at::kFloat &&
                             bias.is_contiguous() && Call::fits_bias(bias, effective)))
         Py_RETURN_NONE;
-    const Options options = {args[9] == Py_True, PyFloat_AsDouble(args[10]),
-                             PyFloat_AsDouble(args[11]), PyFloat_AsDouble(args[12])};
+    const auto limit = [&](int i) { return PyFloat_AsDouble(args[10 + i]); };
+    const Options options = {args[9] == Py_True,
+                             {limit(0), limit(1), limit(2), limit(3), limit(4), limit(5)}};
     if (PyErr_Occurred()) return nullptr;
     Tensor y;
     {

@@ -18,16 +18,18 @@ struct Kept {
     Tensor starts, columns, column_starts, rows, positions;
 };
 
-struct Options {
-    bool zero;  // effective is 0 where nothing is kept
+// CompactLimits of ops/limits.py, in its order.
+struct Limits {
     // Kept entries per weight up to which kernels skip zeros: in y and dx, in these where they are
     // quick or dense is slow, and in dvalues.
     double most_product, most_quick, most_sampled;
+    double cached_features, small_batch, small_features;  // where they are quick, or dense is slow
 };
 
-// Tiles of so many features stay in the first-level cache, beside a product's sums and results.
-constexpr int64_t kCachedFeatures = 320;
-constexpr int64_t kSmallBatch = 64, kSmallFeatures = 1024;
+struct Options {
+    bool zero;  // effective is 0 where nothing is kept
+    Limits limits;
+};
 
 // A call's tensors as the kernels take them, once they are known to fit. A layer holds tensors that
 // do, but anybody may give them other data, so every call checks.
@@ -53,15 +55,18 @@ struct Call {
 
     bool skips(const Options& options, bool longer) const {
         const bool quick = longer && shape.batch >= kTileBatch;
-        return options.zero && share <= (quick ? options.most_quick : options.most_product);
+        return options.zero &&
+               share <= (quick ? options.limits.most_quick : options.limits.most_product);
     }
     // Whether y, or dx, skips zeros. The dense y of a small batch reads the weight across its rows.
     bool skips_in_y(const Options& options) const {
-        const bool small = shape.batch <= kSmallBatch && shape.in_features <= kSmallFeatures;
-        return skips(options, shape.in_features <= kCachedFeatures || small);
+        const Limits& most = options.limits;
+        const bool small =
+            shape.batch <= most.small_batch && shape.in_features <= most.small_features;
+        return skips(options, shape.in_features <= most.cached_features || small);
     }
     bool skips_in_dx(const Options& options) const {
-        return skips(options, shape.out_features <= kCachedFeatures);
+        return skips(options, shape.out_features <= options.limits.cached_features);
     }
 
     // Whether the shapes fit each other; x and values are read through contiguous().
@@ -197,7 +202,7 @@ struct CompactBackward {
         const Tensor dy = grad.contiguous(), weights = values.contiguous();
         const Call call(x, weights, kept);
         const bool sparse_dx = need_dx && call.skips_in_dx(options);
-        const bool sampled = need_dv && call.share <= options.most_sampled;
+        const bool sampled = need_dv && call.share <= options.limits.most_sampled;
         if (sparse_dx || sampled) {
             Tensor tiles = packed;
             if (sampled && !tiles.defined()) {
@@ -271,7 +276,7 @@ struct CompactProduct {
                                           t[2],
                                           t[3],
                                           {t[4], t[5], t[6], t[7], t[8]},
-                                          {n[0] != 0, n[1], n[2], n[3]},
+                                          {n[0] != 0, {n[1], n[2], n[3], n[4], n[5], n[6]}},
                                           all.need[0],
                                           all.need[1],
                                           all.need[2]};
@@ -296,8 +301,14 @@ Tensor compact_linear(const Tensor& x, const Tensor& values, const Tensor& bias,
             {"weight_effective of a compact layer", effective, /*lags=*/packed.defined()},
             {"kept.starts of a compact layer", kept.starts}};
         node->held = {kept.columns, kept.column_starts, kept.rows, kept.positions};
-        node->numbers = {static_cast<double>(options.zero), options.most_product,
-                         options.most_quick, options.most_sampled};
+        const Limits& most = options.limits;
+        node->numbers = {static_cast<double>(options.zero),
+                         most.most_product,
+                         most.most_quick,
+                         most.most_sampled,
+                         most.cached_features,
+                         most.small_batch,
+                         most.small_features};
         torch::autograd::set_history(y, node);
     }
     return y;

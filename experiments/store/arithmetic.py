@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from experiments.store.machine import blas, cpu_model, numerics
 from experiments.study.runs import Limits, Run
 from experiments.timing import least
-from lottery_sparse.ops import dispatch
-from lottery_sparse.ops import limits as reference
+from lottery_sparse.ops import dispatch, limits
 from lottery_sparse.ops.common.eager import has_node
-from lottery_sparse.optim import train_step
 
 REPETITIONS = 7  # of a timed convolution
 BUILD = "build the kernels by `python -m lottery_sparse build`"
@@ -52,10 +50,10 @@ def check(run: Run, device: str) -> None:
             f"{run.id} is of numerics {run.numerics}, but the part of the kernels that is built "
             f"for one torch is not there for {torch.__version__}: {BUILD}."
         )
-    if run.numerics and (limits := limits_here()) != run.limits:
+    if run.numerics and (here := limits_here()) != run.limits:
         raise OtherArithmetic(
             f"{run.id} has the limits of dispatch {dict(run.limits)}, but this version computes by "
-            f"{dict(limits)}: use the version that has the former, or make the latter values of "
+            f"{dict(here)}: use the version that has the former, or make the latter values of "
             "runs.LITERALS."
         )
 
@@ -78,15 +76,14 @@ def limits_here() -> Limits:
 
     Not of 1x1 convolutions, bfloat16, layers in the masked form or a few large images.
     """
-    native = dispatch.rules_of("cpu")
     linear, conv = (torch.empty(shape, device="meta") for shape in ((1, 1), (1, 1, 3, 3)))
     return (
-        ("linear", reference.max_density(linear)),
-        ("linear_quick", native.MAX_DENSITY_QUICK),
-        ("linear_values", native.MAX_DENSITY_SAMPLED),
-        ("conv", reference.max_density(conv)),
-        ("step", train_step.DENSE_MULTIPLY),
-        ("step_values", train_step.DENSE_SAMPLE),
+        ("linear", limits.max_density(linear)),
+        ("linear_quick", limits.MAX_DENSITY_QUICK),
+        ("linear_values", limits.MAX_DENSITY_SAMPLED),
+        ("conv", limits.max_density(conv)),
+        ("step", limits.MAX_DENSITY_STEP),
+        ("step_values", limits.MAX_DENSITY_STEP_SAMPLED),
     )
 
 

@@ -20,17 +20,9 @@ from lottery_sparse.nn.packed_formats import (
 )
 from lottery_sparse.ops.bits.reference import words_per_row
 from lottery_sparse.ops.compact.kept import NARROW
+from lottery_sparse.ops.limits import LEAST_BITMAP, LEAST_CSR, MOST_BITMAP, MOST_CSR
 from lottery_sparse.ops.packed.formats import BLOCK
 from lottery_sparse.ops.packed.op import check_x
-
-# Up to these densities a format beats the dense library at every batch from 1 to 32, by element
-# size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are half the bytes,
-# and the dense library has twice the products.
-MOST_CSR = {4: 0.25, 2: 0.15}
-MOST_BITMAP = {4: 0.7, 2: 0.0}
-# Smaller weights are in the cache, and a packed call takes 12 µs more than a dense one.
-LEAST_CSR = 2**16
-LEAST_BITMAP = 2**20
 
 
 class PackedLinear(CheckedLoad):

@@ -13,7 +13,6 @@ stay unseen until `ls.nn.refresh_`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.autograd import EagerFunction
 from lottery_sparse.ops.common.eager import eager
+from lottery_sparse.ops.limits import NEVER
 from lottery_sparse.ops.masked.dense import INTEGERS, effective_weight, ones, select
 from lottery_sparse.pruning.mask_tensor import plain
 
@@ -136,12 +136,9 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 def _least_rows(weight: Tensor, kept: int, frozen: Tensor | None, dtype: torch.dtype) -> int:
     """The number of rows of x from which on dispatch takes the sparse kernel."""
-    if not dispatch.built("cpu"):
-        return sys.maxsize
-    cpu = dispatch.rules_of("cpu")
-    if frozen is not None:  # nothing to skip
-        return cpu.NEVER
-    return cpu.masked_linear_least_rows(dtype, kept, weight.numel())
+    if frozen is not None or not dispatch.built("cpu"):  # nothing to skip, or no kernel
+        return NEVER
+    return dispatch.library_of("cpu").masked_linear_least_rows(dtype, kept, weight.numel())
 
 
 def versions_of(mask: Tensor, frozen: Tensor | None, signs: Tensor | None) -> tuple[int, ...]:

@@ -221,7 +221,7 @@ class Supermask(CheckedLoad):
         held = self._buffers["held_mask"]
         if held is None and self.evaluation == "sample" and not self.round_mask:
             return self._next("sample_key", compiles), None
-        return None, self.weight_mask
+        return None, self.score.detach() > 0 if held is None else held  # `weight_mask`
 
     def _half_rounded(self, key: Tensor) -> Tensor:
         """w m r with m as `round_mask` says; r, which is not detached, is 1 without `rescale`."""
@@ -313,6 +313,9 @@ def _signature(dense: type[nn.Module]) -> inspect.Signature:
     return inspect.Signature([*inspect.signature(dense).parameters.values(), *ours])
 
 
+_TENSORS = {"score", "weight", "bias"}
+
+
 class SupermaskLinear(Supermask, nn.Linear):
     """nn.Linear whose weights are frozen and whose mask is learned: y = x (w m r)ᵀ + b.
 
@@ -344,7 +347,11 @@ class SupermaskLinear(Supermask, nn.Linear):
             w = self._half_rounded(self._next("key", compiles))
             return ops.masked_linear(input, w, _every(w), self.bias)
         key, mask = self._key_or_mask(compiles)
-        score, weight, bias = self.score, self.weight, self.bias
+        own: Any = self._parameters
+        if compiles or not own.keys() >= _TENSORS:  # a replica has none
+            score, weight, bias = self.score, self.weight, self.bias
+        else:  # which is quicker
+            score, weight, bias = own["score"], own["weight"], own["bias"]
         node = None if compiles or overrides else eager()
         if node is not None:
             y = node.supermask_linear(input, score, weight, bias, key, mask, self.rescale)

@@ -1,16 +1,17 @@
 """Which implementation of an op runs: one table of backends, one table of preferences.
 
-An op is computed by a function of its name, of the same signature on every backend. The function
+An op is computed by a function of its name, of the same signature on every backend: its kernel. It
 is in the backend's file in the op's folder: ops/masked/cpu.py calls the C++ kernel of
-masked_linear, and ops/masked/reference.py defines it. A backend has besides a module of rules for
-all of its ops:
+masked_linear, and ops/masked/reference.py defines it. A kernel that does not take every call says
+so beside it, by functions of its own arguments:
 
-    refuses(op, *args)   None if it can run the call, else a sentence that says why not
-    wins(op, *args)      whether it should, where it is listed first
+    @dispatch.limited(why_not=..., is_faster=...)
 
-and, if it runs on GPUs,
+    why_not(*args)      None if the kernel can run the call, else a sentence that says why not
+    is_faster(*args)    whether it is the faster one, where it is listed first
 
-    fails_on(device)     None if its kernels run on this GPU, else a sentence that says why not
+An op of many arguments has a record of them in arguments.py of its folder, which kernels take. The
+function of the op's name there makes a kernel's arguments of those of the registered op.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _LOG = logging.getLogger("lottery_sparse")
 
 @dataclass(frozen=True)
 class Backend:
-    rules: str  # module of refuses, wins and fails_on, imported on first use
+    # A module, imported on first use, that loads the library of the kernels. If they run on GPUs,
+    # it has fails_on(device): None if they run on this one, else a sentence that says why not.
+    library: str
     needs: str  # probed with find_spec: absent means skipped; present but broken raises
     devices: tuple[str, ...]  # () = every device
 
@@ -42,12 +45,12 @@ class Backend:
 _TRITON = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend("lottery_sparse.ops.masked.reference", needs="torch", devices=()),
-    "dense": Backend("lottery_sparse.ops.masked.dense", needs="torch", devices=()),
+    "reference": Backend("torch", needs="torch", devices=()),
+    "dense": Backend("torch", needs="torch", devices=()),
     "cpu": Backend("lottery_sparse.ops.common.cpu", needs="lottery_sparse._C", devices=("cpu",)),
     "triton": Backend("lottery_sparse.ops.triton.limits", needs="triton", devices=_TRITON),
     "cuda": Backend(
-        "lottery_sparse.ops.packed.cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)
+        "lottery_sparse.ops.common.cuda", needs="lottery_sparse._C_cuda", devices=("cuda",)
     ),
 }
 
@@ -87,11 +90,9 @@ PLACES: dict[str, tuple[str, str]] = {
     "prepare_step": ("steps", ""),
 }
 
-_TAKE_ALL = ("reference", "dense")  # plain torch, for every call and on every device
-
 # Device -> op -> backends in order; the first that is built and does not refuse the call runs.
 # An op that is not listed runs on "reference". A kernel is listed only where benchmarks/results
-# shows that it wins; from which density on, its `wins` knows (see benchmarks/README.md).
+# shows that it wins; up to which density, its `is_faster` knows (see benchmarks/README.md).
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "keep_top": ("cpu", "reference"),
@@ -244,12 +245,24 @@ def numerics() -> int:
     Raises:
         RuntimeError: LS_CPU names a variant that is unknown or does not run on this machine.
     """
-    return rules_of("cpu").numerics() if built("cpu") else 0
+    return library_of("cpu").numerics() if built("cpu") else 0
 
 
-def rules_of(name: str) -> ModuleType:
-    """The backend's rules; importing them loads the library of its kernels."""
-    return _module(BACKENDS[name].rules)
+def library_of(name: str) -> ModuleType:
+    """The module that loads the library of a backend's kernels."""
+    return _module(BACKENDS[name].library)
+
+
+def limited(
+    why_not: Callable[..., str | None], is_faster: Callable[..., bool] | None = None
+) -> Callable[[Callable], Callable]:
+    """The decorator of a kernel that does not take every call, or is not always the faster one."""
+
+    def decorate(kernel: Any) -> Any:
+        kernel.why_not, kernel.is_faster = why_not, is_faster
+        return kernel
+
+    return decorate
 
 
 @cache
@@ -257,7 +270,7 @@ def module_of(op: str, name: str) -> ModuleType | None:
     """The file of a backend that computes an op, imported on first use; None: it does not."""
     if op not in PLACES:
         return None
-    rules_of(name)
+    library_of(name)
     family, part = PLACES[op]
     for file in (f"{name}_{part}", name) if part else (name,):
         path = f"lottery_sparse.ops.{family}.{file}"
@@ -269,13 +282,26 @@ def module_of(op: str, name: str) -> ModuleType | None:
 
 
 def function(op: str, name: str) -> Callable:
-    """The function that computes an op on a backend that has it."""
+    """The kernel of an op on a backend that has it."""
     return getattr(module_of(op, name), op)
+
+
+@cache
+def arguments_of(op: str) -> Callable[..., tuple] | None:
+    """What makes the arguments of an op's kernels of those of the registered op; None: the same."""
+    path = f"lottery_sparse.ops.{PLACES[op][0]}.arguments"
+    return getattr(_module(path), op, None) if _found(path) else None
+
+
+def own_arguments(op: str, args: tuple) -> tuple:
+    """The arguments of an op's kernels, for those of the registered op."""
+    make = arguments_of(op)
+    return args if make is None else make(*args)
 
 
 def unfit(name: str, device: torch.device) -> str | None:
     """Why no kernel of a backend runs on this device, in a sentence; None if they do."""
-    fails_on = getattr(rules_of(name), "fails_on", None)
+    fails_on = getattr(library_of(name), "fails_on", None)
     return None if fails_on is None or device.type != "cuda" else fails_on(device)
 
 
@@ -288,8 +314,18 @@ def fits(name: str, device: torch.device) -> bool:
     return why is None
 
 
+def why_not(name: str, op: str, device: torch.device, args: tuple) -> str | None:
+    """Why a backend that has `op` cannot run it for the registered op's arguments; None: it can."""
+    return _why_not(name, op, device, own_arguments(op, args))
+
+
+def _why_not(name: str, op: str, device: torch.device, args: tuple) -> str | None:
+    found: Any = function(op, name)
+    return unfit(name, device) or (found.why_not(*args) if hasattr(found, "why_not") else None)
+
+
 def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
-    """The function that computes `op` for `args` on `device`.
+    """The kernel that computes `op` for `args`, its own arguments, on `device`.
 
     Raises:
         RuntimeError: the forced backend is not built, lacks the op, or refuses these arguments.
@@ -298,22 +334,24 @@ def kernel(op: str, device: torch.device, args: tuple = ()) -> Callable:
     if (overrides or _ENVIRONMENT.get(_LS_BACKEND)) and (name := forced()) is not None:
         return _forced_kernel(name, op, device, args)
     for name in PREFERENCE.get(device.type, {}).get(op, ()):
-        if name in _TAKE_ALL:
-            return getattr(module_of(op, name), op)
-        if not built(name):
+        if not _found(BACKENDS[name].needs):
             _say_not_built(name)
             continue
         if device.type == "cuda" and not fits(name, device):
             continue
-        rules = _module(BACKENDS[name].rules)
-        if rules.refuses(op, *args) is None and rules.wins(op, *args):
-            return getattr(module_of(op, name), op)
+        found = getattr(module_of(op, name), op, None)
+        if found is None:  # a file that is not there
+            continue
+        if not hasattr(found, "why_not"):
+            return found
+        if found.why_not(*args) is None and (found.is_faster is None or found.is_faster(*args)):
+            return found
     return function(op, "reference")
 
 
-def run(op: str, *args: Any) -> Any:
-    """What `op` computes of `args`, on the device of the first one."""
-    return kernel(op, args[0].device, args)(*args)
+def run_on(name: str, op: str, *args: Any) -> Any:
+    """What a backend that has `op`, and can run it, computes of the registered op's arguments."""
+    return function(op, name)(*own_arguments(op, args))
 
 
 def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Callable:
@@ -325,10 +363,9 @@ def _forced_kernel(name: str, op: str, device: torch.device, args: tuple) -> Cal
             f"{op} has no {name} backend for {device.type} tensors{reason}; "
             f"available here: {', '.join(names)}."
         )
-    if name != "reference":
-        why = unfit(name, device) or rules_of(name).refuses(op, *args)
-        if why is not None:
-            raise RuntimeError(f"{op} cannot run on the forced backend {name}: {why}")
+    why = _why_not(name, op, device, args)
+    if why is not None:
+        raise RuntimeError(f"{op} cannot run on the forced backend {name}: {why}")
     return function(op, name)
 
 

@@ -1,19 +1,76 @@
-"""Limits that ops, layers and kernels share: densities, strides, and how dense products round."""
+"""The limits of dispatch: up to which densities and sizes kernels run, and win.
+
+Sizes that only one backend's kernels have (the tiles of Triton, the rows of a CUDA launch) are in
+its files.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Up to these densities the CPU kernels, which skip zeros, beat the dense product:
-# benchmarks/results/cpu.md.
-MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+# ---- densities up to which the CPU kernels, which skip zeros, beat the dense product -------------
+# benchmarks/results/cpu.md
 
-# They take convolutions up to this product of strides: kMaxPhases of csrc/conv2d/sparse_conv2d.h.
+# Of compact layers, which have lists of what is kept: forward and dx.
+MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+# The same of a linear layer where the kernels are quick, or dense is slow. The kernels are quick
+# where tiles of so many features stay in the first-level cache, beside a product's sums and
+# results. Dense is slow where y reads the weight across its rows: up to so many rows and features.
+MAX_DENSITY_QUICK = 0.52
+CACHED_FEATURES, SMALL_BATCH_DENSE, SMALL_FEATURES_DENSE = 320, 64, 1024
+# dvalues of a linear layer.
+MAX_DENSITY_SAMPLED = 0.45
+# Steps of `ls.train_step`: for a layer's output and the gradient of its input, and for the
+# gradients of its weights.
+MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED = 0.45, 0.45
+# Masked layers, which list and gather what is kept in each call: measured at batches 1 to 1000 of
+# ten layers. With fewer rows of x than SMALL_BATCH the listing dominates. Up to SMALL_WEIGHT a call
+# costs more than the product, and one kernel call is the cheapest.
+MAX_DENSITY_MASKED, MAX_DENSITY_MASKED_SMALL_BATCH = 0.25, 0.15
+SMALL_BATCH, SMALL_WEIGHT = 32, 4096
+# bfloat16, masked and compact, on a processor that multiplies it: 2.2 times as fast dense as
+# float32. From this many rows of x on, up to this density.
+MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
+NEVER = 2**62  # rows of x
+# Up to this share of slots the Triton kernel computes dvalues alone; above, dW is the library's.
+MAX_DENSITY_SAMPLED_TRITON = 0.5
+
+# ---- sizes and dtypes ----------------------------------------------------------------------------
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of Triton and CUDA kernels
+# The CPU kernels take convolutions up to this product of strides: kMaxPhases of
+# csrc/conv2d/sparse_conv2d.h.
 MOST_STRIDE = 128
+# They pack images 16 at a time, one line of 16 floats a pixel, and number lines in 32 bits. Beyond
+# so many lines, 1 GiB, a few images are not worth it: the dense library makes no such copy.
+MOST_LINES = 2**31 - 1
+MANY_LINES, FEW_IMAGES = 2**24, 4
+# int8 sums of ternary weights hold so many columns: kTernaryMostColumns.
+MOST_COLUMNS_INT8 = 2**18
+
+# Packed weights: up to these densities a format beats the dense library at every batch from 1 to
+# 32, by element size; measured at 4096 x 4096 on one Zen 4 core. Half-precision dense weights are
+# half the bytes, and the dense library has twice the products.
+MOST_CSR = {4: 0.25, 2: 0.15}
+MOST_BITMAP = {4: 0.7, 2: 0.0}
+# Smaller weights are in the cache, and a packed call takes 12 µs more than a dense one.
+LEAST_CSR, LEAST_BITMAP = 2**16, 2**20
+
+
+class CompactLimits(NamedTuple):
+    """What the C++ node of compact linear layers goes by; csrc/linear/eager_compact.h reads it."""
+
+    product: float = MAX_DENSITY_LINEAR  # densities: of forward and dx,
+    quick: float = MAX_DENSITY_QUICK  # of these where the kernels are quick, or dense is slow,
+    sampled: float = MAX_DENSITY_SAMPLED  # and of dvalues
+    cached_features: float = CACHED_FEATURES
+    small_batch: float = SMALL_BATCH_DENSE
+    small_features: float = SMALL_FEATURES_DENSE
 
 
 def max_density(effective: Tensor) -> float:
@@ -29,7 +86,8 @@ def may_lag(effective: Tensor, starts: Tensor, zero: bool, stride: Sequence[int]
     `stride` is that of a convolution. Calls that kernels refuse for other reasons, such as the size
     of x, must not read `effective` where this says that it may.
     """
-    kernels = effective.is_cpu and effective.dtype == torch.float32 and kernels_take(stride)
+    kernels = effective.is_cpu and effective.dtype == torch.float32
+    kernels = kernels and (not stride or kernels_take(stride))
     return zero and kernels and kept_share(starts, effective) <= max_density(effective)
 
 

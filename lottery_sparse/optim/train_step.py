@@ -17,14 +17,12 @@ from lottery_sparse.nn.forms.replicate import LinearNetworks, as_rows, inside
 from lottery_sparse.nn.supermask import SupermaskLinear
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.limits import MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED
 from lottery_sparse.optim import optimizers
 from lottery_sparse.optim.calls import adam_state
 from lottery_sparse.pruning.mask_tensor import plain
 
 OTHERWISE = "train it through the modules: loss.backward() and optimizer.step()"
-# Densities of a layer above which dense products are quicker than products over kept weights: for
-# its output and the gradient of its input, and for the gradients of its weights.
-DENSE_MULTIPLY, DENSE_SAMPLE = 0.45, 0.45
 
 _LISTS = len(KeptLists._fields) + 1  # and the mask
 
@@ -133,7 +131,7 @@ class _Layer:
         self.products = layer.__dict__.get("products")
         most = int(layer.kept.starts[..., -1].max())
         size = layer.in_features * layer.out_features
-        self.dense = not self.zero or most / max(size, 1) > DENSE_MULTIPLY
+        self.dense = not self.zero or most / max(size, 1) > MAX_DENSITY_STEP
         self.keep = self.dense or not layer.refreshes_lazily  # else made when someone reads it
         if self.keep:
             following.make_dense(layer)
@@ -146,7 +144,7 @@ class _Step:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         if not dispatch.built("cpu"):
             raise ValueError(f"train_step needs the native kernels; build them, or {OTHERWISE}.")
-        dispatch.rules_of("cpu")
+        dispatch.library_of("cpu")
         self.optimizer = optimizer
         layers = _stack(model)
         self.layers = [_Layer(layer) for layer in layers]
@@ -223,7 +221,7 @@ class _Step:
             loss = torch.ops.lottery_sparse_native.train_step(
                 x.detach() if x.requires_grad else x, y, parameters, first, second, steps,
                 effective, lists, zero, keep, *learned, rates, self.adam, self.networks or 1,
-                torch.get_num_threads(), (DENSE_MULTIPLY, DENSE_SAMPLE),
+                torch.get_num_threads(), (MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED),
             )  # fmt: skip
         except RuntimeError as error:
             labels = str(error).partition("labels must be")[1:]

@@ -217,7 +217,8 @@ def _diagnose(op: str, device: str, args: tuple) -> dict[str, Any]:
 def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
     """The backend that `dispatch.kernel` gives the case, and why."""
     try:
-        module = dispatch.kernel(op, torch.device(device), args).__module__
+        own = dispatch.own_arguments(op, args)
+        module = dispatch.kernel(op, torch.device(device), own).__module__
     except (RuntimeError, ValueError, ImportError) as error:
         return None, str(error)
     chosen = module.rpartition(".")[2].partition("_")[0]  # a file is named by its backend
@@ -233,23 +234,20 @@ def _choice(op: str, device: str, args: tuple) -> tuple[str | None, str]:
 def _passed_over(name: str, op: str, device: str, args: tuple) -> str:
     if not dispatch.built(name):
         return f"{name} is not built"
-    return _refusal(name, op, device, args) or f"{name} is not faster at this density"
-
-
-def _refusal(name: str, op: str, device: str, args: tuple) -> str | None:
-    return dispatch.unfit(name, torch.device(device)) or dispatch.rules_of(name).refuses(op, *args)
+    why = dispatch.why_not(name, op, torch.device(device), args)
+    return why or f"{name} is not faster at this density"
 
 
 def _beside_reference(op: str, name: str, device: str, args: tuple) -> str | None:
     """'ok', or why the backend cannot run the case; None if it has no such op."""
     if dispatch.module_of(op, name) is None:
         return None
-    if why := _refusal(name, op, device, args):
+    if why := dispatch.why_not(name, op, torch.device(device), args):
         return f"cannot run this case: {why}"
     ours, theirs = copy.deepcopy(args), copy.deepcopy(args)  # some ops write to them
     with tf32(False):  # which torch allows in convolutions, and TOLERANCE does not
-        got = dispatch.function(op, name)(*ours)
-        expected = dispatch.function(op, "reference")(*theirs)
+        got = dispatch.run_on(name, op, *ours)
+        expected = dispatch.run_on("reference", op, *theirs)
     if op in ("compact_linear", "compact_conv2d"):  # and what the backend's own backward needs
         got, expected = got[0], expected[0]
     _check((got, *_compared(ours)), (expected, *_compared(theirs)))
@@ -276,7 +274,7 @@ def _tried(check: Callable[..., str | None], *args: Any) -> Any:
 
 
 def cases(device: str) -> dict[str, tuple]:
-    """Op -> arguments of a small problem on a device, in the order of `reference`; ragged on
+    """Op -> arguments of a small problem on a device, those of the registered op; ragged on
     purpose. Only references make them, so a kernel that does not load cannot stop the doctor.
     """
     x, dy, bias = _values(7, 65, stream=2), _values(7, 33, stream=4), _values(33, stream=3)
@@ -302,9 +300,9 @@ def cases(device: str) -> dict[str, tuple]:
         "masked_conv2d": (maps, f, f_mask, f_bias, None, None, *conv),
         "masked_conv2d_backward": (dmaps, maps, f, f_mask, None, None, *conv, True, True),
         "compact_linear": (x, kept, bias, *compact),
-        "compact_linear_backward": (dy, x, kept, *compact, True, True, None),
+        "compact_linear_backward": (dy, x, kept, *compact, True, True),
         "compact_conv2d": (maps, f_kept, f_bias, *f_compact, *conv),
-        "compact_conv2d_backward": (dmaps, maps, f_kept, *f_compact, *conv, True, True, None),
+        "compact_conv2d_backward": (dmaps, maps, f_kept, *f_compact, *conv, True, True),
         "scatter_kept_": (torch.zeros_like(w), kept, *compact[1:3]),
         "ternary_linear": (x, codes, torch.full((1,), 0.5), None, 33, False),
         "csr_linear": (x, values, starts, columns, None),

@@ -147,7 +147,7 @@ def cases_of_the_gate() -> None:
     """Which are the doctor's: all of an op happens on the device, what it draws as well."""
     device = Device(dry=False)
     for name, (op, make) in gpu_gate.small().items():
-        found = dispatch.function(op, "reference")(*make(device))
+        found = dispatch.run_on("reference", op, *make(device))
         results = found if isinstance(found, list | tuple) else [found]
         places = {str(t.device) for t in results if isinstance(t, Tensor)}
         assert places == {"cuda:0"} or op == "scatter_kept_", (name, places)

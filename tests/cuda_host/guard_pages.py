@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch._dynamo  # optimizers load it, which each fork would do again
 import torch.nn.functional as F
+from native_conv2d import kept_conv2d, kept_conv2d_backward
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import lottery_sparse as ls
 from lottery_sparse.ops.bits import reference
-from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 from lottery_sparse.ops.packed import formats
 from lottery_sparse.ops.random import cpu as random_cpu
 from lottery_sparse.ops.steps import cpu as steps_cpu
@@ -72,8 +73,8 @@ def linear_cases(k: int, n: int, batch: int, density: float) -> Iterator[Case]:
             yield (
                 f"masked {what}",
                 lambda x, w, m, b, dy: (
-                    masked_cpu.masked_linear(x, w, m, b, None, None),
-                    masked_cpu.masked_linear_backward(dy, x, w, m, None, None, True, True),
+                    masked_cpu.masked_linear(MaskedArgs(x, w, m, b)),
+                    masked_cpu.masked_linear_backward(MaskedArgs(x, w, m), dy, True, True),
                 ),
                 (x, weight, mask, bias, dy),
             )
@@ -124,11 +125,10 @@ def conv_cases(case: tuple, density: float) -> Iterator[Case]:
     geometry = [list(kernel), *map(list, (options[n] for n in ("stride", "padding", "dilation")))]
 
     def run(x, values, bias, dy, *lists):
-        forward = compact_cpu_conv2d.kept_conv2d(
-            x, values, *lists[:2], bias, *geometry, options["groups"]
-        )
-        return forward, compact_cpu_conv2d.kept_conv2d_backward(
-            dy, x, values, *lists, *geometry, options["groups"], True, True, True
+        kept, groups = KeptLists(*lists), options["groups"]
+        forward = kept_conv2d(x, values, kept, bias, *geometry, groups)
+        return forward, kept_conv2d_backward(
+            dy, x, values, kept, *geometry, groups, True, True, True
         )
 
     yield f"convolution {case}, density {density}", run, (x, values, bias, dy, *lists)

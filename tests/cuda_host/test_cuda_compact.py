@@ -10,6 +10,7 @@ from problems import DTYPES, products
 from tolerances import close, of_sum
 
 from lottery_sparse.ops.compact import cuda as kernels
+from lottery_sparse.ops.compact.arguments import CompactArgs
 from lottery_sparse.ops.compact.kept import KeptLists
 
 FORMS = ["single", "networks", "shared x"]
@@ -60,11 +61,11 @@ def verify(x, values, lists, weight, dy, mask, carry=True):
     bias = torch.randn(*mask.shape[:-1]).to(x.dtype)
     terms = products(mask.shape, x, dy, {})
     a, w, g, b = (t.double() for t in (x, weight, dy, bias.unsqueeze(-2)))
-    args = values, weight, *lists, True
-    y, packed = kernels.compact_linear(x, values, bias, weight, *lists, True)
+    args = CompactArgs(x, values, bias, weight, lists, zero=True)
+    y, packed = kernels.compact_linear(args)
     check(y, a @ w.mT + b, a.abs() @ w.mT.abs() + b.abs(), terms["y"])
     carried = packed if carry else None
-    dx, dv = kernels.compact_linear_backward(dy, x, *args, True, True, carried)
+    dx, dv = kernels.compact_linear_backward(args, dy, True, True, carried)
     shared = x.dim() < dy.dim()
     results = g @ w, g.abs() @ w.abs()
     check(dx, *(t.sum(0) if shared else t for t in results), terms["dx"])
@@ -117,10 +118,10 @@ def test_chunks_of_columns_and_rows_of_a_warp(processors, dtype, rim):
 
 def test_runs_give_the_same_bits():
     x, values, lists, weight, dy, _ = problem("single", 20, 40, 70, 0.3, torch.float32)
-    y, packed = kernels.compact_linear(x, values, None, weight, *lists, True)
-    assert torch.equal(kernels.compact_linear(x, values, None, weight, *lists, True)[0], y)
-    rest = dy, x, values, weight, *lists, True, True, True
-    once, again = (kernels.compact_linear_backward(*rest, c) for c in (packed, None))
+    a = CompactArgs(x, values, None, weight, lists, zero=True)
+    y, packed = kernels.compact_linear(a)
+    assert torch.equal(kernels.compact_linear(a)[0], y)
+    once, again = (kernels.compact_linear_backward(a, dy, True, True, c) for c in (packed, None))
     assert all(map(torch.equal, once, again))
 
 
@@ -132,15 +133,15 @@ def test_numbers_beyond_sixteen_bits(width):
     lists, weight = KeptLists.of(mask), torch.where(mask, torch.randn(mask.shape), 0)
     assert lists.columns.dtype == (torch.int32 if width > 2**16 else torch.int16)
     x, dy = torch.randn(2, width), torch.randn(2, 2)
-    y, packed = kernels.compact_linear(x, weight[mask], None, weight, *lists, True)
+    a = CompactArgs(x, weight[mask], None, weight, lists, zero=True)
+    y, packed = kernels.compact_linear(a)
     close(y, x @ weight.T)
-    rest = weight, *lists, True, False, True, packed
-    dv = kernels.compact_linear_backward(dy, x, weight[mask], *rest)[1]
+    _, dv = kernels.compact_linear_backward(a, dy, False, True, packed)
     close(dv, (dy.T @ x)[mask])
     mask, weight = mask.T, weight.T.contiguous()
     lists = KeptLists.of(mask)
-    rest = weight, *lists, True, True, False, None
-    dx = kernels.compact_linear_backward(x, dy, weight[mask], *rest)[0]
+    a = CompactArgs(dy, weight[mask], None, weight, lists, zero=True)
+    dx, _ = kernels.compact_linear_backward(a, x, True, False)
     close(dx, x @ weight)
 
 
@@ -151,10 +152,10 @@ def test_what_is_pruned_is_not_multiplied(density):
     mask[:, 4] = mask[2] = mask[:, 0] = False
     lists, weight = KeptLists.of(mask), torch.where(mask, weight, 0)
     x[:, [0, 4]], dy[:, 2] = torch.inf, torch.nan
-    y, packed = kernels.compact_linear(x, weight[mask], None, weight, *lists, True)
-    rest = weight[mask], weight, *lists, True, True, True, packed
+    a = CompactArgs(x, weight[mask], None, weight, lists, zero=True)
+    y, packed = kernels.compact_linear(a)
     assert y.isfinite().all()
-    for gradient in kernels.compact_linear_backward(dy, x, *rest):
+    for gradient in kernels.compact_linear_backward(a, dy, True, True, packed):
         assert gradient.isfinite().all()
 
 
@@ -173,23 +174,20 @@ def test_scatter(networks, density, dtype):
 
 def test_refusals_say_what_and_why():
     x, values, lists, weight, dy, _ = problem("networks", 3, 4, 2, 0.5, torch.float32)
-    forward = x, values, None, weight, *lists
-    backward = dy, x, values, weight, *lists
+    a = CompactArgs(x, values, None, weight, lists, zero=True)
+    frozen, double = a._replace(zero=False), a._replace(x=x.double(), values=values.double())
 
-    def refuses(*args):
-        return kernels.refuses(*args) or ""
+    def says(text, *args, op="compact_linear"):
+        assert text in (getattr(kernels, op).why_not(*args) or "")
 
-    assert not refuses("compact_linear", *forward, True)
-    assert not refuses("compact_linear_backward", *backward, False, False, True)
-    for why in (
-        refuses("compact_linear", *forward, False),
-        refuses("compact_linear_backward", *backward, False, True, False),
-    ):
-        assert "pruned entries are zero, got frozen values." in why
-    doubles = [t.double() for t in forward[:2]], [t.double() for t in backward[:2]]
-    assert "x as float32" in refuses("compact_linear", *doubles[0], *forward[2:], True)
-    assert "float64" in refuses("compact_linear_backward", *doubles[1], *backward[2:], True, 1, 1)
-    assert "in one dtype" in refuses("compact_linear", x.half(), *forward[1:], True)
+    assert kernels.compact_linear.why_not(a) is None
+    assert kernels.compact_linear_backward.why_not(frozen, dy, False, True) is None
+    says("pruned entries are zero, got frozen values.", frozen)
+    says("pruned entries are zero, got frozen values.", frozen, dy, True, False)
+    says("x as float32", double)
+    says("float64", double, dy, True, True)
+    says("dy as float32", a, dy.double(), True, True)
+    says("in one dtype", a._replace(x=x.half()))
     many = torch.empty(2**16, 0)
-    assert "up to 65535 networks" in refuses("scatter_kept_", many, many, None, None)
-    assert "effective as" in refuses("scatter_kept_", many.long(), many, None, None)
+    says("up to 65535 networks", many, many, None, None, op="scatter_kept_")
+    says("effective as", many.long(), many, None, None, op="scatter_kept_")

@@ -12,6 +12,7 @@ import cuda_emulator as emulator
 import pytest
 import torch
 from cuda_emulator import thread_order  # noqa: F401  # a fixture
+from tiles import unpack_bitmap_tiles, unpack_tiles
 from tolerances import of_sum
 
 from lottery_sparse.ops.packed import formats
@@ -94,8 +95,8 @@ DENSITIES = [0.0, 0.004, 0.05, 0.2, 1.0]
 
 
 FORMATS = {
-    "tiles": (formats.pack_tiles, formats.unpack_tiles),
-    "bitmap": (formats.pack_bitmap_tiles, formats.unpack_bitmap_tiles),
+    "tiles": (formats.pack_tiles, unpack_tiles),
+    "bitmap": (formats.pack_bitmap_tiles, unpack_bitmap_tiles),
 }
 
 
@@ -140,7 +141,7 @@ def test_tiles_are_what_was_packed(shape, density, format):
 def test_entries_of_a_group_rarely_meet_in_a_bank(density):
     """32 lanes write at once; entries in one bank, other than in one word, wait for each other."""
     (_, data), _ = tiles(64, 64, density)
-    layout = formats._TileLayout(
+    layout = formats.TileLayout(
         torch.tensor([len(data) // 14 * 4 + max(len(data) % 14 - 2, 0) // 3])
     )
     low = data.flatten()[layout.low].view(torch.uint8).view(-1, 32, 2)

@@ -27,7 +27,7 @@ from lottery_sparse.nn.compact import registry
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.steps import cuda as steps_cuda
-from lottery_sparse.ops.steps import tables
+from lottery_sparse.ops.steps import launches, tables
 from lottery_sparse.optim import calls
 
 SIZES = [(0,), (1,), (3, 11), (1024,), (2, 600)]  # none, one, chunks with and without a tail
@@ -48,7 +48,7 @@ def emulated(monkeypatch):
 def counts(request, monkeypatch):
     """Where Adam counts its steps; here both places are the same."""
     beside = request.param == "beside"
-    monkeypatch.setattr(steps_cuda, "on_device", lambda steps, params: beside)
+    monkeypatch.setattr(launches, "on_device", lambda steps, params: beside)
 
 
 def parameters(dtype=torch.float32, sizes=SIZES):
@@ -205,7 +205,7 @@ def test_what_the_kernel_does_not_take():
 
 def test_adam_steps_all_parameters_or_none_if_memory_runs_out(monkeypatch):
     """Parameters with other step counts are another launch, and another table."""
-    monkeypatch.setattr(steps_cuda, "on_device", lambda steps, params: False)
+    monkeypatch.setattr(launches, "on_device", lambda steps, params: False)
     params = parameters()
     optimizer = ls.optim.Adam(params)
     with ls.use_backend("cuda"):

@@ -12,6 +12,7 @@ from test_cuda_kernels import SHARED_OF, assert_close, ternary, tiles
 from tolerances import of_sum
 
 from lottery_sparse.ops.packed import formats, reference
+from lottery_sparse.ops.packed.arguments import TernaryArgs
 
 
 def held(x, int8=False):
@@ -96,6 +97,6 @@ def test_int8_is_that_of_the_reference(shape, dtype):
     error = (y.double() - exact).abs()
     size = row_scale.double().unsqueeze(1) * (q.double().abs() @ weight.abs().mT) + bias.abs()
     assert (error <= of_sum(exact, size, 3, dtype)).all()  # two scales and a bias
-    expected = reference.ternary_linear(x, codes, scale, bias, n, True)
+    expected = reference.ternary_linear(TernaryArgs(x, codes, scale, bias, n, int8=True))
     # few x are halfway between whole numbers, and go to either
     assert (y - expected).float().norm() <= 0.01 * expected.float().norm()

@@ -22,6 +22,7 @@ from lottery_sparse.ops.bits import reference as bits_reference
 from lottery_sparse.ops.compact import cuda as compact_cuda
 from lottery_sparse.ops.packed import formats
 from lottery_sparse.ops.packed import reference as packed_reference
+from lottery_sparse.ops.packed.arguments import CsrArgs, TernaryArgs
 from lottery_sparse.ops.steps import cuda as steps_cuda
 from lottery_sparse.optim import calls
 
@@ -36,7 +37,8 @@ def backend(monkeypatch):
     monkeypatch.setitem(sys.modules, "lottery_sparse._C_cuda", built)
     dispatch.module_of.cache_clear()
     dispatch._module.cache_clear()
-    monkeypatch.delitem(sys.modules, "lottery_sparse.ops.packed.cuda", raising=False)
+    for name in ("packed", "common"):
+        monkeypatch.delitem(sys.modules, f"lottery_sparse.ops.{name}.cuda", raising=False)
     module = importlib.import_module("lottery_sparse.ops.packed.cuda")
     monkeypatch.setattr(module, "_ops", types.SimpleNamespace(
         csr_linear=emulator.csr_linear,
@@ -46,7 +48,8 @@ def backend(monkeypatch):
         ),
     ))  # fmt: skip
     yield module
-    sys.modules.pop("lottery_sparse.ops.packed.cuda", None)
+    for name in ("packed", "common"):
+        sys.modules.pop(f"lottery_sparse.ops.{name}.cuda", None)
     dispatch.module_of.cache_clear()
     dispatch._module.cache_clear()
 
@@ -63,12 +66,17 @@ def arguments(op, x, weight, kept):
     return x, values, starts, where, torch.randn(len(weight), dtype=x.dtype)
 
 
+def own(op, args):
+    """The arguments of a kernel."""
+    return dispatch.own_arguments(op, args)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("op", ["csr_linear", "bitmap_linear"])
 def test_sparse_products_are_those_of_the_reference(backend, op, density):
     args = arguments(op, *problem(density))
-    expected = dispatch.function(op, "reference")(*args)
-    close(getattr(backend, op)(*args), expected)
+    expected = dispatch.run_on("reference", op, *args)
+    close(getattr(backend, op)(*own(op, args)), expected)
     assert backend._tiles[args[1]][1][2] == (density > backend.MOST_PLACES)
 
 
@@ -80,59 +88,56 @@ def test_rows_of_float32_go_a_few_at_a_time(backend, op, batch):
         args = formats.pack_ternary(weight.sign()), torch.rand(1), torch.randn(70), 70, False
     else:
         args = arguments(op, x, weight, kept)[1:]
-    expected = dispatch.function(op, "reference")(x.float(), *args)
-    y = getattr(backend, op)(x.float(), *args)
+    expected = dispatch.run_on("reference", op, x.float(), *args)
+    y = getattr(backend, op)(*own(op, (x.float(), *args)))
     close(y, expected)
 
 
 def test_int8_rows_go_at_once(backend):
     x, weight, _ = problem(batch=16)
-    args = x.float(), formats.pack_ternary(weight.sign()), torch.rand(70), torch.randn(70), 70, True
-    expected = packed_reference.ternary_linear(*args)
-    close(backend.ternary_linear(*args), expected)
+    codes = formats.pack_ternary(weight.sign())
+    a = TernaryArgs(x.float(), codes, torch.rand(70), torch.randn(70), 70, int8=True)
+    close(backend.ternary_linear(a), packed_reference.ternary_linear(a))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_few_rows_of_x_take_the_entries_as_they_are(backend, density, batch):
-    args = arguments("csr_linear", *problem(density, batch=batch))
-    expected = dispatch.function("csr_linear", "reference")(*args)
-    close(backend.csr_linear(*args), expected)
-    assert (args[1] in backend._tiles) == (density > 0.12)
+    a = CsrArgs(*arguments("csr_linear", *problem(density, batch=batch)))
+    close(backend.csr_linear(a), packed_reference.csr_linear(a))
+    assert (a.values in backend._tiles) == (density > 0.12)
 
 
 def test_ternary_products_are_those_of_the_reference(backend):
     x, weight, _ = problem()
     codes, scale = formats.pack_ternary(weight.sign()), torch.rand(70) + 0.5
-    args = x, codes, scale, torch.randn(70), 70, False
-    expected = packed_reference.ternary_linear(*args)
-    close(backend.ternary_linear(*args), expected)
+    a = TernaryArgs(x, codes, scale, torch.randn(70), 70, int8=False)
+    close(backend.ternary_linear(a), packed_reference.ternary_linear(a))
 
 
 def test_tiles_are_made_once_and_anew_after_a_write(backend):
-    args = arguments("csr_linear", *problem())
-    backend.csr_linear(*args)
-    first = backend._tiles[args[1]]
-    backend.csr_linear(*args)
-    assert backend._tiles[args[1]] is first
-    args[1].mul_(2)
-    expected = packed_reference.csr_linear(*args)
-    close(backend.csr_linear(*args), expected)
+    a = CsrArgs(*arguments("csr_linear", *problem()))
+    backend.csr_linear(a)
+    first = backend._tiles[a.values]
+    backend.csr_linear(a)
+    assert backend._tiles[a.values] is first
+    a.values.mul_(2)
+    close(backend.csr_linear(a), packed_reference.csr_linear(a))
     kept = len(backend._tiles)
-    del args, first
+    del a, first
     gc.collect()
     assert len(backend._tiles) == kept - 1
 
 
 def test_refusals_say_what_and_why(backend):
     x, weight, kept = problem()
-    args, one = arguments("csr_linear", x, weight, kept), torch.ones(1)
+    a, one = CsrArgs(*arguments("csr_linear", x, weight, kept)), torch.ones(1)
 
-    def says(text, op="csr_linear", x=x, values=args[1], int8=False, scale=one):
+    def says(text, op="csr_linear", x=x, values=a.values, scale=one):
         if op == "ternary_linear":
-            why = backend.refuses(op, x, None, scale, None, 70, int8)
+            why = backend.ternary_linear.why_not(TernaryArgs(x, one, scale, None, 70, False))
         else:
-            why = backend.refuses(op, x, values, *args[2:])
+            why = backend.csr_linear.why_not(a._replace(x=x, values=values))
         assert text in why
         assert why.endswith(".")
 
@@ -140,14 +145,12 @@ def test_refusals_say_what_and_why(backend):
     says(
         "bfloat16 ones for float32 x, got torch.float32 and torch.float32",
         x=x.float(),
-        values=args[1].float(),
+        values=a.values.float(),
     )
-    says("bfloat16 ones for float32 x, got torch.float16", x=x.float(), values=args[1].half())
+    says("bfloat16 ones for float32 x, got torch.float16", x=x.float(), values=a.values.half())
     says("up to 16 rows of x, got 17", x=x[:1].expand(17, -1))
-    says("got torch.float32 and torch.bfloat16", values=args[1].float())
-    says("run on CUDA devices, got cpu", op="ternary_linear", x=x.float(), int8=True)
+    says("got torch.float32 and torch.bfloat16", values=a.values.float())
     says("scale as float32, float16 or bfloat16", op="ternary_linear", scale=one.double())
-    says("run on CUDA devices, got cpu", op="ternary_linear")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ def test_refusals_say_what_and_why(backend):
     ],
 )
 def test_which_devices_a_build_runs_on(backend, architectures, capability, runs):
-    assert backend.runs_on(architectures, capability) is runs
+    assert dispatch.library_of("cuda").runs_on(architectures, capability) is runs
 
 
 def gpu(monkeypatch, capability, driver=13000):
@@ -176,16 +179,15 @@ def gpu(monkeypatch, capability, driver=13000):
 
 def test_a_device_that_it_is_not_built_for_is_named(backend, monkeypatch):
     gpu(monkeypatch, (7, 5))
-    why = backend.fails_on(torch.device("cuda", 0))
+    why = dispatch.library_of("cuda").fails_on(torch.device("cuda", 0))
     assert "8.0 9.0a 10.0+PTX, and cuda:0 has 7.5; set TORCH_CUDA_ARCH_LIST" in why
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
     """Forward, backward, step and refresh of a layer, all forced, as they are on a GPU."""
-    here = dispatch.Backend("lottery_sparse.ops.packed.cuda", needs="torch", devices=("cpu",))
+    here = dispatch.Backend("lottery_sparse.ops.common.cuda", needs="torch", devices=("cpu",))
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", here)
-    monkeypatch.setattr(backend, "_refuses_device_of", lambda x: None)
     for module in (compact_cuda, bits_cuda, steps_cuda):
         monkeypatch.setattr(module, "_ops", Rim())
     calls.op_of.cache_clear()
@@ -214,18 +216,20 @@ def test_a_compact_model_trains_on_its_kernels(backend, name, monkeypatch):
 
 def test_a_driver_of_an_older_major_version_is_named(backend, monkeypatch):
     gpu(monkeypatch, (9, 0), driver=12040)
-    assert "with CUDA 13.0, and the driver is for CUDA 12.4; update" in backend.fails_on(CUDA)
-    backend.fails_on.cache_clear()
+    fails_on = dispatch.library_of("cuda").fails_on
+    assert "with CUDA 13.0, and the driver is for CUDA 12.4; update" in fails_on(CUDA)
+    fails_on.cache_clear()
     gpu(monkeypatch, (9, 0))
-    assert backend.fails_on(CUDA) is None
+    assert fails_on(CUDA) is None
 
 
 def test_forced_it_raises_and_else_it_is_left_out_and_said_once(backend, monkeypatch, caplog):
     gpu(monkeypatch, (7, 5))
-    monkeypatch.setattr(dispatch, "built", lambda name: name != "triton")
+    found, here = dispatch._found, {"triton": False, "lottery_sparse._C_cuda": True}
+    monkeypatch.setattr(dispatch, "_found", lambda m: here[m] if m in here else found(m))
     monkeypatch.setitem(dispatch.PREFERENCE["cuda"], "csr_linear", ("cuda", "reference"))
     dispatch.fits.cache_clear()
-    args = arguments("csr_linear", *problem())
+    args = own("csr_linear", arguments("csr_linear", *problem()))
     with ls.use_backend("cuda"), pytest.raises(RuntimeError, match=r"backend cuda: .* 7\.5"):
         dispatch.kernel("csr_linear", CUDA, args)
     for _ in range(2):

@@ -18,9 +18,8 @@ from experiments.study.networks import NETWORKS
 from experiments.study.runs import LITERALS, Run
 from experiments.train import models
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.ops import dispatch
+from lottery_sparse.ops import dispatch, limits
 from lottery_sparse.ops.common.eager import has_node
-from lottery_sparse.optim import train_step
 from lottery_sparse.tickets.round import Began
 
 SMOKE = partial(Run, network="fc", profile="smoke", seed=0)
@@ -103,8 +102,8 @@ def test_the_limits_of_a_config_are_those_of_dispatch():
         (arithmetic, "numerics", lambda: 0, "not built .*: build the kernels by .*--numerics 0"),
         (arithmetic, "has_node", lambda: False, "built for one torch is not there .*build the"),
         (
-            train_step,
-            "DENSE_MULTIPLY",
+            limits,
+            "MAX_DENSITY_STEP",
             0.5,
             "'step': 0.45.* but this version computes by .*'step': 0.5",
         ),

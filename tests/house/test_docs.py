@@ -59,7 +59,7 @@ def test_first_pages_are_short(page):
 # What a fresh reader looks for -> the file that holds it, and words that are in it.
 QUESTIONS = {
     "the CUDA kernel of compact dW": ("csrc/linear/compact_dvalues_cuda.cu", "dvalues_kernel"),
-    "what decides dense or sparse on a CPU": ("lottery_sparse/ops/common/cpu.py", "def wins"),
+    "what decides dense or sparse on a CPU": ("lottery_sparse/ops/masked/cpu.py", "def is_faster"),
     "the test that masks hold": ("tests/nn/test_invariant.py", "Masks hold"),
     "the claim about Variant 1": ("experiments/results/claims.md", "Variant 1"),
     "what a ticket file looks like": ("docs/guide.md", "What a ticket file looks like"),

@@ -27,11 +27,6 @@ LINES = {
         "lottery_sparse/ops/dispatch.py",
         'PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {\n    "cpu": {\n',
     ),
-    '    if op == "kept_energy" and args[0].dtype != torch.float32:\n'
-    '        return f"its kernel runs float32, got {args[0].dtype}."\n': (
-        "lottery_sparse/ops/common/cpu.py",
-        '    """Why `op` cannot run here with these arguments, in a sentence; None if it can."""\n',
-    ),
     '    "kept_energy(Tensor weight, Tensor mask) -> Tensor",\n': (
         "csrc/rim/schemas.h",
         "constexpr const char* kSchemas[] = {\n",

@@ -16,7 +16,10 @@ from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits import reference
 from lottery_sparse.ops.compact import op as products
 from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 from lottery_sparse.ops.packed import formats
+from lottery_sparse.ops.packed.arguments import CsrArgs, TernaryArgs
+from lottery_sparse.ops.supermask.arguments import SupermaskArgs
 
 CUDA = torch.device("cuda", 0)
 # Where arguments are, and where one of them is instead.
@@ -245,23 +248,49 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def refused(op, *args):
+    """Why the Triton kernel of an op cannot run for its own arguments."""
+    return dispatch.function(op, "triton").why_not(*args)
+
+
 INT, BOOL, LONG = torch.int32, torch.bool, torch.int64
 MANY = 2**31
+MASK = meta(1, dtype=BOOL)
 BEYOND = {
-    "rows": ("masked_linear", (meta(4, 8), meta(2**22 + 1, 8)), "up to 4194304 rows"),
-    "batch": ("masked_linear_backward", (meta(2**23, 8), meta(2**23, 8), meta(8, 8)), "8388608"),
-    "networks": ("masked_linear", (meta(2, 8), meta(65536, 4, 8)), "65535 networks.*got 65536"),
+    "rows": (
+        "masked_linear",
+        (MaskedArgs(meta(4, 8), meta(2**22 + 1, 8), MASK),),
+        "up to 4194304 rows",
+    ),
+    "batch": (
+        "masked_linear_backward",
+        (MaskedArgs(meta(2**23, 8), meta(8, 8), MASK), meta(2**23, 8), True, True),
+        "8388608",
+    ),
+    "networks": (
+        "masked_linear",
+        (MaskedArgs(meta(2, 8), meta(65536, 4, 8), MASK),),
+        "65535 networks.*got 65536",
+    ),
     "kept networks": ("scatter_kept_", (meta(65536, 2, 2), meta(65536, 3)), "65535 networks"),
     "drawn networks": ("sample_bits", (meta(70000, 2, 2), meta(70000, 3, dtype=LONG)), "70000"),
     "a mask": ("pack_mask", (meta(MANY, dtype=BOOL),), "count up to 2147418112 .*got 2147483648"),
     "bits": ("unpack_mask", (meta(2**26, dtype=INT), MANY), "got 2147483648"),
-    "values": ("csr_linear", (meta(2, 8), meta(MANY), meta(3, dtype=LONG)), "got 2147483648"),
+    "values": (
+        "csr_linear",
+        (CsrArgs(meta(2, 8), meta(MANY), meta(3, dtype=LONG), MASK, None),),
+        "got 2147483648",
+    ),
     "ternary rows": (
         "ternary_linear",
-        (meta(2, 8), meta(2**19, 1, 16, dtype=INT), meta(1), None, 2**23, False),
+        (TernaryArgs(meta(2, 8), meta(2**19, 1, 16, dtype=INT), meta(1), None, 2**23, False),),
         "got 8388608",
     ),
-    "a kernel": ("supermask_conv2d", (meta(2, 8), meta(2**17, 2**11, 3, 3)), "row or network"),
+    "a kernel": (
+        "supermask_conv2d",
+        (SupermaskArgs(meta(2, 8), meta(2**17, 2**11, 3, 3), MASK, MASK),),
+        "row or network",
+    ),
 }
 
 
@@ -269,17 +298,17 @@ BEYOND = {
 @pytest.mark.parametrize("case", BEYOND)
 def test_what_kernels_cannot_count_they_refuse(case):
     op, args, match = BEYOND[case]
-    why = dispatch.rules_of("triton").refuses(op, *args)
+    why = refused(op, *args)
     assert re.search(match, why)
     assert why.endswith(".")
 
 
 @needs_triton
 def test_elements_in_all_are_not_the_limit():
-    refuses = dispatch.rules_of("triton").refuses
-    assert refuses("masked_linear", meta(2**21, 2**12), meta(2**12, 2**12)) is None
-    assert refuses("pack_mask", meta(2**16, 2**16, dtype=BOOL)) is None
-    assert refuses("keep_top", [meta(2**33)], [meta(2**33, dtype=BOOL)], 1, 0, [0]) is None
+    a = MaskedArgs(meta(2**21, 2**12), meta(2**12, 2**12), MASK)
+    assert refused("masked_linear", a) is None
+    assert refused("pack_mask", meta(2**16, 2**16, dtype=BOOL)) is None
+    assert refused("keep_top", [meta(2**33)], [meta(2**33, dtype=BOOL)], 1, 0, [0]) is None
 
 
 def test_lists_count_up_to_32_bits():

@@ -18,6 +18,7 @@ from lottery_sparse import ops
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact import reference as compact_reference
 from lottery_sparse.ops.masked import reference as masked_reference
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 from lottery_sparse.ops.selection import reference as selection_reference
 from lottery_sparse.tools import doctor
 
@@ -32,7 +33,7 @@ native_only = pytest.mark.skipif(
 
 
 def arguments(p):
-    return p.x, p.weight, p.mask, p.bias, p.frozen, None
+    return (MaskedArgs(p.x, p.weight, p.mask, p.bias, p.frozen),)
 
 
 # ---- the tables ------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def test_a_forced_backend_runs(monkeypatch):
     with ls.use_backend("reference"):
         assert dispatch.kernel("masked_linear", CPU) is masked_reference.masked_linear
         with ls.use_backend("dense"):  # the innermost counts
-            chosen = dispatch.kernel("masked_linear", CPU, (None,) * 6)
+            chosen = dispatch.kernel("masked_linear", CPU)
             assert chosen.__module__ == "lottery_sparse.ops.masked.dense"
         assert dispatch.forced() == "reference"
     assert dispatch.forced() is None
@@ -260,7 +261,8 @@ def test_steps_that_a_forced_backend_does_not_take_are_not_failures(backend):
 
 
 def test_without_triton_its_remedy_is_triton(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "built", lambda name: name == "reference")
+    found = dispatch._found
+    monkeypatch.setattr(dispatch, "_found", lambda module: module != "triton" and found(module))
     dispatch._say_not_built.cache_clear()
     with caplog.at_level("WARNING", logger="lottery_sparse"):
         for _ in range(2):

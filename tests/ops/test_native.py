@@ -20,8 +20,8 @@ if importlib.util.find_spec("lottery_sparse._C") is None:
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 
 from lottery_sparse.ops.bits import cpu as bits_cpu
-from lottery_sparse.ops.common import cpu as common_cpu
 from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 from lottery_sparse.ops.random import cpu as random_cpu
 from lottery_sparse.ops.selection import cpu as selection_cpu
 
@@ -176,15 +176,13 @@ def test_keep_top_of_other_dtypes(dtype):
     scores = torch.from_numpy(rng(1).normal(size=500) * 50).to(dtype)
     mask = torch.ones(500, dtype=torch.bool)
     expected = selection_reference.keep_top([scores], [mask], 100, 9, [4])
-    assert common_cpu.refuses("keep_top", [scores], [mask], 100, 9, [4]) is None
+    assert selection_cpu.why_not([scores]) is None
     assert torch.equal(selection_cpu.keep_top([scores], [mask], 100, 9, [4])[0], expected[0])
 
 
 def test_keep_top_refuses_what_float32_cannot_hold():
     scores = torch.zeros(3, dtype=torch.float64)
-    why = common_cpu.refuses("keep_top", [scores], [torch.ones(3, dtype=torch.bool)], 1, 0, [0])
-    assert why is not None
-    assert "float64" in why
+    assert "float64" in str(selection_cpu.why_not([scores]))
 
 
 def test_keep_top_names_the_tensor_with_nan():
@@ -265,9 +263,8 @@ def exact(x, weight, mask, bias, dy):
 
 
 def run_native(x, weight, mask, bias, dy):
-    y = masked_cpu.masked_linear(x, weight, mask, bias, None, None)
-    backward = (dy, x, weight, mask, None, None, True, True)
-    return (y, *masked_cpu.masked_linear_backward(*backward))
+    a = MaskedArgs(x, weight, mask, bias)
+    return masked_cpu.masked_linear(a), *masked_cpu.masked_linear_backward(a, dy, True, True)
 
 
 def check_linear(*args):
@@ -361,10 +358,11 @@ def test_strided_inputs_and_packed_masks():
 
 def test_it_says_why_it_refuses():
     x, weight, mask, bias, _ = problem(3, 4, 2, 0.5)
-    assert common_cpu.refuses("masked_linear", x, weight, mask, bias, None, None) is None
-    assert "zero" in str(common_cpu.refuses("masked_linear", x, weight, mask, bias, weight, None))
-    double = (x.double(), weight.double(), mask, None, None, None)
-    assert "float64" in str(common_cpu.refuses("masked_linear", *double))
+    a = MaskedArgs(x, weight, mask, bias)
+    assert masked_cpu.why_not(a) is None
+    assert "zero" in str(masked_cpu.why_not(a._replace(frozen=weight)))
+    double = MaskedArgs(x.double(), weight.double(), mask)
+    assert "float64" in str(masked_cpu.why_not(double))
 
 
 @pytest.mark.parametrize(

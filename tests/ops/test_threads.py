@@ -23,6 +23,7 @@ if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 from lottery_sparse.ops.bits import cpu as bits_cpu
 from lottery_sparse.ops.masked import cpu as masked_cpu
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 from lottery_sparse.ops.random import cpu as random_cpu
 from lottery_sparse.ops.selection import cpu as selection_cpu
 from lottery_sparse.ops.supermask import cpu as supermask_cpu
@@ -52,8 +53,9 @@ def masked_linear(dtype):
     mask, weight = matrix()
     x, dy = torch.randn(BATCH, INPUTS).to(dtype), torch.randn(BATCH, OUTPUTS).to(dtype)
     weight = weight.to(dtype)
-    yield lambda: masked_cpu.masked_linear(x, weight, mask, None, None, None)
-    yield lambda: masked_cpu.masked_linear_backward(dy, x, weight, mask, None, None, True, True)
+    a = MaskedArgs(x, weight, mask)
+    yield lambda: masked_cpu.masked_linear(a)
+    yield lambda: masked_cpu.masked_linear_backward(a, dy, True, True)
 
 
 def compact_linear(dtype, density=0.3):

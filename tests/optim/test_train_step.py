@@ -42,8 +42,8 @@ PRODUCTS = {"sparse": (2, 2), "dense": (-1, -1), "multiply": (-1, 2), "sample": 
 def products(request, monkeypatch):
     """Dense or sparse products, whatever the density."""
     multiply, sample = PRODUCTS[request.param]
-    monkeypatch.setattr(step_module, "DENSE_MULTIPLY", multiply)
-    monkeypatch.setattr(step_module, "DENSE_SAMPLE", sample)
+    monkeypatch.setattr(step_module, "MAX_DENSITY_STEP", multiply)
+    monkeypatch.setattr(step_module, "MAX_DENSITY_STEP_SAMPLED", sample)
 
 
 every_product = pytest.mark.parametrize("products", PRODUCTS, indirect=True)

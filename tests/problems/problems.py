@@ -20,6 +20,7 @@ from torch import Tensor
 from lottery_sparse import ops
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.masked import reference
+from lottery_sparse.ops.masked.arguments import Geometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DENSITIES = (0.0, 0.03, 0.5, 1.0)
@@ -256,7 +257,7 @@ def rounds_once(dtype: torch.dtype) -> bool:
     w = torch.tensor([4096.0, 1.0, -4096.0]).to(dtype).view(1, 1, 1, 3)
     dx, _ = reference.conv2d_backward(
         torch.ones(1, 1, 1, 3, dtype=dtype), torch.ones(1, 1, 1, 5, dtype=dtype), w,
-        [1, 1], [0, 0], [1, 1], 1, True, False,
+        Geometry([1, 1], [0, 0], [1, 1], 1), True, False,
     )  # fmt: skip
     return dx[0, 0, 0, 2].item() == 1
 

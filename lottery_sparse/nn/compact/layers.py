@@ -56,7 +56,7 @@ class CompactLinear(Compact, nn.Linear):
             self._derived.kept,
             effective,
             own["bias"] if "bias" in own else self.bias,  # noqa: SIM401, which asks both
-            self.zero,
+            self._buffers["weight_frozen"] is None,  # `zero`, without a call
             self.products,
         )
 

@@ -11,6 +11,8 @@ _ops = torch.ops.lottery_sparse_native
 
 
 def pack_mask(mask: Tensor) -> Tensor:
+    if mask.dim() == 2:
+        return _ops.pack_mask(mask)
     bits = _ops.pack_mask(_as_rows(mask))
     return bits.view(mask.shape[:-1] + bits.shape[-1:])
 

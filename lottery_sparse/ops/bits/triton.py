@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits import reference
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.tiles import aligned
 
 _WORDS = 256  # of a program
@@ -46,6 +48,15 @@ def _move(
         tl.store(mask + at, ((held[:, None] >> j[None, :]) & 1).to(tl.uint8), mask=inside)
 
 
+def _why_not_pack(mask: Tensor) -> str | None:
+    return limits.why_not((), longest=mask.shape[-1])
+
+
+def _why_not_unpack(bits: Tensor, columns: int) -> str | None:
+    return limits.why_not((), longest=columns)
+
+
+@dispatch.limited(_why_not_pack)
 def pack_mask(mask: Tensor) -> Tensor:
     """[..., K] bool -> [..., W] int32: bit j of word w is column 32 w + j; spare bits are 0."""
     words = reference.words_per_row(mask.shape[-1])
@@ -54,6 +65,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     return bits
 
 
+@dispatch.limited(_why_not_unpack)
 def unpack_mask(bits: Tensor, columns: int) -> Tensor:
     """[..., W] int32 -> [..., columns] bool, the inverse of `pack_mask`."""
     mask = bits.new_empty((*bits.shape[:-1], columns), dtype=torch.bool)

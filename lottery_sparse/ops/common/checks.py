@@ -111,17 +111,15 @@ def check_masked(
         raise ValueError("frozen values are constants, got one that requires grad; detach it.")
     for name, value in (("weight", weight), ("bias", bias), ("frozen", frozen)):
         check_like_x(name, value, x)
-    for name, value in (("mask", mask), ("signs", signs)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+    check_devices(x, mask=mask, signs=signs)
 
 
 def check_bits(
     name: str, bits: Tensor, weight: Tensor, rank: int, meaning: str, packed_only: bool = False
 ) -> None:
-    rows = tuple(weight.shape[: weight.dim() - rank + 1])
-    packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
     if bits.dtype == torch.int32:
+        rows = tuple(weight.shape[: weight.dim() - rank + 1])
+        packed = rows + (words_per_row(weight.shape[1 - rank :].numel()),)
         if tuple(bits.shape) != packed:
             raise ValueError(
                 f"packed {name} has shape {tuple(bits.shape)}, but weight "
@@ -140,11 +138,34 @@ def check_bits(
         )
 
 
+def check_x_of_linear(name: str, weight: Tensor, x: Tensor) -> None:
+    """The shape of x, for a weight [N, K] or [E, N, K] that users know under this name."""
+    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but {name} {tuple(weight.shape)} "
+            f"needs [..., {weight.shape[-1]}]."
+        )
+    networks = weight.shape[0]
+    if weight.dim() == 3 and (x.dim() not in (2, 3) or x.shape[:-2] not in ((), (networks,))):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but {networks} networks side by side need "
+            f"[B, K], shared, or [{networks}, B, K]."
+        )
+
+
+def check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    """By the names of the tensors; None is on every device."""
+    for name, value in tensors.items():
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+
+
 def check_like_x(name: str, value: Tensor | None, x: Tensor) -> None:
+    """Device and dtype."""
     if value is None:
         return
     if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+        check_devices(x, **{name: value})
     if value.dtype != x.dtype and not autocasts(x.device.type):
         raise ValueError(
             f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."

@@ -1,158 +1,71 @@
-"""What masked_linear and masked_conv2d share: kernel, gradients, vmap and autocast.
-
-Both compute y = product(x, where(m, w, f)) + b with the arguments
-
-    forward   (x, weight, mask, bias, frozen, signs, *rest) -> y
-    backward  (dy, x, weight, mask, frozen, signs, *rest, need_dx, need_dw) -> (dx, dw)
-
-where an output that is not needed is empty, [0]. The product is bilinear in x and the effective
-weight, so the gradients of its gradients are these two ops again, to any order.
-"""
+"""The vmap rules of products of x and a weight, and what their classes share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.autograd import Differentiable
-from lottery_sparse.ops.common.checks import AUTOCAST_KEYS
-from lottery_sparse.ops.common.torch_private import below
 from lottery_sparse.ops.limits import rounds
 
 
-def register(stem: str, rank: int, bias_dims: tuple[int, ...]) -> Differentiable:
-    """Give the defined ops `stem` and `stem`_backward everything but their schema.
+class Product(Differentiable):
+    """y = product(x, weight under a mask) + b.
 
     Args:
-        stem: name of the forward op.
+        stem: name of the op, defined with its backward, `stem`_backward.
         rank: dimensions of one weight and of one x.
-        bias_dims: the dimensions of y that the bias does not have.
-
-    Returns:
-        the differentiable forward function.
-    """
-    name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
-    torch.library.register_fake(name, dispatch.function(stem, "reference"))
-    torch.library.register_fake(name_backward, dispatch.function(f"{stem}_backward", "reference"))
-
-    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, mask, _, frozen, signs, *ctx.rest = inputs
-        ctx.save_for_backward(x, weight, mask, frozen, signs)
-
-    def gradients(ctx: Any, dy: Tensor) -> tuple:
-        need_dx, need_dw, _, need_db, *_ = ctx.needs_input_grad
-        dx = dw = None
-        if need_dx or need_dw:
-            dx, dw = backward(dy, *ctx.saved_tensors, *ctx.rest, need_dx, need_dw)
-        return (
-            dx if need_dx else None,
-            dw if need_dw else None,
-            None,
-            dy.sum(bias_dims) if need_db else None,
-            *(None,) * (2 + len(ctx.rest)),  # frozen, signs
-        )
-
-    def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.asked_dx, ctx.asked_dw = inputs
-        ctx.save_for_backward(*tensors[:6])
-        ctx.rest = tensors[6:]
-
-    def second_gradients(ctx: Any, ddx: Tensor, ddw: Tensor) -> tuple:
-        dy, x, weight, mask, frozen, signs = ctx.saved_tensors
-        need_dy, need_x, need_w = ctx.needs_input_grad[:3]
-        g_dy = g_x = g_w = None
-        if need_dy and ctx.asked_dx:
-            g_dy = forward(ddx, weight, mask, None, frozen, signs, *ctx.rest)
-        if need_dy and ctx.asked_dw:
-            through_dw = forward(x, ddw, mask, None, None, None, *ctx.rest)
-            g_dy = through_dw if g_dy is None else g_dy + through_dw
-        if need_x and ctx.asked_dw:
-            g_x, _ = backward(dy, x, ddw, mask, None, None, *ctx.rest, True, False)
-        if need_w and ctx.asked_dx:
-            _, g_w = backward(dy, ddx, weight, mask, None, None, *ctx.rest, False, True)
-        # mask, frozen, signs, need_dx, need_dw
-        return (g_dy, g_x, g_w, *(None,) * (5 + len(ctx.rest)))
-
-    forward = Differentiable(
-        stem, save, gradients, partial(vmap_forward, rank, 6), cast=cast_all_of
-    )
-    backward = Differentiable(
-        f"{stem}_backward", save_backward, second_gradients, partial(vmap_backward, rank, 6)
-    )
-    register_autocast(name, getattr(torch.ops.lottery_sparse, stem).default)
-    return forward
-
-
-def register_autocast(name: str, op: Callable, cast_all: Callable | None = None) -> None:
-    """Under torch.autocast every floating tensor is cast to the autocast dtype, as F.linear's."""
-    cast_all = cast_all or cast_all_of
-    for device, key in AUTOCAST_KEYS.items():
-
-        def cast(*args: Any, device: str = device, key: str = key) -> Any:
-            with below(key):
-                return op(*cast_all(args, device))
-
-        torch.library.impl(name, key, cast)
-
-
-def cast_all_of(args: tuple, device: str) -> tuple:
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(cast_one(a, device, dtype) for a in args)
-
-
-def cast_one(value: Any, device: str, dtype: torch.dtype) -> Any:
-    eligible = (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.device.type == device
-        and value.dtype != torch.float64
-    )
-    return value.to(dtype) if eligible else value
-
-
-def vmap_forward(rank: int, tensors: int, op: Callable) -> Callable:
-    """The vmap rule of op(x, weight, mask, bias, frozen, signs, *rest) -> y.
-
-    tensors: x, and after it all that a network has of its own, the first like its weight.
+        backward: the class of the backward.
+        tensors: how many tensors come first, for `vmap`: x, and all that a network has of its own.
     """
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
-        size, dims = info.batch_size, in_dims[:tensors]
+    casts = True
+
+    def __init__(self, stem: str, rank: int, backward: type[ProductBackward], tensors: int = 0):
+        super().__init__(stem)
+        self.rank, self.tensors = rank, tensors
+        self.backward = backward(stem, self)
+        self.bias_dims = (-2,) if rank == 2 else (-4, -2, -1)  # of y, that the bias does not have
+
+    def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        """Of (x, *network, *rest) -> y; the first of a network is like its weight."""
+        size, rank, tensors = info.batch_size, self.rank, self.tensors
+        dims = in_dims[:tensors]
         x, *network = (_front(a, d) for a, d in zip(args[:tensors], dims, strict=True))
         rest = args[tensors:]
         if all(d is None for d in dims[1:]):  # one network, more inputs: a larger batch
             batch_dim = x.dim() - rank  # x: [V, B, …] or [V, E, B, …]
             x = x.movedim(0, batch_dim - 1)
-            y = op(x.flatten(batch_dim - 1, batch_dim), *network, *rest)
+            y = self(x.flatten(batch_dim - 1, batch_dim), *network, *rest)
             return y.unflatten(y.dim() - rank, (size, -1)), y.dim() - rank
         network = [_batched(a, d, size) for a, d in zip(network, dims[1:], strict=True)]
         inner = network[0].dim() - rank - 1  # 1 if each vmapped weight is replicated already
         if dims[0] is None and (x.dim() == rank):
-            y = op(x, *(_fold(a, inner) for a in network), *rest)
+            y = self(x, *(_fold(a, inner) for a in network), *rest)
         else:
             x = _expanded(x, dims[0], size, network[0], rank, inner)
-            y = op(_fold(x, inner), *(_fold(a, inner) for a in network), *rest)
+            y = self(_fold(x, inner), *(_fold(a, inner) for a in network), *rest)
         return (y.unflatten(0, (size, -1)) if inner else y), 0
 
-    return rule
 
+class ProductBackward(Differentiable):
+    """The backward of a product. An output that is not needed is empty, [0]."""
 
-def vmap_backward(rank: int, tensors: int, op: Callable) -> Callable:
-    """The vmap rule of op(dy, x, weight, mask, frozen, signs, *rest) -> (dx, dw, ...).
+    def __init__(self, stem: str, forward: Product):
+        super().__init__(f"{stem}_backward")
+        self.product = forward
 
-    tensors: dy and x, and after them as above.
+    def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple]:
+        """Of (dy, x, *network without its bias, *rest) -> (dx, ...).
 
-    Everything is expanded to one network per vmapped element: each wants its own gradients.
-    """
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, ...], tuple]:
-        size, dims = info.batch_size, in_dims[:tensors]
+        Everything is expanded to one network per vmapped element: each wants its own gradients.
+        """
+        size, rank, tensors = info.batch_size, self.product.rank, self.product.tensors
+        dims = in_dims[:tensors]
         dy, x, *network = (_front(a, d) for a, d in zip(args[:tensors], dims, strict=True))
+        rest = args[tensors:]
         network = [_batched(a, d, size) for a, d in zip(network, dims[2:], strict=True)]
         inner = network[0].dim() - rank - 1
         shared = inner and x.dim() == rank + (dims[1] is not None)
@@ -160,18 +73,18 @@ def vmap_backward(rank: int, tensors: int, op: Callable) -> Callable:
         x = _expanded(x, dims[1], size, network[0], rank, inner)
         if shared and rounds(dy):  # the op sums dx over its networks, then rounds
             each = [
-                op(dy[i], x[i, 0], *(None if a is None else a[i] for a in network), *args[tensors:])
+                self(
+                    dy[i], x[i, 0], *(None if a is None else a[i] for a in network), *args[tensors:]
+                )
                 for i in range(size)
             ]
             return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
-        grads = op(*(_fold(a, inner) for a in (dy, x, *network)), *args[tensors:])
+        grads = self(*(_fold(a, inner) for a in (dy, x, *network)), *rest)
         dx, *others = (g.unflatten(0, (size, -1)) if inner and g.dim() > 1 else g for g in grads)
         if shared and dx.dim() > 1:
             dx = dx.sum(1)
         # an output that was not asked for is empty and has no vmapped dimension
         return (dx, *others), tuple(0 if g.dim() > 1 else None for g in (dx, *others))
-
-    return rule
 
 
 def _front(value: Any, dim: int | None) -> Any:

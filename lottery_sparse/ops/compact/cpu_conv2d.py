@@ -3,142 +3,101 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
-from lottery_sparse.ops.compact import reference as compact_reference
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact import reference
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.limits import (
+    FEW_IMAGES,
+    MANY_LINES,
+    MOST_LINES,
+    MOST_STRIDE,
+    kept_share,
+    kernels_take,
+    max_density,
+)
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward
 
 _ops = torch.ops.lottery_sparse_native
 
 
-def kept_conv2d(
-    x: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    bias: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """y of kept `values` [C] or [E, C] at lists of the mask [O, I / groups · kh · kw].
-
-    x: [B, I, H, W] (shared by the networks) or [E, B, I, H, W]; y is channels_last where x is.
-    """
-    last = _channels_last(x)
-    y = _ops.compact_conv2d(
-        _inner(x, last), values, starts, columns, bias,
-        kernel_size, stride, padding, dilation, groups, last,
-    )  # fmt: skip
-    return _outer(y, last)
+def why_not(a: CompactArgs, dy: Tensor | None = None, *rest: Any) -> str | None:
+    found = {str(t.dtype) for t in (a.x, a.values, a.bias, dy) if t is not None}
+    if found != {"torch.float32"}:
+        return f"its kernels run float32, got {' and '.join(sorted(found))}."
+    stride = tuple(a.geometry.stride)
+    if not kernels_take(stride):
+        return f"its kernels take strides of up to {MOST_STRIDE} pixels, got {stride}."
+    if _lines(a) > MOST_LINES:
+        return f"x has shape {tuple(a.x.shape)}, whose padded images are too large for its kernels."
+    return None
 
 
-def kept_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dvalues: bool,
-    need_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dvalues, dbias), empty where not needed; dx is summed over networks for a shared x."""
-    last = _channels_last(x)
-    dx, dvalues, dbias = _ops.compact_conv2d_backward(
-        _inner(dy, last), _inner(x, last), values,
-        starts, columns, column_starts, rows, positions,
-        kernel_size, stride, padding, dilation, groups, last,
-        need_dx, need_dvalues, need_dbias,
-    )  # fmt: skip
-    return _outer(dx, last) if need_dx else dx, dvalues, dbias
+def is_faster(a: CompactArgs, *backward: Any) -> bool:
+    if a.x.shape[-4] < FEW_IMAGES and _lines(a) > MANY_LINES:
+        return False
+    return kept_share(a.kept.starts, a.effective) <= max_density(a.effective)
 
 
-def compact_conv2d(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    """y, and nothing to carry.
+def _lines(a: CompactArgs) -> int:
+    """What packing takes of x or dy at most: `lines_fit` of csrc/conv2d/sparse_conv2d.cpp."""
+    stride, padding, dilation, groups = a.geometry
+    image, (o, i, *kernel) = a.x.shape[-2:], a.effective.shape[-4:]
+    lines = max(o, i * groups)
+    for n, p, k, d, s in zip(image, padding, kernel, dilation, stride, strict=True):
+        lines *= n + 2 * p + k * d + 16 * s
+    return lines
+
+
+@dispatch.limited(why_not, is_faster)
+def compact_conv2d(a: CompactArgs) -> tuple[Tensor, Tensor]:
+    """y, channels_last where x is, and nothing to carry.
 
     Dense where nothing can be skipped: pruned weights hold other values than zero, or x holds NaN
     or Inf, which make NaN of a pruned weight's zero.
     """
-    geometry = stride, padding, dilation, groups
-    if zero and not _finite(x):
-        lists = starts, columns, column_starts, rows, positions
-        return compact_reference.compact_conv2d(x, values, bias, effective, *lists, zero, *geometry)
-    if zero:
-        kernel_size = list(effective.shape[-2:])
-        y = kept_conv2d(x, values, starts, columns, bias, kernel_size, *geometry)
-    else:
-        y = conv2d(x, effective, bias, *geometry)
-    return y, x.new_empty(0)
+    if a.zero and not _finite(a.x):
+        return reference.compact_conv2d(a)
+    if not a.zero:
+        return conv2d(a.x, a.effective, a.bias, a.geometry), a.x.new_empty(0)
+    last = _channels_last(a.x)
+    y = _ops.compact_conv2d(
+        _inner(a.x, last), a.values, a.kept.starts, a.kept.columns, a.bias,
+        a.effective.shape[-2:], *a.geometry, last,
+    )  # fmt: skip
+    return _outer(y, last), a.x.new_empty(0)
 
 
+@dispatch.limited(why_not, is_faster)
 def compact_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dv: bool,
-    carried: Tensor | None,
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    geometry = stride, padding, dilation, groups
-    if not _finite(dy, x):  # in products with pruned weights, and with the zeros of a padding
-        lists = starts, columns, column_starts, rows, positions
-        args = dy, x, values, effective, *lists, zero, *geometry, need_dx, need_dv, carried
-        return compact_reference.compact_conv2d_backward(*args)
-    sparse_dx = need_dx and zero
+    """dx, summed over networks for a shared x, and dvalues; empty where not needed."""
+    x = a.x
+    # NaN and Inf count in products with pruned weights, and with the zeros of a padding
+    if not (_finite(dy) and _finite(x)):
+        return reference.compact_conv2d_backward(a, dy, need_dx, need_dv)
+    sparse_dx = need_dx and a.zero
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or need_dv:
-        dx, dv, _ = kept_conv2d_backward(
-            dy, x, values, starts, columns, column_starts, rows, positions,
-            list(effective.shape[-2:]), *geometry, sparse_dx, need_dv, False,
+        last = _channels_last(x)
+        dx, dv, _ = _ops.compact_conv2d_backward(
+            _inner(dy, last), _inner(x, last), a.values, *a.kept,
+            a.effective.shape[-2:], *a.geometry, last, sparse_dx, need_dv, False,
         )  # fmt: skip
-    if need_dx and not zero:
-        dx, _ = conv2d_backward(dy, x, effective, *geometry, True, False)
+        dx = _outer(dx, last) if sparse_dx else dx
+    if need_dx and not a.zero:
+        dx, _ = conv2d_backward(dy, x, a.effective, a.geometry, True, False)
     return dx, dv
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether no number is NaN or Inf: one pass. Sums that overflow count as not finite, too."""
-    return all(math.isfinite(float(t.sum())) for t in tensors)
+def _finite(t: Tensor) -> bool:
+    """Whether no number is NaN or Inf: one pass. A sum that overflows counts as not finite, too."""
+    return math.isfinite(float(t.sum()))
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -11,52 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lottery_sparse.ops.compact import reference as compact_reference
-from lottery_sparse.ops.limits import rounds
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact import reference
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.limits import GPU_DTYPES, rounds
 
 _ops = torch.ops.lottery_sparse_cuda
 
-OPS = ("compact_linear", "compact_linear_backward", "scatter_kept_")
 MOST_NETWORKS = 65535  # dimension y of a grid
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def compact_linear(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-) -> tuple[Tensor, Tensor]:
+def why_not(
+    a: CompactArgs, dy: Tensor | None = None, need_dx: bool = True, *rest: Any
+) -> str | None:
+    tensors = {"x": a.x, "dy": dy, "values": a.values, "bias": a.bias}
+    why = _why_not_tensors(a.values, tensors)
+    if why is not None:
+        return why
+    others = {t.dtype for t in tensors.values() if t is not None} - {a.values.dtype}
+    if others:
+        return (
+            f"its kernels take all tensors in one dtype, got {a.values.dtype} and {others.pop()}."
+        )
+    if not a.zero and need_dx:
+        return "its kernels take weights whose pruned entries are zero, got frozen values."
+    return None
+
+
+def _why_not_tensors(values: Tensor, tensors: dict[str, Tensor | None]) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in GPU_DTYPES:
+            return f"its kernels take {name} as float32, float16 or bfloat16, got {tensor.dtype}."
+    if values.dim() == 2 and len(values) > MOST_NETWORKS:
+        return f"its kernels take up to {MOST_NETWORKS} networks, got {len(values)}."
+    return None
+
+
+@dispatch.limited(why_not)
+def compact_linear(a: CompactArgs) -> tuple[Tensor, Tensor]:
     """(y, packed x)."""
-    return _ops.compact_linear(x, values, starts, columns, bias)
+    return _ops.compact_linear(a.x, a.values, a.kept.starts, a.kept.columns, a.bias)
 
 
+@dispatch.limited(why_not)
 def compact_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    need_dx: bool,
-    need_dv: bool,
-    carried: Tensor | None,
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues, both from the kept entries."""
+    x, values = a.x, a.values
     if carried is None or carried.numel() == 0:
         carried = _ops.pack_panels(x) if need_dv else x.new_empty(0)
     shared = x.dim() == 2
-    lists = starts, columns, column_starts, rows, positions, shared
+    lists = *a.kept, shared
     together = shared and dy.dim() == 3
     apart = need_dx and together and rounds(dy)  # dx of each network in float32
     dx, dv = _ops.compact_linear_backward(
@@ -64,39 +70,18 @@ def compact_linear_backward(
     )
     if apart:
         wide = dy.float(), x.new_empty(0), values.float(), *lists, True, False
-        dx = _ops.compact_linear_backward(*wide)[0]
+        dx, _ = _ops.compact_linear_backward(*wide)
     return dx.sum(0).to(dy.dtype) if need_dx and together else dx, dv
 
 
+def _why_not_scatter(effective: Tensor, values: Tensor, *lists: Tensor) -> str | None:
+    return _why_not_tensors(values, {"effective": effective, "values": values})
+
+
+@dispatch.limited(_why_not_scatter)
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
     """Write kept values [C] or [E, C] into the effective weight."""
     if effective.is_contiguous():
         _ops.scatter_kept_(effective, values, starts, columns)
     else:  # channels last: the columns count otherwise
-        compact_reference.scatter_kept_(effective, values, starts, columns)
-
-
-def refuses(op: str, *args: Any) -> str | None:
-    """Why `op` cannot run with these arguments on any device; None if it can."""
-    if op == "scatter_kept_":
-        effective, values = args[:2]
-        tensors = {"effective": effective, "values": values}
-    elif op == "compact_linear":
-        x, values, bias, zero = *args[:3], args[9]
-        tensors = {"x": x, "values": values, "bias": x if bias is None else bias}
-    else:
-        dy, x, values, zero = *args[:3], args[9] or not args[10]
-        tensors = {"x": x, "dy": dy, "values": values}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            return f"its kernels take {name} as float32, float16 or bfloat16, got {tensor.dtype}."
-    if values.dim() == 2 and len(values) > MOST_NETWORKS:
-        return f"its kernels take up to {MOST_NETWORKS} networks, got {len(values)}."
-    if op == "scatter_kept_":
-        return None
-    others = {t.dtype for t in tensors.values()} - {values.dtype}
-    if others:
-        return f"its kernels take all tensors in one dtype, got {values.dtype} and {others.pop()}."
-    if not zero:
-        return "its kernels take weights whose pruned entries are zero, got frozen values."
-    return None
+        reference.scatter_kept_(effective, values, starts, columns)

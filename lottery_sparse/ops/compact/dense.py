@@ -3,58 +3,52 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lottery_sparse.ops.compact import reference as compact_reference
-from lottery_sparse.ops.limits import may_lag
+from lottery_sparse.ops.compact import reference
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.compact.reference import filled
+from lottery_sparse.ops.compact.reference import scatter_kept_ as scatter_kept_
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear, linear_backward
 
 
-def compact_linear(
-    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept: Any
-) -> tuple[Tensor, Tensor]:
-    return linear(x, _filled(values, effective, *kept), bias), x.new_empty(0)
+def compact_linear(a: CompactArgs) -> tuple[Tensor, Tensor]:
+    """y, and nothing to carry to the backward."""
+    return linear(a.x, filled(a), a.bias), a.x.new_empty(0)
 
 
 def compact_linear_backward(
-    dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_needs: Any
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    *kept, need_dx, need_dv, _ = kept_and_needs
-    w = _filled(values, effective, *kept) if need_dx else effective
-    dx, dw = linear_backward(dy, x, w, need_dx, need_dv)
-    return dx, _gather(dw, *kept[:2]) if need_dv else dw
+    """dx and dvalues; empty where not needed."""
+    w = filled(a) if need_dx else a.effective
+    dx, dw = linear_backward(dy, a.x, w, need_dx, need_dv)
+    return dx, _gathered(dw, a) if need_dv else dw
 
 
-def compact_conv2d(
-    x: Tensor, values: Tensor, bias: Tensor | None, effective: Tensor, *kept_and_geometry: Any
-) -> tuple[Tensor, Tensor]:
-    kept, geometry = kept_and_geometry[:6], kept_and_geometry[6:]
-    w = _filled(values, effective, *kept, stride=geometry[0])
-    y = conv2d(x, w, bias, *geometry)
-    return y, x.new_empty(0)
+def compact_conv2d(a: CompactArgs) -> tuple[Tensor, Tensor]:
+    """y, and nothing to carry to the backward."""
+    return conv2d(a.x, filled(a), a.bias, a.geometry), a.x.new_empty(0)
 
 
 def compact_conv2d_backward(
-    dy: Tensor, x: Tensor, values: Tensor, effective: Tensor, *kept_and_geometry: Any
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    kept, (*geometry_and_needs, _) = kept_and_geometry[:6], kept_and_geometry[6:]
-    need_dx, need_dv = geometry_and_needs[-2:]
-    w = _filled(values, effective, *kept, stride=geometry_and_needs[0]) if need_dx else effective
-    dx, dw = conv2d_backward(dy, x, w, *geometry_and_needs)
-    return dx, _gather(dw, *kept[:2]) if need_dv else dw
+    """dx and dvalues; empty where not needed."""
+    w = filled(a) if need_dx else a.effective
+    dx, dw = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dv)
+    return dx, _gathered(dw, a) if need_dv else dw
 
 
-def _gather(dw: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
+def _gathered(dw: Tensor, a: CompactArgs) -> Tensor:
     if dw.is_cuda and _has_triton(dw.device):  # one launch instead of ten
         from lottery_sparse.ops.compact.triton import gather_kept
-
-        return gather_kept(dw, starts, columns)
-    return compact_reference.gather_kept(dw, starts, columns)
+    else:
+        gather_kept = reference.gather_kept
+    return gather_kept(dw, a.kept.starts, a.kept.columns)
 
 
 @cache
@@ -64,14 +58,3 @@ def _has_triton(device: torch.device) -> bool:
     from lottery_sparse.ops.triton.limits import fails_on
 
     return fails_on(device) is None
-
-
-def _filled(values: Tensor, effective: Tensor, *kept: Any, stride: Sequence[int] = ()) -> Tensor:
-    starts, columns, *_, zero = kept
-    if may_lag(effective, starts, zero, stride):
-        return compact_reference.kept_weight(values, effective, starts, columns)
-    return effective.to(values.dtype)
-
-
-def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
-    compact_reference.scatter_kept_(effective, values, starts, columns)

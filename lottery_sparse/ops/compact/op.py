@@ -2,34 +2,41 @@
 
 Both compute y = product(x, W) + b, where W holds `values` at the entries that `kept` lists and is
 `effective` elsewhere. `effective` must hold the values too: implementations read whichever of the
-two is the faster one. The arguments of the registered ops:
+two is the faster one. The registered ops:
 
     forward   (x, values, bias, effective, *kept, zero, *rest) -> y
     backward  (dy, x, values, effective, *kept, zero, *rest, need_dx, need_dv) -> (dx, dvalues)
 
-Under autocast `effective` stays in its dtype: kernels do not read it, others convert it.
 `kept` is five tensors (`compact.KeptLists`); `zero` says that effective is 0 wherever no kept entry
-is. Backends have the same functions with one more result, or argument: what the forward carries to
-the backward (the packed x) where autograd calls them directly, empty otherwise.
+is. Under autocast `effective` stays in its dtype: kernels do not read it, others convert it. A
+kernel of the forward has one more result, the packed x or nothing, which autograd carries to the
+kernel of the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common.autograd import Differentiable
-from lottery_sparse.ops.common.checks import autocasts
+from lottery_sparse.ops.common.autograd import cast_all_of
+from lottery_sparse.ops.common.checks import (
+    autocasts,
+    check_devices,
+    check_like_x,
+    check_x_of_linear,
+)
 from lottery_sparse.ops.common.eager import eager
-from lottery_sparse.ops.common.product import cast_all_of, register_autocast
-from lottery_sparse.ops.compact import reference
+from lottery_sparse.ops.common.product import Product, ProductBackward
+from lottery_sparse.ops.compact import arguments, reference
 from lottery_sparse.ops.compact.kept import KeptLists
 from lottery_sparse.ops.compact.lists import check_kept, once, readable
+from lottery_sparse.ops.limits import CompactLimits
+from lottery_sparse.ops.masked.arguments import GEOMETRY
 from lottery_sparse.ops.masked.conv2d import Pair, as_pair
 
 
@@ -69,18 +76,7 @@ def compact_linear(
         RuntimeError: in a backward, a list that does not fit.
     """
     _check(x, values, kept, effective, bias, rank=2)
-    if x.dim() == 0 or x.shape[-1] != effective.shape[-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but effective {tuple(effective.shape)} "
-            f"needs [..., {effective.shape[-1]}]."
-        )
-    if effective.dim() == 3 and (
-        x.dim() not in (2, 3) or x.shape[:-2] not in ((), values.shape[:1])
-    ):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but {len(values)} networks side by side need "
-            f"[B, K], shared, or [{len(values)}, B, K]."
-        )
+    check_x_of_linear("effective", effective, x)
     return _checked(linear, 2, x, values, kept, effective, bias, zero)
 
 
@@ -95,11 +91,10 @@ def linear(
 ) -> Tensor:
     """`compact_linear` without checks, for layers that hold what fits together."""
     args = (values, bias, effective, *kept, zero)
-    if not torch.compiler.is_compiling() and not dispatch.overrides:
-        node = _node()
+    if not is_dynamo_compiling() and not dispatch.overrides:
+        node = eager()
         if node is not None:
-            call, limits = node
-            y = call(x, *args, *limits[products])
+            y = node.compact_linear(x, *args, *LIMITS[products])
             if y is not None:  # [B, K] or [E, B, K], float32 on the CPU, and nobody watches ops
                 return y
     if values.device != x.device:
@@ -115,19 +110,12 @@ def linear(
     return y.view(x.shape[:-1] + (effective.shape[0],))
 
 
-@cache
-def _node() -> tuple[Callable, dict[str, tuple[float, ...]]] | None:
-    """The compact linear layer of csrc/linear/eager.cpp, if it is built.
-
-    Also returns, per value of `layer.products`, three density limits of the sparse kernels: for
-    forward and dx; for both at shapes where they are fast, or dense is slow; and for dvalues.
-    """
-    module = eager()
-    if module is None:
-        return None
-    limits = dispatch.rules_of("cpu")
-    table = limits.MAX_DENSITY_COMPACT, limits.MAX_DENSITY_QUICK, limits.MAX_DENSITY_SAMPLED
-    return module.compact_linear, {"auto": table, "sparse": (1.0,) * 3, "dense": (-1.0,) * 3}
+# by `layer.products`
+LIMITS = {
+    "auto": CompactLimits(),
+    "sparse": CompactLimits(product=1.0, quick=1.0, sampled=1.0),
+    "dense": CompactLimits(product=-1.0, quick=-1.0, sampled=-1.0),
+}
 
 
 def compact_conv2d(
@@ -246,19 +234,11 @@ def _check(
     if effective.requires_grad:
         raise ValueError("effective is a constant, got one that requires grad; detach it.")
     for name, value in (("values", values), ("effective", effective), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
-        if value.dtype != x.dtype and not autocasts(x.device.type):
-            raise ValueError(
-                f"{name} is {value.dtype}, but x is {x.dtype}; convert one, or use torch.autocast."
-            )
+        if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
+            check_like_x(name, value, x)
     for name, numbers in zip(KeptLists._fields, kept, strict=True):
         if numbers.device != x.device:
-            raise ValueError(
-                f"kept.{name} is on {numbers.device}, but x is on {x.device}; move one."
-            )
+            check_devices(x, **{f"kept.{name}": numbers})
         if numbers.dtype not in _LISTED[name]:
             raise ValueError(
                 f"kept.{name} is {numbers.dtype}, not {_LISTED[name][0]}; use KeptLists.of."
@@ -282,118 +262,119 @@ def _checked(op: Callable, rank: int, x: Tensor, values: Tensor, kept: KeptLists
 
 
 def _check_lists(*args: Any) -> None:
-    check_kept(KeptLists(*args[:5]), *args[5:])
+    *lists, rows, columns = args
+    check_kept(KeptLists(*lists), rows, columns)
 
 
 _KEPT = "Tensor starts, Tensor columns, Tensor column_starts, Tensor rows, Tensor positions"
-_GEOMETRY = ", SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
 
-def _register(stem: str, rest: str, bias_dims: tuple[int, ...]) -> Differentiable:
-    """Define the op `stem` and its backward; returns the differentiable function."""
-    name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
-    common = f"Tensor values, {{}}Tensor effective, {_KEPT}, bool zero{rest}"
-    torch.library.define(name, f"(Tensor x, {common.format('Tensor? bias, ')}) -> Tensor")
+def _define(stem: str, rank: int, geometry: str = "") -> CompactProduct:
+    """Define an op and its backward; returns what calls it."""
+    common = f"Tensor values, {{}}Tensor effective, {_KEPT}, bool zero{geometry}"
     torch.library.define(
-        name_backward,
+        f"lottery_sparse::{stem}", f"(Tensor x, {common.format('Tensor? bias, ')}) -> Tensor"
+    )
+    torch.library.define(
+        f"lottery_sparse::{stem}_backward",
         f"(Tensor dy, Tensor x, {common.format('')}, bool need_dx, bool need_dv) "
         "-> (Tensor, Tensor)",
     )
-    op = getattr(torch.ops.lottery_sparse, stem).default
+    return CompactProduct(stem, rank, CompactBackward)
 
-    def carrying(*args: Any) -> tuple[Tensor, Tensor]:
-        return dispatch.kernel(stem, args[0].device, args)(*args)
 
-    def run(*args: Any) -> Tensor:
-        return carrying(*args)[0]
+class CompactProduct(Product):
+    def run(self, *args: Any) -> Tensor:
+        y, _ = super().run(*args)
+        return y
 
-    def run_backward(*args: Any, carried: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return dispatch.kernel(f"{stem}_backward", args[0].device, args)(*args, carried)
+    def fake(self, *args: Any) -> Tensor:
+        y, _ = super().fake(*args)
+        return y
 
-    torch.library.register_fake(name, lambda *args: getattr(reference, stem)(*args)[0])
-    torch.library.register_fake(
-        name_backward, lambda *args: getattr(reference, f"{stem}_backward")(*args, None)
-    )
+    def forward(self, ctx: Any, *args: Any) -> Tensor:
+        own = arguments.compact_linear(*args)
+        y, carried = dispatch.kernel(self.stem, args[0].device, own)(*own)
+        self.save(ctx, args, y, carried)
+        return y
 
-    def save(ctx: Any, inputs: tuple, output: Tensor, carried: Tensor | None = None) -> None:
-        x, values, _, effective, *lists = inputs[:9]
-        ctx.rest = inputs[9:]
+    def save(self, ctx: Any, inputs: tuple, output: Tensor, carried: Tensor | None = None) -> None:
+        x, values, _, effective, starts, columns, column_starts, rows, positions, *ctx.rest = inputs
+        lists = starts, columns, column_starts, rows, positions
         ctx.save_for_backward(x, values, effective, *lists, carried)
 
-    def gradients(ctx: Any, dy: Tensor) -> tuple:
-        need_dx, need_dv, need_db = ctx.needs_input_grad[:3]
+    def gradients(self, ctx: Any, dy: Tensor) -> tuple:
+        need_dx, need_dv, need_db, *_ = ctx.needs_input_grad
         *tensors, carried = ctx.saved_tensors
         dx = dv = None
         if need_dx or need_dv:
             args = (dy, *tensors, *ctx.rest, need_dx, need_dv)
             if carried is None or torch.is_grad_enabled():  # to be differentiated again
-                dx, dv = backward(*args)
+                dx, dv = self.backward(*args)
             else:
-                dx, dv = run_backward(*args, carried=carried)
+                own = arguments.compact_linear_backward(*args)
+                run = dispatch.kernel(f"{self.stem}_backward", dy.device, own)
+                dx, dv = run(*own, carried)
         return (
             dx if need_dx else None,
             dv if need_dv else None,
-            dy.sum(bias_dims) if need_db else None,
-            *(None,) * (6 + len(ctx.rest)),
+            dy.sum(self.bias_dims) if need_db else None,
+            *(None,) * (6 + len(ctx.rest)),  # effective and the lists
         )
 
-    def save_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.asked_dx, ctx.asked_dv = inputs
-        ctx.save_for_backward(*tensors[:9])
-        ctx.rest = tensors[9:]
+    def cast(self, args: tuple, device: str) -> tuple:
+        """All but `effective`, which most kernels do not read: those that do convert it."""
+        x, values, bias, *rest = args
+        return *cast_all_of((x, values, bias), device), *rest
 
-    def second_gradients(ctx: Any, ddx: Tensor, ddv: Tensor) -> tuple:
+    def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _one_by_one(self, info.batch_size, in_dims, args)
+
+
+class CompactBackward(ProductBackward):
+    def save(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.asked_dx, ctx.asked_dv = inputs
+        dy, x, values, effective, starts, columns, column_starts, rows, positions, *rest = tensors
+        ctx.zero, *ctx.geometry = rest
+        lists = starts, columns, column_starts, rows, positions
+        ctx.save_for_backward(dy, x, values, effective, *lists)
+
+    def gradients(self, ctx: Any, ddx: Tensor, ddv: Tensor) -> tuple:
         dy, x, values, effective, *lists = ctx.saved_tensors
-        zero, *rest = ctx.rest
-        need_dy, need_x, need_v = ctx.needs_input_grad[:3]
+        zero, geometry = ctx.zero, ctx.geometry
+        need_dy, need_x, need_v, *_ = ctx.needs_input_grad
         g_dy = g_x = g_v = None
         if ctx.asked_dv and (need_dy or need_x):  # the product is bilinear: the same ops, with ddv
-            change = reference.kept_weight(
-                ddv.detach(), torch.zeros_like(effective), lists[0], lists[1]
-            )
+            blank, kept = torch.zeros_like(effective), KeptLists(*lists)
+            change = reference.kept_weight(ddv.detach(), blank, kept.starts, kept.columns)
         if need_dy and ctx.asked_dx:
-            g_dy = forward(ddx, values, None, effective, *lists, zero, *rest)
+            g_dy = self.product(ddx, values, None, effective, *lists, zero, *geometry)
         if need_dy and ctx.asked_dv:
-            through_dv = forward(x, ddv, None, change, *lists, True, *rest)
+            through_dv = self.product(x, ddv, None, change, *lists, True, *geometry)
             g_dy = through_dv if g_dy is None else g_dy + through_dv
         if need_x and ctx.asked_dv:
-            g_x, _ = backward(dy, x, ddv, change, *lists, True, *rest, True, False)
+            g_x, _ = self(dy, x, ddv, change, *lists, True, *geometry, True, False)
         if need_v and ctx.asked_dx:
-            _, g_v = backward(dy, ddx, values, effective, *lists, zero, *rest, False, True)
-        return (g_dy, g_x, g_v, *(None,) * (9 + len(rest)))
+            _, g_v = self(dy, ddx, values, effective, *lists, zero, *geometry, False, True)
+        # effective, the lists, zero, need_dx, need_dv
+        return (g_dy, g_x, g_v, *(None,) * (9 + len(geometry)))
 
-    forward = Differentiable(
-        stem, save, gradients, _one_by_one, cast=_autocast_read, run=run, carrying=carrying
-    )
-    backward = Differentiable(
-        f"{stem}_backward", save_backward, second_gradients, _one_by_one, run=run_backward
-    )
-    register_autocast(name, op, _autocast_read)
-    return forward
+    def vmap(self, info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _one_by_one(self, info.batch_size, in_dims, args)
 
 
-def _autocast_read(args: tuple, device: str) -> tuple:
-    """All but `effective`, which most implementations do not read: those that do convert it."""
-    x, values, bias, *rest = args
-    return *cast_all_of((x, values, bias), device), *rest
-
-
-def _one_by_one(call: Callable) -> Callable:
+def _one_by_one(call: Callable, size: int, in_dims: tuple, args: tuple) -> tuple:
     """vmap as a loop: networks side by side have a dimension of their own."""
-
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        pairs = list(zip(args, in_dims, strict=True))
-        each = [
-            # of a list (stride, ...), in_dims has a list of None
-            call(*(a.select(d, i) if type(d) is int else a for a, d in pairs))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(each[0], tuple):
-            return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
-        return torch.stack(each), 0
-
-    return rule
+    pairs = list(zip(args, in_dims, strict=True))
+    each = [
+        # of a list (stride, ...), in_dims has a list of None
+        call(*(a.select(d, i) if type(d) is int else a for a, d in pairs))
+        for i in range(size)
+    ]
+    if isinstance(each[0], tuple):
+        return tuple(map(torch.stack, zip(*each, strict=True))), (0,) * len(each[0])
+    return torch.stack(each), 0
 
 
-_linear = _register("compact_linear", "", (-2,))
-_conv2d = _register("compact_conv2d", _GEOMETRY, (-4, -2, -1))
+_linear = _define("compact_linear", 2)
+_conv2d = _define("compact_conv2d", 4, GEOMETRY)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.limits import may_lag
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear, linear_backward
 
 
@@ -26,6 +28,13 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
     if w.dim() == 4 and not effective.is_contiguous():  # the layout decides on that of results
         w = w.clone(memory_format=last) if effective.is_contiguous(memory_format=last) else w
     return w
+
+
+def filled(a: CompactArgs) -> Tensor:
+    """The effective weight for a dense product, in its dtype."""
+    if may_lag(a.effective, a.kept.starts, a.zero, a.geometry.stride):
+        return kept_weight(a.values, a.effective, a.kept.starts, a.kept.columns)
+    return a.effective.to(a.values.dtype)
 
 
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
@@ -64,84 +73,31 @@ def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Te
     effective.copy_(kept_weight(values.to(effective.dtype), effective, starts, columns))
 
 
-def compact_linear(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-) -> tuple[Tensor, Tensor]:
+def compact_linear(a: CompactArgs) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b with W = `kept_weight`, and nothing to carry to the backward."""
-    return linear(x, kept_weight(values, effective, starts, columns), bias), x.new_empty(0)
+    return linear(a.x, _weight(a), a.bias), a.x.new_empty(0)
 
 
 def compact_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    need_dx: bool,
-    need_dv: bool,
-    carried: Tensor | None,
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx = dy W, summed over E for a shared x; dvalues = (dyᵀ x) at the kept entries."""
-    w = kept_weight(values, effective, starts, columns)
-    dx, dw = linear_backward(dy, x, w, need_dx, need_dv)
-    return dx, gather_kept(dw, starts, columns) if need_dv else dw
+    dx, dw = linear_backward(dy, a.x, _weight(a), need_dx, need_dv)
+    return dx, gather_kept(dw, a.kept.starts, a.kept.columns) if need_dv else dw
 
 
-def compact_conv2d(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> tuple[Tensor, Tensor]:
+def compact_conv2d(a: CompactArgs) -> tuple[Tensor, Tensor]:
     """Convolution with W = `kept_weight`, and nothing to carry to the backward."""
-    w = kept_weight(values, effective, starts, columns)
-    return conv2d(x, w, bias, stride, padding, dilation, groups), x.new_empty(0)
+    return conv2d(a.x, _weight(a), a.bias, a.geometry), a.x.new_empty(0)
 
 
 def compact_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dv: bool,
-    carried: Tensor | None,
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx through W, summed over E for a shared x; dvalues at the kept entries."""
-    w = kept_weight(values, effective, starts, columns)
-    dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dv)
-    return dx, gather_kept(dw, starts, columns) if need_dv else dw
+    dx, dw = conv2d_backward(dy, a.x, _weight(a), a.geometry, need_dx, need_dv)
+    return dx, gather_kept(dw, a.kept.starts, a.kept.columns) if need_dv else dw
+
+
+def _weight(a: CompactArgs) -> Tensor:
+    return kept_weight(a.values, a.effective, a.kept.starts, a.kept.columns)

@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lottery_sparse.ops.compact import reference as compact_reference
-from lottery_sparse.ops.limits import may_lag
-from lottery_sparse.ops.masked.reference import linear, linear_backward
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.compact.reference import filled
+from lottery_sparse.ops.limits import MAX_DENSITY_SAMPLED_TRITON
+from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear, linear_backward
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.linear_products import dw_tile
 from lottery_sparse.ops.triton.tiles import (
     Parts,
@@ -28,9 +31,6 @@ from lottery_sparse.ops.triton.tiles import (
     precision,
     tile_of_grid,
 )
-
-# Share of slots up to which dvalues come from the tiles; above, dW is the library's, gathered.
-MAX_DENSITY_SAMPLED = 0.5
 
 
 @triton.jit
@@ -140,48 +140,53 @@ def _scatter(
             tl.store(values + at, tl.zeros((1024,), values.dtype.element_ty), mask=at < C)
 
 
-def compact_linear(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-) -> tuple[Tensor, Tensor]:
+def why_not(a: CompactArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    return limits.why_not((*a, dy), networks=_networks(a.values))
+
+
+def _why_not_sampled(a: CompactArgs, dy: Tensor, *needs: bool) -> str | None:
+    return limits.why_not((*a, dy), limits.sizes_of(dy, a.x), _networks(a.values))
+
+
+def _networks(values: Tensor) -> int:
+    return len(values) if values.dim() > 1 else 1
+
+
+@dispatch.limited(why_not)
+def compact_linear(a: CompactArgs) -> tuple[Tensor, Tensor]:
     """By the dense library, and nothing to carry to the backward."""
-    w = filled(values, effective, starts, columns, zero)
-    return linear(x, w, bias), x.new_empty(0)
+    return linear(a.x, filled(a), a.bias), a.x.new_empty(0)
 
 
+@dispatch.limited(_why_not_sampled)
 def compact_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    values: Tensor,
-    effective: Tensor,
-    starts: Tensor,
-    columns: Tensor,
-    column_starts: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    zero: bool,
-    need_dx: bool,
-    need_dv: bool,
-    carried: Tensor | None,
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx by the dense library; dvalues by a kernel that computes tiles of dW, or gathers it."""
-    dv = x.new_empty(0)
-    sample = need_dv and values.numel() <= MAX_DENSITY_SAMPLED * effective.numel()
-    w = filled(values, effective, starts, columns, zero) if need_dx else effective
-    dx, dw = linear_backward(dy, x, w, need_dx, need_dv and not sample)
+    sample = need_dv and a.values.numel() <= MAX_DENSITY_SAMPLED_TRITON * a.effective.numel()
+    w = filled(a) if need_dx else a.effective
+    dx, dv = linear_backward(dy, a.x, w, need_dx, need_dv and not sample)
     if sample:
-        dv = sampled(dy, x, values, starts, columns)
+        dv = sampled(dy, a.x, a.values, a.kept.starts, a.kept.columns)
     elif need_dv:
-        dv = gather_kept(dw, starts, columns)
+        dv = gather_kept(dv, a.kept.starts, a.kept.columns)
     return dx, dv
+
+
+@dispatch.limited(why_not)
+def compact_conv2d(a: CompactArgs) -> tuple[Tensor, Tensor]:
+    """By the dense library, and nothing to carry to the backward."""
+    return conv2d(a.x, filled(a), a.bias, a.geometry), a.x.new_empty(0)
+
+
+@dispatch.limited(why_not)
+def compact_conv2d_backward(
+    a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """By the dense library. dW is small beside the images, so gathering from it takes little."""
+    w = filled(a) if need_dx else a.effective
+    dx, dw = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dv)
+    return dx, gather_kept(dw, a.kept.starts, a.kept.columns) if need_dv else dw
 
 
 def sampled(dy: Tensor, x: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
@@ -208,12 +213,18 @@ def sampled(dy: Tensor, x: Tensor, values: Tensor, starts: Tensor, columns: Tens
     return dv
 
 
+@dispatch.limited(limits.why_not_dtypes)
 def gather_kept(dense: Tensor, starts: Tensor, columns: Tensor) -> Tensor:
     """The kept entries of a dense gradient, [C] or [E, C]; 0 in spare slots."""
     values = dense.new_empty(columns.shape)
     return _move(dense.contiguous(), values, starts, columns, gather=True)
 
 
+def _why_not_scatter(effective: Tensor, values: Tensor, *lists: Tensor) -> str | None:
+    return limits.why_not((effective, values), networks=_networks(values))
+
+
+@dispatch.limited(_why_not_scatter)
 def scatter_kept_(effective: Tensor, values: Tensor, starts: Tensor, columns: Tensor) -> None:
     """Write kept values [C] or [E, C] into the effective weight."""
     dense = effective.contiguous()  # a copy if channels last: columns count in the other order
@@ -233,12 +244,3 @@ def _move(dense: Tensor, values: Tensor, starts: Tensor, columns: Tensor, gather
             ROWS=4, SLOTS=64, GATHER=gather,
         )  # fmt: skip
     return values
-
-
-def filled(
-    values: Tensor, effective: Tensor, starts: Tensor, columns: Tensor, zero: bool
-) -> Tensor:
-    """The effective weight, in the dtype of the product."""
-    if may_lag(effective, starts, zero):  # on a CPU only, in the interpreter
-        return compact_reference.kept_weight(values, effective, starts, columns)
-    return effective.to(values.dtype)

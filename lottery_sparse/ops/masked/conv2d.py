@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common import product
 from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
+from lottery_sparse.ops.masked.arguments import GEOMETRY, Geometry
+from lottery_sparse.ops.masked.product import masked_product
 
 Pair = int | Sequence[int]
 
@@ -54,6 +55,20 @@ def masked_conv2d(
     """
     constant, signs = split_frozen(frozen, weight, rank=4)
     check_masked(x, weight, mask, bias, constant, signs, rank=4)
+    x, geometry = checked_images("weight", weight, x, stride, padding, dilation, groups)
+    batched = x.unsqueeze(0) if x.dim() == 3 else x
+    y = _forward(batched, weight, mask, bias, constant, signs, *geometry)
+    return y.squeeze(0) if x.dim() == 3 else y
+
+
+def checked_images(
+    name: str, weight: Tensor, x: Tensor, stride: Pair, padding: Pair | str, dilation: Pair,
+    groups: int,
+) -> tuple[Tensor, Geometry]:  # fmt: skip
+    """x, padded where an uneven "same" asks for it, and the geometry as numbers.
+
+    `weight` is [O, I, kh, kw], or one of E networks, that users know under this name.
+    """
     if groups < 1 or weight.shape[-4] % groups:
         raise ValueError(f"groups={groups} must divide the {weight.shape[-4]} output channels.")
     single = weight.dim() == 4
@@ -62,16 +77,14 @@ def masked_conv2d(
     if x.dim() not in allowed or x.shape[-3] != channels:
         layout = "[B, C, H, W]" if single else "[B, C, H, W], shared, or [E, B, C, H, W]"
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} with groups={groups} "
+            f"x has shape {tuple(x.shape)}, but {name} {tuple(weight.shape)} with groups={groups} "
             f"needs {layout} with C = {channels}."
         )
     if x.dim() == 5 and x.shape[0] != weight.shape[0]:
-        raise ValueError(f"x holds {x.shape[0]} networks, but weight {weight.shape[0]}.")
+        raise ValueError(f"x holds {x.shape[0]} networks, but {name} {weight.shape[0]}.")
     stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
     x, padding = resolve_padding(x, padding, stride, dilation, list(weight.shape[-2:]))
-    batched = x.unsqueeze(0) if x.dim() == 3 else x
-    y = _forward(batched, weight, mask, bias, constant, signs, stride, padding, dilation, groups)
-    return y.squeeze(0) if x.dim() == 3 else y
+    return x, Geometry(stride, padding, dilation, groups)
 
 
 def is_dense(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -94,7 +107,7 @@ def as_pair(name: str, value: Pair, least: int) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
     if len(pair) == 1:
         pair = pair * 2
-    if len(pair) != 2 or any(v < least for v in pair):
+    if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"{name} must be an int >= {least} or two of them, got {value!r}.")
     return pair
 
@@ -117,15 +130,4 @@ def resolve_padding(
     return x, [t // 2 for t in total]
 
 
-torch.library.define(
-    "lottery_sparse::masked_conv2d",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? frozen, Tensor? signs, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
-)
-torch.library.define(
-    "lottery_sparse::masked_conv2d_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mask, Tensor? frozen, Tensor? signs, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-)
-_forward = product.register("masked_conv2d", rank=4, bias_dims=(-4, -2, -1))
+_forward = masked_product("masked_conv2d", rank=4, geometry=GEOMETRY)

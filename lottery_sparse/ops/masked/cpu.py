@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
-from lottery_sparse.ops.bits.cpu import as_bool
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.bits.cpu import as_bool, count_kept
+from lottery_sparse.ops.common.cpu import DTYPES, masked_linear_least_rows
+from lottery_sparse.ops.limits import SMALL_WEIGHT
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 
 _ops = torch.ops.lottery_sparse_native
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    return _ops.masked_linear(x, weight, as_bool(mask, weight), bias)
+def why_not(a: MaskedArgs, *backward: Any) -> str | None:
+    if a.frozen is not None or a.signs is not None:
+        return "its sparse kernel takes pruned weights as zero, not as frozen values."
+    if a.x.dtype not in DTYPES or a.weight.dtype != a.x.dtype:
+        return f"its kernels run float32 or bfloat16, got {a.x.dtype}."
+    return None
 
 
+def is_faster(a: MaskedArgs, *backward: Any) -> bool:
+    count = a.weight.numel()
+    if count <= SMALL_WEIGHT:
+        return True
+    kept = count_kept(as_bool(a.mask, a.weight))
+    return a.x.shape[-2] >= masked_linear_least_rows(a.x.dtype, kept, count)
+
+
+@dispatch.limited(why_not, is_faster)
+def masked_linear(a: MaskedArgs) -> Tensor:
+    return _ops.masked_linear(a.x, a.weight, as_bool(a.mask, a.weight), a.bias)
+
+
+@dispatch.limited(why_not, is_faster)
 def masked_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    return _ops.masked_linear_backward(dy, x, weight, as_bool(mask, weight), need_dx, need_dw)
+    mask = as_bool(a.mask, a.weight)
+    return _ops.masked_linear_backward(dy, a.x, a.weight, mask, need_dx, need_dw)

@@ -7,20 +7,14 @@ Zen 4 core). An integer AND with 0 or -1 selects just as exactly, NaN included.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lottery_sparse.ops.bits.reference import mask_as_bool
 from lottery_sparse.ops.masked import reference
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def refuses(op: str, *args: Any) -> None:
-    """Nothing: whatever `reference` runs, this runs."""
-    return None
 
 
 def select(kept: Tensor, values: Tensor, others: Tensor | None) -> Tensor:
@@ -58,56 +52,32 @@ def effective_weight(
     return select(mask_as_bool(mask, weight, rank), weight, frozen)
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    return reference.linear(x, effective_weight(weight, mask, frozen, signs, rank=2), bias)
+def masked_linear(a: MaskedArgs) -> Tensor:
+    w = effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=2)
+    return reference.linear(a.x, w, a.bias)
 
 
 def masked_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    w = effective_weight(weight, mask, frozen, signs, rank=2) if need_dx else weight
-    dx, dw = reference.linear_backward(dy, x, w, need_dx, need_dw)
-    kept = mask_as_bool(mask, weight, rank=2)
+    w = a.weight
+    if need_dx:
+        w = effective_weight(w, a.mask, a.frozen, a.signs, rank=2)
+    dx, dw = reference.linear_backward(dy, a.x, w, need_dx, need_dw)
+    kept = mask_as_bool(a.mask, a.weight, rank=2)
     return dx, select(kept, dw, None).contiguous() if need_dw else dw
 
 
-def masked_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    w = effective_weight(weight, mask, frozen, signs, rank=4)
-    return reference.conv2d(x, w, bias, *geometry)
+def masked_conv2d(a: MaskedArgs) -> Tensor:
+    w = effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=4)
+    return reference.conv2d(a.x, w, a.bias, a.geometry)
 
 
 def masked_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    *geometry_and_needs: Any,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    need_dx, need_dw = geometry_and_needs[-2:]
-    w = effective_weight(weight, mask, frozen, signs, rank=4) if need_dx else weight
-    dx, dw = reference.conv2d_backward(dy, x, w, *geometry_and_needs)
-    return dx, select(mask_as_bool(mask, weight, rank=4), dw, None) if need_dw else dw
+    w = a.weight
+    if need_dx:
+        w = effective_weight(w, a.mask, a.frozen, a.signs, rank=4)
+    dx, dw = reference.conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dw)
+    return dx, select(mask_as_bool(a.mask, a.weight, rank=4), dw, None) if need_dw else dw

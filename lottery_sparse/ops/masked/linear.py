@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.common import product
-from lottery_sparse.ops.common.autograd import EagerFunction
-from lottery_sparse.ops.common.checks import Frozen, check_masked, split_frozen
+from lottery_sparse.ops.common.autograd import EagerFunction, cast_all_of
+from lottery_sparse.ops.common.checks import Frozen, check_masked, check_x_of_linear, split_frozen
+from lottery_sparse.ops.masked.arguments import MaskedArgs
+from lottery_sparse.ops.masked.product import masked_product
 
 
 def masked_linear(
@@ -51,17 +52,8 @@ def masked_linear(
     """
     constant, signs = split_frozen(frozen, weight, rank=2)
     check_masked(x, weight, mask, bias, constant, signs, rank=2)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} "
-            f"needs [..., {weight.shape[-1]}]."
-        )
+    check_x_of_linear("weight", weight, x)
     if weight.dim() == 3:
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != weight.shape[0]):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but {weight.shape[0]} networks side by side need "
-                f"[B, K], shared, or [{weight.shape[0]}, B, K]."
-            )
         return _forward(x, weight, mask, bias, constant, signs)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     y = _forward(rows, weight, mask, bias, constant, signs)
@@ -100,15 +92,18 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def by_kernel(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-    """`masked_linear` with zeros by the CPU kernel, past checks and dispatch: see `way_of`."""
+    """`masked_linear` with zeros by the CPU kernel, past checks and dispatch: see `way_of`.
+
+    Dispatch would count what the mask keeps, in the forward and in the backward.
+    """
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     if torch.is_autocast_enabled("cpu"):
-        rows, weight, _, bias = product.cast_all_of((rows, weight, mask, bias), "cpu")
+        rows, weight, _, bias = cast_all_of((rows, weight, mask, bias), "cpu")
     asks = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if asks and torch.is_grad_enabled():
         y: Tensor = _ByKernel.apply(rows, weight, mask, bias)  # pyright: ignore
     else:
-        y = dispatch.function("masked_linear", "cpu")(rows, weight, mask, bias, None, None)
+        y = dispatch.function("masked_linear", "cpu")(MaskedArgs(rows, weight, mask, bias))
     return y if x.dim() == 2 else y.view(x.shape[:-1] + (weight.shape[0],))
 
 
@@ -116,7 +111,7 @@ class _ByKernel(EagerFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        return dispatch.function("masked_linear", "cpu")(x, weight, mask, bias, None, None)
+        return dispatch.function("masked_linear", "cpu")(MaskedArgs(x, weight, mask, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -124,11 +119,11 @@ class _ByKernel(EagerFunction):
         need_dx, need_dw, _, need_db = ctx.needs_input_grad
         dx = dw = None
         if need_dx or need_dw:
-            args = dy, x, weight, mask, None, None, need_dx, need_dw
             if torch.is_grad_enabled() or type(dy) is not Tensor:  # gradients of gradients
-                dx, dw = torch.ops.lottery_sparse.masked_linear_backward(*args)
+                dx, dw = _forward.backward(dy, x, weight, mask, None, None, need_dx, need_dw)
             else:
-                dx, dw = dispatch.function("masked_linear_backward", "cpu")(*args)
+                run = dispatch.function("masked_linear_backward", "cpu")
+                dx, dw = run(MaskedArgs(x, weight, mask), dy, need_dx, need_dw)
         return (
             dx if need_dx else None,
             dw if need_dw else None,
@@ -137,13 +132,4 @@ class _ByKernel(EagerFunction):
         )
 
 
-torch.library.define(
-    "lottery_sparse::masked_linear",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor? bias, Tensor? frozen, Tensor? signs) -> Tensor",
-)
-torch.library.define(
-    "lottery_sparse::masked_linear_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor mask, Tensor? frozen, Tensor? signs, "
-    "bool need_dx, bool need_dw) -> (Tensor, Tensor)",
-)
-_forward = product.register("masked_linear", rank=2, bias_dims=(-2,))
+_forward = masked_product("masked_linear", rank=2)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lottery_sparse.ops.bits.reference import mask_as_bool
 from lottery_sparse.ops.limits import rounds
+from lottery_sparse.ops.masked.arguments import Geometry, MaskedArgs
 
 # ---- the effective weight ------------------------------------------------------------------------
 
@@ -44,32 +45,18 @@ def source(values: Tensor, signs: Tensor | None, like: Tensor, rank: int) -> Ten
 # ---- masked_linear -------------------------------------------------------------------------------
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
+def masked_linear(a: MaskedArgs) -> Tensor:
     """y = x where(m, w, f)ᵀ + b -> [B, N] or [E, B, N]."""
-    return linear(x, effective_weight(weight, mask, frozen, signs, rank=2), bias)
+    return linear(a.x, effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=2), a.bias)
 
 
 def masked_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """dx = dy where(m, w, f), summed over E for a shared x; dw = where(m, dyᵀ x, 0)."""
-    w = effective_weight(weight, mask, frozen, signs, rank=2)
-    dx, dw = linear_backward(dy, x, w, need_dx, need_dw)
-    kept = mask_as_bool(mask, weight, rank=2)
+    w = effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=2)
+    dx, dw = linear_backward(dy, a.x, w, need_dx, need_dw)
+    kept = mask_as_bool(a.mask, a.weight, rank=2)
     return dx, torch.where(kept, dw, 0.0).contiguous() if need_dw else dw
 
 
@@ -103,79 +90,40 @@ def linear_backward(
 # ---- masked_conv2d -------------------------------------------------------------------------------
 
 
-def masked_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def masked_conv2d(a: MaskedArgs) -> Tensor:
     """Convolution with where(m, w, f): [B, O, H', W'] or [E, B, O, H', W']."""
-    w = effective_weight(weight, mask, frozen, signs, rank=4)
-    return conv2d(x, w, bias, stride, padding, dilation, groups)
+    w = effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=4)
+    return conv2d(a.x, w, a.bias, a.geometry)
 
 
 def masked_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dw: bool,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """dx through where(m, w, f), summed over E for a shared x; dw zero at pruned entries."""
-    w = effective_weight(weight, mask, frozen, signs, rank=4)
-    dx, dw = conv2d_backward(dy, x, w, stride, padding, dilation, groups, need_dx, need_dw)
-    return dx, torch.where(mask_as_bool(mask, weight, rank=4), dw, 0.0) if need_dw else dw
+    w = effective_weight(a.weight, a.mask, a.frozen, a.signs, rank=4)
+    dx, dw = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dw)
+    return dx, torch.where(mask_as_bool(a.mask, a.weight, rank=4), dw, 0.0) if need_dw else dw
 
 
-def conv2d(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def conv2d(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """F.conv2d of one network, or of E of them as one grouped convolution."""
     if w.dim() == 4:
-        return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+        return F.conv2d(x, w, bias, *geometry)
     networks = w.shape[0]
     x, bias = _side_by_side(x, networks), None if bias is None else bias.flatten()
-    y = F.conv2d(x, w.flatten(0, 1), bias, stride, padding, dilation, groups * networks)
+    y = F.conv2d(x, w.flatten(0, 1), bias, *geometry._replace(groups=geometry.groups * networks))
     return _one_by_one(y, networks)
 
 
 def conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dw: bool,
+    dy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
     """dx and the dense dw; empty where not needed."""
+    stride, padding, dilation, groups = geometry
     if w.dim() == 5 and x.dim() == 4 and rounds(x):  # one network with the outputs of all
         by_group = w.unflatten(1, (groups, -1)).transpose(0, 1)
         dy = dy.unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
-        dx, dw = conv2d_backward(
-            dy, x, by_group.flatten(0, 2), stride, padding, dilation, groups, need_dx, need_dw
-        )
+        dx, dw = conv2d_backward(dy, x, by_group.flatten(0, 2), geometry, need_dx, need_dw)
         return dx, dw.view(by_group.shape).transpose(0, 1).flatten(1, 2) if need_dw else dw
     networks = w.shape[0] if w.dim() == 5 else 0
     shared, shape = x.dim() == 4, w.shape

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.masked.arguments import MaskedArgs
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.linear_products import Effective, backward, dw_tile, forward
 from lottery_sparse.ops.triton.tiles import (
     Parts,
@@ -58,28 +61,21 @@ def _dw(
     tl.store(dw + at, tl.where(kept, sum, 0.0).to(dw.dtype.element_ty), mask=inside)
 
 
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    bias: Tensor | None,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    return forward(x, Effective(weight.shape, weight, mask, frozen, signs), bias)
+def why_not(a: MaskedArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    networks = a.weight.shape[0] if a.weight.dim() > 2 else 1
+    return limits.why_not((*a, dy), limits.sizes_of(a.x, a.weight, dy), networks)
 
 
+@dispatch.limited(why_not)
+def masked_linear(a: MaskedArgs) -> Tensor:
+    return forward(a.x, Effective(a.weight.shape, a.weight, a.mask, a.frozen, a.signs), a.bias)
+
+
+@dispatch.limited(why_not)
 def masked_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    frozen: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
+    a: MaskedArgs, dy: Tensor, need_dx: bool, need_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    w = Effective(weight.shape, weight, mask, frozen, signs)
+    x, w = a.x, Effective(a.weight.shape, a.weight, a.mask, a.frozen, a.signs)
     dx, _ = backward(dy, x, w, need_dx)
     dw = torch.empty(w.shape, dtype=x.dtype, device=x.device) if need_dw else x.new_empty(0)
     if dw.numel():

@@ -7,31 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.limits import MOST_COLUMNS_INT8
+from lottery_sparse.ops.packed.arguments import BitmapArgs, CsrArgs, TernaryArgs
 
 _ops = torch.ops.lottery_sparse_native
 
 
-def ternary_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
-) -> Tensor:
-    return _ops.ternary_linear(_float(x), codes, _float(scale), _float(bias), rows, int8).to(
-        x.dtype
-    )
+def why_not(a: TernaryArgs | CsrArgs | BitmapArgs) -> str | None:
+    if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in a):
+        return "its kernels run float32, got float64."
+    return None
 
 
-def csr_linear(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-) -> Tensor:
-    y = _ops.csr_linear(_float(x), _stored(values), starts, columns, _float(bias))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+def _why_not_ternary(a: TernaryArgs) -> str | None:
+    if a.int8 and a.x.shape[1] > MOST_COLUMNS_INT8:
+        return f"its int8 sums hold up to {MOST_COLUMNS_INT8} columns, got {a.x.shape[1]}."
+    return why_not(a)
 
 
-def bitmap_linear(
-    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
-) -> Tensor:
-    y = _ops.bitmap_linear(_float(x), _stored(values), starts, bits, _float(bias))
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+@dispatch.limited(_why_not_ternary)
+def ternary_linear(a: TernaryArgs) -> Tensor:
+    scale, bias = _float(a.scale), _float(a.bias)
+    y = _ops.ternary_linear(_float(a.x), a.codes, scale, bias, a.rows, a.int8)
+    return y.to(a.x.dtype)
+
+
+@dispatch.limited(why_not)
+def csr_linear(a: CsrArgs) -> Tensor:
+    values, bias = _stored(a.values), _float(a.bias)
+    y = _ops.csr_linear(_float(a.x), values, a.starts, a.columns, bias)
+    return y if y.dtype == a.x.dtype else y.to(a.x.dtype)
+
+
+@dispatch.limited(why_not)
+def bitmap_linear(a: BitmapArgs) -> Tensor:
+    values, bias = _stored(a.values), _float(a.bias)
+    y = _ops.bitmap_linear(_float(a.x), values, a.starts, a.bits, bias)
+    return y if y.dtype == a.x.dtype else y.to(a.x.dtype)
 
 
 def _float(values: Any) -> Any:

@@ -125,7 +125,7 @@ def pack_tiles(
 
     # groups, the last of a tile filled with its last entry
     count = torch.bincount(tile, minlength=tiles)
-    layout = _TileLayout((count + GROUP - 1) // GROUP)
+    layout = TileLayout((count + GROUP - 1) // GROUP)
     position = layout.group.unsqueeze(1) * GROUP + torch.arange(GROUP, device=values.device)
     last = (count[layout.tile] - 1).unsqueeze(1)
     entry = (count.cumsum(0) - count)[layout.tile].unsqueeze(1) + position.minimum(last)
@@ -139,31 +139,7 @@ def pack_tiles(
     return layout.starts.to(torch.int32), data.view(-1, 8)
 
 
-def unpack_tiles(
-    starts: Tensor, data: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """The inverse of `pack_tiles`: dense [N, K], 0 where nothing is kept."""
-    across = max(-(-shape[1] // TILE), 1)
-    units = starts.to(torch.int64).diff()
-    rest = units % 14  # of 4 groups: 3 units each, and 2
-    layout = _TileLayout(units // 14 * 4 + (rest - 2).clamp(min=0) // 3)
-    data = data.flatten()
-    bits = data[layout.values].view(torch.int16).view(-1, 32, 2)
-    low = data[layout.low].view(torch.uint8).view(-1, 32, 2).to(torch.int64)
-    high = data.view(torch.uint8)[layout.high].to(torch.int64)
-    place = low | torch.stack([high & 15, high >> 4], -1) << 8
-
-    grid = torch.arange(TILE, device=data.device)
-    where = torch.argsort(tile_places(*torch.meshgrid(grid, grid, indexing="ij")).flatten())[place]
-    height = -(-shape[0] // TILE) * TILE
-    dense = torch.zeros(height, across * TILE, dtype=torch.int16, device=data.device)
-    tile = layout.tile.view(-1, 1, 1)
-    rows, columns = tile // across * TILE + where // TILE, tile % across * TILE + where % TILE
-    dense[rows, columns] = bits
-    return dense[: shape[0], : shape[1]].contiguous().view(dtype)
-
-
-class _TileLayout:
+class TileLayout:
     """Where the groups of tiles are, given how many each tile has."""
 
     def __init__(self, groups: Tensor):
@@ -191,7 +167,7 @@ class _TileLayout:
 # bitmap tiles: the mask of a tile, 128 words, and its values in the order of its bits, padded to 16
 # bytes: csrc/packed/bitmap_fragments.h. `starts` counts units of 16 bytes.
 
-_BITMAP_UNITS = 32
+BITMAP_UNITS = 32
 
 
 def bitmap_places(place: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,40 +186,18 @@ def pack_bitmap_tiles(
     tile = rows // TILE * across + columns // TILE
     bit, order = bitmap_places(tile_places(rows % TILE, columns % TILE))
     count = torch.bincount(tile, minlength=tiles)
-    units = torch.where(count > 0, _BITMAP_UNITS + (count + 7) // 8, 0)
+    units = torch.where(count > 0, BITMAP_UNITS + (count + 7) // 8, 0)
     starts = F.pad(units.cumsum(0), (1, 0))
     data = torch.zeros(int(starts[-1]), 8, dtype=torch.int16, device=values.device)
 
     sorting = torch.argsort(tile * TILE * TILE + order)
     tile, bit, bits = tile[sorting], bit[sorting], values.view(torch.int16)[sorting]
-    at = (starts[tile] + _BITMAP_UNITS) * 8 + _position_in_run(tile)
+    at = (starts[tile] + BITMAP_UNITS) * 8 + _position_in_run(tile)
     data.view(-1)[at] = bits
     words = torch.zeros(len(data) * 4, dtype=torch.int64, device=values.device)
     words.index_add_(0, starts[tile] * 4 + bit // 32, 1 << bit % 32)
     data.view(-1).view(torch.int32).bitwise_or_(words.to(torch.int32))
     return starts.to(torch.int32), data.view(torch.int64)
-
-
-def unpack_bitmap_tiles(
-    starts: Tensor, data: Tensor, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """The inverse of `pack_bitmap_tiles`: dense [N, K], 0 where nothing is kept."""
-    down, across = -(-shape[0] // TILE), -(-shape[1] // TILE)
-    begins = starts.to(torch.int64)
-    full = (begins.diff() > 0).nonzero().flatten()
-    grid = torch.arange(TILE, device=data.device)
-    bit, order = bitmap_places(tile_places(*torch.meshgrid(grid, grid, indexing="ij")).flatten())
-    words = data.flatten().view(torch.int32)
-    masks = words[(begins[full] * 4).unsqueeze(1) + bit // 32] >> bit % 32 & 1  # by row, column
-    kept = torch.zeros(len(full), TILE * TILE, dtype=torch.bool, device=data.device)
-    kept[:, order] = masks.bool()
-    inside = kept.to(torch.int64).cumsum(1) - 1  # by order
-    at = ((begins[full] + _BITMAP_UNITS) * 8).unsqueeze(1) + inside.clamp(min=0)
-    bits = torch.where(kept, data.flatten().view(torch.int16)[at], 0)[:, order]
-    dense = torch.zeros(down * across, TILE * TILE, dtype=torch.int16, device=data.device)
-    dense[full] = bits
-    dense = dense.view(down, across, TILE, TILE).transpose(1, 2).reshape(down * TILE, across * TILE)
-    return dense[: shape[0], : shape[1]].contiguous().view(dtype)
 
 
 def _by_lane(entries: Tensor) -> Tensor:

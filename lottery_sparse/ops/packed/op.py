@@ -15,10 +15,9 @@ from torch import Tensor
 
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.bits.reference import words_per_row
-from lottery_sparse.ops.common.autograd import unwatched
-from lottery_sparse.ops.common.checks import AUTOCAST_KEYS, autocasts
-from lottery_sparse.ops.common.product import cast_one
-from lottery_sparse.ops.common.torch_private import below, forward_ad, functorch_is_active
+from lottery_sparse.ops.common.autograd import Direct, cast_one
+from lottery_sparse.ops.common.checks import check_devices
+from lottery_sparse.ops.common.torch_private import forward_ad
 from lottery_sparse.ops.compact.lists import (
     check_bitmap,
     check_codes,
@@ -71,7 +70,7 @@ def ternary_linear(
         )
     _check_scale(scale, rows)
     _check_bias(bias, rows)
-    _check_devices(x, codes=codes, scale=scale, bias=bias)
+    check_devices(x, codes=codes, scale=scale, bias=bias)
     once(check_codes, codes)
     return _by_rows(_ternary, x, rows, codes, scale, bias, rows, activations == "int8")
 
@@ -106,7 +105,7 @@ def csr_linear(
         )
     rows = starts.shape[0] - 1
     _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
+    check_devices(x, values=values, starts=starts, columns=columns, bias=bias)
     check = check_csr, columns, starts, x.shape[-1]
     return _checked(check, _csr, x, rows, values, starts, columns, bias)
 
@@ -134,7 +133,7 @@ def bitmap_linear(
     if _check_bits(bits, x.shape[-1]) != rows:
         raise ValueError(f"bits has {len(bits)} rows, but starts has {rows}.")
     _check_bias(bias, rows)
-    _check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
+    check_devices(x, values=values, starts=starts, bits=bits, bias=bias)
     check = check_bitmap, bits, starts, len(values)
     return _checked(check, _bitmap, x, rows, values, starts, bits, bias)
 
@@ -189,13 +188,6 @@ def _check_bias(bias: Tensor | None, rows: int) -> None:
         )
 
 
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    device = x.device
-    for name, value in tensors.items():
-        if value is not None and value.device != device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {device}; move one.")
-
-
 def _checked(check: tuple, op: Callable, x: Tensor, rows: int, *args: Any) -> Tensor:
     """`_by_rows`; the CPU's kernels check lists as they read them, others' are checked before."""
     if x.device.type != "cpu":
@@ -224,65 +216,35 @@ SCHEMAS = {
 }
 
 
-def _register(name: str):
-    qualified = f"lottery_sparse::{name}"
-    torch.library.define(qualified, f"{SCHEMAS[name]} -> Tensor")
+class Packed(Direct):
+    """An op on a packed weight; autocast casts x alone."""
 
-    def run(*args) -> Tensor:
-        return dispatch.kernel(name, args[0].device, args)(*args)
+    casts = True
 
-    def fake(x: Tensor, *args) -> Tensor:
-        return x.new_empty(x.shape[0], _rows(name, args))
+    def __init__(self, stem: str) -> None:
+        torch.library.define(f"lottery_sparse::{stem}", f"{SCHEMAS[stem]} -> Tensor")
+        super().__init__(stem)
 
-    torch.library.impl(qualified, "default", run)
-    torch.library.register_fake(qualified, fake)
-    op = getattr(torch.ops.lottery_sparse, name).default
+    def fake(self, *args: Any) -> Tensor:
+        (own,) = dispatch.own_arguments(self.stem, args)
+        return own.x.new_empty(own.x.shape[0], own.rows)
 
-    def call(*args) -> Tensor:
-        """Plain eager tensors go straight to the kernel: the dispatcher costs 15 µs a call."""
-        watched = torch.compiler.is_compiling() or functorch_is_active()
-        if watched or not unwatched([a for a in args if isinstance(a, Tensor)]):
-            return op(*args)
-        return run(*_autocast(args, args[0].device.type))
+    def cast(self, args: tuple, device: str) -> tuple:
+        x, *rest = args
+        return cast_one(x, device, torch.get_autocast_dtype(device)), *rest
 
-    torch.library.register_vmap(qualified, _vmap_rule(call))
-    for device, key in AUTOCAST_KEYS.items():
-
-        def cast(*args: Any, device: str = device, key: str = key) -> Tensor:
-            args = _autocast(args, device)
-            with below(key):
-                return op(*args)
-
-        torch.library.impl(qualified, key, cast)
-    return call
-
-
-def _rows(name: str, args: tuple) -> int:
-    """Rows of the weight, from the arguments after x."""
-    return args[3] if name == "ternary_linear" else args[1].shape[0] - 1
-
-
-def _autocast(args: tuple, device: str) -> tuple:
-    if not autocasts(device):
-        return args
-    return cast_one(args[0], device, torch.get_autocast_dtype(device)), *args[1:]
-
-
-def _vmap_rule(op: Callable) -> Callable:
-    """More inputs of one weight are a larger batch; other weights are a loop."""
-
-    def rule(info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
-        if all(d is None for d in in_dims[1:]):
-            x = x.movedim(in_dims[0], 0)
-            return op(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
+    def vmap(self, info: Any, in_dims: tuple, x: Tensor, *args: Any) -> tuple[Tensor, int]:
+        """More inputs of one weight are a larger batch; other weights are a loop."""
+        of_x, *others = in_dims
+        if all(d is None for d in others):
+            x = x.movedim(of_x, 0)
+            return self(x.flatten(0, 1), *args).unflatten(0, x.shape[:2]), 0
         pairs = list(zip((x, *args), in_dims, strict=True))
         each = [
-            op(*(a if d is None else a.select(d, i) for a, d in pairs))
+            self(*(a if d is None else a.select(d, i) for a, d in pairs))
             for i in range(info.batch_size)
         ]
         return torch.stack(each), 0
 
-    return rule
 
-
-_ternary, _csr, _bitmap = map(_register, SCHEMAS)
+_ternary, _csr, _bitmap = map(Packed, SCHEMAS)

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.triton import scatter_kept_
 from lottery_sparse.ops.masked.reference import linear
+from lottery_sparse.ops.packed.arguments import BitmapArgs, CsrArgs
+from lottery_sparse.ops.triton import limits
 
 
 @triton.jit
@@ -32,34 +35,36 @@ def _spread(values, starts, bits, dense, K, words, WORDS: tl.constexpr):
         slot += tl.sum(kept, 0)
 
 
-def csr_linear(
-    x: Tensor, values: Tensor, starts: Tensor, columns: Tensor, bias: Tensor | None
-) -> Tensor:
+def why_not(a: CsrArgs | BitmapArgs) -> str | None:
+    return limits.why_not(a, longest=len(a.values))
+
+
+@dispatch.limited(why_not)
+def csr_linear(a: CsrArgs) -> Tensor:
     """x wᵀ + b of kept `values` at `columns`, row by row."""
-    w = x.new_zeros(len(starts) - 1, x.shape[1], dtype=_dtype(x, values))
-    scatter_kept_(w, values, starts, columns)
-    return _product(x, w, bias)
+    w = a.x.new_zeros(a.rows, a.x.shape[1], dtype=_dtype(a))
+    scatter_kept_(w, a.values, a.starts, a.columns)
+    return _product(a, w)
 
 
-def bitmap_linear(
-    x: Tensor, values: Tensor, starts: Tensor, bits: Tensor, bias: Tensor | None
-) -> Tensor:
+@dispatch.limited(why_not)
+def bitmap_linear(a: BitmapArgs) -> Tensor:
     """x wᵀ + b of kept `values` where `bits` has ones."""
-    w = x.new_empty(len(bits), x.shape[1], dtype=_dtype(x, values))
+    w = a.x.new_empty(len(a.bits), a.x.shape[1], dtype=_dtype(a))
     if w.numel():
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(a.x):
             _spread[(len(w),)](
-                values.contiguous(), starts.contiguous(), bits.contiguous(), w,
-                w.shape[1], bits.shape[1], WORDS=32,
+                a.values.contiguous(), a.starts.contiguous(), a.bits.contiguous(), w,
+                w.shape[1], a.bits.shape[1], WORDS=32,
             )  # fmt: skip
-    return _product(x, w, bias)
+    return _product(a, w)
 
 
-def _dtype(x: Tensor, values: Tensor) -> torch.dtype:
+def _dtype(a: CsrArgs | BitmapArgs) -> torch.dtype:
     """That of the product: values are not rounded."""
-    return x.dtype if values.dtype == x.dtype else torch.float32
+    return a.x.dtype if a.values.dtype == a.x.dtype else torch.float32
 
 
-def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    bias = None if bias is None else bias.to(w.dtype)
-    return linear(x.to(w.dtype), w, bias).to(x.dtype)
+def _product(a: CsrArgs | BitmapArgs, w: Tensor) -> Tensor:
+    bias = None if a.bias is None else a.bias.to(w.dtype)
+    return linear(a.x.to(w.dtype), w, bias).to(a.x.dtype)

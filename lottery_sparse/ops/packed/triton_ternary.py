@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.packed.arguments import TernaryArgs
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.tiles import MULTIPROCESSORS, Parts, dot, in_order, precision, tiles
 
 BLOCK = tl.constexpr(16)  # rows and columns of a block of codes
@@ -135,12 +138,17 @@ def _unpack(codes, scale, shift, out, first, N, K, words, by_row, WORDS: tl.cons
     tl.store(out, (c[:, None] * t).to(out.dtype.element_ty), mask=inside)
 
 
-def ternary_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int, int8: bool
-) -> Tensor:
+def why_not(a: TernaryArgs) -> str | None:
+    if a.int8:
+        return "its kernels take exact activations."
+    return limits.why_not(a, sizes=(*a.x.shape, *a.codes.shape[-2:], a.rows))
+
+
+@dispatch.limited(why_not)
+def ternary_linear(a: TernaryArgs) -> Tensor:
     """x (scale · t)ᵀ + b, exact activations."""
-    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
-    y = x.new_empty((len(x), rows))
+    x, codes, scale, bias = a.x.contiguous(), a.codes.contiguous(), a.scale.contiguous(), a.bias
+    y = x.new_empty((len(x), a.rows))
     if y.numel() == 0:
         return y
     if x.shape[1] == 0:

@@ -8,12 +8,16 @@ and word are equal goes by position. Nothing comes back to the host until all is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.random.philox import philox
+from lottery_sparse.ops.triton import limits
 
 CHUNK = 2048  # entries
 _CHUNKS = 8  # that a program counts
@@ -122,6 +126,11 @@ def _split(
         tl.store(equal + tl.program_id(0), tl.sum(last.to(tl.int32), 0))
 
 
+def why_not(scores: list[Tensor], *rest: Any) -> str | None:
+    return limits.why_not_dtypes(*scores)
+
+
+@dispatch.limited(why_not)
 def keep_top(
     scores: list[Tensor], masks: list[Tensor], count: int, seed: int, streams: list[int]
 ) -> list[Tensor]:

@@ -5,102 +5,74 @@ r multiplies activations in linear layers and weights in convolutions, whichever
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lottery_sparse.ops.masked import reference as masked_reference
 from lottery_sparse.ops.masked.dense import INTEGERS
-from lottery_sparse.ops.supermask import reference as supermask_reference
+from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear, linear_backward
+from lottery_sparse.ops.supermask.arguments import SupermaskArgs
+from lottery_sparse.ops.supermask.reference import rescaling
+from lottery_sparse.ops.supermask.reference import sample_bits as sample_bits
 
 
-def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return supermask_reference.sample_bits(score, key)
-
-
-def supermask_linear(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    w = _masked_source(2, score, weight, bits, signs)[1]
-    if kept is None:
-        return F.linear(x, w, bias) if w.dim() == 2 else masked_reference.linear(x, w, bias)
-    return _rescaled(masked_reference.linear(x, w, None), score, kept, 2, bias)
+def supermask_linear(a: SupermaskArgs) -> Tensor:
+    _, w = _masked_source(2, a)
+    bias = a.bias if a.kept is None else None
+    y = F.linear(a.x, w, bias) if w.dim() == 2 else linear(a.x, w, bias)
+    if a.kept is None:
+        return y
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scaled = y * rescaling(a, 2, y.dim()).to(wide)
+    if a.bias is not None:
+        scaled.add_(a.bias if a.bias.dim() == 1 else a.bias.unsqueeze(1))
+    return scaled.to(y.dtype)
 
 
 def supermask_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
-    need_dscore: bool,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    source, masked = _masked_source(2, score, weight, bits, signs)
-    dy = dy if kept is None else _rescaled(dy, score, kept, 2)
-    dx, d = masked_reference.linear_backward(dy, x, masked, need_dx, need_dw or need_dscore)
-    needs = need_dw, need_dscore
-    return dx, *_score_gradients(2, d, score, source, masked, bits, kept, *needs)
+    source, masked = _masked_source(2, a)
+    if a.kept is not None:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dy = (dy * rescaling(a, 2, dy.dim()).to(wide)).to(dy.dtype)
+    dx, d = linear_backward(dy, a.x, masked, need_dx, need_dw or need_dscore)
+    return dx, *_score_gradients(2, d, a, source, masked, need_dw, need_dscore)
 
 
-def supermask_conv2d(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    w = _masked_source(4, score, weight, bits, signs)[1]
-    w = w if kept is None else _rescaled(w, score, kept, 4)
-    return masked_reference.conv2d(x, w, bias, *geometry)
+def supermask_conv2d(a: SupermaskArgs) -> Tensor:
+    _, w = _masked_source(4, a)
+    w = w if a.kept is None else _rescaled(w, a)
+    return conv2d(a.x, w, a.bias, a.geometry)
 
 
 def supermask_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    *geometry_and_needs: Any,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *geometry, need_dx, need_dw, need_dscore = geometry_and_needs
-    source, masked = _masked_source(4, score, weight, bits, signs)
-    w = masked if kept is None else _rescaled(masked, score, kept, 4)
-    geometry_and_needs = *geometry, need_dx, need_dw or need_dscore
-    dx, d = masked_reference.conv2d_backward(dy, x, w, *geometry_and_needs)
-    d = d if kept is None or not d.numel() else _rescaled(d, score, kept, 4)
-    needs = need_dw, need_dscore
-    return dx, *_score_gradients(4, d, score, source, masked, bits, kept, *needs)
+    source, masked = _masked_source(4, a)
+    w = masked if a.kept is None else _rescaled(masked, a)
+    dx, d = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dw or need_dscore)
+    d = d if a.kept is None or not d.numel() else _rescaled(d, a)
+    return dx, *_score_gradients(4, d, a, source, masked, need_dw, need_dscore)
+
+
+def _rescaled(w: Tensor, a: SupermaskArgs) -> Tensor:
+    """w r of a convolution's weight, or of its gradient."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return (w * rescaling(a, 4, w.dim()).to(wide)).to(w.dtype)
 
 
 def _score_gradients(
     rank: int,
     d: Tensor,
-    score: Tensor,
+    a: SupermaskArgs,
     source: Tensor,
     masked: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
     need_dw: bool,
     need_dscore: bool,
 ) -> tuple[Tensor, Tensor]:
     """dw and dscore from d = r dW, the weight and the masked weight."""
+    score, bits, kept = a.score, a.bits, a.kept
     dw, dscore = d.new_empty(0), score.new_empty(0)
     if need_dw:
         integer = INTEGERS[d.element_size()]
@@ -120,23 +92,9 @@ def _score_gradients(
     return dw, dscore
 
 
-def _rescaled(
-    t: Tensor, score: Tensor, kept: Tensor, rank: int, bias: Tensor | None = None
-) -> Tensor:
-    """t r + bias for t [...] or [E, ...]."""
-    r = supermask_reference.rescaling(score, kept, rank).to(
-        torch.promote_types(t.dtype, torch.float32)
-    )
-    scaled = t * r.view(kept.shape + (1,) * (t.dim() - kept.dim()))
-    if bias is not None:
-        scaled.add_(bias if bias.dim() == 1 else bias.unsqueeze(1))
-    return scaled.to(t.dtype)
-
-
-def _masked_source(
-    rank: int, score: Tensor, weight: Tensor, bits: Tensor, signs: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _masked_source(rank: int, a: SupermaskArgs) -> tuple[Tensor, Tensor]:
     """The weight before the mask, and after it."""
+    score, weight, bits, signs = a.score, a.weight, a.bits, a.signs
     integer = INTEGERS[weight.element_size()]
     if signs is None:
         source = weight.contiguous().view(integer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,21 +9,19 @@ from torch import Tensor
 
 from lottery_sparse.ops.bits.op import pack_mask
 from lottery_sparse.ops.bits.reference import mask_as_bool, words_per_row
-from lottery_sparse.ops.common.autograd import Differentiable, Direct
+from lottery_sparse.ops.common.autograd import Direct, cast_all_of
 from lottery_sparse.ops.common.checks import (
     SignConstant,
     check_bits,
+    check_devices,
     check_like_x,
+    check_x_of_linear,
     split_source,
 )
-from lottery_sparse.ops.common.product import (
-    cast_all_of,
-    register_autocast,
-    vmap_backward,
-    vmap_forward,
-)
-from lottery_sparse.ops.masked.conv2d import Pair, as_pair, resolve_padding
-from lottery_sparse.ops.supermask import reference
+from lottery_sparse.ops.common.product import Product, ProductBackward
+from lottery_sparse.ops.masked.arguments import GEOMETRY
+from lottery_sparse.ops.masked.conv2d import Pair, checked_images
+from lottery_sparse.ops.supermask.sampling import keyed
 
 
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,18 +102,9 @@ def supermask_linear(
     plain = isinstance(weight, Tensor)
     values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=2)
     check_supermask(x, score, values, key, mask, bias, signs, rank=2)
-    if x.dim() == 0 or x.shape[-1] != score.shape[-1]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} "
-            f"needs [..., {score.shape[-1]}]."
-        )
+    check_x_of_linear("score", score, x)
     bits, kept = bits_and_kept(score, key, mask, rescale, rank=2)
     if score.dim() == 3:
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != score.shape[0]):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but {score.shape[0]} networks side by side need "
-                f"[B, K], shared, or [{score.shape[0]}, B, K]."
-            )
         return _linear(x, score, values, bits, kept, bias, signs)
     rows = x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0) if x.dim() == 1 else x
     y = _linear(rows, score, values, bits, kept, bias, signs)
@@ -163,24 +151,9 @@ def supermask_conv2d(
     plain = isinstance(weight, Tensor)
     values, signs = (weight, None) if plain else split_weight(x, score, weight, rank=4)
     check_supermask(x, score, values, key, mask, bias, signs, rank=4)
-    if groups < 1 or score.shape[-4] % groups:
-        raise ValueError(f"groups={groups} must divide the {score.shape[-4]} output channels.")
-    single = score.dim() == 4
-    allowed = (3, 4) if single else (4, 5)
-    channels = score.shape[-3] * groups
-    if x.dim() not in allowed or x.shape[-3] != channels:
-        layout = "[B, C, H, W]" if single else "[B, C, H, W], shared, or [E, B, C, H, W]"
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but score {tuple(score.shape)} with groups={groups} "
-            f"needs {layout} with C = {channels}."
-        )
-    if x.dim() == 5 and x.shape[0] != score.shape[0]:
-        raise ValueError(f"x holds {x.shape[0]} networks, but score {score.shape[0]}.")
-    stride, dilation = as_pair("stride", stride, 1), as_pair("dilation", dilation, 1)
-    x, padding = resolve_padding(x, padding, stride, dilation, list(score.shape[-2:]))
+    x, geometry = checked_images("score", score, x, stride, padding, dilation, groups)
     bits, kept = bits_and_kept(score, key, mask, rescale, rank=4)
     batched = x.unsqueeze(0) if x.dim() == 3 else x
-    geometry = stride, padding, dilation, groups
     y = _conv2d(batched, score, values, bits, kept, bias, signs, *geometry)
     return y.squeeze(0) if x.dim() == 3 else y
 
@@ -263,9 +236,8 @@ def check_supermask(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
             check_like_x(name, value, x)
-    for name, value in (("score", score), ("mask", mask), ("signs", signs)):
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {x.device}; move one.")
+    if score.device != x.device or mask is not None or signs is not None:
+        check_devices(x, score=score, mask=mask, signs=signs)
 
 
 def bits_and_kept(
@@ -285,110 +257,90 @@ def bits_and_kept(
 
 # ---- sample_bits ---------------------------------------------------------------------------------
 
+
+class SampleBits(Direct):
+    def fake(self, score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        words = words_per_row(score.shape[-1])
+        bits = score.new_empty(score.shape[:-1] + (words,), dtype=torch.int32)
+        return bits, score.new_empty(score.shape[:-2], dtype=torch.int64)
+
+    def vmap(
+        self, info: Any, in_dims: tuple, score: Tensor, key: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple]:
+        score, key = keyed(info.batch_size, in_dims, score, key)
+        if key.dim() == 2:
+            return self(score, key), (0, 0)
+        drawn = self(score.flatten(0, 1), key.flatten(0, 1))
+        bits, kept = (part.unflatten(0, key.shape[:2]) for part in drawn)
+        return (bits, kept), (0, 0)
+
+
 torch.library.define(
     "lottery_sparse::sample_bits", "(Tensor score, Tensor key) -> (Tensor, Tensor)"
 )
-_draw = Direct("sample_bits")
-
-
-@torch.library.register_fake("lottery_sparse::sample_bits")
-def _fake_sample(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    words = words_per_row(score.shape[-1])
-    bits = score.new_empty(score.shape[:-1] + (words,), dtype=torch.int32)
-    return bits, score.new_empty(score.shape[:-2], dtype=torch.int64)
-
-
-@torch.library.register_vmap("lottery_sparse::sample_bits")
-def _vmap_sample(
-    info: Any, in_dims: tuple, score: Tensor, key: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple]:
-    """Each vmapped element draws with its own key, or all with the same one: a pure function."""
-    score, key = (
-        value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-        for value, dim in zip((score, key), in_dims, strict=True)
-    )
-    if key.dim() == 2:
-        return _draw(score, key), (0, 0)
-    drawn = _draw(score.flatten(0, 1), key.flatten(0, 1))
-    bits, kept = (part.unflatten(0, key.shape[:2]) for part in drawn)
-    return (bits, kept), (0, 0)
+_draw = SampleBits("sample_bits")
 
 
 # ---- the products --------------------------------------------------------------------------------
+#
+# forward   (x, score, weight, bits, kept, bias, signs, *geometry) -> y
+# backward  (dy, x, score, weight, bits, kept, signs, *geometry, need_dx, need_dw, need_dscore)
+#           -> (dx, dw, dscore)
 
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
-
-def _register(
-    stem: str, rank: int, bias_dims: tuple[int, ...], geometry: str = ""
-) -> Differentiable:
-    """Everything of the product `stem` but its check; returns its differentiable function.
-
-    forward   (x, score, weight, bits, kept, bias, signs, *geometry) -> y
-    backward  (dy, x, score, weight, bits, kept, signs, *geometry, need_dx, need_dw, need_dscore)
-              -> (dx, dw, dscore), where what is not needed is empty, [0]
-    """
-    name, name_backward = f"lottery_sparse::{stem}", f"lottery_sparse::{stem}_backward"
-    rest = f", {geometry}" if geometry else ""
-    torch.library.define(
-        name,
-        "(Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, Tensor? bias, "
-        f"Tensor? signs{rest}) -> Tensor",
-    )
-    torch.library.define(
-        name_backward,
-        "(Tensor dy, Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, "
-        f"Tensor? signs{rest}, bool need_dx, bool need_dw, bool need_dscore) "
-        "-> (Tensor, Tensor, Tensor)",
-    )
-    op = getattr(torch.ops.lottery_sparse, stem).default
-    torch.library.register_fake(name, getattr(reference, stem))
-    torch.library.register_fake(name_backward, getattr(reference, f"{stem}_backward"))
-
-    def save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, score, weight, bits, kept, _, signs, *ctx.rest = inputs
+class SupermaskProduct(Product):
+    def save(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, score, weight, bits, kept, _, signs, *ctx.geometry = inputs
         ctx.save_for_backward(x, score, weight, bits, kept, signs)
 
-    def gradients(ctx: Any, dy: Tensor) -> tuple:
+    def gradients(self, ctx: Any, dy: Tensor) -> tuple:
         need_dx, need_dscore, need_dw, _, _, need_db, *_ = ctx.needs_input_grad
         needs = need_dx, need_dw, need_dscore
         dx = dw = dscore = None
         if any(needs):
-            dx, dw, dscore = backward(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+            dx, dw, dscore = self.backward(dy, *ctx.saved_tensors, *ctx.geometry, *needs)
         return (
             dx if need_dx else None,
             dscore if need_dscore else None,
             dw if need_dw else None,
             None,
             None,
-            dy.sum(bias_dims) if need_db else None,
-            *(None,) * (1 + len(ctx.rest)),  # signs
+            dy.sum(self.bias_dims) if need_db else None,
+            *(None,) * (1 + len(ctx.geometry)),  # signs
         )
 
-    def save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
+    def cast(self, args: tuple, device: str) -> tuple:
+        """All but the score: it takes steps that the lower precisions do not resolve."""
+        x, score, *others = args
+        x, *others = cast_all_of((x, *others), device)
+        return x, score, *others
 
-    def no_second_gradients(ctx: Any, *grads: Tensor) -> tuple:
+
+class SupermaskBackward(ProductBackward):
+    def save(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Nothing, since `gradients` raises."""
+
+    def gradients(self, ctx: Any, *grads: Tensor) -> tuple:
         raise NotImplementedError(
-            f"{stem} is differentiable once; for second derivatives multiply the weight by "
-            "ops.sample_mask(score, key) and call torch.nn.functional."
+            f"{self.product.stem} is differentiable once; for second derivatives multiply the "
+            "weight by ops.sample_mask(score, key) and call torch.nn.functional."
         )
 
-    forward = Differentiable(
-        stem, save, gradients, partial(vmap_forward, rank, 7), cast=_autocast_all_but_score
+
+def _product(stem: str, rank: int, geometry: str = "") -> SupermaskProduct:
+    torch.library.define(
+        f"lottery_sparse::{stem}",
+        "(Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, Tensor? bias, "
+        f"Tensor? signs{geometry}) -> Tensor",
     )
-    backward = Differentiable(
-        f"{stem}_backward", save_nothing, no_second_gradients, partial(vmap_backward, rank, 7)
+    torch.library.define(
+        f"lottery_sparse::{stem}_backward",
+        "(Tensor dy, Tensor x, Tensor score, Tensor weight, Tensor bits, Tensor? kept, "
+        f"Tensor? signs{geometry}, bool need_dx, bool need_dw, bool need_dscore) "
+        "-> (Tensor, Tensor, Tensor)",
     )
-    register_autocast(name, op, _autocast_all_but_score)
-    return forward
+    return SupermaskProduct(stem, rank, SupermaskBackward, tensors=7)
 
 
-def _autocast_all_but_score(args: tuple, device: str) -> tuple:
-    """A score takes steps that the lower precisions do not resolve."""
-    x, _, *others = cast_all_of(args, device)
-    return x, args[1], *others
-
-
-_linear = _register("supermask_linear", rank=2, bias_dims=(-2,))
-_conv2d = _register("supermask_conv2d", rank=4, bias_dims=(-4, -2, -1), geometry=_GEOMETRY)
+_linear = _product("supermask_linear", rank=2)
+_conv2d = _product("supermask_conv2d", rank=4, geometry=GEOMETRY)

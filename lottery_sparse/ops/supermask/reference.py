@@ -19,6 +19,7 @@ from lottery_sparse.ops.masked.reference import (
     source,
 )
 from lottery_sparse.ops.random.reference import words_of
+from lottery_sparse.ops.supermask.arguments import SupermaskArgs
 
 
 def sample_mask(score: Tensor, key: Tensor) -> Tensor:
@@ -42,135 +43,74 @@ def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return pack_mask(mask), mask.flatten(-2).sum(-1)
 
 
-def supermask_linear(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
+def supermask_linear(a: SupermaskArgs) -> Tensor:
     """y = x (w m r)ᵀ + b -> [B, N] or [E, B, N]."""
-    return linear(x, supermask_weight(score, weight, bits, kept, signs, rank=2), bias)
+    return linear(a.x, supermask_weight(a, rank=2), a.bias)
 
 
 def supermask_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
-    need_dscore: bool,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and the straight-through dscore; empty where not needed."""
-    w = supermask_weight(score, weight, bits, kept, signs, rank=2)
-    dx, d = linear_backward(dy, x, w, need_dx, need_dw or need_dscore)
-    return dx, *supermask_gradients(
-        d, score, weight, bits, kept, signs, 2, need_dw, need_dscore
-    )  # fmt: skip
+    w = supermask_weight(a, rank=2)
+    dx, d = linear_backward(dy, a.x, w, need_dx, need_dw or need_dscore)
+    return dx, *supermask_gradients(d, a, 2, need_dw, need_dscore)
 
 
-def supermask_conv2d(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def supermask_conv2d(a: SupermaskArgs) -> Tensor:
     """Convolution with w m r: [B, O, H', W'] or [E, B, O, H', W']."""
-    w = supermask_weight(score, weight, bits, kept, signs, rank=4)
-    return conv2d(x, w, bias, stride, padding, dilation, groups)
+    return conv2d(a.x, supermask_weight(a, rank=4), a.bias, a.geometry)
 
 
 def supermask_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    need_dx: bool,
-    need_dw: bool,
-    need_dscore: bool,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and the straight-through dscore; empty where not needed."""
-    w = supermask_weight(score, weight, bits, kept, signs, rank=4)
-    needs = need_dx, need_dw or need_dscore
-    dx, d = conv2d_backward(dy, x, w, stride, padding, dilation, groups, *needs)
-    return dx, *supermask_gradients(
-        d, score, weight, bits, kept, signs, 4, need_dw, need_dscore
-    )  # fmt: skip
+    w = supermask_weight(a, rank=4)
+    dx, d = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dw or need_dscore)
+    return dx, *supermask_gradients(d, a, 4, need_dw, need_dscore)
 
 
-def supermask_weight(
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    rank: int,
-) -> Tensor:
+def supermask_weight(a: SupermaskArgs, rank: int) -> Tensor:
     """w m r."""
-    w = source(weight, signs, score, rank)
-    w = torch.where(mask_as_bool(bits, score, rank), w, 0.0)
-    return w if kept is None else (w * rescaling(score, kept, rank)).to(w.dtype)
+    w = source(a.weight, a.signs, a.score, rank)
+    w = torch.where(mask_as_bool(a.bits, a.score, rank), w, 0.0)
+    return w if a.kept is None else (w * rescaling(a, rank, w.dim())).to(w.dtype)
 
 
-def rescaling(score: Tensor, kept: Tensor, rank: int) -> Tensor:
-    """r = number of weights / number of ones, per network, to broadcast; a mask of zeros has 1."""
-    ones = kept.clamp(min=1).view(kept.shape + (1,) * rank)
-    return score.shape[-rank:].numel() / ones.to(_precise(score))
+def rescaling(a: SupermaskArgs, rank: int, dim: int) -> Tensor:
+    """r = number of weights / number of ones, per network, to multiply tensors of `dim` dimensions.
+
+    A mask of zeros counts as one with a single one.
+    """
+    assert a.kept is not None
+    precise = torch.promote_types(a.score.dtype, torch.float32)
+    r = a.kept.clamp(min=1).to(precise).reciprocal() * a.score.shape[-rank:].numel()
+    return r.view(r.shape + (1,) * (dim - r.dim()))
 
 
 def supermask_gradients(
-    d: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    rank: int,
-    need_dw: bool,
-    need_dscore: bool,
+    d: Tensor, a: SupermaskArgs, rank: int, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor]:
     """dweight and dscore from d, the gradient of w m r.
 
     dw = where(m, r d, 0); dm = r (d w − ⟨d, w m⟩ / ones), the second term through r; dscore =
     dm p (1 − p).
     """
-    dw, dscore = weight.new_empty(0), score.new_empty(0)
-    mask = mask_as_bool(bits, score, rank)
-    r = None if kept is None else rescaling(score, kept, rank)
+    dw, dscore = a.weight.new_empty(0), a.score.new_empty(0)
+    mask = mask_as_bool(a.bits, a.score, rank)
+    r = None if a.kept is None else rescaling(a, rank, a.score.dim())
     if need_dw:
         scaled = d if r is None else (d * r).to(d.dtype)
         dw = torch.where(mask, scaled, 0.0).contiguous()
     if need_dscore:
-        dm = d.to(_precise(score)) * source(weight, signs, score, rank)
-        if r is not None and kept is not None:
+        precise = torch.promote_types(a.score.dtype, torch.float32)
+        dm = d.to(precise) * source(a.weight, a.signs, a.score, rank)
+        if r is not None and a.kept is not None:
             own = tuple(range(-rank, 0))
             through_r = torch.where(mask, dm, 0.0).sum(own, keepdim=True)
-            ones = kept.clamp(min=1).view(kept.shape + (1,) * rank)
+            ones = a.kept.clamp(min=1).view(a.kept.shape + (1,) * rank)
             dm = r * (dm - through_r / ones)
-        p = torch.sigmoid(score.to(dm.dtype))
-        dscore = (dm * p * (1 - p)).to(score.dtype).contiguous()
+        p = torch.sigmoid(a.score.to(dm.dtype))
+        dscore = (dm * p * (1 - p)).to(a.score.dtype).contiguous()
     return dw, dscore
-
-
-def _precise(score: Tensor) -> torch.dtype:
-    return torch.promote_types(score.dtype, torch.float32)

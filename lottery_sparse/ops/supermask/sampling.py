@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,34 +53,34 @@ def sample_mask(score: Tensor, key: Tensor) -> Tensor:
 torch.library.define("lottery_sparse::sample_mask", "(Tensor score, Tensor key) -> Tensor")
 
 
-@torch.library.register_fake("lottery_sparse::sample_mask")
-def _fake(score: Tensor, key: Tensor) -> Tensor:
-    return torch.empty_like(score, memory_format=torch.contiguous_format)
+class SampleMask(Differentiable):
+    def fake(self, score: Tensor, key: Tensor) -> Tensor:
+        return torch.empty_like(score, memory_format=torch.contiguous_format)
 
+    def save(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        score, _ = inputs
+        ctx.save_for_backward(score)
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
+    def gradients(self, ctx: Any, dm: Tensor) -> tuple[Tensor, None]:
+        (score,) = ctx.saved_tensors
+        probability = torch.sigmoid(score)
+        return dm * probability * (1 - probability), None
 
-
-def _gradient(ctx: Any, dm: Tensor) -> tuple[Tensor, None]:
-    probability = torch.sigmoid(ctx.saved_tensors[0])
-    return dm * probability * (1 - probability), None
-
-
-def _vmap_rule(sample: Callable) -> Callable:
-    """Each vmapped element draws with its own key, or all with the same one: a pure function."""
-
-    def rule(info: Any, in_dims: tuple, score: Tensor, key: Tensor) -> tuple[Tensor, int]:
-        score, key = (
-            value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip((score, key), in_dims, strict=True)
-        )
+    def vmap(self, info: Any, in_dims: tuple, score: Tensor, key: Tensor) -> tuple[Tensor, int]:
+        score, key = keyed(info.batch_size, in_dims, score, key)
         if key.dim() == 2:
-            return sample(score, key), 0
-        mask = sample(score.flatten(0, 1), key.flatten(0, 1))
+            return self(score, key), 0
+        mask = self(score.flatten(0, 1), key.flatten(0, 1))
         return mask.unflatten(0, score.shape[:2]), 0
 
-    return rule
+
+def keyed(size: int, in_dims: tuple, score: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    """Scores and keys of a vmap. Each element draws with its own key, or all with the same one."""
+    pairs = zip((score, key), in_dims, strict=True)
+    return tuple(
+        value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        for value, dim in pairs
+    )
 
 
-_straight_through = Differentiable("sample_mask", _save, _gradient, _vmap_rule)
+_straight_through = SampleMask("sample_mask")

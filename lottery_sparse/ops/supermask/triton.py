@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.supermask.arguments import SupermaskArgs
 from lottery_sparse.ops.supermask.triton_sampling import one_and_exp
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.linear_products import Effective, backward, dw_tile, forward
 from lottery_sparse.ops.triton.sources import TENSOR_
 from lottery_sparse.ops.triton.tiles import (
@@ -104,35 +107,26 @@ def _dscore(
         tl.store(dscore + first + at, value, mask=inside)
 
 
-def supermask_linear(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    return forward(x, Effective(score.shape, weight, bits, None, signs, kept), bias)
+def why_not(a: SupermaskArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    networks = a.score.shape[0] if a.score.dim() > 2 else 1
+    return limits.why_not((*a, dy), limits.sizes_of(a.x, a.score, dy), networks)
 
 
+@dispatch.limited(why_not)
+def supermask_linear(a: SupermaskArgs) -> Tensor:
+    w = Effective(a.score.shape, a.weight, a.bits, None, a.signs, a.kept)
+    return forward(a.x, w, a.bias)
+
+
+@dispatch.limited(why_not)
 def supermask_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    need_dx: bool,
-    need_dw: bool,
-    need_dscore: bool,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    w = Effective(score.shape, weight, bits, None, signs, kept)
-    dx, products = backward(dy, x, w, need_dx, need_dscore and kept is not None)
-    dw = torch.empty_like(score, dtype=x.dtype) if need_dw else weight.new_empty(0)
-    dscore = torch.empty_like(score) if need_dscore else score.new_empty(0)
-    _fill(dy, x, score, w, products, dw, dscore)
+    w = Effective(a.score.shape, a.weight, a.bits, None, a.signs, a.kept)
+    dx, products = backward(dy, a.x, w, need_dx, need_dscore and a.kept is not None)
+    dw = torch.empty_like(a.score, dtype=a.x.dtype) if need_dw else a.weight.new_empty(0)
+    dscore = torch.empty_like(a.score) if need_dscore else a.score.new_empty(0)
+    _fill(dy, a.x, a.score, w, products, dw, dscore)
     return dx, dw, dscore
 
 

@@ -8,15 +8,16 @@ happens to weights: one pass makes w m r, one pass turns dW into dscore (and dw)
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward
+from lottery_sparse.ops.supermask.arguments import SupermaskArgs
 from lottery_sparse.ops.supermask.triton import gradient_of_score, through_r
+from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.linear_products import or_
 from lottery_sparse.ops.triton.sources import TENSOR_
 from lottery_sparse.ops.triton.tiles import load_bits, scale_of, source
@@ -97,37 +98,26 @@ def _gradients(
         tl.store(dscore + to, gradient_of_score(dm, s).to(dscore.dtype.element_ty), mask=inside)
 
 
-def supermask_conv2d(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    bias: Tensor | None,
-    signs: Tensor | None,
-    *geometry: Any,
-) -> Tensor:
-    w = _effective_weight(x, score, weight, bits, kept, signs)
-    return conv2d(x, w, bias, *geometry)
+def why_not(a: SupermaskArgs, dy: Tensor | None = None, *needs: bool) -> str | None:
+    networks, size, _ = _sizes(a.score)
+    return limits.why_not((*a, dy), networks=networks, longest=size)
 
 
+@dispatch.limited(why_not)
+def supermask_conv2d(a: SupermaskArgs) -> Tensor:
+    return conv2d(a.x, _effective_weight(a), a.bias, a.geometry)
+
+
+@dispatch.limited(why_not)
 def supermask_conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-    *geometry_and_needs: Any,
+    a: SupermaskArgs, dy: Tensor, need_dx: bool, need_dw: bool, need_dscore: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *geometry, need_dx, need_dw, need_dscore = geometry_and_needs
-    w = torch.empty_like(score, dtype=x.dtype)  # only its shape is asked for where no dx is
+    score, weight, bits, kept, signs = a.score, a.weight, a.bits, a.kept, a.signs
+    w = torch.empty_like(score, dtype=a.x.dtype)  # only its shape is asked for where no dx is
     if need_dx:
-        w = _effective_weight(x, score, weight, bits, kept, signs)
-    geometry_and_needs = *geometry, need_dx, need_dw or need_dscore
-    dx, d = conv2d_backward(dy, x, w, *geometry_and_needs)
-    dw = torch.empty_like(score, dtype=x.dtype) if need_dw else weight.new_empty(0)
+        w = _effective_weight(a)
+    dx, d = conv2d_backward(dy, a.x, w, a.geometry, need_dx, need_dw or need_dscore)
+    dw = torch.empty_like(score, dtype=a.x.dtype) if need_dw else weight.new_empty(0)
     dscore = torch.empty_like(score) if need_dscore else score.new_empty(0)
     if not d.numel():
         return dx, dw, dscore
@@ -137,7 +127,7 @@ def supermask_conv2d_backward(
     count = min(PROGRAMS, triton.cdiv(size, BLOCK))
     products = d.new_empty((networks, count if through else 0), dtype=torch.float32)
     kind, plus = {"KIND": source(weight, signs)}, or_(signs, bits)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(a.x):
         if through:
             _inner[count, networks](
                 d, weight, bits, plus, products, size, columns, bits.shape[-1],
@@ -151,18 +141,12 @@ def supermask_conv2d_backward(
     return dx, dw, dscore
 
 
-def _effective_weight(
-    x: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    kept: Tensor | None,
-    signs: Tensor | None,
-) -> Tensor:
-    out = torch.empty(score.shape, dtype=x.dtype, device=x.device)
+def _effective_weight(a: SupermaskArgs) -> Tensor:
+    score, weight, bits, kept, signs = a.score, a.weight, a.bits, a.kept, a.signs
+    out = torch.empty(score.shape, dtype=a.x.dtype, device=a.x.device)
     networks, size, columns = _sizes(score)
     if out.numel():
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(a.x):
             _effective[triton.cdiv(size, BLOCK), networks](
                 weight.contiguous(), bits.contiguous(), or_(kept, bits), or_(signs, bits), out,
                 size, columns, bits.shape[-1], KIND=source(weight, signs), RESCALE=kept is not None,

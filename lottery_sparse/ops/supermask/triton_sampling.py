@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.random.philox import philox, pick
+from lottery_sparse.ops.triton import limits
 
 WHOLE = {"ROWS": 16, "num_warps": 4}  # rows that are whole blocks of four weights
 RAGGED = {"ROWS": 8, "num_warps": 4}
@@ -99,6 +101,12 @@ def _sample(
     tl.atomic_add(kept + e, ones.to(tl.int64))  # integers: any order gives the same sum
 
 
+def why_not(score: Tensor, key: Tensor) -> str | None:
+    networks = score.shape[0] if score.dim() > 2 else 1
+    return limits.why_not((score, key), networks=networks, longest=score.shape[-1])
+
+
+@dispatch.limited(why_not)
 def sample_bits(score: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     score, key = score.contiguous(), key.contiguous()
     (rows, columns), networks = score.shape[-2:], score.shape[0] if score.dim() == 3 else 1

@@ -50,10 +50,9 @@ def depth_of(largest: int, channels: int) -> int:
     return next((size for size in sizes if channels % size == 0), min(holding, default=16))
 
 
-def output_shape(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> list[int]:
+def output_shape(x: Tensor, weight: Tensor, geometry: Any) -> list[int]:
     """Shape of y: [B, O, H', W'] or [E, B, O, H', W']."""
+    stride, padding, dilation, _ = geometry
     sizes = zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True)
     image = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
     return [*weight.shape[:-4], x.shape[-4], weight.shape[-4], *image]
@@ -81,43 +80,3 @@ def by_channels(images: Tensor) -> Tensor:
     if images.stride(-3) == 1 or images.shape[-3] < 8 or images.dtype == torch.float32:
         return images
     return images.movedim(-3, -1).contiguous().movedim(-1, -3)
-
-
-def refuses(op: str, *args: Any) -> str | None:
-    """Why the convolution kernels cannot run with these arguments; None if they can."""
-    backward = op.endswith("_backward")
-    images, weight = args[: 1 + backward], args[1 + backward]
-    geometry, groups = args[6:9], args[9]
-    x, shape = args[backward], output_shape(args[backward], weight, *geometry)
-    area, taps, remainders = (
-        shape[-2] * shape[-1],
-        weight.shape[-2:].numel(),
-        math.prod(geometry[0]),
-    )
-    if min(shape[-2:]) < 1:
-        return f"the kernel is larger than the padded image, which leaves {shape[-2:]} pixels."
-    if max(*shape[-2:], *x.shape[-2:]) > LONGEST:
-        longest = max(*shape[-2:], *x.shape[-2:])
-        return f"its kernels take images of up to {LONGEST} rows and columns, got {longest}."
-    pixels = x.shape[-4] * max(area, x.shape[-2:].numel())
-    if pixels > 2**30:
-        return f"its kernels take up to 2**30 pixels in all, got {pixels}."
-    reach = 2 + WIDEST // max(min(area, x.shape[-2:].numel() // remainders), 1)
-    largest = max(_extent(t) * min(reach, t.shape[-4] + 1) for t in images)
-    largest = max(largest, shape[-3] * area * min(reach, shape[-4] + 1))
-    largest = max(largest, taps * (shape[-3] // groups + WIDEST) * (weight.shape[-3] + WIDEST))
-    if largest > 2**30:
-        return "its kernels take images and weights of up to 2**30 numbers in a tile's reach."
-    copies = groups * (weight.shape[0] if weight.dim() == 5 else 1)
-    if max(copies, taps, remainders) > 65535:
-        return (
-            "its kernels take up to 65535 groups of all networks, places in a kernel and places in "
-            f"a stride, got {copies}, {taps} and {remainders}."
-        )
-    return None
-
-
-def _extent(images: Tensor) -> int:
-    """Numbers from one image to the next, or that one spans."""
-    inner = zip(images.shape[-3:], images.stride()[-3:], strict=True)
-    return max(images.stride(-4), 1 + sum((n - 1) * s for n, s in inner))

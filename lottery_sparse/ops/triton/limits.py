@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -12,87 +13,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lottery_sparse.ops.triton import conv_tiles
+from lottery_sparse.ops.limits import GPU_DTYPES
 from lottery_sparse.ops.triton.tiles import interpreted
 
 OLDEST = 8, 0  # compute capability that Triton supports
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets within a tile, of up to 256 rows, are 32 bits: most rows and columns of a matrix.
 LARGEST = 2**22
 # Numbers that kernels count in 32 bits, and the vectors that they count them by.
 LONGEST = 2**31 - 2**16
 MOST_NETWORKS = 2**16 - 1  # that dimension of a grid
-# How many of an op's first arguments are matrices that kernels read by tiles:
-_MATRICES = {
-    "masked_linear": 2,
-    "masked_linear_backward": 3,
-    "compact_linear_backward": 2,
-    "ternary_linear": 2,
-    "supermask_linear": 2,
-    "supermask_linear_backward": 3,
-}
-# The argument that says how many networks there are, and its dimensions if it is one:
-_NETWORK = {
-    "masked_linear": (1, 2),
-    "masked_linear_backward": (2, 2),
-    "compact_linear": (1, 1),
-    "compact_linear_backward": (2, 1),
-    "compact_conv2d": (1, 1),
-    "compact_conv2d_backward": (2, 1),
-    "scatter_kept_": (1, 1),
-    "sample_bits": (0, 2),
-    "supermask_linear": (1, 2),
-    "supermask_linear_backward": (2, 2),
-    "supermask_conv2d": (1, 4),
-    "supermask_conv2d_backward": (2, 4),
-}
 
 
-def refuses(op: str, *args: Any) -> str | None:
-    """Why `op` cannot run here with these arguments, in a sentence; None if it can."""
+def why_not_dtypes(*args: Any) -> str | None:
+    """Why kernels cannot run with arguments of these dtypes; None if they can."""
     floating = {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}
-    if op == "keep_top":
-        floating = {score.dtype for score in args[0]}
-    if not floating <= set(_DTYPES):
+    if not floating <= set(GPU_DTYPES):
         return f"its kernels run float32, float16 and bfloat16, got {min(map(str, floating))}."
-    if op == "ternary_linear" and args[-1]:
-        return "its kernels take exact activations."
-    if op.startswith("masked_conv2d"):
-        return conv_tiles.refuses(op, *args)
-    matrices = args[: _MATRICES.get(op, 0)]
-    largest = max((n for a in matrices for n in a.shape[-2:]), default=0)
-    if op == "ternary_linear":
-        largest = max(largest, args[4])
-    if largest > LARGEST:
-        return f"its kernels take matrices of up to {LARGEST} rows and columns, got {largest}."
-    place, rank = _NETWORK.get(op, (0, 0))
-    if rank and args[place].dim() > rank and args[place].shape[0] > MOST_NETWORKS:
-        return (
-            f"its kernels take up to {MOST_NETWORKS} networks side by side, got "
-            f"{args[place].shape[0]}."
-        )
-    longest = _longest(op, args)
-    if longest > LONGEST:
-        return f"its kernels count up to {LONGEST} numbers of a row or network, got {longest}."
     return None
 
 
-def wins(op: str, *args: Any) -> bool:
-    """Whether this backend is the faster one for a call that it does not refuse."""
-    return True
+def sizes_of(*matrices: Tensor | None) -> Iterator[int]:
+    """The rows and columns of the matrices that there are."""
+    return (n for t in matrices if t is not None for n in t.shape[-2:])
 
 
-def _longest(op: str, args: tuple) -> int:
-    """What the kernels of an op count in 32 bits."""
-    if op in ("pack_mask", "sample_bits"):  # columns
-        return args[0].shape[-1]
-    if op == "unpack_mask":
-        return args[1]
-    if op in ("csr_linear", "bitmap_linear"):  # values
-        return args[1].shape[0]
-    if op.startswith("supermask_conv2d"):  # weights
-        return args[_NETWORK[op][0]].shape[-4:].numel()
-    return 0  # kept weights of a network: `KeptLists` holds no more
+def why_not(
+    args: Iterable[Any], sizes: Iterable[int] = (), networks: int = 1, longest: int = 0
+) -> str | None:
+    """Why kernels cannot run with these arguments, in a sentence; None if they can.
+
+    Args:
+        args: the arguments, for `why_not_dtypes`.
+        sizes: rows and columns of the matrices that they read by tiles.
+        networks: how many are side by side.
+        longest: the most numbers that they count in 32 bits.
+    """
+    why = why_not_dtypes(*args)
+    if why is not None:
+        return why
+    largest = max(sizes, default=0)
+    if largest > LARGEST:
+        return f"its kernels take matrices of up to {LARGEST} rows and columns, got {largest}."
+    if networks > MOST_NETWORKS:
+        return f"its kernels take up to {MOST_NETWORKS} networks side by side, got {networks}."
+    if longest > LONGEST:
+        return f"its kernels count up to {LONGEST} numbers of a row or network, got {longest}."
+    return None
 
 
 @triton.jit

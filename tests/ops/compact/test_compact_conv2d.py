@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from native_conv2d import kept_conv2d, kept_conv2d_backward
 from problems import products
 from tolerances import of_sum
 
@@ -17,7 +18,6 @@ from lottery_sparse.ops.compact.kept import KeptLists
 
 if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
 
 pytestmark = pytest.mark.numeric
 
@@ -92,8 +92,8 @@ def run(p, needs=(True, True, True)):
     x, values, lists, bias, dy, kernel, options, _ = p
     geometry = [kernel, options["stride"], options["padding"], options["dilation"]]
     geometry.append(options["groups"])
-    y = compact_cpu_conv2d.kept_conv2d(x, values, lists.starts, lists.columns, bias, *geometry)
-    return [y, *compact_cpu_conv2d.kept_conv2d_backward(dy, x, values, *lists, *geometry, *needs)]
+    y = kept_conv2d(x, values, lists, bias, *geometry)
+    return [y, *kept_conv2d_backward(dy, x, values, lists, *geometry, *needs)]
 
 
 def scattered(values, mask):

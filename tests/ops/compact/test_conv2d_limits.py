@@ -10,11 +10,12 @@ from torch import nn
 import lottery_sparse as ls
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.kept import KeptLists
+from lottery_sparse.ops.masked.arguments import Geometry
 
 if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
-from lottery_sparse.ops.common import cpu as common_cpu
 from lottery_sparse.ops.compact import cpu_conv2d as compact_cpu_conv2d
+from lottery_sparse.ops.compact.arguments import CompactArgs
 
 pytestmark = pytest.mark.numeric
 
@@ -141,12 +142,11 @@ def refusals(stride, dilation, channels=1):
     """By Python and by the kernels, of a call that has no output, so that none takes memory."""
     lists = KeptLists.of(torch.ones(channels, 9, dtype=torch.bool))
     values, effective = torch.ones(9 * channels), torch.ones(channels, 1, 3, 3)
-    args = (torch.zeros(1, 1, 1, 2), values, None, effective, *lists, True, stride, [0, 0])
-    args = (*args, dilation, 1)
-    why = common_cpu.refuses("compact_conv2d", *args)
+    geometry = Geometry(stride, (0, 0), dilation, 1)
+    a = CompactArgs(torch.zeros(1, 1, 1, 2), values, None, effective, lists, True, geometry)
     with pytest.raises(RuntimeError) as error:
-        compact_cpu_conv2d.compact_conv2d(*args)
-    return why, str(error.value)
+        compact_cpu_conv2d.compact_conv2d(a)
+    return compact_cpu_conv2d.why_not(a), str(error.value)
 
 
 @pytest.mark.parametrize("stride", [(16, 8), (1, 128), (8, 17), (129, 1)], ids=str)

@@ -102,7 +102,7 @@ def refuses_or_reads_other_lists(step, name):
 def test_every_kernel_of_a_linear_layer_refuses_them(name, dtype):
     if not dispatch.built("cpu"):
         pytest.skip("the native kernels are not built")
-    dispatch.rules_of("cpu")
+    dispatch.library_of("cpu")
     native = torch.ops.lottery_sparse_native
     x, values, kept, _ = problem("linear")
     x, values = (t.detach().to(dtype) for t in (x, values))

@@ -22,6 +22,8 @@ from lottery_sparse.ops.compact.kept import KeptLists
 if not dispatch.built("cpu"):
     pytest.skip("the native kernels (lottery_sparse._C) are not built", allow_module_level=True)
 from lottery_sparse.ops.common import cpu as common_cpu
+from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.masked.arguments import MaskedArgs
 
 pytestmark = pytest.mark.numeric
 
@@ -147,10 +149,10 @@ def test_gather_and_scatter_copy_bits():
 def chosen(p, monkeypatch, vectors=True, tiles=False):
     monkeypatch.setattr(common_cpu, "_multiplies_bfloat16", lambda: (vectors, tiles))
     a = Arguments.of(p)
-    masked = (p.x, p.weight, p.mask, p.bias, None, None)
-    compact = (p.x, a.values, p.bias, a.effective, *a.kept, True)
+    masked = MaskedArgs(p.x, p.weight, p.mask, p.bias)
+    compact = CompactArgs(p.x, a.values, p.bias, a.effective, a.kept, zero=True)
     return [
-        dispatch.kernel(op, p.x.device, args).__module__.rpartition(".")[2]
+        dispatch.kernel(op, p.x.device, (args,)).__module__.rpartition(".")[2]
         for op, args in (("masked_linear", masked), ("compact_linear", compact))
     ]
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lottery_sparse as ls
 from lottery_sparse.nn import rest
 from lottery_sparse.ops.common.eager import has_node
+from lottery_sparse.ops.compact import op as products
 
 pytestmark = pytest.mark.numeric
 
@@ -232,10 +233,17 @@ def test_python_frames_beyond_torch(kind, form, density):
     assert beyond(made, LAYERS[kind][0](), x) <= 15
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("kind", "form"), [("linear", "masked"), ("linear", "compact"), ("conv", "masked")]
+)
 @pytest.mark.parametrize("density", [0.05, 0.5])
-def test_python_frames_without_the_node(kind, density, monkeypatch):
+def test_python_frames_without_the_node(kind, form, density, monkeypatch):
     monkeypatch.setattr(rest, "eager", cache(lambda: None))
+    monkeypatch.setattr(products, "eager", cache(lambda: None))
     made, x = layer(kind, density)
+    if form == "compact":
+        made = ls.compact_(nn.Sequential(made))[0]
     assert beyond(made, LAYERS[kind][0](), x) <= 40
-    assert made(x).grad_fn.name() not in (SPARSE, "KeptGradientBackward")
+    assert made(x).grad_fn.name() not in (
+        SPARSE, "KeptGradientBackward", "CompactLinearBackward",
+    )  # fmt: skip

@@ -252,7 +252,9 @@ def test_python_frames_beyond_torch(mode, rescale):
     assert beyond(layer(mode, rescale=rescale), nn.Linear(110, 70), x) <= 15
 
 
-@pytest.mark.parametrize("mode", ["train", "sample"])
-def test_python_frames_without_the_node(mode, by_op):
+@pytest.mark.parametrize("mode", ["train", "sample", "threshold", "held"])
+@rescaled
+def test_python_frames_without_the_node(mode, rescale, by_op):
     x = torch.randn(9, 110, requires_grad=True)
-    assert by_op(lambda: beyond(layer(mode), nn.Linear(110, 70), x)) <= 40
+    made = layer(mode, rescale=rescale)
+    assert by_op(lambda: beyond(made, nn.Linear(110, 70), x)) <= 40

@@ -13,7 +13,9 @@ from problems import FROZEN, NETWORKS, SMALL, check, conv_case, conv_problem
 
 import lottery_sparse as ls
 from lottery_sparse.ops.compact.kept import KeptLists
-from lottery_sparse.ops.triton import conv_tiles, limits, tiles
+from lottery_sparse.ops.masked import triton_conv2d
+from lottery_sparse.ops.masked.arguments import Geometry, MaskedArgs
+from lottery_sparse.ops.triton import conv_tiles, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -142,8 +144,8 @@ def test_any_strides(networks):
 def test_what_is_too_large_is_refused():
     def why(x, weight, stride=1, groups=1):
         x, weight = torch.empty(x, device="meta"), torch.empty(weight, device="meta")
-        rest = None, None, None, None, [stride] * 2, [0, 0], [1, 1], groups
-        return limits.refuses("masked_conv2d", x, weight, *rest)
+        geometry = Geometry([stride] * 2, [0, 0], [1, 1], groups)
+        return triton_conv2d.why_not(MaskedArgs(x, weight, weight > 0, geometry=geometry))
 
     assert why((256, 128, 32, 32), (128, 128, 3, 3)) is None
     assert why((256, 64, 224, 224), (64, 64, 3, 3)) is None

@@ -13,7 +13,7 @@ from torch import nn
 
 import lottery_sparse as ls
 from lottery_sparse.ops.compact.kept import KeptLists
-from lottery_sparse.ops.steps import tables
+from lottery_sparse.ops.steps import launches, tables
 from lottery_sparse.ops.steps import triton as steps_triton
 from lottery_sparse.ops.steps import triton_kernels as steps_triton_kernels
 
@@ -61,7 +61,7 @@ def counts(request, monkeypatch):
     """Where Adam counts its steps. Without a GPU both places are the same."""
     if DEVICE == "cpu":
         beside = request.param == "beside"
-        monkeypatch.setattr(steps_triton, "on_device", lambda steps, params: beside)
+        monkeypatch.setattr(launches, "on_device", lambda steps, params: beside)
         return {}
     return {"capturable": request.param == "beside"}
 

@@ -1,5 +1,4 @@
 #include <array>
-#include <cstring>
 
 #include "common/bits.h"
 #include "common/simd.h"

@@ -1,7 +1,6 @@
 #include "packed/ternary_linear.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "linear/sparse_products.h"  // Buffer
 
@@ -125,20 +124,6 @@ bool ternary_half_runs() {
 #else
     return false;
 #endif
-}
-
-void ternary_unpack(const uint32_t* codes, int64_t in_features, int64_t begin, int64_t end,
-                    float* t) {
-    const int64_t words = divide_up(in_features, kTernaryColumns);
-    for (int64_t r = begin; r < end; ++r) {
-        const uint32_t* block = codes + r / kTernaryRows * words * kTernaryRows + r % kTernaryRows;
-        float* row = t + r * in_features;
-        for (int64_t k = 0; k < in_features; ++k) {
-            const int64_t j = k % kTernaryColumns;
-            const uint32_t word = block[k / kTernaryColumns * kTernaryRows];
-            row[k] = static_cast<float>(word >> (j % 4 * 8 + j / 4 * 2) & 3u) - 1.0f;
-        }
-    }
 }
 
 }  // namespace lottery_sparse

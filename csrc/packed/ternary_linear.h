@@ -44,9 +44,6 @@ void ternary_linear_int8(const TernaryLinear& p, const Parallel& parallel);
 // has them; see ternary_half_runs.
 void ternary_linear_half(const TernaryLinear& p, const uint16_t* x, const Parallel& parallel);
 bool ternary_half_runs();
-// Codes -> -1, 0 and 1, [N, K]: rows [begin, end), begin a multiple of kTernaryRows.
-void ternary_unpack(const uint32_t* codes, int64_t in_features, int64_t begin, int64_t end,
-                    float* t);
 
 // Blocks of codes with one, or a few, rows of x. Tables are as the variant's `tables` made them.
 struct TernaryTile {

@@ -1,9 +1,7 @@
 // The rim of train_step: a stack of compact layers and their optimizer's state, as lists of
 // tensors.
-#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <utility>
 
 #include "rim/rim.h"

@@ -1,5 +1,4 @@
 #include <array>
-#include <utility>
 
 #include "common/simd.h"
 #include "step/dense_tiles.h"

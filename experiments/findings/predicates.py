@@ -7,8 +7,9 @@ last section, where they are iterations.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from statistics import fmean
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec
 
 from experiments.findings.statistics import ALPHA, detectable, paired, welch
 
@@ -31,195 +32,172 @@ class Outcome(NamedTuple):
 
 
 Test = Callable[[Found], Outcome]
+P = ParamSpec("P")
 
 
-def beats(a: str, b: str, least: float = -INF) -> Test:
+def predicate(decide: Callable[Concatenate[Found, P], Outcome]) -> Callable[P, Test]:
+    """What makes tests: called without what was found, the function waits for it."""
+
+    @wraps(decide)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Test:
+        return lambda found: decide(found, *args, **kwargs)
+
+    return make
+
+
+@predicate
+def beats(found: Found, a: str, b: str, least: float = -INF) -> Outcome:
     """Arm a is above arm b, significantly, and at `least` or above."""
-
-    def test(found: Found) -> Outcome:
-        gap, p = _gap(found, a, b), _p(found, a, b)
-        return Outcome(
-            gap > 0 and p is not None and p < ALPHA and _mean(found, a) >= least,
-            f"{_said(found, a)} against {_said(found, b)}, {_tested(found, a, b)}"
-            + (f", at least {least:.0%} wanted" if least > -INF else ""),
-            f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
-            f"{_points(gap)}, {_p_said(p)}{_power(found, a, b)}",
-        )
-
-    return test
+    gap, p = _gap(found, a, b), _p(found, a, b)
+    return Outcome(
+        gap > 0 and p is not None and p < ALPHA and _mean(found, a) >= least,
+        f"{_said(found, a)} against {_said(found, b)}, {_tested(found, a, b)}"
+        + (f", at least {least:.0%} wanted" if least > -INF else ""),
+        f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
+        f"{_points(gap)}, {_p_said(p)}{_power(found, a, b)}",
+    )
 
 
-def either_side(a: str, middle: str, b: str) -> Test:
+@predicate
+def either_side(found: Found, a: str, middle: str, b: str) -> Outcome:
     """Arm a is above the arm in the middle, arm b below it, both significantly."""
-    above, below = beats(a, middle), beats(middle, b)
-
-    def test(found: Found) -> Outcome:
-        first, second = above(found), below(found)
-        return Outcome(
-            first.holds and second.holds,
-            f"{first.numbers}; {second.numbers}",
-            f"{_mean(found, a):.2%}, {_mean(found, middle):.2%}, {_mean(found, b):.2%}",
-            f"above by {first.difference}; below by {second.difference}",
-        )
-
-    return test
+    first, second = beats(a, middle)(found), beats(middle, b)(found)
+    return Outcome(
+        first.holds and second.holds,
+        f"{first.numbers}; {second.numbers}",
+        f"{_mean(found, a):.2%}, {_mean(found, middle):.2%}, {_mean(found, b):.2%}",
+        f"above by {first.difference}; below by {second.difference}",
+    )
 
 
-def no_worse(a: str, b: str, by: float) -> Test:
+@predicate
+def no_worse(found: Found, a: str, b: str, by: float) -> Outcome:
     """Arm a is at most `by` below arm b."""
-
-    def test(found: Found) -> Outcome:
-        gap = _gap(found, a, b)
-        return Outcome(
-            gap >= -by,
-            f"{_said(found, a)} against {_said(found, b)}: {_points(gap)}, at least "
-            f"{_points(-by)} wanted",
-            f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
-            f"{_points(gap)}{_power(found, a, b)}",
-        )
-
-    return test
+    gap = _gap(found, a, b)
+    return Outcome(
+        gap >= -by,
+        f"{_said(found, a)} against {_said(found, b)}: {_points(gap)}, at least "
+        f"{_points(-by)} wanted",
+        f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
+        f"{_points(gap)}{_power(found, a, b)}",
+    )
 
 
-def no_drop(a: str, b: str, by: float) -> Test:
+@predicate
+def no_drop(found: Found, a: str, b: str, by: float) -> Outcome:
     """Arm a is neither significantly below arm b nor by more than `by`."""
-
-    def test(found: Found) -> Outcome:
-        gap, p = _gap(found, a, b), _p(found, a, b)
-        lost = gap < 0 and p is not None and p < ALPHA
-        return Outcome(
-            gap >= -by and not lost,
-            f"{_said(found, a)} against {_said(found, b)}: {_points(gap)}, {_tested(found, a, b)}",
-            f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
-            f"{_points(gap)}, {_p_said(p)}{_power(found, a, b)}",
-            gap,
-        )
-
-    return test
+    gap, p = _gap(found, a, b), _p(found, a, b)
+    lost = gap < 0 and p is not None and p < ALPHA
+    return Outcome(
+        gap >= -by and not lost,
+        f"{_said(found, a)} against {_said(found, b)}: {_points(gap)}, {_tested(found, a, b)}",
+        f"{_mean(found, a):.2%} against {_mean(found, b):.2%}",
+        f"{_points(gap)}, {_p_said(p)}{_power(found, a, b)}",
+        gap,
+    )
 
 
-def near(a: str, value: float, within: float) -> Test:
+@predicate
+def near(found: Found, a: str, value: float, within: float) -> Outcome:
     """Arm a lies at a value that was published."""
-
-    def test(found: Found) -> Outcome:
-        mean = _mean(found, a)
-        return Outcome(
-            abs(mean - value) <= within,
-            f"{_said(found, a)}, {value:.1%} ± {within:.1%} wanted",
-            f"{mean:.2%}",
-            _points(mean - value),
-        )
-
-    return test
+    mean = _mean(found, a)
+    return Outcome(
+        abs(mean - value) <= within,
+        f"{_said(found, a)}, {value:.1%} ± {within:.1%} wanted",
+        f"{mean:.2%}",
+        _points(mean - value),
+    )
 
 
-def between(low: float, high: float) -> Test:
+@predicate
+def between(found: Found, low: float, high: float) -> Outcome:
     """Every arm lies in a range."""
-
-    def test(found: Found) -> Outcome:
-        means = {arm: _mean(found, arm) for arm in found}
-        least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-        return Outcome(
-            low <= means[least] and means[most] <= high,
-            f"from {_said(found, least)} to {_said(found, most)}, {low:.1%} to {high:.1%} wanted",
-            f"{means[least]:.2%} to {means[most]:.2%}",
-            f"{_points(means[least] - low)} and {_points(means[most] - high)} from the ends",
-        )
-
-    return test
+    means = {arm: _mean(found, arm) for arm in found}
+    least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    return Outcome(
+        low <= means[least] and means[most] <= high,
+        f"from {_said(found, least)} to {_said(found, most)}, {low:.1%} to {high:.1%} wanted",
+        f"{means[least]:.2%} to {means[most]:.2%}",
+        f"{_points(means[least] - low)} and {_points(means[most] - high)} from the ends",
+    )
 
 
-def apart(a: str, most: float, b: str, least: float) -> Test:
+@predicate
+def apart(found: Found, a: str, most: float, b: str, least: float) -> Outcome:
     """Arm a is at one value or below, arm b at another or above."""
-
-    def test(found: Found) -> Outcome:
-        low, high = _mean(found, a), _mean(found, b)
-        return Outcome(
-            low <= most and high >= least,
-            f"{_said(found, a)}, at most {most:.0%} wanted; {_said(found, b)}, at least "
-            f"{least:.0%}",
-            f"{low:.1%} and {high:.1%}",
-            f"{_points(low - most)} and {_points(high - least)}",
-        )
-
-    return test
+    low, high = _mean(found, a), _mean(found, b)
+    return Outcome(
+        low <= most and high >= least,
+        f"{_said(found, a)}, at most {most:.0%} wanted; {_said(found, b)}, at least {least:.0%}",
+        f"{low:.1%} and {high:.1%}",
+        f"{_points(low - most)} and {_points(high - least)}",
+    )
 
 
-def fallen(a: str, top: str, bottom: str, least: float = -INF, most: float = INF) -> Test:
+@predicate
+def fallen(
+    found: Found, a: str, top: str, bottom: str, least: float = -INF, most: float = INF
+) -> Outcome:
     """Of the way from arm `top` down to arm `bottom`, arm a has gone a share in [least, most].
 
     The share is negative where arm a is above `top`, and over 1 where it is below `bottom`.
     """
-
-    def test(found: Found) -> Outcome:
-        upper, lower = _mean(found, top), _mean(found, bottom)
-        share = (upper - _mean(found, a)) / (upper - lower) if upper > lower else 0.0
-        wanted = f"at least {least:.0%}" if most == INF else f"at most {most:.0%}"
-        return Outcome(
-            upper > lower and least <= share <= most,
-            f"{_said(found, a)}: {share:.0%} of the way from {_said(found, top)} to "
-            f"{_said(found, bottom)}, {wanted} wanted",
-            f"{_mean(found, a):.2%}, {share:.0%} of the way",
-            f"{_points(_gap(found, a, top))} from {top}, "
-            f"{_points(_gap(found, a, bottom))} from {bottom}",
-        )
-
-    return test
+    upper, lower = _mean(found, top), _mean(found, bottom)
+    share = (upper - _mean(found, a)) / (upper - lower) if upper > lower else 0.0
+    wanted = f"at least {least:.0%}" if most == INF else f"at most {most:.0%}"
+    return Outcome(
+        upper > lower and least <= share <= most,
+        f"{_said(found, a)}: {share:.0%} of the way from {_said(found, top)} to "
+        f"{_said(found, bottom)}, {wanted} wanted",
+        f"{_mean(found, a):.2%}, {share:.0%} of the way",
+        f"{_points(_gap(found, a, top))} from {top}, "
+        f"{_points(_gap(found, a, bottom))} from {bottom}",
+    )
 
 
-def compressed(a: str, dense: str, bits: str, by: float, share: float) -> Test:
+@predicate
+def compressed(found: Found, a: str, dense: str, bits: str, by: float, share: float) -> Outcome:
     """Arm a is at most `by` below the dense one, of at most a share of its bits (arm `bits`)."""
-    close = no_worse(a, dense, by)
-
-    def test(found: Found) -> Outcome:
-        first, size = close(found), _mean(found, bits)
-        return Outcome(
-            first.holds and size <= share,
-            f"{first.numbers}; {size:.2%} of the bits, at most {share:.2%} wanted",
-            f"{first.ours}, {size:.2%} of the bits",
-            first.difference,
-        )
-
-    return test
+    first, size = no_worse(a, dense, by)(found), _mean(found, bits)
+    return Outcome(
+        first.holds and size <= share,
+        f"{first.numbers}; {size:.2%} of the bits, at most {share:.2%} wanted",
+        f"{first.ours}, {size:.2%} of the bits",
+        first.difference,
+    )
 
 
 # ---- of iterations -------------------------------------------------------------------------------
 
 
-def sooner(a: str, b: str, times: float) -> Test:
+@predicate
+def sooner(found: Found, a: str, b: str, times: float) -> Outcome:
     """Arm a needs fewer iterations than arm b, significantly, and half the published lead is there.
 
     times: what b needs as a multiple of what a does, as published.
     """
     least = 1 + (times - 1) / 2
-
-    def test(found: Found) -> Outcome:
-        ratio, p = _mean(found, b) / _mean(found, a), _p(found, a, b)
-        return Outcome(
-            ratio >= least and p is not None and p < ALPHA,
-            f"{_counted(found, a)} against {_counted(found, b)}: {ratio:.2f}x, "
-            f"{_tested(found, a, b)}; at least {least:.2f}x wanted",
-            f"{ratio:.2f} times",
-            f"{ratio - times:+.2f} times, {_p_said(p)}",
-        )
-
-    return test
+    ratio, p = _mean(found, b) / _mean(found, a), _p(found, a, b)
+    return Outcome(
+        ratio >= least and p is not None and p < ALPHA,
+        f"{_counted(found, a)} against {_counted(found, b)}: {ratio:.2f}x, "
+        f"{_tested(found, a, b)}; at least {least:.2f}x wanted",
+        f"{ratio:.2f} times",
+        f"{ratio - times:+.2f} times, {_p_said(p)}",
+    )
 
 
-def as_soon(a: str, b: str, within: float) -> Test:
+@predicate
+def as_soon(found: Found, a: str, b: str, within: float) -> Outcome:
     """Arm a needs as many iterations as arm b, a share `within` more or fewer at most."""
-
-    def test(found: Found) -> Outcome:
-        ratio = _mean(found, a) / _mean(found, b)
-        return Outcome(
-            abs(ratio - 1) <= within,
-            f"{_counted(found, a)} against {_counted(found, b)}: {ratio - 1:+.0%}, "
-            f"± {within:.0%} wanted",
-            f"{ratio:.2f} times as many iterations",
-            f"{ratio - 1:+.0%}",
-        )
-
-    return test
+    ratio = _mean(found, a) / _mean(found, b)
+    return Outcome(
+        abs(ratio - 1) <= within,
+        f"{_counted(found, a)} against {_counted(found, b)}: {ratio - 1:+.0%}, "
+        f"± {within:.0%} wanted",
+        f"{ratio:.2f} times as many iterations",
+        f"{ratio - 1:+.0%}",
+    )
 
 
 # ---- numbers -------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def attribute(path: str, what: str) -> Any:
 @cache
 def digest(path: str) -> str:
     """Of the file that "module:attr" is in: another text makes another run."""
-    file = getattr(sys.modules.get(path.partition(":")[0]), "__file__", None)
+    attribute(path, "what a run needs,")
+    file = getattr(sys.modules[path.partition(":")[0]], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()[:12]
 
 

@@ -112,6 +112,14 @@ def test_ids_hold_the_text_of_the_files(monkeypatch):
     assert ours(seed=1).id != ours().id != ours(data="").id
 
 
+def test_ids_are_the_same_in_a_process_that_has_imported_nothing(module):
+    before = replace(ours(data="theirs:pair", criterion="theirs:two")).id
+    sys.modules.pop("theirs")
+    for cached in (parts.attribute, parts.digest):
+        cached.cache_clear()
+    assert replace(ours(data="theirs:pair", criterion="theirs:two")).id == before
+
+
 def test_rows_are_read_without_an_import():
     run = Run(network="gone.away:net", profile="smoke", seed=0, criterion="gone.away:score")
     assert run_of({**run.named}) == run

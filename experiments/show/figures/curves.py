@@ -38,7 +38,9 @@ def mask_criteria(selection: Selection) -> Drawing:
     selection = selection.only(lambda c: c.fields["criterion"] not in NOT_IN_FIGURE_3)
     a, b = (selection.find(**fields) for fields in TESTED)
     pair = (a, b) if a and b else None
-    return trained(selection, "Which weights to keep: accuracy after training", pair, WINNERS)
+    own = {curve.fields["criterion"] for curve in selection.curves} - set(CRITERION)  # of the user
+    title = "Which weights to keep: accuracy after training"
+    return trained(selection, title, pair, {*WINNERS, *own})
 
 
 def mask1_actions(selection: Selection) -> Drawing:
@@ -157,7 +159,7 @@ def _name_ends(
     """The names of the winners at the last point of their curves that is in sight."""
     ends = []
     for curve, its_levels in curves:
-        if curve.fields["criterion"] not in winners:
+        if curve.fields["criterion"] not in CRITERION.keys() & set(winners):
             continue
         seen = [x for x in its_levels if limits is None or limits[0] <= x.mean <= limits[1]]
         if seen:

@@ -43,16 +43,7 @@ class Age:
 
     def __init__(self, number: int | None = None):
         self.number = next(_changes) if number is None else number
-        self.readers: WeakSet[Any] | None = None  # made when there is one
-
-    def tell(self, reader: Any) -> None:
-        """Tell the reader, too, from now on."""
-        self.readers = WeakSet() if self.readers is None else self.readers
-        self.readers.add(reader)
-
-    def tell_no_more(self, reader: Any) -> None:
-        if self.readers is not None:
-            self.readers.discard(reader)
+        self.readers: WeakSet[Any] = WeakSet()
 
 
 class MaskTensor(Tensor):
@@ -161,7 +152,7 @@ def _newest(masks: list[MaskTensor]) -> MaskTensor:
 
 
 def _tell(mask: MaskTensor, source: MaskTensor | None) -> None:
-    for reader in list(mask.age.readers or ()):
+    for reader in list(mask.age.readers):
         reader.mask_is_written(mask, source)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lottery_sparse.nn import registry
 from lottery_sparse.nn.common import outside_inference_mode, redraw_
 from lottery_sparse.nn.compact import following, slots
-from lottery_sparse.nn.compact.derived import CompactParts, Derived
+from lottery_sparse.nn.compact.derived import Derived, derive
 from lottery_sparse.nn.compact.init import apply_to
 from lottery_sparse.nn.compact.moving import (
     as_matrix,
@@ -79,7 +79,7 @@ class Compact(Masked):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._enter_compact(CompactParts.of(self, self.weight.shape[-self.rank :].numel()))
+        self._enter_compact(*derive(self, self.weight.shape[-self.rank :].numel()))
 
     def _put_back(self) -> bool:
         """A compact layer is never at rest: its Parameter has no pruned entries to write."""
@@ -87,12 +87,11 @@ class Compact(Masked):
 
     # ---- becoming compact, and back --------------------------------------------------------------
 
-    def _enter_compact(self, parts: CompactParts) -> None:
+    def _enter_compact(self, derived: Derived, parameter: nn.Parameter) -> None:
         """Turn the masked layer into a compact one."""
         registry.masked.drop(self)
-        self.weight = parts.parameter
-        self._derived = Derived(parts.dense, parts.kept, parts.skips_pruned)
-        following.start(self)
+        self.weight, self._derived = parameter, derived
+        following.start(self, derived.family)
         following.share_dense(self)
 
     def _leave_compact(self, parameter: nn.Parameter | None = None) -> None:
@@ -100,7 +99,7 @@ class Compact(Masked):
         parameter = self._dense_parameter() if parameter is None else parameter
         del self._derived
         if isinstance(self.weight_mask, MaskTensor):
-            self.weight_mask.age.tell_no_more(self)
+            self.weight_mask.age.readers.discard(self)
         lends_no_more(self)
         registry.compact.drop(self)
         self.weight = parameter
@@ -331,7 +330,10 @@ class Compact(Masked):
         mask = mask.to(self.weight_mask.device, torch.bool)
         slots.leave_copies(self, mask)
         derived, old = self._derived, self.kept
-        new = KeptLists.of(as_matrix(mask, self.rank), self.capacity)
+        new, family = (
+            KeptLists.of(as_matrix(mask, self.rank), self.capacity),
+            slots.family_of(plain(mask)),
+        )
         values, moved, dense = self.weight.detach(), [], None
         blank = blank_of(derived.dense, derived.dense.shape)
         if leader is self:
@@ -354,7 +356,7 @@ class Compact(Masked):
             if not lazily:
                 derived.read()
         slots.note(self, again=False)
-        following.start(self)
+        following.start(self, family)
 
     # ---- moving, saving, loading -----------------------------------------------------------------
 
@@ -399,7 +401,7 @@ class Compact(Masked):
         super().__setstate__(state)
         if "_derived" not in self.__dict__:
             self._derive_anew()
-        following.start(self)
+        following.start(self, slots.family_of(plain(self.weight_mask)))
         self._derived.weight_version = -1  # a copy's Parameter counts versions from 0 again
         noted = self._derived.slots_before and not self.weight.is_meta
         self._derived.slots_before = slots.Slots.of(self) if noted else None

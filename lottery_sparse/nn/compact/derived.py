@@ -14,7 +14,7 @@ ones, which follow the Parameter. It is a cache, in one of three states:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -31,6 +31,7 @@ from lottery_sparse.nn.compact.moving import (
     skips_pruned,
     version_of,
 )
+from lottery_sparse.nn.compact.slots import family_of
 from lottery_sparse.nn.masked import Masked
 from lottery_sparse.nn.rest import versions_of
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -40,36 +41,6 @@ from lottery_sparse.ops.masked.reference import effective_weight
 from lottery_sparse.pruning.mask_tensor import plain
 
 BUFFERS = "weight_mask", "weight_frozen", "weight_signs"
-
-
-class CompactParts(NamedTuple):
-    """What a masked layer needs to become compact: all of it that takes memory.
-
-    Made before the layer changes, so that it stays as it is where there is too little.
-    """
-
-    dense: Tensor  # a blank where no op reads it
-    kept: KeptLists
-    parameter: nn.Parameter
-    skips_pruned: bool
-
-    @classmethod
-    def of(
-        cls, layer: Masked, capacity: int, parameter: nn.Parameter | None = None
-    ) -> CompactParts:
-        """For so many slots, with the Parameter of a layer that shares it, if there is one."""
-        dense = effective_weight(
-            layer.weight.detach(), layer.weight_mask, *layer._frozen_state()[:2], layer.rank
-        )  # fmt: skip
-        dense = outside_inference_mode(dense.contiguous())
-        lists = KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity)
-        kept = KeptLists(*map(outside_inference_mode, lists))
-        if parameter is None:
-            values = outside_inference_mode(gather_kept(dense, kept.starts, kept.columns))
-            parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
-        skips = skips_pruned(dense, kept, layer.weight_frozen is None)
-        skips = skips and kernels_take(getattr(layer, "stride", ()))
-        return cls(blank_of(dense, dense.shape) if skips else dense, kept, parameter, skips)
 
 
 class Derived:
@@ -217,3 +188,28 @@ class Derived:
         self.dense = zeros.contiguous(memory_format=torch.channels_last) if last else zeros
         self.real, self.is_blank, self.is_lent = self.dense, False, False
         return True
+
+
+def derive(
+    layer: Masked, capacity: int, parameter: nn.Parameter | None = None
+) -> tuple[Derived, nn.Parameter]:
+    """What a masked layer needs to become compact, with so many slots: all that takes memory.
+
+    Made before the layer changes, so that it stays as it is where there is too little.
+
+    Args:
+        parameter: of a layer that shares it; None: a new one.
+    """
+    dense = effective_weight(
+        layer.weight.detach(), layer.weight_mask, *layer._frozen_state()[:2], layer.rank
+    )  # fmt: skip
+    dense = outside_inference_mode(dense.contiguous())
+    kept = KeptLists.of(as_matrix(layer.weight_mask, layer.rank), capacity)
+    if parameter is None:
+        values = outside_inference_mode(gather_kept(dense, kept.starts, kept.columns))
+        parameter = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
+    skips = skips_pruned(dense, kept, layer.weight_frozen is None)
+    skips = skips and kernels_take(getattr(layer, "stride", ()))
+    derived = Derived(blank_of(dense, dense.shape) if skips else dense, kept, skips)
+    derived.family = family_of(plain(layer.weight_mask))
+    return derived, parameter

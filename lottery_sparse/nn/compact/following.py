@@ -15,6 +15,7 @@ A write to `weight` itself is taken in by `scatter`, where somebody reads the de
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -63,10 +64,10 @@ def follow(layer: Any) -> None:
         slots.note(layer, again=current)
 
 
-def start(layer: Any) -> None:
-    """Say that all five agree, in a layer that has new lists."""
+def start(layer: Any, family: WeakSet[Any]) -> None:
+    """Say that all five agree, in a layer that has new lists. It takes no memory of tensors."""
     note_buffers(layer)
-    slots.join(layer, plain(layer.weight_mask))
+    slots.join(layer, family)
     if not layer.weight.is_meta:
         note_weight(layer)
 
@@ -74,7 +75,7 @@ def start(layer: Any) -> None:
 def set_lists(layer: Any, kept: KeptLists) -> None:
     """Give a layer the lists of the mask that it has."""
     layer._derived.set_lists(kept)
-    slots.join(layer, plain(layer.weight_mask))
+    slots.join(layer, slots.family_of(plain(layer.weight_mask)))
 
 
 @torch.no_grad()
@@ -117,8 +118,8 @@ def gather(layer: Any) -> None:
 def note_buffers(layer: Any) -> None:
     """Say that lists and frozen values are those of the buffers."""
     layer._derived.note_buffers(layer._buffers)
-    if isinstance(layer.weight_mask, MaskTensor):
-        layer.weight_mask.age.tell(layer)
+    if isinstance(layer.weight_mask, MaskTensor):  # else somebody has put in a tensor of torch
+        layer.weight_mask.age.readers.add(layer)
 
 
 def note_weight(layer: Any) -> None:

@@ -1,55 +1,33 @@
-"""From a compact Parameter to the layers and optimizers that hold it."""
+"""From a compact Parameter to the layers and optimizers that hold it.
+
+Of a layer, optimizers and hooks need to know `weight`, `kept`, `target`, `stepped`,
+`weight_changed` and `fit_state`.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lottery_sparse.nn import registry
-from lottery_sparse.ops.compact.kept import KeptLists
-
-
-class Holder(Protocol):
-    """A compact layer, as far as optimizers and hooks need to know it."""
-
-    weight: Parameter
-
-    @property
-    def weight_effective(self) -> Tensor: ...
-    @property
-    def kept(self) -> KeptLists: ...
-    @property
-    def target(self) -> Tensor | None:
-        """The dense tensor that a step writes the new values into, too; None: there is none."""
-
-    def stepped(self) -> None:
-        """Called by a step that wrote `weight`, and `target` where there is one."""
-
-    def weight_changed(self) -> None:
-        """Called by what wrote `weight` alone."""
-
-    def fit_state(self, optimizer: Optimizer) -> None:
-        """Give an optimizer's state of `weight` the slots that it has here."""
-
 
 _holders = registry.compact
 _optimizers: WeakSet = WeakSet()
 _lenders: WeakSet = WeakSet()
 
 
-def register(layer: Holder) -> None:
+def register(layer: Any) -> None:
     """Make the layer known as a holder of its `weight`."""
     _watch_steps()
     _holders.add(layer)
 
 
-def holders_of(parameter: Tensor) -> list[Holder]:
+def holders_of(parameter: Tensor) -> list[Any]:
     """The compact layers whose Parameter this is; none for an ordinary one."""
     return _holders.of(parameter)
 

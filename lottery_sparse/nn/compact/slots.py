@@ -51,18 +51,20 @@ class Slots(NamedTuple):
         return version_of(weight) != self.version or self.watch.sees_a_write(weight.detach())
 
 
-def join(layer: Any, mask: Tensor) -> None:
-    """Put a layer into the family of a mask, that of its lists."""
-    if type(mask) is Tensor and not mask.is_meta:  # and no stand-in of torch.export
-        layer._derived.family.discard(layer)
-        layer._derived.family = _family_of(mask)
-        layer._derived.family.add(layer)
-
-
-def _family_of(mask: Tensor) -> WeakSet[Any]:
+def family_of(mask: Tensor) -> WeakSet[Any]:
+    """The family of the layers whose lists are those of this mask."""
+    if type(mask) is not Tensor or mask.is_meta:  # or a stand-in of torch.export
+        return WeakSet()
     columns = mask.flatten(1).sum(0)
     numbers = torch.arange(1, len(columns) + 1, device=mask.device)
     return _families.setdefault((mask.shape, int((columns * numbers).sum())), WeakSet())
+
+
+def join(layer: Any, family: WeakSet[Any]) -> None:
+    """Put a layer into a family, and out of the one that it is in."""
+    layer._derived.family.discard(layer)
+    layer._derived.family = family
+    family.add(layer)
 
 
 def _copies(layer: Any, mask: Tensor, family: WeakSet[Any]) -> Iterator[Any]:
@@ -102,7 +104,7 @@ def _are_copied(layer: Any, mask: Tensor) -> bool:
     mine = layer.weight.detach()
     return any(
         torch.equal(other.weight.detach().to(mine), mine)
-        for other in _copies(layer, mask, _family_of(mask))
+        for other in _copies(layer, mask, family_of(mask))
         if not _is_written(other)
     )
 
@@ -117,7 +119,7 @@ def mask_is_written(layer: Any, source: MaskTensor | None) -> None:
     """Called before the mask of a layer takes that of `source`, and after any other write to it."""
     if source is not None and _are_copied(layer, plain(source)):
         layer._derived.slots_before = None  # everything is
-        join(layer, plain(source))
+        join(layer, family_of(plain(source)))
     elif layer._derived.slots_before is None:
         layer._derived.slots_before = Slots.of(layer)
 

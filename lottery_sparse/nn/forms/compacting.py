@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lottery_sparse.nn import registry
 from lottery_sparse.nn.common import has_hooks
 from lottery_sparse.nn.compact.base import Compact
-from lottery_sparse.nn.compact.derived import CompactParts
+from lottery_sparse.nn.compact.derived import derive
 from lottery_sparse.nn.compact.layers import COMPACT_TYPES
 from lottery_sparse.nn.compact.moving import check_movable, most_kept
 from lottery_sparse.nn.compact.registry import note_optimizer
@@ -54,18 +54,17 @@ def shrink_layers_(
         first = layers[0]
         old, size = first.weight, first.weight.shape[-first.rank :].numel()
         capacity = min(most_kept(first.weight_mask, first.rank) + spare, size)
-        parts = [CompactParts.of(first, capacity)]
-        parameter, kept = parts[0].parameter, parts[0].kept
-        parts += [CompactParts.of(layer, capacity, parameter) for layer in layers[1:]]
+        derived, parameter = derive(first, capacity)
+        each = [derived, *(derive(layer, capacity, parameter)[0] for layer in layers[1:])]
 
-        def gather(dense: Tensor, kept: Any = kept) -> Tensor:
+        def gather(dense: Tensor, kept: Any = derived.kept) -> Tensor:
             return gather_kept(dense, kept.starts, kept.columns)
 
         replace = _replacement(optimizer, old, parameter, gather)
-        for layer, mine in zip(layers, parts, strict=True):
+        for layer, mine in zip(layers, each, strict=True):
             become(layer, COMPACT_TYPES[type(layer)])
             assert isinstance(layer, Compact)
-            layer._enter_compact(mine)
+            layer._enter_compact(mine, parameter)
         replace()
     return model
 

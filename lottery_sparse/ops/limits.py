@@ -1,7 +1,6 @@
-"""The limits of dispatch: up to which densities and sizes kernels run, and win.
+"""The limits of dispatch: the densities and sizes up to which kernels run, and win.
 
-Sizes that only one backend's kernels have (the tiles of Triton, the rows of a CUDA launch) are in
-its files.
+What limits the kernels of one backend alone, such as the rows of a CUDA launch, is in its files.
 """
 
 from __future__ import annotations
@@ -13,32 +12,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# ---- densities up to which the CPU kernels, which skip zeros, beat the dense product -------------
-# benchmarks/results/cpu.md
+# ---- densities -----------------------------------------------------------------------------------
+# The CPU kernels skip zeros. Up to these densities they beat the dense product, by
+# benchmarks/results/cpu.md.
 
-# Of compact layers, which have lists of what is kept: forward and dx.
+# y and dx of compact layers, which have lists of what is kept.
 MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
-# The same of a linear layer where the kernels are quick, or dense is slow. The kernels are quick
-# where tiles of so many features stay in the first-level cache, beside a product's sums and
-# results. Dense is slow where y reads the weight across its rows: up to so many rows and features.
+# The same of a linear layer where the kernels are quick, or the dense library is slow. The kernels
+# are quick where tiles of CACHED_FEATURES stay in the first-level cache, beside a product's sums
+# and results. The library is slow where y reads the weight across its rows: up to
+# SMALL_BATCH_DENSE rows of x and SMALL_FEATURES_DENSE features.
 MAX_DENSITY_QUICK = 0.52
 CACHED_FEATURES, SMALL_BATCH_DENSE, SMALL_FEATURES_DENSE = 320, 64, 1024
-# dvalues of a linear layer.
+# dvalues of a compact linear layer.
 MAX_DENSITY_SAMPLED = 0.45
-# Steps of `ls.train_step`: for a layer's output and the gradient of its input, and for the
-# gradients of its weights.
+# A layer's output and the gradient of its input in `ls.train_step`; the gradients of its weights.
 MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED = 0.45, 0.45
 # Masked layers, which list and gather what is kept in each call: measured at batches 1 to 1000 of
 # ten layers. With fewer rows of x than SMALL_BATCH the listing dominates. Up to SMALL_WEIGHT a call
 # costs more than the product, and one kernel call is the cheapest.
 MAX_DENSITY_MASKED, MAX_DENSITY_MASKED_SMALL_BATCH = 0.25, 0.15
 SMALL_BATCH, SMALL_WEIGHT = 32, 4096
-# bfloat16, masked and compact, on a processor that multiplies it: 2.2 times as fast dense as
-# float32. From this many rows of x on, up to this density.
+# Masked and compact layers in bfloat16, on a processor that multiplies it, which makes the dense
+# product 2.2 times as fast as in float32: from so many rows of x on, up to this density.
 MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
-NEVER = 2**62  # rows of x
-# Up to this share of slots the Triton kernel computes dvalues alone; above, dW is the library's.
+NEVER = 2**62  # more rows than any x has
+
+# GPUs, by bytes and instructions. Up to this share of slots the Triton kernel computes dvalues
+# alone; above, dW is the library's, and gathered.
 MAX_DENSITY_SAMPLED_TRITON = 0.5
+# From this batch on Triton writes a ternary weight out once for the dense library. Only where
+# scale · t is exact in the dtype of x, as the contract has it.
+LIBRARY_FROM = 1024
+# A csr weight is read by rows where it is sparse enough and x fits in shared memory: (most rows of
+# x, which is padded to these; most density; blocks that share a multiprocessor's memory). Else it
+# is made into tiles, with places up to MOST_PLACES, with bits above.
+BY_ROWS = ((1, 0.12, 2), (2, 0.12, 2), (4, 0.12, 2), (8, 0.08, 1))
+MOST_PLACES = 0.24
 
 # ---- sizes and dtypes ----------------------------------------------------------------------------
 

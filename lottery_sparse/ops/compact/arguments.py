@@ -1,4 +1,4 @@
-"""The arguments of compact products, as kernels get them."""
+"""The arguments of compact products, as kernels get them; see ops/masked/arguments.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from lottery_sparse.ops.masked.arguments import LINEAR, Geometry, new
 
 
 class CompactArgs(NamedTuple):
-    """Of compact_linear and compact_conv2d, and of their backwards beside dy and what is needed."""
+    """The arguments of compact_linear and compact_conv2d.
+
+    A kernel of the backward gets them first, then dy, need_dx, need_dv and what the kernel of the
+    forward gave beside y, or None.
+    """
 
     x: Tensor
     values: Tensor

@@ -1,4 +1,8 @@
-"""The arguments of masked products, as kernels get them."""
+"""The arguments of masked products, as kernels get them.
+
+A function of an op's name makes them of the arguments of the registered op, whose schema compiled
+graphs and exported programs hold.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import Tensor
 
 
 class Geometry(NamedTuple):
-    """How a convolution goes over its images. Empty: a linear layer."""
+    """How a convolution goes over its images. A linear layer has the empty one, LINEAR."""
 
     stride: Sequence[int] = ()
     padding: Sequence[int] = ()
@@ -18,14 +22,18 @@ class Geometry(NamedTuple):
 
 
 LINEAR = Geometry()
-# makes a record; its class would make one more Python call in each call of a layer
+# Makes a record of a tuple. Calling the record's class does the same by one more Python function,
+# in each call of a layer.
 new = tuple.__new__
-# the part of a geometry in the schema of a registered op
+# The schema of a registered op's geometry.
 GEOMETRY = ", SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
 
 
 class MaskedArgs(NamedTuple):
-    """Of masked_linear and masked_conv2d, and of their backwards beside dy and what is needed."""
+    """The arguments of masked_linear and masked_conv2d.
+
+    A kernel of the backward gets them first, then dy, need_dx and need_dw.
+    """
 
     x: Tensor
     weight: Tensor

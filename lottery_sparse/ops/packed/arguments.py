@@ -1,4 +1,4 @@
-"""The arguments of products with packed weights, as kernels get them."""
+"""The arguments of products with packed weights, as kernels get them; see masked/arguments.py."""
 
 from __future__ import annotations
 

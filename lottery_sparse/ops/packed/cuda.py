@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lottery_sparse.ops import dispatch
-from lottery_sparse.ops.limits import GPU_DTYPES
+from lottery_sparse.ops.limits import BY_ROWS, GPU_DTYPES, MOST_PLACES
 from lottery_sparse.ops.packed import formats
 from lottery_sparse.ops.packed.arguments import BitmapArgs, CsrArgs, TernaryArgs
 
@@ -22,12 +22,7 @@ _ops = torch.ops.lottery_sparse_cuda
 
 MOST_ROWS = 16  # kCudaBatch
 MOST_FLOAT_ROWS = MOST_ROWS // 3  # of float32 in a launch
-# A weight by rows needs no tiles where it is sparse enough and x fits in shared memory: (most rows
-# of x, they are padded to these; most density; blocks that share a multiprocessor's memory).
-BY_ROWS = ((1, 0.12, 2), (2, 0.12, 2), (4, 0.12, 2), (8, 0.08, 1))
 SHARED = 163 << 10  # bytes of shared memory of a block on sm_80
-# Up to this density, tiles with places are fewer bytes and instructions than bitmap tiles.
-MOST_PLACES = 0.24
 
 
 def why_not(a: TernaryArgs | CsrArgs | BitmapArgs, scale: Tensor | None = None) -> str | None:

@@ -18,15 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lottery_sparse.ops import dispatch
+from lottery_sparse.ops.limits import LIBRARY_FROM
 from lottery_sparse.ops.packed.arguments import TernaryArgs
 from lottery_sparse.ops.triton import limits
 from lottery_sparse.ops.triton.tiles import MULTIPROCESSORS, Parts, dot, in_order, precision, tiles
 
 BLOCK = tl.constexpr(16)  # rows and columns of a block of codes
-# From this batch on, the weight is written out once for the dense library, in panels of rows that
-# stay in the cache. Only where scale · t is exact in the dtype of x, as the contract has it.
-LIBRARY_FROM = 1024
-PANEL = 2**24  # weights
+PANEL = 2**24  # weights of a panel of rows, written for the dense library, that stays in the cache
 # Up to a batch: rows, columns and depth of a tile, warps, stages. Every row of tiles reads all of x
 # from the L2 cache, which for 17 … 64 rows of x costs more than the codes do: hence 256 rows.
 _SIZES: tuple[tuple[float, tuple[int, int, int], int, int], ...] = (

@@ -1,4 +1,4 @@
-"""The arguments of products under learned masks, as kernels get them."""
+"""The arguments of products under learned masks, as kernels get them; see masked/arguments.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lottery_sparse.ops.masked.arguments import LINEAR, Geometry, new
 
 
 class SupermaskArgs(NamedTuple):
-    """Of supermask_linear and supermask_conv2d, and of their backwards beside dy and the needs."""
+    """The arguments of supermask_linear and supermask_conv2d.
+
+    A kernel of the backward gets them first, then dy, need_dx, need_dw and need_dscore.
+    """
 
     x: Tensor
     score: Tensor

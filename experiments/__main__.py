@@ -93,10 +93,9 @@ def parser() -> argparse.ArgumentParser:
         "quickstart", run_quickstart, "tickets, supermasks and times on LeNet, in under a minute",
         _data, _json, _seed,
     )  # fmt: skip
-    count = quickstart.ITERATIONS
+    count, out = quickstart.ITERATIONS, Path("out/quickstart.png")
     add("--iterations", type=int, default=count, help=f"per training run {DEFAULT}")
-    place = Path("out/quickstart.png")
-    add("--png", type=Path, metavar="FILE", default=place, help=f"where to draw {DEFAULT}")
+    add("--png", type=Path, metavar="FILE", default=out, help=f"where to draw {DEFAULT}")
 
     text = "do what is still to do of a study; resumes"
     add = command("run", run, text, _store, _data, _parts, _workers_option)
@@ -154,8 +153,8 @@ def parser() -> argparse.ArgumentParser:
 
     text = "the picture of README.md: accuracy and time of a step over density"
     add = command("overview", overview, text, _store)
-    place = Path("out/figures")
-    add("--out", type=Path, default=place, metavar="FOLDER", help=f"where to write {DEFAULT}")
+    out = SHOWS["figure"][0]
+    add("--out", type=Path, default=out, metavar="FOLDER", help=f"where to write {DEFAULT}")
     return top
 
 

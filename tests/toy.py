@@ -53,7 +53,7 @@ resnet = Network(  # the same, small; a thousandth of the iterations in profile 
     dataset="mnist",
     build=lambda: ResNet(channels=1, width=2),
     lr=1e-2,
-    iterations=60_000,
+    iterations=30_000,
     keep=SHARES,
 )
 

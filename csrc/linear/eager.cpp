@@ -31,7 +31,7 @@ bool plain(const Tensor& t) {
 // Whether somebody changes or watches what ops do: modes, transforms, tracing.
 bool watched() {
     const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-    const char* forced = std::getenv("LS_BACKEND");  // backends.forced() knows the rest
+    const char* forced = std::getenv("LS_BACKEND");  // dispatch.forced() knows the rest
     return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
            included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
            c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||

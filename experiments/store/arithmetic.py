@@ -53,8 +53,8 @@ def check(run: Run, device: str) -> None:
     if run.numerics and (here := limits_here()) != run.limits:
         raise OtherArithmetic(
             f"{run.id} has the limits of dispatch {dict(run.limits)}, but this version computes by "
-            f"{dict(here)}: use the version that has the former, or make the latter values of "
-            "runs.LITERALS."
+            f"{dict(here)}: set LS_MACHINE=0 where the machine was measured, use the version that "
+            "has the former, or make the latter values of runs.LITERALS."
         )
 
 

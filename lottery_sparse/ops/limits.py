@@ -12,26 +12,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lottery_sparse.measurements import dense_rate
+
 # ---- densities -----------------------------------------------------------------------------------
-# The CPU kernels skip zeros. Up to these densities they beat the dense product, by
-# benchmarks/results/cpu.md.
+# The CPU kernels skip zeros. Up to these densities they beat the dense product: measured on Zen 4,
+# benchmarks/results/cpu.md, where the dense library multiplies MEASURED_AT times as fast as the
+# kernels (planning/rate.py). Where that was found to be otherwise, the densities of float32 scale
+# with it. They hold for the whole process, as layers are built by them. Rates that differ by less
+# than NOISE count as one.
+MEASURED_AT, NOISE = 2.2, 0.1
+
+
+def scale_of(rate: float | None) -> float:
+    """What the densities are multiplied with where the rate is this one."""
+    if rate is None or abs(rate / MEASURED_AT - 1) <= NOISE:
+        return 1.0
+    return MEASURED_AT / rate
+
+
+SCALE = scale_of(dense_rate())
+
+
+def _scaled(*densities: float) -> tuple[float, ...]:
+    return tuple(min(1.0, SCALE * density) for density in densities)
+
 
 # y and dx of compact layers, which have lists of what is kept.
-MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = 0.45, 0.4, 0.2
+MAX_DENSITY_LINEAR, MAX_DENSITY_CONV, MAX_DENSITY_CONV_1X1 = _scaled(0.45, 0.4, 0.2)
 # The same of a linear layer where the kernels are quick, or the dense library is slow. The kernels
 # are quick where tiles of CACHED_FEATURES stay in the first-level cache, beside a product's sums
 # and results. The library is slow where y reads the weight across its rows: up to
 # SMALL_BATCH_DENSE rows of x and SMALL_FEATURES_DENSE features.
-MAX_DENSITY_QUICK = 0.52
+(MAX_DENSITY_QUICK,) = _scaled(0.52)
 CACHED_FEATURES, SMALL_BATCH_DENSE, SMALL_FEATURES_DENSE = 320, 64, 1024
 # dvalues of a compact linear layer.
-MAX_DENSITY_SAMPLED = 0.45
+(MAX_DENSITY_SAMPLED,) = _scaled(0.45)
 # A layer's output and the gradient of its input in `ls.train_step`; the gradients of its weights.
-MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED = 0.45, 0.45
+MAX_DENSITY_STEP, MAX_DENSITY_STEP_SAMPLED = _scaled(0.45, 0.45)
 # Masked layers, which list and gather what is kept in each call: measured at batches 1 to 1000 of
 # ten layers. With fewer rows of x than SMALL_BATCH the listing dominates. Up to SMALL_WEIGHT a call
 # costs more than the product, and one kernel call is the cheapest.
-MAX_DENSITY_MASKED, MAX_DENSITY_MASKED_SMALL_BATCH = 0.25, 0.15
+MAX_DENSITY_MASKED, MAX_DENSITY_MASKED_SMALL_BATCH = _scaled(0.25, 0.15)
 SMALL_BATCH, SMALL_WEIGHT = 32, 4096
 # Masked and compact layers in bfloat16, on a processor that multiplies it, which makes the dense
 # product 2.2 times as fast as in float32: from so many rows of x on, up to this density.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import json
 import math
 import os
 import platform
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lottery_sparse
-from lottery_sparse.files import write_whole
+from lottery_sparse import measurements
 from lottery_sparse.nn.compact.base import Compact
 from lottery_sparse.nn.compact.moving import check_movable
 from lottery_sparse.nn.forms.convert import by_parameter, check_masked, masked_modules
@@ -37,14 +32,12 @@ from lottery_sparse.planning.measuring import (
     format_of,
     measured,
 )
+from lottery_sparse.planning.rate import measure_once
 from lottery_sparse.planning.table import Plan, Row
 
 # A gain in time below this share counts as none.
 _LEAST_GAIN = 0.05
-# Measurements are kept for this many days.
-_DAYS = 14
-# environment variables that hold the dense libraries to an instruction set
-_LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_FILE = "plan.json"
 # densities that share a cache entry: thirds of an octave
 _BUCKETS_PER_OCTAVE = 3
 
@@ -113,8 +106,7 @@ def plan(
     reached = inputs_of(model, layers, *call_of(model, inputs, kwargs))
     if not reached:
         raise ValueError("the inputs reach no masked layer; is the model called differently?")
-    store = _Store() if cache else None
-    costs = {name: _measured(layers[name], x, training, store) for name, x in reached.items()}
+    costs = {name: _measured(layers[name], x, training, cache) for name, x in reached.items()}
     rows, groups = [], []
     for parameter, group in by_parameter(model):
         names = [name for name in reached if any(layers[name] is layer for layer in group)]
@@ -129,6 +121,8 @@ def plan(
     if apply:
         _apply([g for g in groups if g[2] != g[3]], optimizer)
     found = Plan(rows, training, torch.get_num_threads(), apply)
+    if cache:
+        measure_once()
     if report is not None:
         report(str(found))
     return found
@@ -197,15 +191,15 @@ def _apply(
 # ---- measuring, or what was measured before ------------------------------------------------------
 
 
-def _measured(layer: Masked, x: Tensor, training: bool, store: _Store | None) -> dict[str, Cost]:
+def _measured(layer: Masked, x: Tensor, training: bool, cache: bool) -> dict[str, Cost]:
     """The cost of each form: times measured now or before, and its memory."""
     key, forms = _key(layer, x, training), candidates(layer, training)
-    before = store.get(key) if store else None
+    before = _kept(key) if cache else None
     if before is not None and before.keys() != forms.keys():
         before = None
     found = measured(forms, x, training, before)
-    if store and before is None and all(cost.reliable for cost in found.values()):
-        store.put(key, found)
+    if cache and before is None and all(cost.reliable for cost in found.values()):
+        _keep(key, found)
     return found
 
 
@@ -229,10 +223,10 @@ def _kind(layer: Masked) -> str:
 def _key(layer: Masked, x: Tensor, training: bool) -> str:
     """A text of everything that a time depends on, except the exact density."""
     parts = {
-        "machine": platform.node() + " " + _processor(),
+        "machine": platform.node() + " " + measurements.processor(),
         "threads": torch.get_num_threads(),
         "backend": [os.environ.get("LS_CPU", ""), dispatch.built("cpu"), dispatch.forced()],
-        "libraries": [os.environ.get(name, "") for name in _LIMITS],
+        "libraries": measurements.held(),
         "precision": [torch.get_float32_matmul_precision(), _autocast(x.device.type)],
         "type": _type(layer),
         "layer": _kind(layer),
@@ -266,110 +260,32 @@ def _type(layer: Masked) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line[:10] == "model name"), "")
-
-
 def cache_path() -> Path:
-    """The file with earlier measurements: in LS_CACHE_DIR, else in the user's cache folder.
-
-    Where the user has no home (a bare uid in a container), nothing is kept.
-    """
-    folder = os.environ.get("LS_CACHE_DIR")
-    if folder:
-        return Path(folder) / "plan.json"
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        return Path(os.devnull)
-    return Path(base) / "lottery_sparse" / "plan.json"
+    """The file with earlier measurements, see `measurements.path_of`."""
+    return measurements.path_of(_FILE)
 
 
-class _Store:
-    """Measurements by key in one JSON file; a file that cannot be read counts as empty."""
-
-    def __init__(self) -> None:
-        self.path = cache_path()
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return entries if isinstance(entries, dict) else {}
-
-    def get(self, key: str) -> dict[str, Cost] | None:
-        try:
-            return _costs(self._read()[key])
-        except (KeyError, TypeError, AttributeError):
-            return None
-
-    def put(self, key: str, paths: dict[str, Cost]) -> None:
-        entries = {name: entry for name, entry in self._read().items() if _is_young(entry)}
-        entries[key] = _stamp() | {
-            "time": time.time(),
-            "cpu": _processor(),
-            "threads": torch.get_num_threads(),
-            "paths": {name: asdict(path) for name, path in paths.items()},
-        }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, json.dumps(entries, indent=1, sort_keys=True).encode())
-        except (OSError, RecursionError):
-            pass  # a cache that cannot be written costs time, nothing else
+def _keep(key: str, paths: dict[str, Cost]) -> None:
+    measurements.put(
+        _FILE,
+        key,
+        lottery_sparse=lottery_sparse.__version__,
+        threads=torch.get_num_threads(),
+        paths={name: asdict(path) for name, path in paths.items()},
+    )
 
 
-def _costs(entry: Any) -> dict[str, Cost] | None:
+def _kept(key: str) -> dict[str, Cost] | None:
     """The costs of an entry that is whole, of these versions, and young enough; else None."""
-    same = _is_young(entry) and all(entry.get(name) == value for name, value in _stamp().items())
-    if not same:
+    number = measurements.number
+    entry = measurements.get(_FILE, key, lottery_sparse=lottery_sparse.__version__)
+    if entry is None:
         return None
     try:
         found = {
-            name: Cost(_number(cost["ms"]), int(_number(cost["bytes"])), _number(cost["spread"]))
+            name: Cost(number(cost["ms"]), int(number(cost["bytes"])), number(cost["spread"]))
             for name, cost in entry["paths"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
     return found if all(cost.ms > 0 for cost in found.values()) else None
-
-
-def _is_young(entry: Any) -> bool:
-    try:
-        return 0 <= time.time() - _number(entry["time"]) <= _DAYS * 24 * 3600
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def _number(value: Any) -> float:
-    """A number of the file, which is at least 0 and finite; TypeError, ValueError for others."""
-    if type(value) not in (int, float):  # no text, no true
-        raise TypeError(f"{type(value).__name__} is no number")
-    if not 0 <= value < sys.float_info.max:  # 10**400 has no float
-        raise ValueError("it is no finite number")
-    return float(value)
-
-
-def _stamp() -> dict[str, Any]:
-    """Versions; a measurement under other versions does not count. The rest is in the key."""
-    return {
-        "torch": torch.__version__,
-        "lottery_sparse": lottery_sparse.__version__,
-        "kernels": _kernels(),
-    }
-
-
-@functools.cache
-def _kernels() -> str:
-    """Variant of the CPU kernels, and when they were built."""
-    try:
-        variant = importlib.import_module("lottery_sparse._host").cpu_variant()
-        found = importlib.util.find_spec("lottery_sparse._C")
-        built = os.stat(found.origin).st_mtime_ns if found and found.origin else 0
-    except (ImportError, RuntimeError, OSError):
-        return ""
-    return f"{variant} {built}"

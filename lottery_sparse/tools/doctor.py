@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lottery_sparse
+from lottery_sparse import measurements
 from lottery_sparse.nn.forms.convert import set_masks_
 from lottery_sparse.nn.forms.densify import dense_state_dict
 from lottery_sparse.nn.forms.verbs import compact_, sparsify_
-from lottery_sparse.ops import dispatch
+from lottery_sparse.ops import dispatch, limits
 from lottery_sparse.ops.bits.reference import pack_mask
 from lottery_sparse.ops.common.eager import node_module
 from lottery_sparse.ops.compact.kept import KeptLists
@@ -36,6 +37,7 @@ from lottery_sparse.ops.packed import formats
 from lottery_sparse.ops.random.reference import random_uniform
 from lottery_sparse.optim import optimizers
 from lottery_sparse.optim.train_step import train_step
+from lottery_sparse.planning.rate import measure_once
 
 # How to get the kernels, one sentence for every place that says they are missing (design D17).
 HOW_TO_BUILD = (
@@ -47,6 +49,7 @@ HOW_TO_BUILD = (
 SWITCHES = {
     "LS_BACKEND": "forces one backend for every op",
     "LS_CPU": "forces the instruction set of the CPU kernels",
+    "LS_MACHINE": "0: limits of dispatch as the code has them; nothing is measured",
     "LS_BUILD": "auto, 0 or require: whether setup.py builds the kernels",
     "LS_DATA_DIR": "where the experiments find MNIST and CIFAR-10",
 }
@@ -77,6 +80,7 @@ def report() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "machine": _machine(),
+        "limits": _limits(),
         "native": native,
         "wrong_bfloat16_convolutions_of_torch": wrong_convolutions(),
         "switches": {name: _switch(name) for name in SWITCHES},
@@ -95,6 +99,7 @@ def as_text(report: dict[str, Any]) -> str:
         f"versions   {' · '.join(versions)}",
         f"machine    {machine['system']}, {machine['cores']} cores, "
         f"{machine['torch_threads']} torch threads, torch uses {machine['torch_cpu']}, {gpus}",
+        f"limits     {limits_line(report['limits'])}",
         f"torch      {convolutions_line(report['wrong_bfloat16_convolutions_of_torch'])}",
         f"native     {native_line()}",
         f"cuda       {cuda_line()}",
@@ -167,6 +172,25 @@ def _machine() -> dict[str, Any]:
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _limits() -> dict[str, float | None]:
+    """The rate that limits of dispatch scale with, and their scale in this process."""
+    measure_once()
+    return {"dense_over_kernels": measurements.dense_rate(), "scale": limits.SCALE}
+
+
+def limits_line(found: dict[str, float | None]) -> str:
+    """One sentence: how fast the dense library is here, and what that does to densities."""
+    rate, scale = found["dense_over_kernels"], found["scale"]
+    if rate is None:
+        return "densities of dispatch are those of Zen 4: no rate is known of this machine."
+    coming = limits.scale_of(rate)
+    later = "" if coming == scale else f", and by {coming:.2f} from the next process on"
+    return (
+        f"dense products are {rate:.2f} times as fast as the kernels here ({limits.MEASURED_AT} on "
+        f"Zen 4): densities of dispatch scale by {scale:.2f}{later}."
+    )
 
 
 def _switch(name: str) -> str | None:

@@ -32,7 +32,9 @@ ops/common
 ops/bits
 ops/triton
 ops/random
-ops/dispatch ops/limits files
+ops/dispatch ops/limits
+measurements
+files
 text
 """
 STUDY_FLOORS = """

@@ -88,17 +88,17 @@ def test_an_entry_with_a_field_that_is_no_finite_number_is_none(
     field, value, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("LS_CACHE_DIR", str(tmp_path))
-    path, store, costs = tmp_path / "plan.json", plan._Store(), {"dense": plan.Cost(1.5, 8, 0.1)}
-    store.put("layer", costs)
-    assert store.get("layer") == costs
+    path, costs = tmp_path / "plan.json", {"dense": plan.Cost(1.5, 8, 0.1)}
+    plan._keep("layer", costs)
+    assert plan._kept("layer") == costs
     entries = json.loads(path.read_bytes())
     entry = entries["layer"]
     holder = entry if field in entry else entry["paths"]["dense"]
     holder[field] = value
     path.write_text(json.dumps(entries))
-    assert store.get("layer") is None
-    store.put("other", costs)
-    assert store.get("other") == costs
+    assert plan._kept("layer") is None
+    plan._keep("other", costs)
+    assert plan._kept("other") == costs
 
 
 def test_a_folder_in_its_place_is_no_error(tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ SANITIZERS  := address,undefined
 SANITIZED   := build/sanitize/lib
 SANITIZE_ENV = LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-  PYTHONPATH=$(abspath $(SANITIZED))
+  PYTHONPATH=$(abspath $(SANITIZED)):$(CURDIR)/tests/problems
 SANITIZE_TESTS := bf16_linear compact_conv2d compact_linear compact_node keep_top lists masked_node \
   masked_conv2d masked_linear masks_bits native optim optim_compact packed_ops random sample_mask \
   supermask_node supermask_step threads train_step

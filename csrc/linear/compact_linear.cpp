@@ -145,8 +145,12 @@ void gather_row(const float* row, int64_t width, const Index* columns, int64_t c
     chosen_kernels(Index{}).gather_row(row, width, columns, count, values);
 }
 
-template <class Index>
-void gather_row(const Bfloat16* row, int64_t, const Index* columns, int64_t count,
+void gather_row(const Bfloat16* row, int64_t width, const uint16_t* columns, int64_t count,
+                Bfloat16* values) {
+    LS_CHOSEN_KERNELS(sparse_linear_bf16).gather_row(row, width, columns, count, values);
+}
+
+void gather_row(const Bfloat16* row, int64_t, const uint32_t* columns, int64_t count,
                 Bfloat16* values) {
     for (int64_t i = 0; i < count; ++i) values[i] = row[columns[i]];
 }

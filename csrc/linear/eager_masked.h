@@ -99,10 +99,12 @@ Tensor fresh_like(const Tensor& t, at::ScalarType dtype) {
     return at::detail::empty_strided_cpu(t.sizes(), t.strides(), dtype);
 }
 
-// where(mask, values, 0) of tensors that lie in memory alike, without gaps.
+// where(mask, values, 0) of tensors that lie in memory alike, without gaps; in the memory of values
+// if nobody else has it.
 Tensor where_kept(const Tensor& mask, const Tensor& values) {
     constexpr int64_t kGrain = 1 << 16;
-    Tensor kept = fresh_like(mask, values.scalar_type());
+    const bool own = values.use_count() == 1 && values.storage().use_count() == 1;
+    Tensor kept = own ? values : fresh_like(mask, values.scalar_type());
     const auto width = static_cast<int64_t>(values.element_size());
     const auto* from = static_cast<const char*>(values.const_data_ptr());
     auto* to = static_cast<char*>(kept.mutable_data_ptr());
@@ -126,9 +128,8 @@ struct KeptGradient {
         // element by element in the order in which the mask lies, channels_last among others
         if (!mask.is_non_overlapping_and_dense())
             return {at::where(mask, grad, at::zeros({}, grad.options()))};
-        Tensor dw = grad;
-        if (grad.strides() != mask.strides()) dw = fresh_like(mask, grad.scalar_type()).copy_(grad);
-        return {where_kept(mask, dw)};
+        if (grad.strides() == mask.strides()) return {where_kept(mask, grad)};
+        return {where_kept(mask, fresh_like(mask, grad.scalar_type()).copy_(grad))};
     }
 };
 

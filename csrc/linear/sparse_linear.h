@@ -226,6 +226,8 @@ struct Bfloat16Kernels {
     void (*round)(const float* source, int64_t count, Bfloat16* target);
     bool (*order)(const Bfloat16* values, const int32_t* positions, int64_t count, int64_t slots,
                   float* to);  // as above
+    void (*gather_row)(const Bfloat16* row, int64_t columns, const uint16_t* kept, int64_t count,
+                       Bfloat16* values);
 };
 
 LS_DECLARE_KERNELS(Bfloat16Kernels, sparse_linear_bf16);

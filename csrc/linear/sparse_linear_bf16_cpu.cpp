@@ -111,9 +111,33 @@ void round(const float* source, int64_t count, Bfloat16* target) {
     for (int64_t i = 0; i < count; ++i) target[i] = rounded(source[i]);
 }
 
+void gather_row(const Bfloat16* row, int64_t columns, const uint16_t* kept, int64_t count,
+                Bfloat16* values) {
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    constexpr int64_t kSpan = 64, kStep = 32;  // columns to choose from, and chosen at a time
+    for (; i + kStep <= count; i += kStep) {
+        const int64_t first = kept[i], last = kept[i + kStep - 1];
+        const int64_t base = first + kSpan <= columns ? first : columns - kSpan;
+        if (base >= 0 && last - base < kSpan) {
+            const __m512i from = _mm512_set1_epi16(static_cast<int16_t>(base));
+            const __m512i chosen =
+                _mm512_permutex2var_epi16(_mm512_loadu_si512(row + base),
+                                          _mm512_sub_epi16(_mm512_loadu_si512(kept + i), from),
+                                          _mm512_loadu_si512(row + base + kStep));
+            _mm512_storeu_si512(values + i, chosen);
+        } else {
+            for (int64_t j = i; j < i + kStep; ++j) values[j] = row[kept[j]];
+        }
+    }
+#endif
+    for (; i < count; ++i) values[i] = row[kept[i]];
+}
+
 }  // namespace
 
 const Bfloat16Kernels LS_KERNELS(sparse_linear_bf16) = {
-    pack_tile, list_rows<uint16_t, Bfloat16>, list_rows<uint32_t, Bfloat16>, widen, round, order};
+    pack_tile, list_rows<uint16_t, Bfloat16>, list_rows<uint32_t, Bfloat16>, widen, round, order,
+    gather_row};
 
 }  // namespace lottery_sparse

@@ -57,7 +57,7 @@ def compact_linear_backward(
     sample = need_dv and share <= most_density(x, MAX_DENSITY_SAMPLED)
     dx, dv = x.new_empty(0), x.new_empty(0)
     if sparse_dx or sample:
-        if carried is None or carried.numel() == 0:
+        if carried is None or carried.dim() != 4:  # tiles are; the dense forward makes none
             nothing = torch.empty(1, 1, x.shape[-1], 1)  # tiles are float32
             carried = _ops.pack_tiles(x) if sample else nothing
         dx, dv, _ = _ops.compact_linear_backward(
@@ -65,7 +65,8 @@ def compact_linear_backward(
         )
     dense_dx, dense_dv = need_dx and not sparse_dx, need_dv and not sample
     if dense_dx or dense_dv:
-        w = effective.to(x.dtype) if dense_dx else effective
+        has_weight = carried is not None and carried.shape == effective.shape
+        w = carried if has_weight else effective.to(x.dtype) if dense_dx else effective
         found, dw = linear_backward(dy, x, w, dense_dx, dense_dv)
         dx = found if dense_dx else dx
         dv = _ops.gather_kept(dw, a.kept.starts, a.kept.columns) if dense_dv else dv

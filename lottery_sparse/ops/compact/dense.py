@@ -16,15 +16,17 @@ from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear,
 
 
 def compact_linear(a: CompactArgs) -> tuple[Tensor, Tensor]:
-    """y, and nothing to carry to the backward."""
-    return linear(a.x, filled(a), a.bias), a.x.new_empty(0)
+    """y, and the weight where it was converted: the backward reads it again."""
+    w = filled(a)
+    return linear(a.x, w, a.bias), a.x.new_empty(0) if w is a.effective else w
 
 
 def compact_linear_backward(
     a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues; empty where not needed."""
-    w = filled(a) if need_dx else a.effective
+    has_weight = carried is not None and carried.shape == a.effective.shape
+    w = carried if has_weight else filled(a) if need_dx else a.effective
     dx, dw = linear_backward(dy, a.x, w, need_dx, need_dv)
     return dx, _gathered(dw, a) if need_dv else dw
 

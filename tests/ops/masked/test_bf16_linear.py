@@ -258,3 +258,15 @@ assert torch.equal(y, (x.float() * third[0, 0].float()).bfloat16())
     if "LS_CPU is" in done.stderr:
         pytest.skip(f"this machine does not run {variant}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("columns", [1, 31, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("density", [0.05, 0.4, 0.9, 1.0])
+def test_gathered_entries_are_those_of_the_matrix(columns, density):
+    torch.manual_seed(columns)
+    mask = torch.rand(7, columns) < density
+    lists = KeptLists.of(mask, int(mask.sum()) + 3)
+    dense = torch.randn(7, columns, dtype=BF16)
+    values = kernels.gather_kept(dense, lists.starts, lists.columns)
+    assert torch.equal(values[:-3], dense[mask])
+    assert torch.equal(values[-3:], torch.zeros(3, dtype=BF16))

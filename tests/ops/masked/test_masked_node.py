@@ -247,3 +247,17 @@ def test_python_frames_without_the_node(kind, form, density, monkeypatch):
     assert made(x).grad_fn.name() not in (
         SPARSE, "KeptGradientBackward", "CompactLinearBackward",
     )  # fmt: skip
+
+
+def test_a_gradient_that_somebody_else_holds_is_not_written_to():
+    made, x = layer(density=0.5)
+    y = made(x)
+    node = y.grad_fn.next_functions[2][0].next_functions[0][0]
+    assert node.name() == "KeptGradientBackward"
+    held = []
+    node.register_prehook(lambda grads: held.append(grads[0]))
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    dw = dy.mT @ x.detach()
+    torch.testing.assert_close(held[0], dw)
+    torch.testing.assert_close(made.weight.grad, torch.where(made.weight_mask, dw, 0.0))

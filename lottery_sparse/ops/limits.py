@@ -57,6 +57,8 @@ SMALL_BATCH, SMALL_WEIGHT = 32, 4096
 # Masked and compact layers in bfloat16, on a processor that multiplies it, which makes the dense
 # product 2.2 times as fast as in float32: from so many rows of x on, up to this density.
 MAX_DENSITY_BFLOAT16 = ((32, 0.18), (8, 0.12), (0, 0.06))
+# Compact layers under autocast, from SMALL_BATCH rows of x on.
+MAX_DENSITY_AUTOCAST = 0.28
 NEVER = 2**62  # more rows than any x has
 
 # GPUs, by bytes and instructions. Up to this share of slots the Triton kernel computes dvalues

@@ -10,6 +10,7 @@ from torch import Tensor
 import lottery_sparse._C  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the ops
 from lottery_sparse.ops.common.torch_private import multiplies_bfloat16
 from lottery_sparse.ops.limits import (
+    MAX_DENSITY_AUTOCAST,
     MAX_DENSITY_BFLOAT16,
     MAX_DENSITY_MASKED,
     MAX_DENSITY_MASKED_SMALL_BATCH,
@@ -29,12 +30,16 @@ _multiplies_bfloat16 = cache(multiplies_bfloat16)
 def most_density(x: Tensor, most: float, effective: Tensor | None = None) -> float:
     """Up to which density sparse products of `x` win; `most` is that of float32.
 
-    A float32 `effective` is one under autocast: up to `most` it may lag behind, and the dense
-    product would first have to fill it and convert it.
+    A float32 `effective` is one under autocast. The dense product has to make a weight of its dtype
+    first, in each call.
     """
-    if x.dtype != torch.bfloat16 or (effective is not None and effective.dtype != x.dtype):
+    if x.dtype != torch.bfloat16:
         return most
-    return _most_density_bfloat16(x.shape[-2], most)
+    if effective is None or effective.dtype == x.dtype:
+        return _most_density_bfloat16(x.shape[-2], most)
+    vectors, tiles = _multiplies_bfloat16()
+    many = x.shape[-2] >= SMALL_BATCH
+    return min(most, MAX_DENSITY_AUTOCAST) if many and (vectors or tiles) else most
 
 
 def _most_density_bfloat16(rows: int, most: float) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.common.cpu import DTYPES, most_density
 from lottery_sparse.ops.compact.arguments import CompactArgs
+from lottery_sparse.ops.compact.reference import filled
 from lottery_sparse.ops.limits import (
     MAX_DENSITY_LINEAR,
     MAX_DENSITY_SAMPLED,
@@ -65,8 +66,10 @@ def compact_linear_backward(
         )
     dense_dx, dense_dv = need_dx and not sparse_dx, need_dv and not sample
     if dense_dx or dense_dv:
-        has_weight = carried is not None and carried.shape == effective.shape
-        w = carried if has_weight else effective.to(x.dtype) if dense_dx else effective
+        w = effective  # in its own dtype it is up to date where dx is dense
+        if dense_dx and effective.dtype != x.dtype:
+            has_weight = carried is not None and carried.shape == effective.shape
+            w = carried if has_weight else filled(a)
         found, dw = linear_backward(dy, x, w, dense_dx, dense_dv)
         dx = found if dense_dx else dx
         dv = _ops.gather_kept(dw, a.kept.starts, a.kept.columns) if dense_dv else dv

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lottery_sparse.ops import dispatch
 from lottery_sparse.ops.compact.arguments import CompactArgs
 from lottery_sparse.ops.limits import may_lag
 from lottery_sparse.ops.masked.reference import conv2d, conv2d_backward, linear, linear_backward
@@ -32,9 +33,14 @@ def kept_weight(values: Tensor, effective: Tensor, starts: Tensor, columns: Tens
 
 def filled(a: CompactArgs) -> Tensor:
     """The effective weight for a dense product, in its dtype."""
-    if may_lag(a.effective, a.kept.starts, a.zero, a.geometry.stride):
+    if not may_lag(a.effective, a.kept.starts, a.zero, a.geometry.stride):
+        return a.effective.to(a.values.dtype)
+    if a.effective.dim() > 3:
         return kept_weight(a.values, a.effective, a.kept.starts, a.kept.columns)
-    return a.effective.to(a.values.dtype)
+    w = torch.zeros(a.effective.shape, dtype=a.values.dtype, device=a.values.device)
+    args = w, a.values, a.kept.starts, a.kept.columns
+    dispatch.kernel("scatter_kept_", w.device, args)(*args)
+    return w
 
 
 def kept_positions(weight: Tensor, starts: Tensor, columns: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def test_a_layer_trains_in_bfloat16(density):
         bias = compact.bias.detach().double()
 
 
-@pytest.mark.parametrize("density", [0.05, 0.3, 0.7])
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.35, 0.7])
 def test_autocast_gives_what_a_bfloat16_layer_gives(density, monkeypatch):
     monkeypatch.setattr(common_cpu, "_multiplies_bfloat16", lambda: (True, False))
     calls = []
@@ -222,7 +222,7 @@ def test_autocast_gives_what_a_bfloat16_layer_gives(density, monkeypatch):
     with torch.autocast("cpu", BF16):
         y = compact(x)
     y.backward(dy)
-    assert calls == (["compact_linear", "compact_linear_backward"] if density < 0.5 else [])
+    assert calls == (["compact_linear", "compact_linear_backward"] if density < 0.28 else [])
     inputs = x.detach().bfloat16().requires_grad_()
     expected = half(inputs)
     expected.backward(dy)

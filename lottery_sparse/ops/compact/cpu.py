@@ -68,8 +68,7 @@ def compact_linear_backward(
     if dense_dx or dense_dv:
         w = effective  # in its own dtype it is up to date where dx is dense
         if dense_dx and effective.dtype != x.dtype:
-            has_weight = carried is not None and carried.shape == effective.shape
-            w = carried if has_weight else filled(a)
+            w = carried if carried is not None and carried.shape == effective.shape else filled(a)
         found, dw = linear_backward(dy, x, w, dense_dx, dense_dv)
         dx = found if dense_dx else dx
         dv = _ops.gather_kept(dw, a.kept.starts, a.kept.columns) if dense_dv else dv

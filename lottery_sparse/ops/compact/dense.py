@@ -25,8 +25,10 @@ def compact_linear_backward(
     a: CompactArgs, dy: Tensor, need_dx: bool, need_dv: bool, carried: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dx and dvalues; empty where not needed."""
-    has_weight = carried is not None and carried.shape == a.effective.shape
-    w = carried if has_weight else filled(a) if need_dx else a.effective
+    if carried is not None and carried.shape == a.effective.shape:
+        w = carried
+    else:
+        w = filled(a) if need_dx else a.effective
     dx, dw = linear_backward(dy, a.x, w, need_dx, need_dv)
     return dx, _gathered(dw, a) if need_dv else dw
 

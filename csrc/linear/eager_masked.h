@@ -9,7 +9,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <array>
 #include <cstring>
 #include <optional>
 
@@ -35,7 +34,7 @@ struct AtRest {
 };
 
 // Whether the weight is at rest, as far as can be seen: `Rest.is_of` and `Rest.holds`, for CPU
-// tensors, but for the look at pruned entries.
+// tensors, but for the look at some entries.
 bool is_at_rest(PyObject* rest, PyObject* parameters, PyObject* buffers, AtRest& found) {
     static PyObject* const names[] = {
         PyUnicode_InternFromString("weight"), PyUnicode_InternFromString("weight_mask"),
@@ -65,8 +64,8 @@ bool is_at_rest(PyObject* rest, PyObject* parameters, PyObject* buffers, AtRest&
     return !PyErr_Occurred();
 }
 
-// Whether some pruned entries hold what they held: a write that counts no version moved others, or
-// none. A kernel that skips pruned entries needs no look.
+// Whether some entries, kept and pruned, hold what they held: a write that counts no version moved
+// others, or none. A kernel that skips pruned entries needs no look.
 bool looks_at_rest(PyObject* rest, const Tensor& weight) {
     PyObject *spots = PyTuple_GET_ITEM(rest, kSpots), *values = PyTuple_GET_ITEM(rest, kValues);
     if (spots == Py_None || values == Py_None) return true;
@@ -264,7 +263,7 @@ Tensor by_kernel(const Tensor& x, const AtRest& layer, const Tensor& bias) {
 }
 
 // y = x Wᵀ + b; undefined: a call for the registered op.
-// `looks`: pruned entries were looked at, and are at rest; the kernel does without.
+// `looks`: some entries were looked at, and are at rest; the kernel does without.
 Tensor masked_linear(const Tensor& x, const AtRest& layer, const Tensor& bias, bool looks) {
     const Tensor& weight = layer.weight;
     const bool casts = at::autocast::is_autocast_enabled(at::kCPU);
